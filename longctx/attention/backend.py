@@ -1,0 +1,87 @@
+"""The seam between the engine and attention: what a batch of rows may see, and who computes it.
+
+Shape legend, for all of longctx: tokens = rows of the step's packed batch; blocks; block_tokens
+(64); heads = query heads; kv_heads; head_dim. Order is always [tokens, heads, head_dim].
+
+The block-causal rule: a row reads its own block raw, up to itself, and every earlier block as the
+codec stored it, also when that block was sealed in the same step.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compress.shape import BLOCK_TOKENS
+from longctx.kv_memory import KVMemory
+
+# Columns of a block-table entry: a run of `ROWS` rows of one packed page, from `ROW_BEGIN`, that
+# stand at `FIRST_POSITION` and on.
+PAGE, ROW_BEGIN, ROWS, FIRST_POSITION = range(4)
+ENTRY_COLUMNS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRows:
+    """Consecutive rows of one sequence in the batch, and the blocks that they see.
+
+    Row i stands at position `first_position + i`, in row `own_row + i` of its own blocks laid end
+    to end (`own_pages`, raw pool). A row in own block j sees `entries[: past_entries + j]` of each
+    group and the rows of own block j up to itself.
+    """
+
+    row_begin: int
+    rows: int
+    first_position: int
+    own_row: int
+    own_pages: NDArray[np.int64]
+    past_entries: int
+    entries: tuple[NDArray[np.int64], ...]  # one [entries, ENTRY_COLUMNS] per layer group
+
+    def pick(self, row: int) -> "ChunkRows":
+        """The chunk cut down to one of its rows (an index into the batch)."""
+        offset = row - self.row_begin
+        own_block, own_row = divmod(self.own_row + offset, BLOCK_TOKENS)
+        return ChunkRows(
+            row_begin=row,
+            rows=1,
+            first_position=self.first_position + offset,
+            own_row=own_row,
+            own_pages=self.own_pages[own_block : own_block + 1],
+            past_entries=self.past_entries + own_block,
+            entries=self.entries,
+        )
+
+
+class AttentionPlan(Protocol):
+    """What a backend derives from chunks once per step and layer group; opaque to others."""
+
+
+class AttentionBackend(Protocol):
+    def __init__(self, memory: KVMemory) -> None: ...
+
+    def plan(self, chunks: Sequence[ChunkRows], group: int) -> AttentionPlan:
+        """Work on metadata that all layers of a group share."""
+        ...
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        plan: AttentionPlan,
+        *,
+        scaling: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of all rows named in the plan.
+
+        `query` [tokens, heads, head_dim] -> out [tokens, heads, head_dim] float32 and lse
+        [tokens, heads] float32, natural log; rows outside the plan have out 0 and lse -inf.
+        """
+        ...
+
+
+BackendFactory = Callable[[KVMemory], AttentionBackend]

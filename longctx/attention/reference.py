@@ -1,0 +1,65 @@
+"""Attention as its definition says, one row block at a time in float32: what others must equal."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from compress.shape import BLOCK_TOKENS
+from longctx.attention.backend import FIRST_POSITION, PAGE, ROW_BEGIN, ROWS, ChunkRows
+from longctx.kv_memory import KVMemory
+
+
+class ReferenceAttention:
+    def __init__(self, memory: KVMemory) -> None:
+        self._memory = memory
+
+    def plan(self, chunks: Sequence[ChunkRows], group: int) -> Sequence[ChunkRows]:
+        return chunks
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        plan: object,
+        *,
+        scaling: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        tokens, heads, _ = query.shape
+        out = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
+        lse = torch.full((tokens, heads), -torch.inf, device=query.device)
+        for chunk in cast(Sequence[ChunkRows], plan):
+            for index in range(chunk.rows):
+                row = chunk.row_begin + index
+                keys, values = self._visible(layer, chunk.pick(row))  # [keys, kv_heads, head_dim]
+                group = heads // keys.shape[1]
+                keys = keys.repeat_interleave(group, dim=1)
+                values = values.repeat_interleave(group, dim=1)
+                scores = torch.einsum("hd,khd->hk", query[row].float(), keys) * scaling
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                out[row] = torch.einsum("hk,khd->hd", torch.softmax(scores, dim=-1), values)
+                lse[row] = torch.logsumexp(scores, dim=-1)
+        return out, lse
+
+    def _visible(self, layer: int, chunk: ChunkRows) -> tuple[Tensor, Tensor]:
+        """All keys and values that the one row of `chunk` sees, in order."""
+        memory = self._memory
+        group = memory.group_of[layer]
+        window = memory.groups[group].window
+        oldest = -1 if window is None else chunk.first_position - window
+        runs: list[Tensor] = []
+        for entry in chunk.entries[group][: chunk.past_entries]:
+            skip = min(max(0, oldest + 1 - int(entry[FIRST_POSITION])), int(entry[ROWS]))
+            if skip < entry[ROWS]:
+                page = memory.packed_pages(layer)[int(entry[PAGE])][None]
+                begin = int(entry[ROW_BEGIN])
+                rows = memory.decode(layer, page)[0][begin + skip : begin + int(entry[ROWS])]
+                runs.append(rows.float())
+        own_begin = max(0, oldest + 1 - (chunk.first_position - chunk.own_row))
+        base = int(chunk.own_pages[0]) * BLOCK_TOKENS
+        runs.append(memory.raw_rows(layer)[base + own_begin : base + chunk.own_row + 1].float())
+        rows = torch.cat(runs)
+        return rows[:, 0], rows[:, 1]

@@ -1,0 +1,164 @@
+"""Attention in plain torch, on any device: tile by tile through `attend_tile` and `merge`."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from compress.shape import BLOCK_TOKENS
+from longctx.attention.backend import ChunkRows
+from longctx.attention.merge import merge
+from longctx.attention.torch_plan import Tile, plan_tiles
+from longctx.kv_memory import KVMemory
+
+FEW_ROWS = 16  # below this many query rows per key head a softmax of one's own beats flash on CPUs
+
+
+class TorchAttention:
+    def __init__(self, memory: KVMemory) -> None:
+        self._memory = memory
+
+    def plan(self, chunks: Sequence[ChunkRows], group: int) -> tuple[Tile, ...]:
+        memory = self._memory
+        layer_group = memory.groups[group]
+        return plan_tiles(
+            chunks,
+            group,
+            window=layer_group.window,
+            lossless=all(memory.codecs[layer].lossless for layer in layer_group.layers),
+            device=memory.device,
+        )
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        plan: object,
+        *,
+        scaling: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        out = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
+        lse = query.new_full(query.shape[:2], -torch.inf, dtype=torch.float32)
+        for tile in cast(tuple[Tile, ...], plan):
+            rows = self._rows(layer, tile)
+            tile_query = query[tile.rows]
+            if isinstance(tile.rows, slice):
+                tile_query = tile_query[None]
+            tile_out, tile_lse = attend_tile(
+                tile_query,
+                rows[:, :, 0],
+                rows[:, :, 1],
+                scaling=scaling,
+                softcap=softcap,
+                bias=tile.bias,
+                causal=tile.causal,
+            )
+            if isinstance(tile.rows, slice):
+                tile_out, tile_lse = tile_out[0], tile_lse[0]
+                target: Tensor | slice = tile.rows
+            elif tile.real is None:
+                tile_out, tile_lse = tile_out.flatten(0, 1), tile_lse.flatten(0, 1)
+                target = tile.rows.flatten()
+            else:
+                tile_out, tile_lse = tile_out[tile.real], tile_lse[tile.real]
+                target = tile.rows[tile.real]
+            out[target], lse[target] = merge(out[target], lse[target], tile_out, tile_lse)
+        return out, lse
+
+    def _rows(self, layer: int, tile: Tile) -> Tensor:
+        """The tile's keys and values: [B, keys, 2, kv_heads, head_dim]."""
+        memory = self._memory
+        parts: list[Tensor] = []
+        if tile.packed is not None:
+            chosen = tile.packed if isinstance(tile.packed, slice) else tile.packed.flatten()
+            decoded = memory.decode(layer, memory.packed_pages(layer)[chosen])
+            parts.append(decoded.view(tile.batch, -1, *decoded.shape[2:]))
+        if tile.own is not None:
+            rows = memory.raw_rows(layer)
+            pages = rows.view(-1, BLOCK_TOKENS, *rows.shape[1:])
+            chosen = tile.own if isinstance(tile.own, slice) else tile.own.flatten()
+            parts.append(pages[chosen].view(tile.batch, -1, *rows.shape[1:]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def attend_tile(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None,
+    bias: Tensor | None,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """Dense attention of some queries on one tile of keys.
+
+    `query` [B, rows, heads, head_dim]; `key`, `value` [B, keys, kv_heads, head_dim]; `bias`
+    [B, 1, rows, keys]; `causal`: row i sees keys 0 to i. Returns out [B, rows, heads, head_dim] and
+    lse [B, rows, heads], float32. A row that sees nothing has lse -inf.
+    """
+    few = query.shape[1] * (query.shape[2] // key.shape[2]) <= FEW_ROWS
+    if query.device.type == "cpu" and softcap is None and not few:
+        return _flash(query, key, value, scaling, bias, causal)
+    return _explicit(query, key, value, scaling, softcap, bias, causal)
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, bias: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """torch's tiled kernel for CPUs, which never holds all scores at once and returns the lse."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        0.0,
+        causal,
+        attn_mask=None if bias is None else bias.to(query.dtype),
+        scale=scaling,
+    )
+    out, lse = out.transpose(1, 2).float(), lse.transpose(1, 2)
+    if bias is not None:
+        sees_any = (bias == 0).any(-1).transpose(1, 2)  # [B, rows, 1]
+        lse = torch.where(sees_any, lse, -torch.inf)
+    return out, lse
+
+
+def _explicit(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    softcap: float | None,
+    bias: Tensor | None,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, rows, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    group = heads // kv_heads
+    # [B, kv_heads, group * rows, head_dim]: all queries of a key head in one matrix
+    grouped = query.view(batch, rows, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
+    grouped = grouped.reshape(batch, kv_heads, group * rows, head_dim)
+    outs, lses = [], []
+    for index in range(batch):
+        scores = torch.bmm(grouped[index], key[index].permute(1, 2, 0)).float()
+        scores.mul_(scaling)
+        if softcap is not None:
+            scores.div_(softcap).tanh_().mul_(softcap)
+        by_row = scores.view(kv_heads, group, rows, -1)
+        if bias is not None:
+            by_row += bias[index]
+        if causal:
+            above = torch.ones(by_row.shape[2:], dtype=torch.bool, device=query.device).triu_(1)
+            by_row.masked_fill_(above, -torch.inf)
+        peak = scores.amax(-1, keepdim=True)
+        finite_peak = torch.where(peak == -torch.inf, 0.0, peak)
+        weights = scores.sub_(finite_peak).exp_()
+        total = weights.sum(-1, keepdim=True)
+        mixed = torch.bmm(weights.to(value.dtype), value[index].transpose(0, 1)).float()
+        outs.append(mixed / total.clamp_min(torch.finfo(torch.float32).tiny))
+        lses.append(finite_peak + torch.log(total))
+    out = torch.stack(outs).view(batch, kv_heads, group, rows, head_dim).permute(0, 3, 1, 2, 4)
+    lse = torch.stack(lses).view(batch, kv_heads, group, rows).permute(0, 3, 1, 2)
+    return out.reshape(batch, rows, heads, head_dim), lse.reshape(batch, rows, heads)

@@ -1,0 +1,271 @@
+"""Which tiles the torch backend computes: rectangles of rows by keys, cut once per step.
+
+A tile is a batch of equal rectangles, `B` times `R` query rows by `N` pages, so that many short
+sequences cost one call, as do the row blocks of a prefill under a sliding window. Three cases:
+
+* decode (one row): all blocks that the row sees, short ones of many sequences in one padded tile,
+  long ones in tiles of their own that are read in place where their pages follow each other;
+* prefill under a narrow window: one rectangle per row block, its window and its own block;
+* other prefill: all rows of the chunk against past pages, unmasked; among themselves, masked.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compress.shape import BLOCK_TOKENS
+from longctx.attention.backend import (
+    ENTRY_COLUMNS,
+    FIRST_POSITION,
+    PAGE,
+    ROW_BEGIN,
+    ROWS,
+    ChunkRows,
+)
+
+TILE_BLOCKS = 64  # pages of one tile of the past: 4,096 keys
+FUSED_BLOCKS = 16  # so few pages are copied together with the own block, which saves a merge
+
+Entries = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """`rows` [B, R] of the batch (or one slice of it) by `packed` then `own` pages, each [B, n].
+
+    `bias` [B, 1, R, keys] is 0 where a row sees a key and -inf elsewhere, None where all is seen.
+    `causal`: row i of the tile sees keys 0 to i. `real` [B, R] marks rows that are not padding,
+    None if all are real.
+    """
+
+    rows: Tensor | slice
+    batch: int
+    packed: Tensor | slice | None
+    own: Tensor | slice | None
+    bias: Tensor | None
+    causal: bool
+    real: Tensor | None
+
+
+def plan_tiles(
+    chunks: Sequence[ChunkRows],
+    group: int,
+    *,
+    window: int | None,
+    lossless: bool,
+    device: torch.device,
+) -> tuple[Tile, ...]:
+    """Tiles that together show every row of `chunks` what it may see, each key once.
+
+    `lossless`: sealed rows equal raw ones, so a chunk may read its own sealed blocks raw.
+    """
+    planner = _Planner(group, window, lossless, device)
+    return tuple(planner.tiles(chunks))
+
+
+@dataclass(frozen=True, slots=True)
+class _Rectangle:
+    """Rows of one chunk by entries, and by own pages."""
+
+    chunk: ChunkRows
+    row_begin: int  # within the chunk
+    rows: int
+    entries: Entries
+    own_begin: int  # in own pages of the chunk
+    own_pages: int
+
+
+class _Planner:
+    def __init__(
+        self, group: int, window: int | None, lossless: bool, device: torch.device
+    ) -> None:
+        self._group = group
+        self._window = window
+        self._lossless = lossless
+        self._device = device
+
+    def tiles(self, chunks: Sequence[ChunkRows]) -> Iterator[Tile]:
+        padded: dict[tuple[int, int], list[_Rectangle]] = defaultdict(list)
+        for chunk in chunks:
+            if chunk.rows == 1:
+                entries = self._visible(chunk, 0, chunk.past_entries)
+                head = 0
+                if len(entries) > FUSED_BLOCKS:
+                    head = len(entries) - FUSED_BLOCKS // 2
+                    yield from self._past(chunk, entries[:head])
+                rectangle = _Rectangle(chunk, 0, 1, entries[head:], 0, 1)
+                padded[1, _bucket(len(rectangle.entries))].append(rectangle)
+            elif self._window is not None and self._window <= FUSED_BLOCKS * BLOCK_TOKENS:
+                for rectangle in self._row_blocks(chunk, with_past=True):
+                    padded[BLOCK_TOKENS, _bucket(len(rectangle.entries))].append(rectangle)
+            else:
+                past = self._visible(chunk, 0, chunk.past_entries)
+                yield from self._past(chunk, past)
+                if self._lossless:
+                    yield self._chunk_raw(chunk)
+                else:
+                    for rectangle in self._row_blocks(chunk, with_past=False):
+                        padded[BLOCK_TOKENS, 0].append(rectangle)
+                    if len(chunk.own_pages) > 1:
+                        yield self._chunk_sealed(chunk)
+        for (rows, blocks), rectangles in padded.items():
+            limit = max(1, 4 * TILE_BLOCKS // (blocks + 1))
+            for begin in range(0, len(rectangles), limit):
+                yield self._padded(rectangles[begin : begin + limit], rows, blocks)
+
+    def _visible(self, chunk: ChunkRows, row: int, end: int) -> Entries:
+        """Entries before `end` that row `row` of the chunk, or a later one, may see some of."""
+        entries = chunk.entries[self._group]
+        if self._window is None:
+            return entries[:end]
+        oldest = chunk.first_position + row - self._window + 1
+        last_positions = entries[:end, FIRST_POSITION] + entries[:end, ROWS] - 1
+        return entries[int(np.searchsorted(last_positions, oldest)) : end]
+
+    def _past(self, chunk: ChunkRows, entries: Entries) -> Iterator[Tile]:
+        """All rows of the chunk against entries that stand before it."""
+        for begin in range(0, len(entries), TILE_BLOCKS):
+            part = entries[begin : begin + TILE_BLOCKS]
+            yield self._one(chunk, part, self._sees(chunk, np.arange(chunk.rows), part))
+
+    def _chunk_sealed(self, chunk: ChunkRows) -> Tile:
+        """The chunk's rows against its own sealed blocks, each row those before its block."""
+        end = chunk.past_entries + len(chunk.own_pages) - 1
+        entries = chunk.entries[self._group][chunk.past_entries : end]
+        rows = np.arange(chunk.rows)
+        row_block = (chunk.own_row + rows) // BLOCK_TOKENS
+        key_block = np.repeat(np.arange(len(entries)), BLOCK_TOKENS)
+        earlier = key_block[None] < row_block[:, None]
+        seen = self._sees(chunk, rows, entries)
+        return self._one(chunk, entries, earlier if seen is None else earlier & seen)
+
+    def _chunk_raw(self, chunk: ChunkRows) -> Tile:
+        """The chunk's rows against all its own blocks, raw."""
+        causal = chunk.own_row == 0 and self._window is None
+        bias = None
+        if not causal:
+            rows = chunk.own_row + np.arange(chunk.rows)
+            keys = np.arange(len(chunk.own_pages) * BLOCK_TOKENS)
+            seen = keys[None] <= rows[:, None]
+            if self._window is not None:
+                seen &= keys[None] > rows[:, None] - self._window
+            bias = self._bias(seen[None])
+        return Tile(
+            rows=slice(chunk.row_begin, chunk.row_begin + chunk.rows),
+            batch=1,
+            packed=None,
+            own=self._pages(chunk.own_pages),
+            bias=bias,
+            causal=causal,
+            real=None,
+        )
+
+    def _row_blocks(self, chunk: ChunkRows, *, with_past: bool) -> Iterator[_Rectangle]:
+        """One rectangle for each own block of the chunk."""
+        for block in range(len(chunk.own_pages)):
+            begin = max(0, block * BLOCK_TOKENS - chunk.own_row)
+            end = min(chunk.rows, (block + 1) * BLOCK_TOKENS - chunk.own_row)
+            last = chunk.past_entries + block
+            entries = self._visible(chunk, begin, last)
+            if not with_past:
+                entries = entries[:0]
+            yield _Rectangle(chunk, begin, end - begin, entries, block, 1)
+
+    def _one(self, chunk: ChunkRows, entries: Entries, seen: NDArray[np.bool_] | None) -> Tile:
+        return Tile(
+            rows=slice(chunk.row_begin, chunk.row_begin + chunk.rows),
+            batch=1,
+            packed=self._pages(entries[:, PAGE]),
+            own=None,
+            bias=None if seen is None or seen.all() else self._bias(seen[None]),
+            causal=False,
+            real=None,
+        )
+
+    def _sees(
+        self, chunk: ChunkRows, rows: NDArray[np.int64], entries: Entries
+    ) -> NDArray[np.bool_] | None:
+        """[rows, keys]: window and rows of an entry; None if all are seen."""
+        whole = bool((entries[:, ROWS] == BLOCK_TOKENS).all())
+        if whole and self._window is None:
+            return None
+        exists, positions = _entry_keys(entries)
+        if self._window is None:
+            return np.broadcast_to(exists[None], (len(rows), len(exists)))
+        oldest = chunk.first_position + rows - self._window
+        seen: NDArray[np.bool_] = exists[None] & (positions[None] > oldest[:, None])
+        return seen
+
+    def _padded(self, rectangles: Sequence[_Rectangle], rows: int, blocks: int) -> Tile:
+        """Rectangles of different size in one tile; what is padding is masked."""
+        batch = len(rectangles)
+        row_index = np.zeros((batch, rows), dtype=np.int64)
+        real = np.zeros((batch, rows), dtype=bool)
+        packed = np.zeros((batch, blocks, ENTRY_COLUMNS), dtype=np.int64)
+        own = np.zeros((batch, 1), dtype=np.int64)
+        own_row = np.zeros((batch, rows), dtype=np.int64)
+        position = np.zeros((batch, rows), dtype=np.int64)
+        for index, rectangle in enumerate(rectangles):
+            chunk, count = rectangle.chunk, rectangle.rows
+            steps = np.arange(rectangle.row_begin, rectangle.row_begin + count)
+            row_index[index, :count] = chunk.row_begin + steps
+            real[index, :count] = True
+            packed[index, : len(rectangle.entries)] = rectangle.entries
+            own[index] = chunk.own_pages[rectangle.own_begin]
+            own_row[index, :count] = chunk.own_row + steps - rectangle.own_begin * BLOCK_TOKENS
+            position[index, :count] = chunk.first_position + steps
+        own_keys = np.arange(BLOCK_TOKENS)
+        seen = own_keys[None, None] <= own_row[:, :, None]  # padding rows see one key: finite
+        own_position = (position - own_row)[:, :, None] + own_keys
+        if self._window is not None:
+            seen &= own_position > position[:, :, None] - self._window
+        if blocks:
+            exists, positions = _entry_keys(packed)
+            past = np.broadcast_to(exists[:, None], (batch, rows, blocks * BLOCK_TOKENS))
+            if self._window is not None:
+                oldest = position - self._window
+                past = past & (positions[:, None] > oldest[:, :, None])
+            seen = np.concatenate([past, seen], axis=2)
+        return Tile(
+            rows=self._tensor(row_index),
+            batch=batch,
+            packed=self._tensor(packed[:, :, PAGE]) if blocks else None,
+            own=self._tensor(own),
+            bias=self._bias(seen),
+            causal=False,
+            real=None if real.all() else self._tensor(real),
+        )
+
+    def _pages(self, pages: NDArray[np.int64]) -> Tensor | slice:
+        """Pages that follow each other are read in place."""
+        first, count = int(pages[0]), len(pages)
+        if int(pages[-1]) - first == count - 1 and bool((np.diff(pages) == 1).all()):
+            return slice(first, first + count)
+        return self._tensor(pages)
+
+    def _bias(self, seen: NDArray[np.bool_]) -> Tensor:
+        bias = torch.zeros(seen.shape, device=self._device)
+        return bias.masked_fill_(~self._tensor(seen), -torch.inf)[:, None]
+
+    def _tensor(self, array: NDArray[np.int64] | NDArray[np.bool_]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
+
+
+def _bucket(blocks: int) -> int:
+    """Padded width: a power of two, so that few shapes occur."""
+    return 0 if blocks == 0 else 1 << (blocks - 1).bit_length()
+
+
+def _entry_keys(entries: Entries) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """For entries [..., n, columns]: which of the n * block_tokens rows exist, and where."""
+    row = np.arange(BLOCK_TOKENS)
+    begin, rows = entries[..., ROW_BEGIN, None], entries[..., ROWS, None]
+    exists = (row >= begin) & (row < begin + rows)
+    positions = entries[..., FIRST_POSITION, None] + row - begin
+    flat = (*entries.shape[:-2], -1)
+    return exists.reshape(flat), positions.reshape(flat)

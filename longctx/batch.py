@@ -1,0 +1,102 @@
+"""One step as flat tensors: rows of several sequences packed one after another."""
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compress.shape import BLOCK_TOKENS
+from longctx.attention.backend import PAGE, ChunkRows
+from longctx.kv_cache import KVCacheManager
+from longctx.scheduler import Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """`token_ids`, `positions` [tokens]; `logits_rows` [drawing chunks], in the chunks' order.
+
+    New rows go to `slots` of the raw pool (rows of its pages laid end to end), after `fresh_pages`
+    were zeroed; then the full blocks `sealed_raw` [blocks] are encoded into
+    `sealed_packed[group]` [blocks].
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    logits_rows: Tensor
+    chunks: tuple[ChunkRows, ...]
+    last_chunks: tuple[ChunkRows, ...]  # cut down to the rows whose logits are wanted
+    slots: Tensor | slice
+    fresh_pages: Tensor
+    sealed_raw: Tensor
+    sealed_packed: tuple[Tensor, ...]
+
+    @classmethod
+    def build(cls, chunks: Items[Chunk], cache: KVCacheManager, *, device: torch.device) -> "Batch":
+        """Pages for every chunk must have been allocated."""
+        begins = np.cumsum([0] + [chunk.num_tokens for chunk in chunks]).tolist()
+        rows = tuple(
+            cache.chunk_rows(chunk.sequence, chunk.num_tokens, row_begin=begin)
+            for chunk, begin in zip(chunks, begins, strict=False)
+        )
+        drawn = [
+            (row, row.row_begin + row.rows - 1)
+            for row, chunk in zip(rows, chunks, strict=True)
+            if chunk.draws
+        ]
+        token_ids = np.concatenate(
+            [
+                chunk.sequence.tokens.slice(
+                    chunk.sequence.computed, chunk.sequence.computed + chunk.num_tokens
+                )
+                for chunk in chunks
+            ]
+        )
+        positions = [np.arange(r.first_position, r.first_position + r.rows) for r in rows]
+        ends = [r.own_row + r.rows for r in rows]  # where the rows end in their own blocks
+        sealed_raw = [r.own_pages[: end // BLOCK_TOKENS] for r, end in zip(rows, ends, strict=True)]
+        sealed_packed = [
+            np.concatenate(
+                [
+                    r.entries[group][r.past_entries : r.past_entries + len(sealed), PAGE]
+                    for r, sealed in zip(rows, sealed_raw, strict=True)
+                ]
+            )
+            for group in range(len(rows[0].entries))
+        ]
+        fresh = [
+            r.own_pages[-1:]
+            for r, end in zip(rows, ends, strict=True)
+            if end % BLOCK_TOKENS and (r.own_row == 0 or len(r.own_pages) > 1)
+        ]
+
+        def tensor(array: NDArray[np.int64]) -> Tensor:
+            return torch.from_numpy(array).to(device, non_blocking=True)
+
+        return cls(
+            token_ids=tensor(token_ids.astype(np.int64)),
+            positions=tensor(np.concatenate(positions)),
+            logits_rows=tensor(np.array([row for _, row in drawn], dtype=np.int64)),
+            chunks=rows,
+            last_chunks=tuple(r.pick(row) for r, row in drawn),
+            slots=_run_or_tensor(np.concatenate([_slots(r) for r in rows]), device),
+            fresh_pages=tensor(np.concatenate([np.empty(0, dtype=np.int64), *fresh])),
+            sealed_raw=tensor(np.concatenate(sealed_raw)),
+            sealed_packed=tuple(tensor(pages) for pages in sealed_packed),
+        )
+
+
+def _slots(rows: ChunkRows) -> NDArray[np.int64]:
+    own_row = rows.own_row + np.arange(rows.rows)
+    block, row = np.divmod(own_row, BLOCK_TOKENS)
+    slots: NDArray[np.int64] = rows.own_pages[block] * BLOCK_TOKENS + row
+    return slots
+
+
+def _run_or_tensor(indices: NDArray[np.int64], device: torch.device) -> Tensor | slice:
+    """A slice where the indices follow each other: written without scattering."""
+    if bool((np.diff(indices) == 1).all()):
+        return slice(int(indices[0]), int(indices[-1]) + 1)
+    return torch.from_numpy(indices).to(device, non_blocking=True)

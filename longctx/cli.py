@@ -1,0 +1,91 @@
+"""The command line: `longctx COMMAND`. A command is an entry of COMMANDS.
+
+Every failure that has a cause outside of us ends in one line on stderr and status 1.
+"""
+
+import argparse
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from api.ask import ask
+from api.config import ServerConfig
+from api.server import serve
+from longctx.config import EngineConfig
+from longctx.embedded import model_path
+from longctx.errors import LongctxError
+from longctx.options import add_options, read_options
+
+
+# The environment and a TOML file may have the options of any command.
+CONFIGS = (EngineConfig, ServerConfig)
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    add_options(parser, EngineConfig)
+    add_options(parser, ServerConfig)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    serve(*_engine(arguments), _read(arguments, ServerConfig))
+
+
+def _ask_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="UTF-8 text or Markdown")
+    parser.add_argument("question")
+    add_options(parser, EngineConfig)
+
+
+def _ask(arguments: argparse.Namespace) -> None:
+    ask(*_engine(arguments), arguments.file, arguments.question)
+
+
+COMMANDS = {
+    "serve": Command("serve a model over HTTP", _serve_arguments, _serve),
+    "ask": Command("ask a question about a file, without a server", _ask_arguments, _ask),
+}
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Runs one command. Ends by SystemExit when it fails."""
+    parser = argparse.ArgumentParser(
+        prog="longctx",
+        description="Upload a long document once, ask it anything for the price of the question.",
+    )
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.help, description=command.help)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    arguments = parser.parse_args(words)
+    try:
+        arguments.run(arguments)
+    except LongctxError as error:
+        raise SystemExit(f"longctx: {error}") from error
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        raise SystemExit(130) from None
+
+
+def _read(arguments: argparse.Namespace, config_type: type[Config]) -> Config:
+    return read_options(
+        arguments, config_type, environment=os.environ, file=arguments.config, others=CONFIGS
+    )
+
+
+def _engine(arguments: argparse.Namespace) -> tuple[EngineConfig, Path]:
+    """The engine's configuration, and the model folder: the embedded one if none was named."""
+    config = _read(arguments, EngineConfig)
+    folder = config.model.model or model_path()
+    return replace(config, model=replace(config.model, model=folder)), folder

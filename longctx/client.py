@@ -1,0 +1,250 @@
+"""The engine process as asyncio sees it: start it, ask it, outlive it.
+
+`EngineClient.generate` is one request. When the engine process dies, every request that it held
+ends with an error, and a new process is started; nobody waits for ever.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Literal
+
+from longctx.config import EngineConfig
+from longctx.embedded import model_path
+from longctx.engine import EngineInfo
+from longctx.errors import EngineDied, LongctxError
+from longctx.protocol import (
+    HEADER,
+    Abort,
+    CloseDocument,
+    Command,
+    Done,
+    Event,
+    GetStats,
+    Loaded,
+    OpenDocument,
+    Outputs,
+    Rejected,
+    Start,
+    Stop,
+    Submit,
+    frame,
+    read_event,
+)
+from longctx.request import FinishReason, Request, RequestOutput
+
+STOP_SECONDS = 10.0  # a process that was told to stop and has not done so by then is killed
+
+State = Literal["starting", "ready", "restarting", "draining", "stopped"]
+
+
+class EngineClient:
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.state: State = "starting"
+        self.on_restart: Callable[[], Awaitable[None]] | None = None
+        self._info: EngineInfo | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._restarted: asyncio.Future[None] | None = None  # held, or it might be collected
+        self._requests: dict[str, asyncio.Queue[RequestOutput | LongctxError]] = {}
+        self._calls: dict[int, asyncio.Future[Done]] = {}
+        self._tickets = itertools.count()
+
+    @property
+    def info(self) -> EngineInfo:
+        assert self._info is not None, "not started"
+        return self._info
+
+    @property
+    def model_folder(self) -> Path:
+        return self.config.model.model or model_path()
+
+    async def start(self) -> EngineInfo:
+        """Spawn the engine process and wait until its model is loaded.
+
+        Raises ModelRefused, or EngineDied if the process ends before it is ready.
+        """
+        reader = await self._spawn()
+        self._reading = asyncio.create_task(self._read(reader))
+        self.state = "ready"
+        return self.info
+
+    async def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
+        """The request's outputs; the last one is `finished`. Closing the iterator aborts it.
+
+        The first step raises InvalidRequest, ContextTooLong, DocumentMissing, Overloaded or
+        EngineDied where the request cannot be taken.
+        """
+        self._check_ready()
+        outputs: asyncio.Queue[RequestOutput | LongctxError] = asyncio.Queue()
+        self._requests[request.request_id] = outputs
+        over = False
+        try:
+            self._send(Submit(request))
+            while not over:
+                output = await outputs.get()
+                if isinstance(output, LongctxError):
+                    over = True
+                    raise output
+                over = output.finished
+                yield output
+        finally:
+            self._requests.pop(request.request_id, None)
+            if not over:
+                self._send(Abort(request.request_id))
+
+    async def open_document(self, document_id: str, tokens: Path) -> None:
+        """Make a document known: `tokens` is a file of little-endian int32 ids, kept in place."""
+        await self._call(lambda ticket: OpenDocument(ticket, document_id, str(tokens)))
+
+    async def close_document(self, document_id: str) -> None:
+        """Forget a document and free the blocks that only it uses."""
+        await self._call(lambda ticket: CloseDocument(ticket, document_id))
+
+    async def stats(self) -> dict[str, float]:
+        """The engine's gauges and counters."""
+        done = await self._call(GetStats)
+        assert done.stats is not None
+        return done.stats
+
+    async def drain(self, timeout_seconds: float) -> None:
+        """Take nothing new, let what runs finish until the deadline, then stop the process."""
+        self.state = "draining"
+        deadline = asyncio.get_running_loop().time() + timeout_seconds
+        while self._requests and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
+        await self.stop()
+
+    async def stop(self) -> None:
+        """End the process now; requests that still run end with an error."""
+        self.state = "stopped"
+        self._end_all("the server is shutting down")
+        self._send(Stop())
+        if self._reading is not None:
+            self._reading.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._reading
+        await self._reap()
+
+    def _check_ready(self) -> None:
+        if self.state != "ready":
+            raise EngineDied(f"the engine is {self.state}; try again in a moment")
+
+    async def _call(self, command: Callable[[int], Command]) -> Done:
+        self._check_ready()
+        ticket = next(self._tickets)
+        future: asyncio.Future[Done] = asyncio.get_running_loop().create_future()
+        self._calls[ticket] = future
+        try:
+            self._send(command(ticket))
+            done = await future
+        finally:
+            del self._calls[ticket]
+        if done.fault is not None:
+            raise done.fault.error()
+        return done
+
+    def _send(self, command: Command) -> None:
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(frame(command))
+
+    async def _spawn(self) -> asyncio.StreamReader:
+        """A new engine process with its model loaded."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "longctx.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._send(Start(self.config, str(self.model_folder)))
+        loaded = await self._next_event(reader)
+        if loaded is None:
+            code = await self._reap()
+            raise EngineDied(f"the engine process ended with code {code} while loading the model")
+        assert isinstance(loaded, Loaded), loaded
+        if loaded.fault is not None:
+            await self._reap()
+            raise loaded.fault.error()
+        self._info = loaded.info
+        return reader
+
+    @staticmethod
+    async def _next_event(reader: asyncio.StreamReader) -> Event | None:
+        """None when the process is gone."""
+        try:
+            header = await reader.readexactly(HEADER.size)
+            return read_event(await reader.readexactly(*HEADER.unpack(header)))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        """Hand out events until the process is gone; then start another."""
+        while True:
+            event = await self._next_event(reader)
+            if event is not None:
+                self._hand_out(event)
+                continue
+            self.state = "restarting"
+            code = await self._reap()
+            self._end_all(f"the engine process ended with code {code} and is being restarted")
+            try:
+                reader = await self._spawn()
+            except LongctxError as error:
+                self.state = "stopped"
+                self._end_all(f"the engine process could not be restarted: {error}")
+                return
+            self.state = "ready"
+            if self.on_restart is not None:
+                # In a task of its own: it calls the engine, whose answers are read here.
+                self._restarted = asyncio.ensure_future(self.on_restart())
+
+    def _hand_out(self, event: Event) -> None:
+        match event:
+            case Outputs():
+                for output in event.outputs:
+                    if output.request_id in self._requests:
+                        self._requests[output.request_id].put_nowait(output)
+            case Rejected():
+                if event.request_id in self._requests:
+                    self._requests[event.request_id].put_nowait(event.fault.error())
+            case Done():
+                future = self._calls.get(event.ticket)
+                if future is not None and not future.done():
+                    future.set_result(event)
+            case Loaded():
+                raise AssertionError("loaded twice")
+
+    def _end_all(self, reason: str) -> None:
+        for request_id, outputs in self._requests.items():
+            outputs.put_nowait(
+                RequestOutput(
+                    request_id=request_id,
+                    finish_reason=FinishReason.ERROR,
+                    finished=True,
+                    error=reason,
+                )
+            )
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(EngineDied(reason))
+
+    async def _reap(self) -> int:
+        """Wait for the process to end, by force if need be; its exit code."""
+        if self._writer is not None:
+            self._writer.close()
+        process = self._process
+        assert process is not None
+        try:
+            return await asyncio.to_thread(process.wait, STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return await asyncio.to_thread(process.wait)

@@ -1,0 +1,158 @@
+"""The KV pools of a model on its device: which layer's pages lie where, written, sealed and read.
+
+Layers with the same window form a `LayerGroup`; a sealed block has one page in the packed pool of
+each group. Blocks that still grow lie in one raw pool that serves all layers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.codec import CODECS, Codec
+from compress.shape import BLOCK_TOKENS, KVShape
+from longctx.layer_attention import LayerSpec
+from offload.pool import BlockPool
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """Layers that see equally far: `window` tokens back, or everything (None)."""
+
+    window: int | None
+    layers: tuple[int, ...]
+
+    def first_needed(self, position: int) -> int:
+        """Index of the first block that a query at `position` or later may still see."""
+        if self.window is None:
+            return 0
+        return max(0, position - self.window + 1) // BLOCK_TOKENS
+
+
+def layer_groups(layers: Sequence[LayerSpec]) -> tuple[LayerGroup, ...]:
+    """Groups in the order of their first layer, global layers first."""
+    windows = dict.fromkeys(layer.window for layer in layers)
+    ordered = sorted(windows, key=lambda window: window is not None)
+    return tuple(
+        LayerGroup(window, tuple(i for i, layer in enumerate(layers) if layer.window == window))
+        for window in ordered
+    )
+
+
+class KVMemory:
+    """`raw` and `packed[group]` pools, and the codec of each layer."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerSpec],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        codec: str,
+        pool_bytes: int,
+        step_blocks: int,
+    ) -> None:
+        """`step_blocks`: the most blocks that grow at once; the raw pool holds as many."""
+        self.groups = layer_groups(layers)
+        self.step_blocks = step_blocks
+        self.device = device
+        shapes = [
+            KVShape(kv_heads=spec.kv_heads, head_dim=spec.head_dim, dtype=dtype) for spec in layers
+        ]
+        self.codecs: tuple[Codec, ...] = tuple(CODECS[codec](shape) for shape in shapes)
+        self._shapes = shapes
+        self.raw = BlockPool(
+            page_bytes=[shape.values_per_page * dtype.itemsize for shape in shapes],
+            num_pages=step_blocks + 1,
+            device=device,
+        )
+        pages = _pages_per_group(self.groups, self.codecs, pool_bytes, step_blocks)
+        self.packed = tuple(
+            BlockPool(
+                page_bytes=[self.codecs[layer].page_bytes for layer in group.layers],
+                num_pages=count + 1,
+                device=device,
+            )
+            for group, count in zip(self.groups, pages, strict=True)
+        )
+        self._raw_rows = tuple(
+            pool.view(dtype).view(-1, *shape.rows[1:])
+            for pool, shape in zip(self.raw.pages, shapes, strict=True)
+        )
+        self._packed_pages: dict[int, Tensor] = {}
+        self.group_of: dict[int, int] = {}
+        for index, group in enumerate(self.groups):
+            for slot, layer in enumerate(group.layers):
+                self._packed_pages[layer] = self.packed[index].pages[slot]
+                self.group_of[layer] = index
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens of sealed KV that fit; a window group never limits it."""
+        return self.packed[0].capacity * BLOCK_TOKENS
+
+    def raw_rows(self, layer: int) -> Tensor:
+        """The raw pool, row by row: [raw pages * block_tokens, 2, kv_heads, head_dim]."""
+        return self._raw_rows[layer]
+
+    def packed_pages(self, layer: int) -> Tensor:
+        """The packed pool of the layer's group: uint8 [pages, page_bytes]."""
+        return self._packed_pages[layer]
+
+    def write(self, layer: int, slots: Tensor | slice, key: Tensor, value: Tensor) -> None:
+        """Put new rows into the raw pool. `key`, `value`: [tokens, kv_heads, head_dim]."""
+        rows = self._raw_rows[layer]
+        rows[slots, 0] = key
+        rows[slots, 1] = value
+
+    def seal(self, layer: int, raw_pages: Tensor, packed_pages: Tensor) -> None:
+        """Encode full raw blocks into their packed pages."""
+        shape = self._shapes[layer]
+        rows = self._raw_rows[layer].view(-1, *shape.rows)[raw_pages]
+        self._packed_pages[layer][packed_pages] = self.codecs[layer].encode(rows)
+
+    def clear_raw(self, pages: Tensor) -> None:
+        """Zero raw pages that will not be filled at once: attention weighs the rest by 0."""
+        for pool in self.raw.pages:
+            pool[pages] = 0
+
+    def copy_raw(self, source: int, target: int) -> None:
+        for pool in self.raw.pages:
+            pool[target] = pool[source]
+
+    def decode(self, layer: int, pages: Tensor) -> Tensor:
+        """uint8 [blocks, page_bytes] -> [blocks, block_tokens, 2, kv_heads, head_dim]."""
+        return self.codecs[layer].decode(pages)
+
+
+def _pages_per_group(
+    groups: Sequence[LayerGroup], codecs: Sequence[Codec], pool_bytes: int, step_blocks: int
+) -> list[int]:
+    """How many blocks each group's pool holds: N for global layers, a share of N for windows.
+
+    A window group needs the windows of what runs and the blocks of a step; what it has beyond them
+    caches windows of finished prompts, so a quarter of N more is plenty.
+    """
+    block_bytes = [sum(codecs[layer].page_bytes for layer in group.layers) for group in groups]
+    if groups[0].window is not None:
+        total = sum(block_bytes)
+        return [max(1, pool_bytes // total)] * len(groups)
+    low, high = 1, max(2, pool_bytes // block_bytes[0])
+    while low + 1 < high:  # the largest N whose pools fit
+        middle = (low + high) // 2
+        counts = _counts(groups, middle, step_blocks)
+        fits = sum(n * size for n, size in zip(counts, block_bytes, strict=True)) <= pool_bytes
+        low, high = (middle, high) if fits else (low, middle)
+    return _counts(groups, low, step_blocks)
+
+
+def _counts(groups: Sequence[LayerGroup], blocks: int, step_blocks: int) -> list[int]:
+    counts = []
+    for group in groups:
+        if group.window is None:
+            counts.append(blocks)
+        else:
+            running = step_blocks + 4 * (group.window // BLOCK_TOKENS + 2)
+            counts.append(min(blocks, running + blocks // 4))
+    return counts

@@ -1,0 +1,106 @@
+"""The seam with Hugging Face: every layer's attention is one call of ours.
+
+transformers lets a function be named as the attention of a model's layers. Ours hands queries,
+keys and values to the `LayerAttention` that travels through the model as the keyword `batch`, so
+that one row `[1, tokens]` may carry any number of sequences. No mask is made: which keys a query
+sees is the business of whoever stands behind `attend`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+ATTENTION = "longctx"
+
+
+class LayerAttention(Protocol):
+    """Attention of one forward pass, called once by each layer, in order."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Returns [tokens, heads, head_dim].
+
+        `query` [tokens, heads, head_dim]; `key`, `value` [tokens, kv_heads, head_dim], after RoPE;
+        all may be strided views. Scores are `scaling * q.k`, then `softcap * tanh(s / softcap)`.
+        `sinks` [heads] are logits that take part in the softmax and carry no value.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec:
+    """`window`: a query at p sees the keys in (p - window, p]; None: all up to p."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None
+
+
+def register_attention() -> None:
+    """Make the name `ATTENTION` known to transformers; doing it twice changes nothing.
+
+    It is not given a mask function: transformers then makes no mask and passes None.
+    """
+    AttentionInterface.register(ATTENTION, _attention)
+
+
+def run_packed(
+    model: nn.Module,
+    token_ids: Tensor,
+    positions: Tensor,
+    batch: object,
+    logits_rows: Tensor,
+) -> Tensor:
+    """Logits [rows, vocab] of the places `logits_rows` [rows] of one packed row of tokens.
+
+    `token_ids`, `positions` [tokens]; `batch` is handed to each layer's attention as it is.
+    """
+    output = model(
+        input_ids=token_ids[None],
+        position_ids=positions[None],
+        use_cache=False,
+        logits_to_keep=logits_rows,
+        batch=batch,
+    )
+    logits: Tensor = output.logits[0]
+    return logits
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    batch: LayerAttention,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,  # the probe has checked at load that none of the others matters
+) -> tuple[Tensor, None]:
+    """Returns [1, tokens, heads, head_dim]; the others are [1, heads, tokens, head_dim]."""
+    layer = module.layer_idx
+    assert isinstance(layer, int), f"{type(module).__name__} does not know its layer"
+    out = batch.attend(
+        layer,
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return out[None].contiguous(), None  # some architectures call view() on it

@@ -1,0 +1,161 @@
+"""longctx as a library: the engine in this process, synchronous.
+
+    llm = LLM("path/to/model")
+    document = llm.document("report.txt")      # read once
+    print(document.ask("What does it say about X?").text)
+
+For many users at once, or for not blocking the caller, use the server.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from longctx.config import EngineConfig, ModelConfig
+from longctx.embedded import model_path
+from longctx.engine import Engine
+from longctx.errors import InvalidRequest, LongctxError
+from longctx.prompt import ChatPrompts, FilePart, Message
+from longctx.request import (
+    FinishReason,
+    Request,
+    RequestClass,
+    RequestOutput,
+    SamplingParams,
+    Segment,
+    Usage,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+
+
+class LLM:
+    def __init__(self, model: str | Path | None = None, config: EngineConfig | None = None) -> None:
+        """`model`: a Hugging Face folder; the embedded retrieval model if absent.
+
+        Raises ModelRefused where the folder cannot be served exactly.
+        """
+        config = config or EngineConfig(model=ModelConfig(model=Path(model) if model else None))
+        folder = Path(model) if model else config.model.model or model_path()
+        self.engine = Engine(config, folder)
+        self._prompts = ChatPrompts(self.engine.tokenizer)
+        self._ids = itertools.count()
+
+    def generate(
+        self, prompts: str | Sequence[str], sampling: SamplingParams | None = None
+    ) -> list[Answer]:
+        """Continue plain text; one answer per prompt (its first choice if `n` > 1)."""
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        encode = self.engine.tokenizer.encode_completion
+        segments = [(Segment(token_ids=tuple(encode(text))),) for text in texts]
+        return self._answers(segments, sampling or SamplingParams())
+
+    def chat(self, messages: Sequence[Message], sampling: SamplingParams | None = None) -> Answer:
+        """Answer a conversation through the model's chat template."""
+        segments = self._prompts.render(messages)
+        (answer,) = self._answers([segments], sampling or SamplingParams())
+        return answer
+
+    def document(self, path: str | Path, *, system: str | None = None) -> "Document":
+        """Read a UTF-8 text file and compute its attention state."""
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(
+                f"{path} is not UTF-8 text (byte {error.start}); convert it first"
+            ) from error
+        return self.document_from_text(text, title=path.name, system=system)
+
+    def document_from_text(
+        self, text: str, *, title: str = "document", system: str | None = None
+    ) -> "Document":
+        token_ids = np.array(self.engine.tokenizer.encode(text), dtype=np.int32)
+        document_id = f"document-{next(self._ids)}"
+        self.engine.open_document(document_id, token_ids)
+        prefix = self._prompts.document_prefix(system, title=title)
+        segments = (Segment(token_ids=prefix), Segment(document_id=document_id))
+        (ingested,) = self._answers(
+            [segments], SamplingParams(max_tokens=0), request_class=RequestClass.INGEST
+        )
+        return Document(self, FilePart(document_id, title), len(token_ids), system, ingested.usage)
+
+    def _answers(
+        self,
+        prompts: Sequence[tuple[Segment, ...]],
+        sampling: SamplingParams,
+        *,
+        request_class: RequestClass = RequestClass.INTERACTIVE,
+    ) -> list[Answer]:
+        requests = [
+            Request(
+                request_id=f"request-{next(self._ids)}",
+                segments=segments,
+                sampling=sampling,
+                request_class=request_class,
+            )
+            for segments in prompts
+        ]
+        collected: dict[str, list[RequestOutput]] = {}
+        for output in self._run(requests):
+            if output.progress is None and (output.index == 0 or output.finished):
+                collected.setdefault(output.request_id, []).append(output)
+        return [_answer(collected[request.request_id]) for request in requests]
+
+    def _run(self, requests: Sequence[Request]) -> Iterator[RequestOutput]:
+        submitted: list[str] = []
+        try:
+            for request in requests:
+                self.engine.submit(request)
+                submitted.append(request.request_id)
+            while self.engine.has_work:
+                yield from self.engine.step()
+        finally:  # an error or Ctrl-C leaves nothing running
+            for request_id in submitted:
+                self.engine.abort(request_id)
+            while self.engine.has_work:
+                self.engine.step()
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A document whose attention state is held by an engine."""
+
+    llm: LLM
+    part: FilePart
+    tokens: int
+    system: str | None
+    usage: Usage  # of reading it
+
+    def ask(self, question: str, sampling: SamplingParams | None = None) -> Answer:
+        """Answer a question about the document; only the question is computed."""
+        system = () if self.system is None else (Message("system", (self.system,)),)
+        messages = (*system, Message("user", (self.part, question)))
+        return self.llm.chat(messages, sampling or SamplingParams(temperature=0.0))
+
+    def close(self) -> None:
+        """Free its blocks. Asking it afterwards raises DocumentMissing."""
+        self.llm.engine.close_document(self.part.document_id)
+
+
+def _answer(outputs: Sequence[RequestOutput]) -> Answer:
+    own = [output for output in outputs if output.index == 0]
+    reason, usage = own[-1].finish_reason, outputs[-1].usage
+    assert reason is not None and usage is not None
+    if reason is FinishReason.ERROR:
+        raise LongctxError(own[-1].error)
+    return Answer(
+        text="".join(output.text for output in own),
+        token_ids=tuple(token for output in own for token in output.token_ids),
+        finish_reason=reason,
+        usage=usage,
+    )

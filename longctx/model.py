@@ -1,0 +1,231 @@
+"""A Hugging Face folder, checked, loaded and ready to compute packed rows.
+
+We write no model code: transformers builds the model and its attention is ours
+(`layer_attention.py`). Whatever would not be computed exactly is refused here, with the reason.
+Read `load_model`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from longctx.config import ModelConfig
+from longctx.errors import ModelRefused
+from longctx.layer_attention import (
+    ATTENTION,
+    LayerAttention,
+    LayerSpec,
+    register_attention,
+    run_packed,
+)
+from longctx.model_files import ModelFiles, fingerprint, read_model_folder
+from longctx.model_probe import PROBE, probe_layers, register_probe
+from longctx.rope import settle_rope
+
+__all__ = ["LayerAttention", "LayerSpec", "LoadedModel", "ModelSpec", "load_model"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """What the rest of the engine may know of a model.
+
+    `fingerprint` names weights and configuration; `rope_identity` names what of the rotary choice
+    changes keys. With `dtype` they keep one model's KV from being taken for another's.
+    """
+
+    name: str
+    architecture: str
+    layers: tuple[LayerSpec, ...]
+    vocab_size: int
+    max_context: int  # tokens, prompt and answer together
+    dtype: torch.dtype
+    device: torch.device
+    fingerprint: str
+    rope_identity: str
+    weight_bytes: int
+
+
+class LoadedModel:
+    """A model that computes packed rows through somebody else's attention."""
+
+    def __init__(self, model: PreTrainedModel, spec: ModelSpec) -> None:
+        self.spec = spec
+        self._model = model
+
+    @torch.inference_mode()
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attention: LayerAttention, logits_rows: Tensor
+    ) -> Tensor:
+        """Logits [rows, vocab_size], float32, of the rows that `logits_rows` names.
+
+        `token_ids`, `positions` [tokens] int64, several sequences one after another; `logits_rows`
+        [rows] int64, indices into them, may be empty.
+        """
+        return run_packed(self._model, token_ids, positions, attention, logits_rows).float()
+
+
+def load_model(config: ModelConfig, folder: Path, *, cache_dir: Path | None = None) -> LoadedModel:
+    """Load `folder` for exact serving; raises ModelRefused with the reason and the cure.
+
+    `cache_dir` keeps checksums of the shards between starts.
+    """
+    files = read_model_folder(folder)
+    settings = _read_settings(files)
+    model_class = _model_class(settings, files)
+    rope = settle_rope(
+        settings,
+        override=config.rope_override,
+        max_context=config.max_context,
+        force_context=config.force_context,
+    )
+    _check_temperature(settings, rope.max_context)
+    device = _device(config.device)
+    dtype = _dtype(config.dtype, settings, files)
+    register_attention()
+    register_probe()
+    model = _load_weights(model_class, settings, files, dtype)
+    model.to(device).eval().requires_grad_(False)
+    with torch.inference_mode():
+        layers = probe_layers(
+            model,
+            layers=settings.num_hidden_layers,
+            vocab_size=settings.vocab_size,
+            max_context=rope.max_context,
+        )
+    model.set_attn_implementation(ATTENTION)
+    assert model.config._attn_implementation == ATTENTION, "the probe would serve"
+    tensors = {tensor.data_ptr(): tensor for tensor in model.parameters()}  # tied ones once
+    spec = ModelSpec(
+        name=folder.resolve().name,
+        architecture=settings.model_type,
+        layers=layers,
+        vocab_size=settings.vocab_size,
+        max_context=rope.max_context,
+        dtype=dtype,
+        device=device,
+        fingerprint=fingerprint(files, cache_dir),
+        rope_identity=rope.identity,
+        weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+    )
+    return LoadedModel(model, spec)
+
+
+def _read_settings(files: ModelFiles) -> Any:
+    """The folder's transformers configuration, of a class that transformers itself has."""
+    architecture = files.config.get("model_type")
+    if architecture not in CONFIG_MAPPING:
+        reason = (
+            "needs code from its folder, which is never run"
+            if "auto_map" in files.config
+            else f"is unknown to transformers {transformers.__version__}"
+        )
+        raise ModelRefused(
+            f"{files.folder}: the architecture {architecture!r} {reason}; use a model that "
+            "transformers has built in"
+        )
+    try:
+        return AutoConfig.from_pretrained(
+            files.folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # validators of each architecture raise what they like
+        raise ModelRefused(
+            f"{files.folder / 'config.json'} is not accepted by transformers: {error}"
+        ) from error
+
+
+def _model_class(settings: Any, files: ModelFiles) -> Any:
+    if settings.is_encoder_decoder:
+        raise ModelRefused(f"{files.folder} is an encoder-decoder; only decoders can be served")
+    if settings.sub_configs and settings.get_text_config(decoder=True) is not settings:
+        raise ModelRefused(
+            f"{files.folder} ({settings.model_type}) takes images or sound besides text; "
+            "only text models can be served"
+        )
+    if type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelRefused(
+            f"{files.folder} ({settings.model_type}) is no language model that transformers can "
+            "generate text with"
+        )
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)]
+    return model_class
+
+
+def _check_temperature(settings: Any, max_context: int) -> None:
+    # Llama 4 scales queries by their place in the row, not by their position; below `floor_scale`
+    # the scale is 1.
+    scale = getattr(settings, "floor_scale", None)
+    if settings.model_type.startswith("llama4") and scale and max_context >= scale:
+        raise ModelRefused(
+            f"{settings.model_type} scales attention from {scale} tokens on in a way that a "
+            f"packed batch cannot reproduce; start with --max-context {int(scale) - 1}"
+        )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelRefused(f"device {name!r} is unknown; use cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelRefused(
+            f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices; use cpu"
+        )
+    return device
+
+
+def _dtype(name: str, settings: Any, files: ModelFiles) -> torch.dtype:
+    stated = settings.dtype if name == "auto" else name
+    stated = stated or files.dtype or "float32"
+    dtype = stated if isinstance(stated, torch.dtype) else getattr(torch, str(stated), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ModelRefused(f"{files.folder} states the dtype {stated!r}; start with --dtype")
+    return dtype
+
+
+def _load_weights(
+    model_class: Any, settings: Any, files: ModelFiles, dtype: torch.dtype
+) -> Any:  # its methods are untyped
+    try:
+        model, report = model_class.from_pretrained(
+            files.folder,
+            config=settings,
+            dtype=dtype,
+            attn_implementation=PROBE,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # reported below, with the file
+            output_loading_info=True,
+        )
+    except Exception as error:  # a missing package, a quantization, an architecture's own check
+        if isinstance(error, KeyError) and PROBE in error.args:
+            raise ModelRefused(
+                f"{files.folder} ({settings.model_type}) has only attentions of its own; it cannot "
+                "be served exactly"
+            ) from error
+        raise ModelRefused(
+            f"transformers cannot load {files.folder} ({type(error).__name__}): {error}"
+        ) from error
+    for tensor, found, wanted in sorted(report["mismatched_keys"]):
+        raise ModelRefused(
+            f"{files.folder / files.file_of(tensor)}: the tensor {tensor} has the shape "
+            f"{list(found)}, config.json calls for {list(wanted)}"
+        )
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelRefused(
+            f"{files.folder / files.file_of(missing[0])}: the tensor {missing[0]} is missing "
+            f"({len(missing)} in all); download the model again"
+        )
+    if report["error_msgs"]:
+        raise ModelRefused(f"transformers cannot load {files.folder}: {report['error_msgs'][0]}")
+    return model

@@ -1,0 +1,151 @@
+"""The messages between the HTTP process and the engine process: msgpack, never pickle.
+
+A frame is four bytes of length, little-endian, and one message. Calls that want an answer carry a
+ticket; `Done` with the same ticket is the answer.
+"""
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from longctx.config import EngineConfig
+from longctx.engine import EngineInfo
+from longctx.errors import (
+    ContextTooLong,
+    DocumentMissing,
+    EngineDied,
+    InvalidRequest,
+    LongctxError,
+    ModelRefused,
+    Overloaded,
+)
+from longctx.request import Request, RequestOutput
+
+HEADER = struct.Struct("<I")
+
+
+class Message(msgspec.Struct, frozen=True, tag=True):
+    """Any message; its class name travels with it."""
+
+
+class Start(Message, frozen=True):
+    config: EngineConfig
+    model_folder: str
+
+
+class Submit(Message, frozen=True):
+    request: Request
+
+
+class Abort(Message, frozen=True):
+    request_id: str
+
+
+class OpenDocument(Message, frozen=True):
+    ticket: int
+    document_id: str
+    tokens: str  # file of little-endian int32 token ids
+
+
+class CloseDocument(Message, frozen=True):
+    ticket: int
+    document_id: str
+
+
+class GetStats(Message, frozen=True):
+    ticket: int
+
+
+class Stop(Message, frozen=True):
+    """End the process; whoever still waits has been told."""
+
+
+class Fault(msgspec.Struct, frozen=True):
+    """A `LongctxError` on the wire."""
+
+    kind: str
+    message: str
+    param: str | None = None
+
+    @classmethod
+    def of(cls, error: LongctxError) -> "Fault":
+        param = error.param if isinstance(error, InvalidRequest) else None
+        return cls(type(error).__name__, str(error), param)
+
+    def error(self) -> LongctxError:
+        kind = _FAULTS.get(self.kind, LongctxError)
+        if issubclass(kind, InvalidRequest):
+            return kind(self.message, param=self.param)
+        return kind(self.message)
+
+
+class Loaded(Message, frozen=True):
+    """Answer to `Start`: ready, or why not."""
+
+    info: EngineInfo | None
+    fault: Fault | None = None
+
+
+class Rejected(Message, frozen=True):
+    """The request was refused at once and will have no outputs."""
+
+    request_id: str
+    fault: Fault
+
+
+class Outputs(Message, frozen=True):
+    outputs: list[RequestOutput]
+
+
+class Done(Message, frozen=True):
+    ticket: int
+    fault: Fault | None = None
+    stats: dict[str, float] | None = None
+
+
+Command = Start | Submit | Abort | OpenDocument | CloseDocument | GetStats | Stop
+Event = Loaded | Rejected | Outputs | Done
+
+_FAULTS: dict[str, type[LongctxError]] = {
+    kind.__name__: kind
+    for kind in (
+        ContextTooLong,
+        DocumentMissing,
+        EngineDied,
+        InvalidRequest,
+        ModelRefused,
+        Overloaded,
+    )
+}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} cannot be sent")
+
+
+def _rich(kind: type, value: Any) -> Any:
+    if issubclass(kind, Path):
+        return kind(value)
+    raise TypeError(f"{kind.__name__} cannot be received")
+
+
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=_plain)
+_COMMANDS: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command, dec_hook=_rich)
+_EVENTS: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event, dec_hook=_rich)
+
+
+def frame(message: Command | Event) -> bytes:
+    body = _ENCODER.encode(message)
+    return HEADER.pack(len(body)) + body
+
+
+def read_command(body: bytes) -> Command:
+    return _COMMANDS.decode(body)
+
+
+def read_event(body: bytes) -> Event:
+    return _EVENTS.decode(body)

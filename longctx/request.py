@@ -1,0 +1,129 @@
+"""What was asked, and what comes back: the words between the engine and everybody else.
+
+A `Request` is frozen; how far it has come is a `Sequence` (`sequence.py`). Every request ends in
+exactly one `RequestOutput` with `finished=True`, and each of its `n` choices in exactly one
+`FinishReason`.
+"""
+
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+
+from longctx.errors import InvalidRequest
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # end-of-text token, stop string or stop id
+    LENGTH = "length"  # max_tokens or the context is used up; also a prefill without an answer
+    ABORT = "abort"  # the caller went away
+    ERROR = "error"  # the engine failed; `RequestOutput.error` says how
+
+
+class RequestClass(IntEnum):
+    """Who is served first when prompts compete; smaller is sooner."""
+
+    INTERACTIVE = 0
+    BATCH = 1
+    INGEST = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the answer is drawn. Neutral values switch a step off."""
+
+    max_tokens: int = 256  # 0: prefill only, nothing is sampled
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    seed: int | None = None  # None: the engine draws one
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        _between("max_tokens", self.max_tokens, 0, None)
+        _between("temperature", self.temperature, 0.0, 100.0)
+        _between("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _between("top_k", self.top_k, 0, None)
+        _between("min_p", self.min_p, 0.0, 1.0)
+        _between("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _between("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _between("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _between("n", self.n, 1, 128)
+        if any(not text for text in self.stop):
+            raise InvalidRequest("stop contains an empty string; remove it", param="stop")
+
+
+def _between(
+    name: str, value: float, low: float, high: float | None, *, open_low: bool = False
+) -> None:
+    below = value <= low if open_low else value < low
+    if not below and (high is None or value <= high):  # NaN fails both comparisons
+        return
+    bracket = "(" if open_low else "["
+    limit = f"{bracket}{low}, {'inf' if high is None else high}]"
+    raise InvalidRequest(f"{name}={value} is outside {limit}", param=name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """One piece of a prompt: literal tokens, or a document that the engine has opened."""
+
+    token_ids: tuple[int, ...] = ()
+    document_id: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.document_id is not None and self.token_ids:
+            raise ValueError("a segment is either literal tokens or a document, not both")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """`segments` in reading order; their tokens concatenated are the prompt."""
+
+    request_id: str
+    segments: tuple[Segment, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    request_class: RequestClass = RequestClass.INTERACTIVE
+    salt: str = ""  # tenant salt; blocks are shared only between equal salts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Token counts of one request. `computed_tokens` counts what the runner really computed."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    computed_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far the prefill is, in tokens of the prompt: `cache` found, `processed` so far in all."""
+
+    total: int
+    cache: int
+    processed: int
+    time_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutput:
+    """One event of one request: prefill progress, new text of choice `index`, or the end of it."""
+
+    request_id: str
+    index: int = 0
+    token_ids: tuple[int, ...] = ()
+    text: str = ""  # complete characters only; what a stop string may still swallow is held back
+    progress: Progress | None = None
+    finish_reason: FinishReason | None = None  # of choice `index`
+    stop_reason: str | int | None = None  # the stop string or id that ended it
+    finished: bool = False  # the last event of the request
+    usage: Usage | None = None  # with `finished`
+    error: str | None = None  # with FinishReason.ERROR

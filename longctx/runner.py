@@ -1,0 +1,74 @@
+"""One forward pass: the model computes, we hold the keys and values and do the attention."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from longctx.attention.backend import AttentionBackend, AttentionPlan
+from longctx.attention.merge import merge_sink
+from longctx.attention.reference import ReferenceAttention
+from longctx.attention.torch_backend import TorchAttention
+from longctx.batch import Batch
+from longctx.kv_memory import KVMemory
+from longctx.model import LoadedModel
+
+BACKENDS: dict[str, Callable[[KVMemory], AttentionBackend]] = {
+    "reference": ReferenceAttention,
+    "torch": TorchAttention,
+}
+
+
+class ModelRunner:
+    def __init__(self, model: LoadedModel, memory: KVMemory, backend: AttentionBackend) -> None:
+        self._model = model
+        self._memory = memory
+        self._backend = backend
+        self.computed_tokens = 0  # rows that went through the model, ever
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> Tensor:
+        """Logits [drawing chunks, vocab], float32. The batch's KV is in the pools afterwards."""
+        step = _StepAttention(batch, self._memory, self._backend)
+        self._memory.clear_raw(batch.fresh_pages)
+        logits = self._model.forward(batch.token_ids, batch.positions, step, batch.logits_rows)
+        self.computed_tokens += len(batch.token_ids)
+        return logits
+
+
+class _StepAttention:
+    """What the model's layers call in one step (a `LayerAttention`)."""
+
+    def __init__(self, batch: Batch, memory: KVMemory, backend: AttentionBackend) -> None:
+        self._batch = batch
+        self._memory = memory
+        self._backend = backend
+        groups = range(len(memory.groups))
+        self._plans = [backend.plan(batch.chunks, group) for group in groups]
+        self._last_layer = max(memory.group_of)
+        # In the last layer only rows whose logits are wanted need attention; all need K and V.
+        self._last_plan: AttentionPlan = backend.plan(
+            batch.last_chunks, memory.group_of[self._last_layer]
+        )
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        batch, memory = self._batch, self._memory
+        group = memory.group_of[layer]
+        memory.write(layer, batch.slots, key, value)
+        if len(batch.sealed_raw):
+            memory.seal(layer, batch.sealed_raw, batch.sealed_packed[group])
+        plan = self._last_plan if layer == self._last_layer else self._plans[group]
+        out, lse = self._backend.attend(layer, query, plan, scaling=scaling, softcap=softcap)
+        if sinks is not None:
+            out, lse = merge_sink(out, lse, sinks)
+        return out.to(query.dtype)

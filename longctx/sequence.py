@@ -1,0 +1,143 @@
+"""How far a request has come: one `Sequence` for each of its choices."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.shape import BLOCK_TOKENS
+from longctx.attention.backend import ENTRY_COLUMNS
+from longctx.detokenizer import TextStream
+from longctx.request import FinishReason, Request
+from longctx.sampler import SamplingState
+from offload.key import BlockKey
+from prompt_cache.prefix import Prefix, PrefixName
+
+
+class SequenceState(Enum):
+    WAITING = "waiting"  # holds no memory; also after a preemption
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class BlockTable:
+    """The sealed blocks of a sequence in one layer group, in order: a growing array of entries."""
+
+    def __init__(self, entries: NDArray[np.int64] | None = None) -> None:
+        self._length = 0 if entries is None else len(entries)
+        self._entries = np.zeros((self._length + 16, ENTRY_COLUMNS), dtype=np.int64)
+        if entries is not None:
+            self._entries[: self._length] = entries
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def entries(self) -> NDArray[np.int64]:
+        """[blocks, ENTRY_COLUMNS], a view."""
+        return self._entries[: self._length]
+
+    def append(self, page: int, *, rows: int, first_position: int) -> None:
+        if self._length == len(self._entries):
+            grown = np.zeros((2 * self._length, ENTRY_COLUMNS), dtype=np.int64)
+            grown[: self._length] = self._entries
+            self._entries = grown
+        self._entries[self._length] = (page, 0, rows, first_position)
+        self._length += 1
+
+
+class TokenIds:
+    """A prompt's shared beginning, which is never copied, and what is the sequence's own."""
+
+    def __init__(self, base: NDArray[np.int32], tail: list[int]) -> None:
+        self._base = base
+        self._tail = tail
+
+    def __len__(self) -> int:
+        return len(self._base) + len(self._tail)
+
+    def append(self, token_id: int) -> None:
+        self._tail.append(token_id)
+
+    def slice(self, begin: int, end: int) -> NDArray[np.int32]:
+        base = len(self._base)
+        tail = np.array(self._tail[max(0, begin - base) : max(0, end - base)], dtype=np.int32)
+        return tail if begin >= base else np.concatenate([self._base[begin:end], tail])
+
+    def upto(self, end: int) -> NDArray[np.int32]:
+        """The first `end` tokens; the shared beginning itself where it ends there."""
+        return self._base if end == len(self._base) else self.slice(0, end)
+
+    def fork(self) -> "TokenIds":
+        return TokenIds(self._base, list(self._tail))
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One answer in the making.
+
+    Computed means: keys and values exist. While `computed < len(tokens) - 1` it is in prefill;
+    an answering sequence has exactly one token that is not computed, the last one drawn.
+    """
+
+    request: Request
+    index: int  # which of the request's choices
+    arrival: int  # order of submission; never changes, so preemption has a total order
+    arrival_seconds: float
+    tokens: TokenIds
+    prompt_tokens: int
+    sampling: SamplingState
+    seed: int
+    text: TextStream
+    namespace: BlockKey
+    document_ends: tuple[tuple[int, PrefixName], ...] = ()  # tokens up to there, and their name
+    base_keys: tuple[BlockKey, ...] = ()  # of a prefix, shared with it
+    tail_keys: list[BlockKey] = field(default_factory=list)  # those that follow
+    state: SequenceState = SequenceState.WAITING
+    computed: int = 0
+    prefix: Prefix | None = None  # acquired: holds the first `prefix.blocks` global blocks
+    tables: tuple[BlockTable, ...] = ()
+    live_from: list[int] = field(default_factory=list)  # per group: first block held on its own
+    own_pages: dict[int, int] = field(default_factory=dict)  # block index -> raw page, still open
+    blocked_on: BlockKey | None = None  # while waiting: a block that another sequence computes
+    tried_at: int = -1  # while waiting for room: the state of the pools when it was last refused
+    cached_tokens: int | None = None  # prompt tokens that were found when it was first admitted
+    computed_tokens: int = 0  # tokens really computed, again after preemptions too
+    preemptions: int = 0
+    finish_reason: FinishReason | None = None
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to compute until the next one can be drawn."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def answering(self) -> bool:
+        return self.computed >= self.prompt_tokens and self.remaining == 1
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """Who gives way to whom: smaller stays. A total order, so nobody is evicted in circles."""
+        return (self.request.request_class, self.arrival, self.index)
+
+    def key(self, block: int) -> BlockKey:
+        base = len(self.base_keys)
+        return self.base_keys[block] if block < base else self.tail_keys[block - base]
+
+    @property
+    def known_keys(self) -> int:
+        return len(self.base_keys) + len(self.tail_keys)
+
+    @property
+    def width(self) -> int:
+        """Sequences that this one is or is about to become: choices fork at the first token."""
+        return 1 if self.index or self.completion_tokens else self.request.sampling.n
+
+    def full_blocks(self) -> int:
+        """Blocks that all tokens before the last one fill: what a cache may provide."""
+        return (len(self.tokens) - 1) // BLOCK_TOKENS

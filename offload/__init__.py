@@ -1,0 +1,1 @@
+"""Where KV bytes live and who leaves."""

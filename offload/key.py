@@ -1,0 +1,44 @@
+"""The name of a block: what it says, after what, under which conditions.
+
+    key = blake2b-256(parent key, first position, token ids)
+
+The parent of a chain's first block is its namespace: model, types, rotary choice, codec and tenant.
+Equal text after equal text in an equal namespace has an equal key, in any tier, on any day.
+"""
+
+import hashlib
+from typing import NewType
+
+import numpy as np
+from numpy.typing import NDArray
+
+BlockKey = NewType("BlockKey", bytes)  # 32 bytes
+
+
+def namespace(
+    *, fingerprint: str, dtype: str, rope: str, codec: str, codec_version: int, salt: str
+) -> BlockKey:
+    """The root of all chains whose blocks may be shared."""
+    parts = (fingerprint, dtype, rope, codec, str(codec_version), salt)
+    digest = hashlib.blake2b(digest_size=32, person=b"longctx-space")
+    for part in parts:
+        raw = part.encode()
+        digest.update(len(raw).to_bytes(8, "little") + raw)  # lengths: no two tuples read alike
+    return BlockKey(digest.digest())
+
+
+def chain_keys(
+    parent: BlockKey, token_ids: NDArray[np.int32], *, first_position: int, block_tokens: int
+) -> list[BlockKey]:
+    """The keys of the full blocks of `token_ids`, each the parent of the next."""
+    assert token_ids.dtype == np.int32
+    raw = np.ascontiguousarray(token_ids).tobytes()
+    stride = block_tokens * 4
+    keys: list[BlockKey] = []
+    for begin in range(0, len(raw) - stride + 1, stride):
+        position = (first_position + begin // 4).to_bytes(8, "little")
+        digest = hashlib.blake2b(parent + position, digest_size=32)
+        digest.update(raw[begin : begin + stride])
+        parent = BlockKey(digest.digest())
+        keys.append(parent)
+    return keys

@@ -1,0 +1,83 @@
+"""Prompts that end in a document, held whole: the reason that a question costs only itself.
+
+The blocks of a document could be found one by one through their keys, but at a million tokens even
+that walk costs more than the answer. A `Prefix` keeps the tokens, keys and block-table entries of
+everything up to the end of a document in a few arrays, and holds one reference to each block for
+all its users together. Looking it up costs the same at any length.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offload.key import BlockKey
+
+# What a prompt says up to the end of a document: tenant salt, then literal token ids or document.
+PrefixName = tuple[str | tuple[int, ...] | tuple[str, str], ...]
+
+
+def document_name(document_id: str) -> tuple[str, str]:
+    """How a document stands in a `PrefixName`; never equal to literal token ids."""
+    return ("document", document_id)
+
+
+@dataclass(slots=True)
+class Prefix:
+    """The full blocks of a prompt's beginning, resident in the device pools.
+
+    `tables` [blocks, columns], one per layer group. A group with a window holds only the blocks of
+    the last window (from `window_begin[group]`); the others are listed but not held.
+    """
+
+    name: PrefixName
+    token_ids: NDArray[np.int32]  # up to the end of the document, beyond the last full block
+    keys: tuple[BlockKey, ...]  # one per full block
+    tables: tuple[NDArray[np.int64], ...]
+    window_begin: tuple[int, ...]
+    users: int = 0
+    closed: bool = False  # its document is gone: the blocks follow with the last user
+
+    @property
+    def blocks(self) -> int:
+        return len(self.keys)
+
+
+class PrefixIndex:
+    """Prefixes by name; those without users in the order of their last use."""
+
+    def __init__(self) -> None:
+        self._prefixes: OrderedDict[PrefixName, Prefix] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._prefixes)
+
+    def __contains__(self, name: PrefixName) -> bool:
+        return name in self._prefixes
+
+    def get(self, name: PrefixName) -> Prefix | None:
+        return self._prefixes.get(name)
+
+    def add(self, prefix: Prefix) -> None:
+        assert prefix.name not in self._prefixes
+        self._prefixes[prefix.name] = prefix
+
+    def acquire(self, prefix: Prefix) -> None:
+        prefix.users += 1
+        if prefix.name in self._prefixes:
+            self._prefixes.move_to_end(prefix.name)
+
+    def pop_idle(self) -> Prefix | None:
+        """Remove and return the unused prefix that was used the longest time ago."""
+        for prefix in self._prefixes.values():
+            if prefix.users == 0:
+                del self._prefixes[prefix.name]
+                return prefix
+        return None
+
+    def pop_document(self, document_id: str) -> list[Prefix]:
+        """Remove and return all prefixes that contain the document, in use or not."""
+        mark = document_name(document_id)
+        names = [name for name in self._prefixes if mark in name]
+        return [self._prefixes.pop(name) for name in names]
