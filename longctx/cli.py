@@ -19,7 +19,6 @@ from longctx.embedded import model_path
 from longctx.errors import LongctxError
 from longctx.options import add_options, read_options
 
-
 # The environment and a TOML file may have the options of any command.
 CONFIGS = (EngineConfig, ServerConfig)
 

@@ -13,7 +13,8 @@ class ModelConfig:
     model: Annotated[Path | None, "Hugging Face model folder; the embedded model if absent"] = None
     device: Annotated[str, "cpu, cuda, cuda:1, ...; auto takes CUDA where there is one"] = "auto"
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], "compute type; auto: the checkpoint's"
+        Literal["auto", "float32", "bfloat16", "float16"],
+        "compute type; auto: the checkpoint's, but float32 on CPUs without bfloat16 instructions",
     ] = "auto"
     max_context: Annotated[int | None, "longest prompt and answer, tokens; the model's own"] = None
     force_context: Annotated[bool, "allow a max-context beyond the trained length"] = False

@@ -8,8 +8,6 @@
 one output with `finished`. Read `step` first.
 """
 
-import os
-import secrets
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -24,27 +22,25 @@ from compress.shape import BLOCK_TOKENS
 from longctx.batch import Batch
 from longctx.config import EngineConfig
 from longctx.detokenizer import TextStream
-from longctx.errors import ContextTooLong, DocumentMissing, InvalidRequest, ModelRefused
+from longctx.errors import InvalidRequest, ModelRefused
+from longctx.intake import Intake
 from longctx.kv_cache import KVCacheManager
-from longctx.kv_memory import KVMemory
+from longctx.kv_memory import KVMemory, pool_bytes
 from longctx.model import load_model
 from longctx.request import (
     FinishReason,
     Progress,
     Request,
     RequestOutput,
-    Segment,
     Usage,
 )
 from longctx.runner import BACKENDS, ModelRunner
-from longctx.sampler import SamplingError, SamplingState, sample
+from longctx.sampler import SamplingError, sample
 from longctx.scheduler import Scheduler, SchedulerOutput
-from longctx.sequence import Sequence, TokenIds
+from longctx.sequence import Sequence
 from longctx.tokenizer import Tokenizer
-from offload.key import namespace
-from prompt_cache.prefix import PrefixName, document_name
 
-GIB = 1 << 30
+FINGERPRINTS = Path.home() / ".cache" / "longctx"  # checksums of weights, kept between starts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +81,7 @@ class Engine:
         _check_name("kv_codec", config.cache.kv_codec, CODECS)
         self._config = config
         self.tokenizer = Tokenizer(model_folder)
-        model = load_model(config.model, model_folder)
+        model = load_model(config.model, model_folder, cache_dir=FINGERPRINTS)
         self._spec = spec = model.spec
         scheduler = config.scheduler
         chunk_blocks = -(-scheduler.max_batch_tokens // BLOCK_TOKENS)
@@ -94,16 +90,20 @@ class Engine:
             dtype=spec.dtype,
             device=spec.device,
             codec=config.cache.kv_codec,
-            pool_bytes=_pool_bytes(config.cache.device_pool_gib, spec.device),
+            pool_bytes=pool_bytes(config.cache.device_pool_gib, spec.device),
             step_blocks=chunk_blocks + 2 * scheduler.max_sequences,
         )
         self._cache = KVCacheManager(self._memory)
         self._scheduler = Scheduler(scheduler, self._cache)
         backend = BACKENDS[config.model.attention_backend](self._memory)
         self._runner = ModelRunner(model, self._memory, backend)
-        self._documents: dict[str, NDArray[np.int32]] = {}
+        self._intake = Intake(
+            spec,
+            self._cache,
+            self.tokenizer,
+            max_sequences=scheduler.max_sequences,
+        )
         self._requests: dict[str, _Answers] = {}
-        self._arrivals = 0
         self._steps = 0
         self._early: list[RequestOutput] = []  # outputs that arose between steps
         self.info = EngineInfo(
@@ -132,13 +132,7 @@ class Engine:
         """
         if request.request_id in self._requests:
             raise InvalidRequest(f"request id {request.request_id} is in use", param="request_id")
-        if request.sampling.n > self._config.scheduler.max_sequences:
-            raise InvalidRequest(
-                f"n={request.sampling.n} is more than the {self._config.scheduler.max_sequences} "
-                "sequences that may run at once; raise --max-sequences",
-                param="n",
-            )
-        sequence = self._sequence(request)
+        sequence = self._intake.sequence(request)
         self._scheduler.add(sequence)
         self._requests[request.request_id] = _Answers(request, [sequence])
 
@@ -153,18 +147,12 @@ class Engine:
 
     def open_document(self, document_id: str, token_ids: NDArray[np.int32]) -> None:
         """Make a document known by its tokens; requests may then name it as a segment."""
-        low, high = (int(token_ids.min()), int(token_ids.max())) if len(token_ids) else (0, 0)
-        if low < 0 or high >= self._spec.vocab_size:
-            raise InvalidRequest(
-                f"document {document_id} has token id {high if low >= 0 else low}; the model's "
-                f"vocabulary has {self._spec.vocab_size}",
-                param="document_id",
-            )
-        self._documents[document_id] = token_ids
+        if self._intake.open_document(document_id, token_ids):
+            self._cache.close_document(document_id)  # it said something else before
 
     def close_document(self, document_id: str) -> None:
         """Forget a document and free the blocks that only it uses."""
-        self._documents.pop(document_id, None)
+        self._intake.close_document(document_id)
         self._cache.close_document(document_id)
 
     # -- steps ----------------------------------------------------------------------------------
@@ -332,7 +320,7 @@ class Engine:
             "requests_waiting": len(self._scheduler.waiting),
             "steps_total": self._steps,
             "computed_tokens_total": self._runner.computed_tokens,
-            "documents_open": len(self._documents),
+            "documents_open": len(self._intake.documents),
             "prefixes_held": len(self._cache.prefixes),
             "raw_blocks_held": self._memory.raw.held,
         }
@@ -340,95 +328,6 @@ class Engine:
             numbers[f"group{index}_blocks_total"] = pool.capacity
             numbers[f"group{index}_blocks_held"] = pool.held
         return numbers
-
-    def _sequence(self, request: Request) -> Sequence:
-        """The first choice of a request, checked against what can be served."""
-        tokens, ends = self._prompt(request)
-        prompt_tokens, sampling = len(tokens), request.sampling
-        if prompt_tokens == 0:
-            raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
-        for limit, cure in (
-            (self._spec.max_context, "raise --max-context where the model allows it"),
-            (self._memory.capacity_tokens, "raise --device-pool-gib"),
-        ):
-            if prompt_tokens + sampling.max_tokens > limit:
-                raise ContextTooLong(
-                    f"the prompt has {prompt_tokens} tokens and the answer may have "
-                    f"{sampling.max_tokens}, together more than the limit of {limit}; shorten the "
-                    f"prompt, lower max_tokens or {cure}",
-                    param="messages",
-                )
-        self._arrivals += 1
-        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        codec = self._memory.codecs[0]
-        return Sequence(
-            request=request,
-            index=0,
-            arrival=self._arrivals,
-            arrival_seconds=time.monotonic(),
-            tokens=tokens,
-            prompt_tokens=prompt_tokens,
-            sampling=SamplingState(
-                sampling, seed=seed, prompt_token_ids=lambda: tokens.slice(0, prompt_tokens)
-            ),
-            seed=seed,
-            text=TextStream(self.tokenizer, stop=sampling.stop),
-            namespace=namespace(
-                fingerprint=self._spec.fingerprint,
-                dtype=self.info.dtype,
-                rope=self._spec.rope_identity,
-                codec=codec.name,
-                codec_version=codec.version,
-                salt=request.salt,
-            ),
-            document_ends=ends,
-        )
-
-    def _prompt(self, request: Request) -> tuple[TokenIds, tuple[tuple[int, PrefixName], ...]]:
-        """The prompt's tokens, and where each document ends under which name.
-
-        Up to the last document they are an array that is shared, not copied, with earlier prompts
-        that began alike.
-        """
-        name: PrefixName = (request.salt,)
-        ends: list[tuple[int, PrefixName]] = []
-        length, beyond = 0, 0
-        for number, segment in enumerate(request.segments, 1):
-            if segment.document_id is None:
-                self._check_ids(segment.token_ids)
-                name = (*name, segment.token_ids)
-                length += len(segment.token_ids)
-            else:
-                if segment.document_id not in self._documents:
-                    raise DocumentMissing(f"document {segment.document_id} is not open")
-                name = (*name, document_name(segment.document_id))
-                length += len(self._documents[segment.document_id])
-                ends.append((length, name))
-                beyond = number
-        known = self._cache.prefixes.get(ends[-1][1]) if ends else None
-        base = self._concatenate(request.segments[:beyond]) if known is None else known.token_ids
-        tail = [token for segment in request.segments[beyond:] for token in segment.token_ids]
-        return TokenIds(base, tail), tuple(ends)
-
-    def _concatenate(self, segments: tuple[Segment, ...]) -> NDArray[np.int32]:
-        parts = [
-            np.array(segment.token_ids, dtype=np.int32)
-            if segment.document_id is None
-            else self._documents[segment.document_id]
-            for segment in segments
-        ]
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
-
-    def _check_ids(self, token_ids: tuple[int, ...]) -> None:
-        if not token_ids:
-            return
-        low, high = min(token_ids), max(token_ids)
-        if low < 0 or high >= self._spec.vocab_size:
-            raise InvalidRequest(
-                f"token id {high if low >= 0 else low} is outside the vocabulary of "
-                f"{self._spec.vocab_size}",
-                param="prompt",
-            )
 
 
 def _usage(answers: _Answers) -> Usage:
@@ -444,12 +343,3 @@ def _usage(answers: _Answers) -> Usage:
 def _check_name(option: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
         raise ModelRefused(f"{option} {name!r} is unknown; choose from {', '.join(sorted(known))}")
-
-
-def _pool_bytes(gib: float | None, device: torch.device) -> int:
-    if gib is not None:
-        return int(gib * GIB)
-    if device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-        return int(0.85 * free_bytes)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4

@@ -4,6 +4,7 @@ Layers with the same window form a `LayerGroup`; a sealed block has one page in 
 each group. Blocks that still grow lie in one raw pool that serves all layers.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -124,6 +125,16 @@ class KVMemory:
     def decode(self, layer: int, pages: Tensor) -> Tensor:
         """uint8 [blocks, page_bytes] -> [blocks, block_tokens, 2, kv_heads, head_dim]."""
         return self.codecs[layer].decode(pages)
+
+
+def pool_bytes(gib: float | None, device: torch.device) -> int:
+    """What the packed pools may take: as told, or what can be spared."""
+    if gib is not None:
+        return int(gib * (1 << 30))
+    if device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        return int(0.85 * free_bytes)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 
 
 def _pages_per_group(
