@@ -64,7 +64,9 @@ class TorchAttention:
             else:
                 tile_out, tile_lse = tile_out[tile.real], tile_lse[tile.real]
                 target = tile.rows[tile.real]
-            out[target], lse[target] = merge(out[target], lse[target], tile_out, tile_lse)
+            if not tile.first:
+                tile_out, tile_lse = merge(out[target], lse[target], tile_out, tile_lse)
+            out[target], lse[target] = tile_out, tile_lse
         return out, lse
 
     def _rows(self, layer: int, tile: Tile) -> Tensor:
@@ -72,14 +74,12 @@ class TorchAttention:
         memory = self._memory
         parts: list[Tensor] = []
         if tile.packed is not None:
-            chosen = tile.packed if isinstance(tile.packed, slice) else tile.packed.flatten()
-            decoded = memory.decode(layer, memory.packed_pages(layer)[chosen])
+            decoded = memory.decode(layer, memory.packed_pages(layer)[tile.packed])
             parts.append(decoded.view(tile.batch, -1, *decoded.shape[2:]))
         if tile.own is not None:
             rows = memory.raw_rows(layer)
             pages = rows.view(-1, BLOCK_TOKENS, *rows.shape[1:])
-            chosen = tile.own if isinstance(tile.own, slice) else tile.own.flatten()
-            parts.append(pages[chosen].view(tile.batch, -1, *rows.shape[1:]))
+            parts.append(pages[tile.own].view(tile.batch, -1, *rows.shape[1:]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 

@@ -29,18 +29,21 @@ from longctx.attention.backend import (
 )
 
 TILE_BLOCKS = 64  # pages of one tile of the past: 4,096 keys
-FUSED_BLOCKS = 16  # so few pages are copied together with the own block, which saves a merge
+FUSED_BLOCKS = 8  # so few pages are copied together with the own block, which saves a merge
+NARROW_WINDOW_TOKENS = 1024  # up to here a prefill computes one rectangle per row block
 
 Entries = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """`rows` [B, R] of the batch (or one slice of it) by `packed` then `own` pages, each [B, n].
+    """`rows` [B, R] of the batch, or one slice of it, by `packed` and then `own` pages.
+
+    Pages are [B * n], or a slice of the pool where they follow each other.
 
     `bias` [B, 1, R, keys] is 0 where a row sees a key and -inf elsewhere, None where all is seen.
     `causal`: row i of the tile sees keys 0 to i. `real` [B, R] marks rows that are not padding,
-    None if all are real.
+    None if all are real. `first`: no earlier tile has a part of these rows' attention.
     """
 
     rows: Tensor | slice
@@ -50,6 +53,7 @@ class Tile:
     bias: Tensor | None
     causal: bool
     real: Tensor | None
+    first: bool
 
 
 def plan_tiles(
@@ -76,8 +80,7 @@ class _Rectangle:
     row_begin: int  # within the chunk
     rows: int
     entries: Entries
-    own_begin: int  # in own pages of the chunk
-    own_pages: int
+    own_block: int  # which of the chunk's own pages
 
 
 class _Planner:
@@ -88,19 +91,19 @@ class _Planner:
         self._window = window
         self._lossless = lossless
         self._device = device
+        self._begun: set[int] = set()  # chunks, by their first row, of which a tile was planned
 
     def tiles(self, chunks: Sequence[ChunkRows]) -> Iterator[Tile]:
         padded: dict[tuple[int, int], list[_Rectangle]] = defaultdict(list)
         for chunk in chunks:
             if chunk.rows == 1:
                 entries = self._visible(chunk, 0, chunk.past_entries)
-                head = 0
                 if len(entries) > FUSED_BLOCKS:
-                    head = len(entries) - FUSED_BLOCKS // 2
-                    yield from self._past(chunk, entries[:head])
-                rectangle = _Rectangle(chunk, 0, 1, entries[head:], 0, 1)
+                    yield from self._past(chunk, entries)
+                    entries = entries[:0]
+                rectangle = _Rectangle(chunk, 0, 1, entries, 0)
                 padded[1, _bucket(len(rectangle.entries))].append(rectangle)
-            elif self._window is not None and self._window <= FUSED_BLOCKS * BLOCK_TOKENS:
+            elif self._window is not None and self._window <= NARROW_WINDOW_TOKENS:
                 for rectangle in self._row_blocks(chunk, with_past=True):
                     padded[BLOCK_TOKENS, _bucket(len(rectangle.entries))].append(rectangle)
             else:
@@ -114,6 +117,8 @@ class _Planner:
                     if len(chunk.own_pages) > 1:
                         yield self._chunk_sealed(chunk)
         for (rows, blocks), rectangles in padded.items():
+            if len(rectangles) == 1:
+                blocks = len(rectangles[0].entries)
             limit = max(1, 4 * TILE_BLOCKS // (blocks + 1))
             for begin in range(0, len(rectangles), limit):
                 yield self._padded(rectangles[begin : begin + limit], rows, blocks)
@@ -163,6 +168,7 @@ class _Planner:
             bias=bias,
             causal=causal,
             real=None,
+            first=self._begin([chunk]),
         )
 
     def _row_blocks(self, chunk: ChunkRows, *, with_past: bool) -> Iterator[_Rectangle]:
@@ -174,7 +180,7 @@ class _Planner:
             entries = self._visible(chunk, begin, last)
             if not with_past:
                 entries = entries[:0]
-            yield _Rectangle(chunk, begin, end - begin, entries, block, 1)
+            yield _Rectangle(chunk, begin, end - begin, entries, block)
 
     def _one(self, chunk: ChunkRows, entries: Entries, seen: NDArray[np.bool_] | None) -> Tile:
         return Tile(
@@ -185,6 +191,7 @@ class _Planner:
             bias=None if seen is None or seen.all() else self._bias(seen[None]),
             causal=False,
             real=None,
+            first=self._begin([chunk]),
         )
 
     def _sees(
@@ -207,7 +214,7 @@ class _Planner:
         row_index = np.zeros((batch, rows), dtype=np.int64)
         real = np.zeros((batch, rows), dtype=bool)
         packed = np.zeros((batch, blocks, ENTRY_COLUMNS), dtype=np.int64)
-        own = np.zeros((batch, 1), dtype=np.int64)
+        own = np.zeros(batch, dtype=np.int64)
         own_row = np.zeros((batch, rows), dtype=np.int64)
         position = np.zeros((batch, rows), dtype=np.int64)
         for index, rectangle in enumerate(rectangles):
@@ -216,8 +223,8 @@ class _Planner:
             row_index[index, :count] = chunk.row_begin + steps
             real[index, :count] = True
             packed[index, : len(rectangle.entries)] = rectangle.entries
-            own[index] = chunk.own_pages[rectangle.own_begin]
-            own_row[index, :count] = chunk.own_row + steps - rectangle.own_begin * BLOCK_TOKENS
+            own[index] = chunk.own_pages[rectangle.own_block]
+            own_row[index, :count] = chunk.own_row + steps - rectangle.own_block * BLOCK_TOKENS
             position[index, :count] = chunk.first_position + steps
         own_keys = np.arange(BLOCK_TOKENS)
         seen = own_keys[None, None] <= own_row[:, :, None]  # padding rows see one key: finite
@@ -231,15 +238,26 @@ class _Planner:
                 oldest = position - self._window
                 past = past & (positions[:, None] > oldest[:, :, None])
             seen = np.concatenate([past, seen], axis=2)
+        one = batch == 1 and rows == 1
         return Tile(
-            rows=self._tensor(row_index),
+            rows=slice(int(row_index[0, 0]), int(row_index[0, 0]) + 1)
+            if one
+            else self._tensor(row_index),
             batch=batch,
-            packed=self._tensor(packed[:, :, PAGE]) if blocks else None,
-            own=self._tensor(own),
+            packed=self._pages(packed[:, :, PAGE].ravel()) if blocks else None,
+            own=self._pages(own),
             bias=self._bias(seen),
             causal=False,
             real=None if real.all() else self._tensor(real),
+            first=self._begin([rectangle.chunk for rectangle in rectangles]),
         )
+
+    def _begin(self, chunks: Sequence[ChunkRows]) -> bool:
+        """Note that a tile has rows of these chunks; whether it is the first for all of them."""
+        begins = {chunk.row_begin for chunk in chunks}
+        first = self._begun.isdisjoint(begins)
+        self._begun |= begins
+        return first
 
     def _pages(self, pages: NDArray[np.int64]) -> Tensor | slice:
         """Pages that follow each other are read in place."""
