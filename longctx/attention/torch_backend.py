@@ -39,35 +39,36 @@ class TorchAttention:
         scaling: float,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
+        tiles = cast(tuple[Tile, ...], plan)
+        if len(tiles) == 1 and tiles[0].rows == slice(0, len(query)):
+            return self._attend(layer, query, tiles[0], scaling, softcap)
         out = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
         lse = query.new_full(query.shape[:2], -torch.inf, dtype=torch.float32)
-        for tile in cast(tuple[Tile, ...], plan):
-            rows = self._rows(layer, tile)
-            tile_query = query[tile.rows]
-            if isinstance(tile.rows, slice):
-                tile_query = tile_query[None]
-            tile_out, tile_lse = attend_tile(
-                tile_query,
-                rows[:, :, 0],
-                rows[:, :, 1],
-                scaling=scaling,
-                softcap=softcap,
-                bias=tile.bias,
-                causal=tile.causal,
-            )
-            if isinstance(tile.rows, slice):
-                tile_out, tile_lse = tile_out[0], tile_lse[0]
-                target: Tensor | slice = tile.rows
-            elif tile.real is None:
-                tile_out, tile_lse = tile_out.flatten(0, 1), tile_lse.flatten(0, 1)
-                target = tile.rows.flatten()
-            else:
-                tile_out, tile_lse = tile_out[tile.real], tile_lse[tile.real]
-                target = tile.rows[tile.real]
+        for tile in tiles:
+            tile_out, tile_lse = self._attend(layer, query, tile, scaling, softcap)
+            rows = tile.rows if tile.targets is None else tile.targets
             if not tile.first:
-                tile_out, tile_lse = merge(out[target], lse[target], tile_out, tile_lse)
-            out[target], lse[target] = tile_out, tile_lse
+                tile_out, tile_lse = merge(out[rows], lse[rows], tile_out, tile_lse)
+            out[rows], lse[rows] = tile_out, tile_lse
         return out, lse
+
+    def _attend(
+        self, layer: int, query: Tensor, tile: Tile, scaling: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """One tile: out [rows, heads, head_dim] and lse [rows, heads] of its real rows."""
+        keys_and_values = self._rows(layer, tile)
+        tile_query = query[tile.rows]
+        out, lse = attend_tile(
+            tile_query.reshape(tile.batch, -1, *query.shape[1:]),
+            keys_and_values[:, :, 0],
+            keys_and_values[:, :, 1],
+            scaling=scaling,
+            softcap=softcap,
+            bias=tile.bias,
+            causal=tile.causal,
+        )
+        out, lse = out.flatten(0, 1), lse.flatten(0, 1)
+        return (out, lse) if tile.picked is None else (out[tile.picked], lse[tile.picked])
 
     def _rows(self, layer: int, tile: Tile) -> Tensor:
         """The tile's keys and values: [B, keys, 2, kv_heads, head_dim]."""

@@ -11,7 +11,7 @@ sequences cost one call, as do the row blocks of a prefill under a sliding windo
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -37,13 +37,15 @@ Entries = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """`rows` [B, R] of the batch, or one slice of it, by `packed` and then `own` pages.
+    """Rows of the batch by `packed` and then `own` pages.
 
-    Pages are [B * n], or a slice of the pool where they follow each other.
+    `rows` [B, R], or one slice of the batch. Pages are [B * n], or a slice of the pool where they
+    follow each other.
 
     `bias` [B, 1, R, keys] is 0 where a row sees a key and -inf elsewhere, None where all is seen.
-    `causal`: row i of the tile sees keys 0 to i. `real` [B, R] marks rows that are not padding,
-    None if all are real. `first`: no earlier tile has a part of these rows' attention.
+    `causal`: row i of the tile sees keys 0 to i. `first`: no earlier tile has a part of these rows'
+    attention. Of the flattened [B * R] results, `picked` are real and belong to the batch's rows
+    `targets`; what is not picked is padding. None where `rows` is a slice.
     """
 
     rows: Tensor | slice
@@ -52,8 +54,9 @@ class Tile:
     own: Tensor | slice | None
     bias: Tensor | None
     causal: bool
-    real: Tensor | None
     first: bool
+    picked: Tensor | None = None
+    targets: Tensor | None = None
 
 
 def plan_tiles(
@@ -167,7 +170,6 @@ class _Planner:
             own=self._pages(chunk.own_pages),
             bias=bias,
             causal=causal,
-            real=None,
             first=self._begin([chunk]),
         )
 
@@ -190,7 +192,6 @@ class _Planner:
             own=None,
             bias=None if seen is None or seen.all() else self._bias(seen[None]),
             causal=False,
-            real=None,
             first=self._begin([chunk]),
         )
 
@@ -238,18 +239,23 @@ class _Planner:
                 oldest = position - self._window
                 past = past & (positions[:, None] > oldest[:, :, None])
             seen = np.concatenate([past, seen], axis=2)
-        one = batch == 1 and rows == 1
-        return Tile(
-            rows=slice(int(row_index[0, 0]), int(row_index[0, 0]) + 1)
-            if one
-            else self._tensor(row_index),
+        tile = Tile(
+            rows=slice(int(row_index[0, 0]), int(row_index[0, 0]) + 1),
             batch=batch,
             packed=self._pages(packed[:, :, PAGE].ravel()) if blocks else None,
             own=self._pages(own),
             bias=self._bias(seen),
             causal=False,
-            real=None if real.all() else self._tensor(real),
             first=self._begin([rectangle.chunk for rectangle in rectangles]),
+        )
+        if batch == rows == 1:
+            return tile
+        picked = np.flatnonzero(real)
+        return replace(
+            tile,
+            rows=self._tensor(row_index),
+            picked=self._tensor(picked),
+            targets=self._tensor(row_index.ravel()[picked]),
         )
 
     def _begin(self, chunks: Sequence[ChunkRows]) -> bool:
