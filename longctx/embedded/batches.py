@@ -1,0 +1,310 @@
+"""Training batches for needle: documents with many facts, and questions about them.
+
+The rows of a batch are one memory, so every fact of the batch is a distractor for every other.
+Filler comes from a token array; spans that drew attention come back more often (hard filler).
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from longctx.embedded import generator
+from longctx.embedded.generator import NOT_MENTIONED, RULER_NOISE, Needle
+from longctx.embedded.model import Batch
+from longctx.embedded.tokenizer import ASSISTANT, BOS, EOS, SPECIALS, SYSTEM, USER
+from longctx.embedded.values import Words
+
+HIDDEN = -1e9
+SPAN_TOKENS = 48
+INSTRUCTIONS = (
+    "You are a helpful assistant.",
+    "You are a helpful AI bot that answers questions for a user. Keep your response short and"
+    " direct.",
+    "Answer the question about the document. Be brief.",
+    "Use only what the document says.",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """How large a batch is and how its memory is divided."""
+
+    document_rows: int = 8
+    document_tokens: int = 256
+    question_rows: int = 8
+    question_tokens: int = 128
+    groups: int = 1  # questions of a group see the documents of that group only
+    dilution: float = 9.0  # up to this much is added to the scores of filler
+
+
+@dataclass(slots=True)
+class Placed:
+    """A needle as tokens: its statement, the part of it that is the answer, where that begins
+    in the statement, and the statement's place in memory."""
+
+    needle: Needle
+    statement: list[int]
+    answer: list[int]
+    begin: int
+    place: int = -1
+
+
+@dataclass(slots=True)
+class HardFiller:
+    """Spans of filler that attention went to; the least attended leave first."""
+
+    capacity: int = 4096
+    spans: list[tuple[float, np.ndarray]] = field(default_factory=list)
+
+    def add(self, score: float, span: np.ndarray) -> None:
+        self.spans.append((score, span))
+        if len(self.spans) > self.capacity * 5 // 4:
+            self.spans.sort(key=lambda item: -item[0])
+            # scores age, so that spans the model has learnt make room
+            self.spans = [(s * 0.8, span) for s, span in self.spans[: self.capacity]]
+
+
+class Batches:
+    """Makes batch number `step` from `seed`; the same every time but for the hard filler."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, filler: np.ndarray, words: tuple[str, ...], seed: int
+    ) -> None:
+        self.tokenizer, self.filler, self.seed = tokenizer, filler, seed
+        self.words = Words(heldout=False, extra=words)
+        self.hard = HardFiller()
+        self.bos, self.eos = SPECIALS.index(BOS), SPECIALS.index(EOS)
+        self.user, self.assistant = SPECIALS.index(USER), SPECIALS.index(ASSISTANT)
+        self.system = SPECIALS.index(SYSTEM)
+        self.newline = self._encode("\n")
+        self.noise = np.array(self._encode(" " + RULER_NOISE))
+        self.not_mentioned = self._encode(NOT_MENTIONED)
+        ends = [i for i in range(tokenizer.get_vocab_size()) if _ends_sentence(tokenizer, i)]
+        self.is_end = np.zeros(tokenizer.get_vocab_size(), bool)
+        self.is_end[ends] = True
+
+    def make(self, step: int, shape: Shape) -> Batch:
+        rng = random.Random(f"{self.seed} {step}")
+        rows_per_group = shape.document_rows // shape.groups
+        questions_per_group = shape.question_rows // shape.groups
+        documents = np.zeros((shape.document_rows, shape.document_tokens), np.int64)
+        questions = np.zeros((shape.question_rows, shape.question_tokens), np.int64)
+        is_filler = np.zeros(documents.shape, bool)
+        own_filler = np.zeros(questions.shape, bool)
+        supervised: list[tuple[int, int, int, int]] = []
+        taken: set[tuple[str, str]] = set()
+        for group in range(shape.groups):
+            favourites = [self._subject(rng) for _ in range(3)]
+            facts: list[Placed] = []
+            for row in range(group * rows_per_group, (group + 1) * rows_per_group):
+                count = rng.choice((1, 2, 2, 3, 3, 4)) if shape.document_tokens > 200 else 2
+                new = [self._fact(rng, favourites, facts, taken) for _ in range(count)]
+                first = row == group * rows_per_group
+                documents[row], is_filler[row], kept = self._document(
+                    rng, new, shape.document_tokens, first
+                )
+                for fact in kept:
+                    fact.place += row * shape.document_tokens
+                facts.extend(kept)
+            asked: list[Placed] = []
+            for row in range(group * questions_per_group, (group + 1) * questions_per_group):
+                ids, targets, context = self._questions(
+                    rng, facts, asked, favourites, taken, shape.question_tokens
+                )
+                questions[row, : len(ids)] = ids
+                own_filler[row, :context] = True
+                supervised += [(row, *target) for target in targets]
+        dilution = np.array([rng.uniform(0, shape.dilution) for _ in range(shape.question_rows)])
+        memory_bias = is_filler.reshape(1, -1) * dilution[:, None]
+        row_group = np.repeat(np.arange(shape.groups), rows_per_group * shape.document_tokens)
+        question_group = np.repeat(np.arange(shape.groups), questions_per_group)
+        memory_bias[question_group[:, None] != row_group[None]] = HIDDEN
+        own_bias = own_filler * dilution[:, None]
+        row_, column_, token_, place_ = map(torch.tensor, zip(*supervised, strict=True))
+        return Batch(
+            documents=torch.from_numpy(documents),
+            questions=torch.from_numpy(questions),
+            answer_row=row_,
+            answer_column=column_,
+            answer_token=token_,
+            answer_place=place_,
+            memory_bias=torch.from_numpy(memory_bias).float(),
+            own_bias=torch.from_numpy(own_bias).float(),
+            first_position=rng.choice((0, 0, rng.randrange(1_000_000))),
+        )
+
+    def mine(self, batch: Batch, weights: torch.Tensor, spans: int = 12) -> None:
+        """Remember the filler that took the most attention. `weights` [answers, heads, memory]."""
+        mass = weights.amax(dim=(0, 1)).float()
+        rows, tokens = batch.documents.shape
+        # Filler is what any row's bias raises; a bias of zero hides little.
+        mass = mass * (batch.memory_bias.amax(0) > 0)
+        scores, places = mass.topk(spans)
+        for score, place in zip(scores.tolist(), places.tolist(), strict=True):
+            if score < 0.02:
+                break
+            row, column = divmod(place, tokens)
+            start = min(max(column - SPAN_TOKENS * 3 // 4, 0), tokens - SPAN_TOKENS)
+            raised = (batch.memory_bias.amax(0) > 0).view(rows, tokens)[row]
+            span = slice(start, start + SPAN_TOKENS)
+            if bool(raised[span].all()):  # a span with part of a needle is no filler
+                self.hard.add(score, batch.documents[row, span].numpy().astype(np.uint16))
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _subject(self, rng: random.Random) -> tuple[str, str]:
+        kind = rng.choices(
+            ("number", "word", "person", "code", "date", "place"), (5, 2, 1, 2, 1, 1)
+        )
+        return kind[0], generator.attribute_of(rng, self.words, kind[0])
+
+    def _fact(
+        self,
+        rng: random.Random,
+        favourites: list[tuple[str, str]],
+        facts: list[Placed],
+        taken: set[tuple[str, str]],
+    ) -> Placed:
+        while True:
+            kind, attribute, key = "any", "", None
+            form = rng.random()
+            if form < 0.40:
+                kind, attribute = rng.choice(favourites)
+            if facts and form > 0.22 and form < 0.55:
+                near = rng.choice(facts).needle
+                key = generator.similar(rng, self.words, near.key)
+                kind, attribute = near.kind, "" if near.kind == "ruler" else near.attribute
+            needle = generator.make(rng, self.words, kind=kind, key=key, attribute=attribute)
+            identity = (needle.attribute.lower(), needle.key.lower())
+            placed = self._place(rng, needle) if identity not in taken else None
+            if placed:
+                taken.add(identity)
+                return placed
+
+    def _place(self, rng: random.Random, needle: Needle) -> Placed | None:
+        statement = needle.statement
+        if rng.random() < 0.12:  # text is wrapped somewhere before the value
+            spaces = [i for i, c in enumerate(statement) if c == " "]
+            spaces = [i for i in spaces if i < statement.rindex(needle.answer) - 1]
+            if spaces:
+                at = rng.choice(spaces)
+                statement = statement[:at] + "\n" + statement[at + 1 :]
+        lead = "\n" if rng.random() < 0.3 else " "
+        text = lead + statement + ("\n" if rng.random() < 0.1 else "")
+        begin = text.rindex(needle.answer)
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        inside = [
+            index
+            for index, (start, end) in enumerate(encoding.offsets)
+            if end > begin and start < begin + len(needle.answer)
+        ]
+        answer = [encoding.ids[index] for index in inside]
+        if self.tokenizer.decode(answer) != needle.answer or len(encoding.ids) > 110:
+            return None  # the value shares a token with its surroundings
+        return Placed(needle, list(encoding.ids), answer, inside[0])
+
+    def _filler(self, rng: random.Random, count: int) -> np.ndarray:
+        form = rng.random()
+        if form < 0.3 and len(self.hard.spans) > 200 and count > SPAN_TOKENS:
+            spans = []
+            for _ in range(count // SPAN_TOKENS + 1):
+                if rng.random() < 0.6:
+                    spans.append(rng.choice(self.hard.spans)[1])
+                else:
+                    start = rng.randrange(len(self.filler) - SPAN_TOKENS)
+                    spans.append(self.filler[start : start + SPAN_TOKENS])
+            return np.concatenate(spans)[:count]
+        if form < 0.34:
+            return np.resize(np.roll(self.noise, -rng.randrange(len(self.noise))), count)
+        start = rng.randrange(len(self.filler) - count)
+        return self.filler[start : start + count]
+
+    def _document(
+        self, rng: random.Random, facts: list[Placed], tokens: int, first: bool
+    ) -> tuple[np.ndarray, np.ndarray, list[Placed]]:
+        head = [self.bos] if first else []
+        if first and rng.random() < 0.15:  # a message that holds the whole text
+            head.append(self.user)
+        while sum(len(fact.statement) for fact in facts) > tokens - 24 - len(head):
+            facts.pop()
+        room = tokens - len(head) - sum(len(fact.statement) for fact in facts)
+        filler = self._filler(rng, room)
+        ends = np.flatnonzero(self.is_end[filler]) + 1
+        cuts = sorted(
+            int(rng.choice(ends)) if len(ends) and rng.random() < 0.7 else rng.randint(0, room)
+            for _ in facts
+        )
+        ids: list[int] = list(head)
+        marks = [False] * len(head)
+        start = 0
+        for cut, fact in zip(cuts, facts, strict=True):
+            ids += filler[start:cut].tolist()
+            fact.place = len(ids)
+            ids += fact.statement
+            marks += [True] * (cut - start) + [False] * len(fact.statement)
+            start = cut
+        ids += filler[start:].tolist()
+        marks += [True] * (room - start)
+        return np.array(ids), np.array(marks), facts
+
+    def _questions(
+        self,
+        rng: random.Random,
+        facts: list[Placed],
+        asked: list[Placed],
+        favourites: list[tuple[str, str]],
+        taken: set[tuple[str, str]],
+        tokens: int,
+    ) -> tuple[list[int], list[tuple[int, int, int]], int]:
+        """Ids; column, next token and its place, of every answer token; how many ids are filler."""
+        context = rng.choice((0, 8, 16, 24, 32, 48, 64))
+        ids = self._filler(rng, context).tolist() if context else []
+        if rng.random() < 0.8:
+            ids += self.newline
+        if rng.random() < 0.25:
+            text = rng.choice(INSTRUCTIONS)
+            extra = self._filler(rng, 20).tolist() if rng.random() < 0.3 else self._encode(text)
+            ids += [self.system, *extra]
+        marker = [self.user] if rng.random() < 0.85 else []
+        targets: list[tuple[int, int, int]] = []
+        while True:
+            if rng.random() < 0.07:
+                absent = self._fact(rng, favourites, facts, taken)
+                question, answer, place = absent.needle.question, self.not_mentioned, -1
+            else:
+                if not asked:
+                    asked += rng.sample(facts, len(facts))
+                fact = asked.pop()
+                question = generator.variant(fact.needle, rng).question
+                answer, place = fact.answer, fact.place + fact.begin
+            if rng.random() < 0.05:
+                question = question.lower()
+            turn = [*marker, *self._encode(question), self.assistant, *answer, self.eos]
+            if len(ids) + len(turn) > tokens:
+                if not targets:  # a long turn first: make room for it
+                    ids = []
+                    if len(turn) > tokens:
+                        continue
+                else:
+                    return ids, targets, min(context, len(ids))
+            start = len(ids) + len(turn) - len(answer) - 1
+            ids += turn
+            places = [place + i if place >= 0 else -1 for i in range(len(answer))]
+            targets += [
+                (start + i - 1, token, at)
+                for i, (token, at) in enumerate(
+                    zip([*answer, self.eos], [*places, -1], strict=True)
+                )
+            ]
+            marker = [self.user]
+
+
+def _ends_sentence(tokenizer: Tokenizer, token: int) -> bool:
+    text = tokenizer.id_to_token(token) or ""
+    return text.endswith((".", "Ċ", "!", "?"))

@@ -1,0 +1,222 @@
+"""How well a needle checkpoint finds needles: `python -m longctx.embedded.evaluate`.
+
+Filler is Python's standard library, keys and values are the held-out half: training saw neither.
+An answer counts when the whole value is right, character for character. Intervals are
+Wilson's, 95%. The last line is compact JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from longctx.embedded import corpus, generator, model_path
+from longctx.embedded.reader import Reader
+
+TASKS = ("single", "number", "distractors", "absent", *generator.RULER_TASKS)
+MIX = ("number", "number", "number", "word", "person", "place", "code", "date", "activity", "ruler")
+
+
+@dataclass(slots=True)
+class Trial:
+    """One question: what was wanted, what came, how deep the needle lay (0 start, 1 end)."""
+
+    wanted: tuple[str, ...]
+    got: str
+    depth: float
+    kind: str
+    question: str
+
+    @property
+    def right(self) -> bool:
+        if len(self.wanted) == 1:
+            return self.got == self.wanted[0]
+        return all(value in self.got for value in self.wanted)
+
+
+def wilson(hits: int, count: int) -> tuple[float, float]:
+    """The 95% interval of a proportion."""
+    if not count:
+        return 0.0, 1.0
+    z, share = 1.96, hits / count
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * (share * (1 - share) / count + z * z / (4 * count**2)) ** 0.5 / (1 + z * z / count)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+class Filler:
+    """Text never trained on, cut to a number of tokens; another part for each haystack."""
+
+    def __init__(self, reader: Reader, text: str) -> None:
+        self.text = text
+        encoding = reader.tokenizer.encode(text, add_special_tokens=False)
+        self.starts = [start for start, _ in encoding.offsets]
+
+    def cut(self, rng: random.Random, tokens: int) -> str:
+        if tokens >= len(self.starts):
+            raise ValueError(f"only {len(self.starts)} tokens of filler for {tokens}")
+        first = rng.randrange(len(self.starts) - tokens)
+        return self.text[self.starts[first] : self.starts[first + tokens]]
+
+
+def plant(rng: random.Random, text: str, statements: list[str]) -> tuple[str, list[float]]:
+    """The statements spread over the whole text, at most one in each equal part of it."""
+    count = len(statements)
+    depths = [(i + rng.random()) / count for i in range(count)]
+    rng.shuffle(depths)
+    return generator.insert(text, statements, depths), depths
+
+
+def needle_cell(
+    reader: Reader, filler: Filler, task: str, tokens: int, seed: int, per_text: int, codec: str
+) -> Iterator[Trial]:
+    """One haystack with `per_text` needles (each with 8 distractors, if that is the task)."""
+    rng = random.Random(f"{task} {tokens} {seed}")
+    targets: list[generator.Needle] = []
+    statements: list[str] = []
+    keys: set[tuple[str, str]] = set()
+    while len(targets) < per_text:
+        kind = "number" if task == "number" else rng.choice(MIX)
+        new = generator.needle(rng.getrandbits(48), kind=kind)
+        group = [new]
+        if task == "distractors":
+            group += generator.distractors(new, 8, rng.getrandbits(48))
+        names = {(needle.attribute, needle.key) for needle in group}
+        if names & keys:
+            continue
+        keys |= names
+        targets.append(new)
+        statements += [needle.statement for needle in group if task != "absent"]
+    used = sum(len(reader.encode(text)) + 1 for text in statements)
+    text, depths = plant(rng, filler.cut(rng, tokens - used - 8), statements)
+    memory = reader.read(reader.document(text), codec)
+    answers = reader.answer(memory, [reader.question(needle.question) for needle in targets])
+    each = len(statements) // per_text
+    for i, (needle, ids) in enumerate(zip(targets, answers, strict=True)):
+        yield Trial(
+            wanted=(generator.NOT_MENTIONED if task == "absent" else needle.answer,),
+            got=reader.tokenizer.decode(ids),
+            depth=depths[i * each] if depths else 0.0,
+            kind=needle.kind,
+            question=needle.question,
+        )
+
+
+def ruler_cell(
+    reader: Reader, filler: Filler, task: str, tokens: int, seed: int, codec: str
+) -> Iterator[Trial]:
+    """One RULER example: introduction, text and question in one message, as RULER has it."""
+    rng = random.Random(f"{task} {tokens} {seed}")
+    case = generator.ruler(task, rng.getrandbits(48))
+    used = sum(len(reader.encode(text)) + 1 for text in case.needles)
+    used += len(reader.encode(case.intro + case.question)) + 8
+    if task == "niah_single_1":
+        noise = generator.RULER_NOISE + "\n"
+        repeats = (tokens - used) // len(reader.encode(noise))
+        text = noise * repeats
+    else:
+        text = filler.cut(rng, tokens - used)
+    text, depths = plant(rng, text, list(case.needles))
+    prompt = reader.question(f"{case.intro}\n{text}\n{case.question}")
+    memory = reader.read([1, *prompt[:-1]], codec)
+    (ids,) = reader.answer(memory, [prompt[-1:]])
+    yield Trial(
+        wanted=case.answers,
+        got=reader.tokenizer.decode(ids),
+        depth=depths[0],
+        kind=task,
+        question=case.question,
+    )
+
+
+def run_cell(
+    reader: Reader, filler: Filler, task: str, tokens: int, codec: str, questions: int, texts: int
+) -> list[Trial]:
+    """At least `questions` trials over at least `texts` haystacks."""
+    trials: list[Trial] = []
+    each = 9 if task == "distractors" else 1
+    room = max(1, tokens // (110 * each))  # needles never make up most of a text
+    per_text = max(1, min(-(-questions // texts), room))
+    seed = 0
+    while len(trials) < questions:
+        if task in generator.RULER_TASKS:
+            trials += ruler_cell(reader, filler, task, tokens, seed, codec)
+        else:
+            trials += needle_cell(reader, filler, task, tokens, seed, per_text, codec)
+        seed += 1
+    return trials
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=model_path("needle"))
+    parser.add_argument("--tasks", nargs="+", default=["single", "distractors"], choices=TASKS)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 8192, 32768])
+    parser.add_argument("--codecs", nargs="+", default=["raw"], choices=("raw", "int8", "int4"))
+    parser.add_argument("--questions", type=int, default=100)
+    parser.add_argument("--texts", type=int, default=5, help="haystacks per cell, at least")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--failures", type=int, default=0, help="print this many wrong answers")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    reader = Reader(args.model)
+    longest = max(args.tokens)
+    filler = Filler(reader, corpus.stdlib_text(0, max(2_000_000, longest * 8)))
+    results = []
+    print(
+        f"{'task':16}{'tokens':>9} {'codec':6}{'n':>5}{'right':>8}  95% interval   by depth third"
+    )
+    for task in args.tasks:
+        for tokens in args.tokens:
+            for codec in args.codecs:
+                begun = time.monotonic()
+                trials = run_cell(reader, filler, task, tokens, codec, args.questions, args.texts)
+                right = sum(trial.right for trial in trials)
+                low, high = wilson(right, len(trials))
+                thirds = []
+                for third in range(3):
+                    part = [t.right for t in trials if int(t.depth * 2.9999) == third]
+                    thirds.append(f"{sum(part)}/{len(part)}")
+                print(
+                    f"{task:16}{tokens:>9} {codec:6}{len(trials):>5}{right / len(trials):>8.3f}"
+                    f"  {low:.3f} - {high:.3f}  {' '.join(thirds)}"
+                    f"  {time.monotonic() - begun:.0f} s",
+                    flush=True,
+                )
+                for trial in [t for t in trials if not t.right][: args.failures]:
+                    print(f"    {trial.question!r} wanted {trial.wanted} got {trial.got!r}")
+                results.append(
+                    {
+                        "metric": f"{task} exact match",
+                        "value": round(right / len(trials), 4),
+                        "unit": "share",
+                        "tokens": tokens,
+                        "codec": codec,
+                        "n": len(trials),
+                        "low": round(low, 4),
+                        "high": round(high, 4),
+                        "by_depth_third": thirds,
+                    }
+                )
+    print(
+        json.dumps(
+            {
+                "bench": "needle",
+                "machine": platform.processor() or platform.machine(),
+                "results": results,
+            },
+            separators=(",", ":"),
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

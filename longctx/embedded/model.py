@@ -1,0 +1,206 @@
+"""The needle model: its configuration, first weights, and a forward pass made for training.
+
+Three layers slide over 64 tokens; the last layer looks everywhere and knows no positions, so it
+does not matter where, or how far away, a fact stands. Training uses that: the documents of a batch
+are one memory that every question of the batch searches, and only answer tokens query it.
+
+[rows, tokens] are separate texts; `memory` are the tokens of all document rows, flattened.
+Copy heads as first weights: the last layer starts as "find the token that looks like me, copy it".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+from longctx.embedded.tokenizer import BOS, EOS, PAD, SPECIALS
+
+WINDOW_TOKENS = 64
+MAX_TOKENS = 1_048_576
+LAYERS = 4
+
+
+def needle_config(vocabulary: int = 2048) -> SmolLM3Config:
+    """Every field that says which layer slides is explicit: the class's default slides others."""
+    return SmolLM3Config(
+        vocab_size=vocabulary,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,  # type: ignore[call-arg]  # a field the class takes as an extra
+        max_position_embeddings=MAX_TOKENS,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        use_sliding_window=True,
+        sliding_window=WINDOW_TOKENS,
+        layer_types=["sliding_attention"] * 3 + ["full_attention"],
+        no_rope_layers=[1, 1, 1, 0],
+        tie_word_embeddings=True,
+        pad_token_id=SPECIALS.index(PAD),
+        bos_token_id=SPECIALS.index(BOS),
+        eos_token_id=SPECIALS.index(EOS),
+    )
+
+
+def new_needle(seed: int) -> SmolLM3ForCausalLM:
+    """Random weights, with copy heads in the last layer."""
+    torch.manual_seed(seed)
+    model = SmolLM3ForCausalLM(needle_config())
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2 and "embed" not in name:
+                nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    weight.mul_(0.5)
+        model.model.embed_tokens.weight.normal_(std=0.3)
+        last = model.model.layers[-1].self_attn
+        key = last.k_proj.weight.view(2, 64, 128)
+        last.q_proj.weight.copy_(key.repeat_interleave(2, dim=0).reshape(256, 128))
+        nn.init.orthogonal_(last.v_proj.weight)
+        value = last.v_proj.weight.view(2, 64, 128).repeat_interleave(2, dim=0)  # [heads, 64, 128]
+        last.o_proj.weight.copy_(value.reshape(256, 128).T / 2)
+    return model
+
+
+@dataclass(slots=True)
+class Batch:
+    """Documents, questions, and what a question may look at.
+
+    documents [document_rows, document_tokens], questions [question_rows, question_tokens];
+    for each of the `answers` supervised positions: its question row and column, the token that
+    must follow, and the place in memory it is to be copied from (-1: none); `memory_bias`
+    [question_rows, memory] and `own_bias` [question_rows, question_tokens] are added to the last
+    layer's scores: a large negative number hides, a positive one imitates more filler.
+    """
+
+    documents: Tensor
+    questions: Tensor
+    answer_row: Tensor
+    answer_column: Tensor
+    answer_token: Tensor
+    answer_place: Tensor
+    memory_bias: Tensor
+    own_bias: Tensor
+    first_position: int = 0
+
+
+@dataclass(slots=True)
+class Scores:
+    """logits [answers, vocabulary]; found [answers]: attention on the right place, mean of heads;
+    weights [answers, heads, memory], detached, to mine filler."""
+
+    logits: Tensor
+    found: Tensor
+    weights: Tensor
+
+
+def forward(model: SmolLM3ForCausalLM, batch: Batch, *, noise_steps: int = 0) -> Scores:
+    """Logits at the supervised positions.
+
+    `noise_steps` = 15 adds noise of the size of int4 rounding to the last layer's keys and values.
+    """
+    documents = local_layers(model, batch.documents, batch.first_position)
+    questions = local_layers(model, batch.questions, batch.first_position)
+    last = model.model.layers[-1]
+    attention = last.self_attn
+    memory = last.input_layernorm(documents).flatten(0, 1)  # [memory, hidden]
+    own = last.input_layernorm(questions)  # [question_rows, question_tokens, hidden]
+    keys = _noisy(attention.k_proj(memory).view(-1, 2, 64), noise_steps)
+    values = _noisy(attention.v_proj(memory).view(-1, 2, 64), noise_steps)
+    own_keys = _noisy(attention.k_proj(own).unflatten(-1, (2, 64)), noise_steps)
+    own_values = _noisy(attention.v_proj(own).unflatten(-1, (2, 64)), noise_steps)
+
+    row, column = batch.answer_row, batch.answer_column
+    residual = questions[row, column]  # [answers, hidden]
+    query = attention.q_proj(own[row, column]).view(-1, 2, 2, 64) * 64**-0.5  # kv head, group
+    answers = query.shape[0]
+    stacked = query.permute(1, 0, 2, 3).reshape(2, answers * 2, 64)
+    far = torch.bmm(stacked, keys.permute(1, 2, 0)).view(2, answers, 2, -1)
+    near = torch.einsum("aghd,akgd->gahk", query, own_keys[row])
+    steps = torch.arange(batch.questions.shape[1], device=row.device)
+    hidden_future = (steps[None] > column[:, None]).float() * -1e9  # [answers, question_tokens]
+    far = far.float() + batch.memory_bias[row][None, :, None]
+    near = near.float() + (batch.own_bias[row] + hidden_future)[None, :, None]
+    weights = torch.cat((far, near), dim=-1).softmax(-1).to(values.dtype)
+    far_weights, near_weights = torch.split(weights, [far.shape[-1], near.shape[-1]], dim=-1)
+    mixed = torch.bmm(far_weights.reshape(2, answers * 2, -1), values.transpose(0, 1))
+    mixed = mixed.view(2, answers, 2, 64) + torch.einsum(
+        "gahk,akgd->gahd", near_weights, own_values[row]
+    )
+    hidden = residual + attention.o_proj(mixed.permute(1, 0, 2, 3).reshape(answers, 256))
+    hidden = hidden + last.mlp(last.post_attention_layernorm(hidden))
+    logits = model.lm_head(model.model.norm(hidden))
+    place = batch.answer_place.clamp_min(0)
+    found = (
+        far_weights[:, torch.arange(answers, device=place.device), :, place].float().mean((1, 2))
+    )
+    spread = far_weights.detach().permute(1, 0, 2, 3).flatten(1, 2)
+    return Scores(logits=logits, found=found, weights=spread)
+
+
+def local_layers(model: SmolLM3ForCausalLM, tokens: Tensor, first_position: int = 0) -> Tensor:
+    """What the last layer reads: [rows, tokens] -> [rows, tokens, hidden]; tokens % 64 == 0."""
+    hidden = model.model.embed_tokens(tokens)
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + first_position
+    cosine, sine = model.model.rotary_emb(hidden.float(), positions)
+    for layer in list(model.model.layers)[:-1]:
+        hidden = local_layer(layer, hidden, cosine, sine)
+    return cast(Tensor, hidden)
+
+
+def local_layer(layer: Any, hidden: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """One sliding layer, 64 queries against their own 64 keys and the 64 before."""
+    attention = layer.self_attn
+    x = layer.input_layernorm(hidden)
+    rows, tokens, _ = x.shape
+    blocks = tokens // WINDOW_TOKENS
+    query = _rotate(attention.q_proj(x).view(rows, tokens, 4, 64), cosine, sine)
+    key = _rotate(attention.k_proj(x).view(rows, tokens, 2, 64), cosine, sine)
+    value = attention.v_proj(x).view(rows, tokens, 2, 64)
+    query = query.view(rows, blocks, 64, 2, 2, 64).permute(0, 1, 3, 4, 2, 5)
+    query = query.reshape(rows * blocks, 2, 128, 64)  # two heads share a key head
+    key, value = (_with_block_before(t, blocks) for t in (key, value))
+    scores = query @ key.transpose(-1, -2) * 64**-0.5  # [rows * blocks, 2, 128, 128]
+    scores = scores.view(rows, blocks, 2, 2, 64, 128) + _window_mask(blocks, x.device, scores.dtype)
+    mixed = scores.float().softmax(-1).to(value.dtype).view(rows * blocks, 2, 128, 128) @ value
+    mixed = mixed.view(rows, blocks, 2, 2, 64, 64).permute(0, 1, 4, 2, 3, 5)
+    hidden = hidden + attention.o_proj(mixed.reshape(rows, tokens, 256))
+    return cast(Tensor, hidden + layer.mlp(layer.post_attention_layernorm(hidden)))
+
+
+def _with_block_before(states: Tensor, blocks: int) -> Tensor:
+    """[rows, tokens, 2, 64] -> [rows * blocks, 2, 128, 64]: each block with the one before it."""
+    rows = states.shape[0]
+    states = states.view(rows, blocks, 64, 2, 64)
+    before = F.pad(states, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
+    return torch.cat((before, states), dim=2).permute(0, 1, 3, 2, 4).reshape(-1, 2, 128, 64)
+
+
+def _window_mask(blocks: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[blocks, 1, 1, 64, 128]: 0 where 0 <= query - key < 64 and the key exists, else -1e9."""
+    distance = torch.arange(64, device=device)[:, None] + 64 - torch.arange(128, device=device)
+    seen = ((distance >= 0) & (distance < WINDOW_TOKENS)).expand(blocks, 64, 128).clone()
+    seen[0, :, :64] = False
+    return torch.where(seen, 0.0, -1e9).to(dtype)[:, None, None]
+
+
+def _rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary positions as Hugging Face applies them; states [rows, tokens, heads, 64]."""
+    cosine, sine = cosine[:, :, None].to(states.dtype), sine[:, :, None].to(states.dtype)
+    first, second = states.chunk(2, dim=-1)
+    return states * cosine + torch.cat((-second, first), dim=-1) * sine
+
+
+def _noisy(states: Tensor, steps: int) -> Tensor:
+    """Uniform noise of one rounding step when the range of head_dim is cut into `steps` steps."""
+    if not steps:
+        return states
+    low, high = states.detach().aminmax(dim=-1, keepdim=True)
+    return states + (torch.rand_like(states) - 0.5) * (high - low) / steps

@@ -1,0 +1,182 @@
+"""The probe: a small Llama with ordinary rotary attention in every layer, to tell good KV from bad.
+
+A plain language model of code and documentation. One sequence in eight is random tokens that repeat
+after a random gap, so that it learns to copy from far back and a damaged cache shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from longctx.embedded import corpus
+from longctx.embedded.muon import Muon
+from longctx.embedded.tokenizer import BOS, EOS, PAD, SPECIALS
+
+SEQUENCE_TOKENS = 384
+ROWS = 8
+MAX_TOKENS = 4096
+
+
+def probe_config(vocabulary: int = 2048) -> LlamaConfig:
+    """1.25M parameters; grouped-query attention with heads of 64, as in models people serve."""
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=MAX_TOKENS,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=True,
+        pad_token_id=SPECIALS.index(PAD),
+        bos_token_id=SPECIALS.index(BOS),
+        eos_token_id=SPECIALS.index(EOS),
+    )
+
+
+def new_probe(seed: int) -> LlamaForCausalLM:
+    """Random weights; what a layer adds starts small."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(probe_config())
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2 and "embed" not in name:
+                nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    weight.mul_(0.3)
+        model.model.embed_tokens.weight.normal_(std=0.05)
+    return model
+
+
+def batch(text: np.ndarray, seed: int, step: int) -> Tensor:
+    """[ROWS, SEQUENCE_TOKENS + 1] token ids; a row starts with `<s>` half of the time."""
+    rng = np.random.default_rng([seed, step])
+    rows = np.zeros((ROWS, SEQUENCE_TOKENS + 1), np.int64)
+    for row in rows:
+        start = int(rng.integers(len(text) - len(row)))
+        row[:] = text[start : start + len(row)]
+        if rng.random() < 0.5:
+            row[0] = SPECIALS.index(BOS)
+    period = int(rng.integers(16, SEQUENCE_TOKENS // 2))
+    rows[0] = np.resize(rng.integers(len(SPECIALS), 2048, period), SEQUENCE_TOKENS + 1)
+    return torch.from_numpy(rows)
+
+
+def rate_at(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / 60, max(0.01, (steps - step) / (0.4 * steps)))
+
+
+def train_probe(args: argparse.Namespace, text: np.ndarray) -> None:
+    """Train or resume; writes `probe.pt` into the work folder."""
+    model = new_probe(args.seed).to(args.device)
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
+    steppers: list[torch.optim.Optimizer] = [
+        Muon(matrices, lr=0.02),
+        torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    bases = [0.02 * args.rate, 4e-3 * args.rate]
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    checkpoint = args.work / "probe.pt"
+    step = 0
+    if checkpoint.exists():
+        state: dict[str, Any] = torch.load(checkpoint, weights_only=False, map_location=args.device)
+        model.load_state_dict(state["model"])
+        for stepper, saved in zip(steppers, state["steppers"], strict=True):
+            stepper.load_state_dict(saved)
+        average, step = state["average"], state["step"]
+    losses: list[tuple[float, float]] = []
+    begun = time.monotonic()
+    half = args.device != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    while step < args.steps:
+        for stepper, base in zip(steppers, bases, strict=True):
+            for group in stepper.param_groups:
+                group["lr"] = base * rate_at(step, args.steps)
+        ids = batch(text, args.seed, step).to(args.device)
+        with torch.autocast(args.device, torch.bfloat16, enabled=half):
+            logits = model(ids[:, :-1], use_cache=False).logits
+        each = F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+        for stepper in steppers:
+            stepper.zero_grad(set_to_none=True)
+        torch.autograd.backward(each.mean())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for stepper in steppers:
+            stepper.step()
+        decay = min(0.99, step / (step + 20))
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                average[name].lerp_(weight, 1 - decay)
+        losses.append((float(each[1:].detach().mean()), float(each[0, -100:].detach().mean())))
+        step += 1
+        if step % 50 == 0:
+            prose, copied = np.mean(losses, axis=0)
+            seconds = (time.monotonic() - begun) / len(losses)
+            print(f"step {step} text {prose:.3f} copying {copied:.3f} {seconds:.3f} s", flush=True)
+            losses, begun = [], time.monotonic()
+        if step % args.save_every == 0 or step == args.steps:
+            state = {
+                "model": model.state_dict(),
+                "average": average,
+                "steppers": [stepper.state_dict() for stepper in steppers],
+                "step": step,
+            }
+            torch.save(state, checkpoint.with_suffix(".new"))
+            os.replace(checkpoint.with_suffix(".new"), checkpoint)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeScore:
+    """Bits per character of unseen text, and nats per token of a random sequence seen again."""
+
+    bits_per_character: float
+    repeated_nats: float
+    first_nats: float
+    tokens: int
+
+
+@torch.no_grad()
+def score(folder: Path, *, rows: int = 64, tokens: int = 512) -> ProbeScore:
+    """Score a folder on Python's standard library, which training never reads."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = corpus.stdlib_text(1, rows * tokens * 4)
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    nats, characters = 0.0, 0
+    for row in range(rows):
+        span = slice(row * tokens, (row + 1) * tokens)
+        ids = torch.tensor([[SPECIALS.index(BOS), *encoding.ids[span]]])
+        offsets = encoding.offsets[span]
+        nats += float(F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="sum"))
+        characters += offsets[-1][1] - offsets[0][0]
+    generator = torch.Generator().manual_seed(5)
+    once = torch.randint(len(SPECIALS), 2048, (8, 128), generator=generator)
+    twice = torch.cat((once, once), dim=1)
+    each = F.cross_entropy(model(twice[:, :-1]).logits.mT, twice[:, 1:], reduction="none")
+    return ProbeScore(
+        bits_per_character=nats / math.log(2) / characters,
+        repeated_nats=float(each[:, 132:].mean()),
+        first_nats=float(each[:, :120].mean()),
+        tokens=rows * tokens,
+    )
+
+
+if __name__ == "__main__":
+    from longctx.embedded import model_path
+
+    print(score(model_path("probe")))

@@ -1,0 +1,170 @@
+"""Read a long text once and answer questions on it with plain torch: the needle model's own oracle.
+
+Nothing of the serving engine is used. Only the last layer looks further back than 64 tokens, so
+reading is linear in the text: three sliding layers, and keys and values for the last. Equal to the
+transformers forward in float32 to 1e-4 (tested).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import SmolLM3ForCausalLM
+
+from longctx.embedded.model import local_layers
+from longctx.embedded.tokenizer import ASSISTANT, BOS, EOS, SPECIALS, USER
+
+REACH_TOKENS = 192  # what a token knows of the text before it: three windows of 63 tokens
+CHUNK_TOKENS = 8192
+KEYS_AT_ONCE = 32_768
+
+
+@dataclass(slots=True)
+class Memory:
+    """keys, values [kv_heads, tokens, head_dim] of the last layer; tail: the last ids read."""
+
+    keys: Tensor
+    values: Tensor
+    tail: list[int]
+
+    @property
+    def tokens(self) -> int:
+        return self.keys.shape[1]
+
+
+def _hadamard(dimension: int) -> Tensor:
+    matrix: Tensor = torch.ones(1, 1)
+    while matrix.shape[0] < dimension:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return cast(Tensor, matrix * dimension**-0.5)
+
+
+def _symmetric(states: Tensor, levels: int) -> Tensor:
+    scale = states.abs().amax(-1, keepdim=True).clamp_min(1e-8) / levels
+    return (states / scale).round() * scale
+
+
+def _asymmetric(states: Tensor, levels: int) -> Tensor:
+    low, high = states.aminmax(dim=-1, keepdim=True)
+    scale = (high - low).clamp_min(1e-8) / levels
+    return ((states - low) / scale).round() * scale + low
+
+
+def int8(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """What int8 pages give back: one scale per token and head."""
+    return _symmetric(keys, 127), _symmetric(values, 127)
+
+
+def int4(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """What int4 pages give back: keys rounded after a Hadamard transform, values as they are."""
+    transform = _hadamard(keys.shape[-1])
+    return _asymmetric(keys @ transform, 15) @ transform.T, _asymmetric(values, 15)
+
+
+CODECS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "raw": lambda keys, values: (keys, values),
+    "int8": int8,
+    "int4": int4,
+}
+
+
+class Reader:
+    """The needle model and its tokenizer, float32, on the CPU."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        model = SmolLM3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.model = model.train(False)
+        self.last = self.model.model.layers[-1]
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def document(self, text: str) -> list[int]:
+        """`<s>`, the text and the line end that the chat template puts after it."""
+        return [SPECIALS.index(BOS), *self.encode(text), *self.encode("\n")]
+
+    def question(self, text: str) -> list[int]:
+        return [SPECIALS.index(USER), *self.encode(text), SPECIALS.index(ASSISTANT)]
+
+    @torch.no_grad()
+    def read(self, ids: Sequence[int], codec: str = "raw") -> Memory:
+        """Prefill: keys and values of every token, in time linear in their number."""
+        keys, values = [], []
+        for begin in range(0, len(ids), CHUNK_TOKENS):
+            known = min(begin, REACH_TOKENS)
+            chunk = list(ids[begin - known : begin + CHUNK_TOKENS])
+            padded = chunk + [0] * (-len(chunk) % 64)
+            hidden = local_layers(self.model, torch.tensor([padded]), begin - known)
+            key, value = self._keys_values(hidden[0, known : len(chunk)])
+            key, value = CODECS[codec](key, value)
+            keys.append(key)
+            values.append(value)
+        return Memory(torch.cat(keys, 1), torch.cat(values, 1), list(ids[-REACH_TOKENS:]))
+
+    @torch.no_grad()
+    def answer(
+        self, memory: Memory, questions: Sequence[Sequence[int]], max_new_tokens: int = 56
+    ) -> list[list[int]]:
+        """Greedy answers without their end token; every question stands directly after the text."""
+        answers: list[list[int]] = [[] for _ in questions]
+        live = list(range(len(questions)))
+        for _ in range(max_new_tokens):
+            rows = [[*memory.tail, *questions[i], *answers[i]] for i in live]
+            tokens = self.logits(memory, rows, len(memory.tail)).argmax(-1).tolist()
+            for i, token in zip(live, tokens, strict=True):
+                answers[i].append(token)
+            live = [i for i in live if answers[i][-1] != SPECIALS.index(EOS)]
+            if not live:
+                break
+        return [[t for t in answer if t != SPECIALS.index(EOS)] for answer in answers]
+
+    @torch.no_grad()
+    def logits(self, memory: Memory, rows: list[list[int]], known: int) -> Tensor:
+        """Next-token logits [rows, vocabulary]; the first `known` ids of a row are in memory."""
+        longest = max(map(len, rows))
+        width = longest + -longest % 64
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        hidden = local_layers(self.model, ids, memory.tokens - known)
+        ends = torch.tensor([len(row) for row in rows])
+        here = torch.arange(len(rows)), ends - 1
+        attention = self.last.self_attn
+        residual = hidden[here]
+        query = attention.q_proj(self.last.input_layernorm(residual)).view(-1, 2, 2, 64) / 8
+        query = query.permute(1, 0, 2, 3)  # [kv_heads, rows, group, head_dim]
+        own = [self._keys_values(hidden[i, known:end]) for i, end in enumerate(ends.tolist())]
+        near = [
+            torch.stack([_attend(query[:, i], key, value) for i, (key, value) in enumerate(own)], 1)
+        ]
+        flat = query.reshape(2, -1, 64)
+        far = [
+            _attend(
+                flat, memory.keys[:, i : i + KEYS_AT_ONCE], memory.values[:, i : i + KEYS_AT_ONCE]
+            ).view(2, len(rows), 2, 65)
+            for i in range(0, memory.tokens, KEYS_AT_ONCE)
+        ]
+        parts = torch.stack(near + far)  # [parts, kv_heads, rows, group, head_dim + 1]
+        weights = parts[..., -1:].softmax(0)
+        mixed = (parts[..., :-1] * weights).sum(0).permute(1, 0, 2, 3).reshape(len(rows), 256)
+        hidden = residual + attention.o_proj(mixed)
+        hidden = hidden + self.last.mlp(self.last.post_attention_layernorm(hidden))
+        return cast(Tensor, self.model.lm_head(self.model.model.norm(hidden)))
+
+    def _keys_values(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """[tokens, hidden] -> keys and values [kv_heads, tokens, head_dim]."""
+        attention, x = self.last.self_attn, self.last.input_layernorm(hidden)
+        key, value = attention.k_proj(x).view(-1, 2, 64), attention.v_proj(x).view(-1, 2, 64)
+        return key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention out and, as last element, its log-sum-exp: [kv_heads, queries, head_dim + 1]."""
+    scores = query @ keys.transpose(1, 2)
+    lse = scores.logsumexp(-1, keepdim=True)
+    return torch.cat(((scores - lse).exp_() @ values, lse), dim=-1)

@@ -1,0 +1,231 @@
+"""Train an embedded model: `python -m longctx.embedded.train needle|probe --work DIR`.
+
+The work folder holds the corpus as tokens, the tokenizer and the newest checkpoint; the same
+command again resumes. The learning rate is constant and falls in a straight line over the last
+fifth of `--steps`, so that a run may be prolonged from its checkpoint by a larger `--steps`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+
+from longctx.embedded import corpus, lexicon
+from longctx.embedded import tokenizer as tokenizers
+from longctx.embedded.batches import Batches, Shape
+from longctx.embedded.model import MAX_TOKENS, Batch, forward, new_needle
+from longctx.embedded.muon import Muon
+from longctx.embedded.probe import train_probe
+
+VOCABULARY = 2048
+EMA_DECAY = 0.998
+
+
+def prepare(work: Path, seed: int, megabytes: int) -> tuple[Tokenizer, np.ndarray, tuple[str, ...]]:
+    """The tokenizer, the filler as tokens, and further nouns; made once per work folder."""
+    ids_file, words_file, folder = work / "filler.npy", work / "words.txt", work / "tokenizer"
+    if not words_file.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        chunks: list[str] = []
+        for source, text in corpus.training_text(seed, megabytes):
+            print(f"{source}: {len(text) / 1e6:.1f} MB", flush=True)
+            chunks += [text[i : i + 8192] for i in range(0, len(text), 8192)]
+        random.Random(seed).shuffle(chunks)
+        trained = tokenizers.train(chunks[:: max(1, len(chunks) // 2500)], VOCABULARY)
+        tokenizers.save(trained, folder, template=tokenizers.NEEDLE_TEMPLATE, max_tokens=MAX_TOKENS)
+        encoded = trained.encode_batch(chunks, add_special_tokens=False)
+        np.save(ids_file, np.concatenate([np.array(e.ids, np.uint16) for e in encoded]))
+        counts = Counter(re.findall(r"\b[a-z]{4,11}\b", " ".join(chunks)))
+        words = [word for word, n in counts.most_common(14_000) if not lexicon.held_out(word)]
+        words_file.write_text("\n".join(words))
+    return (
+        Tokenizer.from_file(str(folder / "tokenizer.json")),
+        np.load(ids_file, mmap_mode="r"),
+        tuple(words_file.read_text().split()),
+    )
+
+
+def prepare_probe(work: Path, tokenizer: Tokenizer, seed: int, megabytes: int) -> np.ndarray:
+    """Code and documentation of installed packages as tokens; made once per work folder."""
+    file = work / "probe.npy"
+    if not file.exists():
+        texts = [
+            text[i : i + 8192]
+            for source, text in corpus.training_text(seed, megabytes)
+            if source in ("packages", "readmes")
+            for i in range(0, len(text), 8192)
+        ]
+        encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
+        np.save(file, np.concatenate([np.array(e.ids, np.uint16) for e in encoded]))
+    return cast(np.ndarray, np.load(file, mmap_mode="r"))
+
+
+@dataclass(slots=True)
+class Lessons:
+    """Small memories first, then the whole batch, then ever more dilution.
+
+    The next lesson begins when `PASSED` of the first tokens of the answers have been right for a
+    while: the others are easy once the model can copy.
+    """
+
+    PASSED: ClassVar[float] = 0.72
+    PLAN: ClassVar[tuple[Shape, ...]] = (
+        Shape(groups=8, dilution=0.0),
+        Shape(groups=4, dilution=0.0),
+        Shape(groups=2, dilution=1.0),
+        Shape(dilution=2.0),
+        Shape(dilution=4.0),
+        Shape(dilution=6.0),
+        Shape(dilution=8.0),
+        Shape(),
+    )
+
+    number: int = 0
+    right: float = 0.0
+    steps: int = 0
+
+    @property
+    def shape(self) -> Shape:
+        return self.PLAN[self.number]
+
+    def learnt(self, right: float) -> None:
+        self.right += (right - self.right) * 0.05
+        self.steps += 1
+        last = self.number == len(self.PLAN) - 1
+        if not last and self.steps >= 60 and self.right > self.PASSED:
+            self.number, self.steps = self.number + 1, 0
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Multiplier of the learning rate."""
+    return min(1.0, (step + 1) / 100, max(0.01, (steps - step) / (0.2 * steps)))
+
+
+def optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for matrices, AdamW for embeddings and norms."""
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
+    return [
+        Muon(matrices, lr=0.02),
+        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def to_device(batch: Batch, device: str) -> Batch:
+    for name in Batch.__dataclass_fields__:
+        item = getattr(batch, name)
+        if isinstance(item, torch.Tensor):
+            setattr(batch, name, item.to(device))
+    return batch
+
+
+def train_needle(args: argparse.Namespace) -> None:
+    tokenizer, filler, words = prepare(args.work, args.seed, args.megabytes)
+    batches = Batches(tokenizer, filler, words, args.seed)
+    model = new_needle(args.seed).to(args.device)
+    model.train()
+    steppers = optimizers(model)
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    checkpoint = args.work / "needle.pt"
+    lessons, step = Lessons(), 0
+    half = args.device != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    if checkpoint.exists():
+        state: dict[str, Any] = torch.load(checkpoint, weights_only=False, map_location=args.device)
+        model.load_state_dict(state["model"])
+        for stepper, saved in zip(steppers, state["steppers"], strict=True):
+            stepper.load_state_dict(saved)
+        average, batches.hard.spans, step = state["average"], state["hard"], state["step"]
+        lessons = Lessons(*state["lessons"])
+    base_rates = [0.02 * args.rate, 3e-3 * args.rate]
+    losses: list[float] = []
+    hits: list[tuple[float, float]] = []
+    begun = time.monotonic()
+    while step < args.steps:
+        for stepper, rate in zip(steppers, base_rates, strict=True):
+            for group in stepper.param_groups:
+                group["lr"] = rate * rate_at(step, args.steps)
+        batch = to_device(batches.make(step, lessons.shape), args.device)
+        noise_steps = 15 if step % 4 == 3 else 0
+        with torch.autocast(args.device, torch.bfloat16, enabled=half):
+            scores = forward(model, batch, noise_steps=noise_steps)
+        first = batch.questions[batch.answer_row, batch.answer_column] == batches.assistant
+        weight = 1.0 + 3.0 * first.float()
+        weight = weight / weight.sum()
+        wrong = F.cross_entropy(scores.logits.float(), batch.answer_token, reduction="none")
+        # Where to look is known, and saying so teaches it long before the right tokens do.
+        astray = -torch.log(scores.found + 1e-6) * (batch.answer_place >= 0)
+        loss = (weight * (wrong + 0.5 * astray)).sum()
+        for stepper in steppers:
+            stepper.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for stepper in steppers:
+            stepper.step()
+        decay = min(EMA_DECAY, step / (step + 20))
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                average[name].lerp_(weight, 1 - decay)
+        losses.append(float(loss.detach()))
+        right = (scores.logits.argmax(-1) == batch.answer_token).float()
+        hits.append((float(right.mean()), float(right[first].mean())))
+        lessons.learnt(hits[-1][1])
+        if lessons.shape.dilution >= 4:
+            batches.mine(batch, scores.weights)
+        step += 1
+        if step % 50 == 0:
+            print(
+                f"step {step} loss {np.mean(losses):.4f} "
+                f"tokens right {np.mean(hits, axis=0).round(3)} "
+                f"lesson {lessons.number} hard {len(batches.hard.spans)} "
+                f"{(time.monotonic() - begun) / len(losses):.3f} s",
+                flush=True,
+            )
+        if step % 100 == 0:
+            losses, hits, begun = [], [], time.monotonic()
+        if step % args.save_every == 0 or step == args.steps:
+            state = {
+                "model": model.state_dict(),
+                "average": average,
+                "steppers": [stepper.state_dict() for stepper in steppers],
+                "hard": batches.hard.spans,
+                "step": step,
+                "lessons": (lessons.number, lessons.right, lessons.steps),
+            }
+            torch.save(state, checkpoint.with_suffix(".new"))
+            os.replace(checkpoint.with_suffix(".new"), checkpoint)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=("needle", "probe"))
+    parser.add_argument("--work", type=Path, required=True, help="folder for corpus and checkpoint")
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--megabytes", type=int, default=70, help="text to train on")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rate", type=float, default=1.0, help="multiplies every learning rate")
+    parser.add_argument("--save-every", type=int, default=250)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.model == "needle":
+        train_needle(args)
+    else:
+        tokenizer = prepare(args.work, args.seed, args.megabytes)[0]
+        train_probe(args, prepare_probe(args.work, tokenizer, args.seed, args.megabytes))
+
+
+if __name__ == "__main__":
+    main()
