@@ -125,6 +125,8 @@ class EngineClient:
     async def stop(self) -> None:
         """End the process now; requests that still run end with an error."""
         self.state = "stopped"
+        if self._process is None:
+            return
         self._end_all("the server is shutting down")
         self._send(Stop())
         if self._reading is not None:

@@ -39,16 +39,24 @@ class CacheConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    max_batch_tokens: Annotated[int, "tokens computed per step, prompts and answers together"] = 512
+    max_batch_tokens: Annotated[
+        int | None, "tokens computed per step, prompts and answers; 512 on a CPU, 4096 on a GPU"
+    ] = None
     max_sequences: Annotated[int, "sequences running at once"] = 64
     max_waiting: Annotated[int, "requests that may wait; more are refused with 429"] = 1024
 
     def __post_init__(self) -> None:
-        if self.max_batch_tokens < self.max_sequences:
+        if self.max_batch_tokens is not None and self.max_batch_tokens < self.max_sequences:
             raise ValueError(
                 f"max_batch_tokens={self.max_batch_tokens} cannot feed "
                 f"max_sequences={self.max_sequences}; raise the first or lower the second"
             )
+
+    def batch_tokens(self, device_type: str) -> int:
+        """As told, or enough to keep such a device busy without making answers wait."""
+        if self.max_batch_tokens is not None:
+            return self.max_batch_tokens
+        return max(512 if device_type == "cpu" else 4096, self.max_sequences)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

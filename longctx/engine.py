@@ -84,17 +84,17 @@ class Engine:
         model = load_model(config.model, model_folder, cache_dir=FINGERPRINTS)
         self._spec = spec = model.spec
         scheduler = config.scheduler
-        chunk_blocks = -(-scheduler.max_batch_tokens // BLOCK_TOKENS)
+        batch_tokens = scheduler.batch_tokens(spec.device.type)
         self._memory = KVMemory(
             spec.layers,
             dtype=spec.dtype,
             device=spec.device,
             codec=config.cache.kv_codec,
             pool_bytes=pool_bytes(config.cache.device_pool_gib, spec.device),
-            step_blocks=chunk_blocks + 2 * scheduler.max_sequences,
+            step_blocks=batch_tokens // BLOCK_TOKENS + 1 + 2 * scheduler.max_sequences,
         )
         self._cache = KVCacheManager(self._memory)
-        self._scheduler = Scheduler(scheduler, self._cache)
+        self._scheduler = Scheduler(scheduler, self._cache, batch_tokens=batch_tokens)
         backend = BACKENDS[config.model.attention_backend](self._memory)
         self._runner = ModelRunner(model, self._memory, backend)
         self._intake = Intake(

@@ -14,7 +14,7 @@ from longctx.attention.backend import ENTRY_COLUMNS, FIRST_POSITION, PAGE, ROWS,
 from longctx.kv_memory import KVMemory
 from longctx.sequence import BlockTable, Sequence
 from offload.key import BlockKey, chain_keys
-from prompt_cache.prefix import Prefix, PrefixIndex
+from prompt_cache.prefix import Prefix, PrefixIndex, PrefixName
 
 EXTENT_BLOCKS = 16  # windows are kept longer at the end of each extent: there a prompt can resume
 
@@ -242,24 +242,27 @@ class KVCacheManager:
         """Hold everything up to the end of each document that has been computed."""
         for end_tokens, name in sequence.document_ends:
             blocks = end_tokens // BLOCK_TOKENS
-            if blocks == 0 or sequence.computed < end_tokens - end_tokens % BLOCK_TOKENS:
-                continue
-            if name in self.prefixes:
-                continue
-            tables, window_begin = [], []
-            for index, (group, table) in enumerate(
-                zip(self.memory.groups, sequence.tables, strict=True)
-            ):
-                begin = group.first_needed(blocks * BLOCK_TOKENS)
-                if group.window is not None and begin < sequence.live_from[index]:
-                    return  # it went by without being computed here; the blocks have their keys
-                tables.append(table.entries[:blocks].copy())
-                window_begin.append(begin)
-            for pool, entries, begin in zip(self.memory.packed, tables, window_begin, strict=True):
-                pool.acquire(entries[begin:, PAGE].tolist())
-            keys = tuple(sequence.key(block) for block in range(blocks))
-            token_ids = sequence.tokens.upto(end_tokens)
-            self.prefixes.add(Prefix(name, token_ids, keys, tuple(tables), tuple(window_begin)))
+            if 0 < blocks <= sequence.computed // BLOCK_TOKENS and name not in self.prefixes:
+                self._keep_prefix(sequence, name, end_tokens)
+
+    def _keep_prefix(self, sequence: Sequence, name: PrefixName, end_tokens: int) -> None:
+        blocks = end_tokens // BLOCK_TOKENS
+        begins = [group.first_needed(blocks * BLOCK_TOKENS) for group in self.memory.groups]
+        for group, begin, live in zip(self.memory.groups, begins, sequence.live_from, strict=True):
+            if group.window is not None and begin < live:
+                return  # it went by without being computed here; its blocks have their keys
+        tables = tuple(table.entries[:blocks].copy() for table in sequence.tables)
+        for pool, entries, begin in zip(self.memory.packed, tables, begins, strict=True):
+            pool.acquire(entries[begin:, PAGE].tolist())
+        self.prefixes.add(
+            Prefix(
+                name=name,
+                token_ids=sequence.tokens.upto(end_tokens),
+                keys=tuple(sequence.key(block) for block in range(blocks)),
+                tables=tables,
+                window_begin=tuple(begins),
+            )
+        )
 
     def _leave_prefix(self, sequence: Sequence) -> None:
         prefix, sequence.prefix = sequence.prefix, None

@@ -93,10 +93,12 @@ class Scheduler:
         config: SchedulerConfig,
         cache: KVCacheManager,
         *,
+        batch_tokens: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
         self._cache = cache
+        self._batch_tokens = batch_tokens
         self._clock = clock
         self._duty = DutyCycle()
         self._served = dict.fromkeys(RequestClass, 0.0)  # prompt tokens by weight, for taking turns
@@ -128,7 +130,7 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         answers = self._answers()
         prompts: list[Chunk] = []
-        budget = self._config.max_batch_tokens - len(answers)
+        budget = self._batch_tokens - len(answers)
         queues = self._queues()
         for request_class in self._turns(queues):
             if answers and not self._duty.allows(request_class):
