@@ -6,6 +6,7 @@ Every failure that has a cause outside of us ends in one line on stderr and stat
 import argparse
 import asyncio
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +15,19 @@ from typing import TypeVar
 from api.ask import ask
 from api.config import ServerConfig
 from api.server import serve
+from longctx.bench import BENCHES
+from longctx.bench.command import bench_arguments, run_bench
 from longctx.config import EngineConfig
 from longctx.embedded import model_path
 from longctx.errors import LongctxError
 from longctx.options import add_options, read_options
 
 # The environment and a TOML file may have the options of any command.
-CONFIGS = (EngineConfig, ServerConfig)
+CONFIGS = (
+    EngineConfig,
+    ServerConfig,
+    *(tree for each in BENCHES.values() for tree in each.configs),
+)
 
 Config = TypeVar("Config")
 
@@ -51,9 +58,15 @@ def _ask(arguments: argparse.Namespace) -> None:
     ask(*_engine(arguments), arguments.file, arguments.question)
 
 
+def _bench(arguments: argparse.Namespace) -> None:
+    configs = [_read(arguments, config_type) for config_type in BENCHES[arguments.bench].configs]
+    run_bench(arguments.bench, configs, arguments.words)
+
+
 COMMANDS = {
     "serve": Command("serve a model over HTTP", _serve_arguments, _serve),
     "ask": Command("ask a question about a file, without a server", _ask_arguments, _ask),
+    "bench": Command("measure quality and speed; see bench --help", bench_arguments, _bench),
 }
 
 
@@ -68,7 +81,8 @@ def main(words: Sequence[str] | None = None) -> None:
         subparser = subparsers.add_parser(name, help=command.help, description=command.help)
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
-    arguments = parser.parse_args(words)
+    words = sys.argv[1:] if words is None else words
+    arguments = parser.parse_args(words, argparse.Namespace(words=words))
     try:
         arguments.run(arguments)
     except LongctxError as error:

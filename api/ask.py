@@ -1,0 +1,162 @@
+"""`longctx ask FILE QUESTION`: what the server does with a document and a question, once, here."""
+
+import asyncio
+import sys
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from api.draft import Draft
+from api.errors import ApiError
+from api.parser import Parser
+from longctx.client import EngineClient
+from longctx.config import EngineConfig
+from longctx.errors import LongctxError
+from longctx.prompt import ChatPrompts, FilePart, Message
+from longctx.request import (
+    FinishReason,
+    Request,
+    RequestClass,
+    RequestOutput,
+    SamplingParams,
+    Segment,
+    Usage,
+)
+from longctx.tokenizer import Tokenizer
+
+DOCUMENT_ID = "document"
+MAX_FILE_BYTES = 1 << 30
+READ_BYTES = 1 << 20
+ANSWER_TOKENS = 1024  # at most; less where the context leaves less
+
+
+def ask(config: EngineConfig, model_folder: Path, file: Path, question: str) -> None:
+    """Streams the answer to stdout; progress and figures go to stderr. Raises LongctxError."""
+    tokenizer = Tokenizer(model_folder)
+    asyncio.run(_ask(config, tokenizer, Parser(tokenizer), file, question))
+
+
+async def _ask(
+    config: EngineConfig, tokenizer: Tokenizer, parser: Parser, file: Path, question: str
+) -> None:
+    engine = EngineClient(config)
+    try:
+        with TemporaryDirectory(prefix="longctx-") as folder:
+            session = _Session(engine, ChatPrompts(tokenizer), parser, Path(folder))
+            await session.read(file)
+            await session.answer(file, question)
+    finally:
+        await engine.drain(0)
+        await parser.close()
+
+
+class _Session:
+    def __init__(
+        self, engine: EngineClient, prompts: ChatPrompts, parser: Parser, folder: Path
+    ) -> None:
+        self.engine = engine
+        self.prompts = prompts
+        self.parser = parser
+        self.folder = folder
+        self.document_tokens = 0
+        self.began = time.monotonic()
+
+    async def read(self, file: Path) -> None:
+        """Loads the model and computes the document, with a progress bar for each step."""
+        text, tokens = self.folder / "text", self.folder / "tokens"
+        prefix = self.prompts.document_prefix(None, title=file.name)
+        size = await asyncio.to_thread(_copy_text, file, text)
+        with _progress() as progress:
+            reading = progress.add_task("reading, bytes", total=size)
+            parsed, _ = await asyncio.gather(
+                self.parser.tokenize(
+                    text,
+                    tokens,
+                    continues=bool(prefix),
+                    on_progress=lambda read: progress.update(reading, completed=read),
+                ),
+                self.engine.start(),
+            )
+            self.document_tokens = parsed
+            computing = progress.add_task("computing, tokens", total=self.document_tokens)
+            await self.engine.open_document(DOCUMENT_ID, tokens)
+            before = (Segment(token_ids=prefix),) if prefix else ()
+            request = Request(
+                request_id="ingest",
+                segments=(*before, Segment(document_id=DOCUMENT_ID)),
+                sampling=SamplingParams(max_tokens=0),
+                request_class=RequestClass.INGEST,
+            )
+            async for output in self._run(request):
+                if output.progress is not None:
+                    done = max(0, output.progress.processed - len(prefix))
+                    progress.update(computing, completed=done)
+            progress.update(computing, completed=self.document_tokens)
+
+    async def answer(self, file: Path, question: str) -> None:
+        message = Message("user", (FilePart(DOCUMENT_ID, file.name), question))
+        segments = self.prompts.render([message])
+        prompt_tokens = self.document_tokens + sum(len(part.token_ids) for part in segments)
+        info = self.engine.info
+        left = min(info.max_context_tokens, info.capacity_tokens) - prompt_tokens
+        request = Request(
+            request_id="question",
+            segments=segments,
+            sampling=SamplingParams(max_tokens=max(1, min(left, ANSWER_TOKENS)), temperature=0.0),
+        )
+        asked = time.monotonic()
+        first_token: float | None = None
+        usage: Usage | None = None
+        async for output in self._run(request):
+            if output.token_ids and first_token is None:
+                first_token = time.monotonic() - asked
+            print(output.text, end="", flush=True)
+            usage = output.usage or usage
+        print(flush=True)
+        assert usage is not None and first_token is not None
+        print(
+            f"{usage.cached_tokens:,} of {usage.prompt_tokens:,} prompt tokens were cached; "
+            f"first token after {first_token:.2f} s, {usage.completion_tokens} tokens in "
+            f"{time.monotonic() - asked:.2f} s; {time.monotonic() - self.began:.1f} s in all",
+            file=sys.stderr,
+        )
+
+    async def _run(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        async with aclosing(self.engine.generate(request)) as outputs:
+            async for output in outputs:
+                if output.finish_reason is FinishReason.ERROR:
+                    raise LongctxError(output.error or "the engine failed")
+                yield output
+
+
+def _copy_text(source: Path, target: Path) -> int:
+    """Checked as an upload is; returns its size in bytes. Raises LongctxError."""
+    try:
+        with (
+            source.open("rb") as file,
+            Draft(target.with_suffix(".draft"), limit_bytes=MAX_FILE_BYTES) as draft,
+        ):
+            while data := file.read(READ_BYTES):
+                draft.write(data)
+            draft.finish()
+            draft.path.rename(target)
+            return draft.size
+    except OSError as error:
+        raise LongctxError(f"cannot read {source}: {error.strerror}") from error
+    except ApiError as error:
+        raise LongctxError(f"{source}: {error.message}") from error
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    )

@@ -1,0 +1,41 @@
+"""What the HTTP server lets its user choose. Each field is an option of `longctx serve`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    host: Annotated[str, "address to listen on"] = "127.0.0.1"
+    port: Annotated[int, "port to listen on; 0 takes a free one"] = 8000
+    store_dir: Annotated[Path, "folder of everything durable: files, their state, the secret"] = (
+        Path("~/.local/share/longctx")
+    )
+    served_name: Annotated[str | None, "the model's name in the API; its folder's if absent"] = None
+    api_key: Annotated[tuple[str, ...], "key that requests must carry; repeat for more"] = ()
+    api_key_file: Annotated[Path | None, "file of accepted keys, one a line; a tenant each"] = None
+    max_upload_mib: Annotated[int, "largest file accepted"] = 512
+    ping_seconds: Annotated[float, "a silent stream carries a comment this often"] = 5.0
+    drain_seconds: Annotated[float, "time that running answers get to finish at the end"] = 10.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port={self.port} is outside [0, 65535]")
+        if self.max_upload_mib < 1:
+            raise ValueError(f"max_upload_mib={self.max_upload_mib} must be at least 1")
+        if self.ping_seconds <= 0:
+            raise ValueError(f"ping_seconds={self.ping_seconds} must be positive")
+        if self.drain_seconds < 0:
+            raise ValueError(f"drain_seconds={self.drain_seconds} must not be negative")
+
+        if not all(self.api_key):
+            raise ValueError("api_key is empty; leave it out to serve without keys")
+
+    @property
+    def max_upload_bytes(self) -> int:
+        return self.max_upload_mib << 20
+
+    @property
+    def folder(self) -> Path:
+        return self.store_dir.expanduser()

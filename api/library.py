@@ -1,0 +1,341 @@
+"""The documents of this process, and how far each has come.
+
+    upload -> queued -> tokenized (`parser.py`) -> computed by the engine -> ready
+                 \\________________\\______________________\\____________-> error
+
+One document is tokenized at a time, two are computed. The state is derived from what is true, it is
+not stored: after a restart of the server, or of the engine, every known document is computed again
+in the background, and a question that comes first joins that work.
+"""
+
+import asyncio
+import logging
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from api.documents import Document, DocumentStore
+from api.errors import ApiError
+from api.lane import Lane
+from api.parser import ParseFailed, Parser
+from api.store_dir import StoreDir
+from longctx.client import EngineClient
+from longctx.errors import (
+    ContextTooLong,
+    DocumentMissing,
+    EngineDied,
+    InvalidRequest,
+    LongctxError,
+    Overloaded,
+)
+from longctx.prompt import ChatPrompts
+from longctx.request import (
+    FinishReason,
+    Progress,
+    Request,
+    RequestClass,
+    SamplingParams,
+    Segment,
+)
+
+logger = logging.getLogger("longctx.api")
+
+DocumentState = Literal["queued", "processing", "ready", "error"]
+TOKEN_BYTES = 4
+ATTEMPTS = 3  # a document that ends the engine this often is left alone
+RETRY_SECONDS = 0.5
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A document, and what has been done about it in this process."""
+
+    document: Document
+    prefix: tuple[int, ...]  # the tokens before it, in the prompt it is computed under
+    read_bytes: int = 0
+    tokenized: asyncio.Event = field(default_factory=asyncio.Event)  # or failed, or removed
+    progress: Progress | None = None
+    ready: bool = False
+    error: str | None = None
+    removed: bool = False
+    differed: str | None = None  # why the last question had to compute it again
+
+    @property
+    def tokens(self) -> int:
+        assert self.document.tokens is not None, "asked before it is tokenized"
+        return self.document.tokens
+
+    @property
+    def prefilled_tokens(self) -> int:
+        if self.ready:
+            return self.tokens
+        processed = self.progress.processed if self.progress is not None else 0
+        return max(0, processed - len(self.prefix))
+
+    def reading(self) -> dict[str, Any]:
+        """How far tokenization is."""
+        size = self.document.bytes
+        return {"file_id": self.document.id, "bytes": size, "read_bytes": self.read_bytes}
+
+    def eta_seconds(self) -> float | None:
+        """Until it is computed, at the pace so far; None while there is no pace."""
+        if self.ready:
+            return 0.0
+        progress = self.progress
+        if progress is None or progress.processed <= progress.cache or progress.time_ms <= 0:
+            return None
+        pace = (progress.processed - progress.cache) / progress.time_ms
+        return round((progress.total - progress.processed) / pace / 1000, 1)
+
+
+class Library:
+    def __init__(
+        self,
+        folder: StoreDir,
+        store: DocumentStore,
+        parser: Parser,
+        prompts: ChatPrompts,
+        engine: EngineClient,
+    ) -> None:
+        self._folder = folder
+        self._store = store
+        self._parser = parser
+        self._prompts = prompts
+        self._engine = engine
+        self._entries: dict[str, Entry] = {}
+        self._tokenizing = Lane(self._tokenize, width=1)
+        self._prefilling = Lane(self._prefill, width=2)
+
+    async def open(self) -> None:
+        """Takes up every known document again."""
+        documents = await self._store.all()
+        self._folder.remove_strangers(frozenset(document.id for document in documents))
+        for document in documents:
+            if not self._folder.text_path(document.id).exists():
+                logger.warning("the text of %s is gone; forgetting it", document.id)
+                await self._store.remove(document.id)
+                continue
+            await self._take_up(document)
+
+    async def close(self) -> None:
+        """Stops all work, which is taken up again next time."""
+        await self._tokenizing.close()
+        await self._prefilling.close()
+
+    async def add(self, document: Document, text: Path) -> Entry:
+        """Moves the uploaded text into the store. Raises InvalidRequest when the model has no
+        place for a document in its chat template."""
+        prefix = await self._prefix(document)
+        await asyncio.to_thread(text.rename, self._folder.text_path(document.id))
+        await self._store.save(document)
+        return self._begin(document, prefix)
+
+    async def remove(self, entry: Entry) -> None:
+        """Forgets it everywhere; requests that wait for it get 404."""
+        document_id = entry.document.id
+        entry.removed = True
+        entry.tokenized.set()
+        del self._entries[document_id]
+        await self._tokenizing.cancel(document_id)
+        await self._prefilling.cancel(document_id)
+        with suppress(LongctxError):  # an engine that is not there holds nothing
+            await self._engine.close_document(document_id)
+        await self._store.remove(document_id)
+        self._folder.text_path(document_id).unlink(missing_ok=True)
+        self._folder.tokens_path(document_id).unlink(missing_ok=True)
+
+    def find(self, tenant: str, document_id: str, *, param: str | None = None) -> Entry:
+        """Raises ApiError 404 when the tenant has no such document."""
+        entry = self._entries.get(document_id)
+        if entry is None or entry.document.tenant != tenant:
+            raise _unknown(document_id, param)
+        return entry
+
+    def twin(self, tenant: str, sha256: str, filename: str) -> Entry | None:
+        """A document of the tenant with that content and name, and no system prompt."""
+        for entry in self._entries.values():
+            document = entry.document
+            if (document.tenant, document.sha256) == (tenant, sha256) and (
+                (document.filename, document.system) == (filename, None)
+            ):
+                return entry
+        return None
+
+    async def page(
+        self,
+        tenant: str,
+        *,
+        purpose: str | None,
+        order: Literal["asc", "desc"],
+        after: str | None,
+        limit: int,
+    ) -> list[Entry]:
+        """At most `limit` documents of the tenant in order of upload, after the one named."""
+        documents = await self._store.page(
+            tenant, purpose=purpose, order=order, after=after, limit=limit
+        )
+        entries = (self._entries.get(document.id) for document in documents)
+        return [entry for entry in entries if entry is not None]  # some may just be leaving
+
+    def text_path(self, entry: Entry) -> Path:
+        return self._folder.text_path(entry.document.id)
+
+    def state(self, entry: Entry) -> DocumentState:
+        document_id = entry.document.id
+        if entry.error is not None:
+            return "error"
+        if entry.ready:
+            return "ready"
+        if self._tokenizing.runs(document_id) or self._prefilling.runs(document_id):
+            return "processing"
+        return "queued"
+
+    async def settled(self, entry: Entry, *, timeout_seconds: float) -> bool:
+        """Whether the document's tokens are known to the engine, or never will be; waits at most
+        so long for it, and lets the document be tokenized before others."""
+        self._tokenizing.hurry(entry.document.id)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(entry.tokenized.wait(), timeout_seconds)
+        return entry.tokenized.is_set()
+
+    def check(self, entry: Entry) -> None:
+        """Raises ApiError: 400 when the document has failed, 404 when it was deleted."""
+        if entry.removed:
+            raise _unknown(entry.document.id, "messages")
+        if entry.error is not None:
+            raise ApiError(
+                400,
+                f"file {entry.document.id} ({entry.document.filename}) cannot be asked about: "
+                f"{entry.error}",
+                param="messages",
+                code="file_error",
+            )
+
+    async def reopen(self) -> None:
+        """After the engine was restarted: it knows no document, and has computed none."""
+        for entry in self._entries.values():
+            if entry.error is None:
+                entry.ready = False
+                entry.progress = None
+                entry.tokenized.clear()
+                self._tokenizing.add(entry.document.id)
+
+    async def _take_up(self, document: Document) -> None:
+        tokens = self._folder.tokens_path(document.id)
+        known = document.fingerprint == self._engine.info.fingerprint
+        size = tokens.stat().st_size if tokens.exists() else None
+        if not known or document.tokens is None or size != document.tokens * TOKEN_BYTES:
+            document = replace(document, tokens=None, fingerprint=None)
+        try:
+            entry = self._begin(document, await self._prefix(document))
+        except InvalidRequest as error:  # this model's template takes no documents
+            entry = Entry(document=document, prefix=(), error=str(error))
+            self._entries[document.id] = entry
+
+    def _begin(self, document: Document, prefix: tuple[int, ...]) -> Entry:
+        entry = Entry(document=document, prefix=prefix)
+        self._entries[document.id] = entry
+        self._tokenizing.add(document.id)
+        return entry
+
+    async def _prefix(self, document: Document) -> tuple[int, ...]:
+        return await asyncio.to_thread(
+            self._prompts.document_prefix,
+            document.system,
+            title=document.filename,
+            date=document.date,
+        )
+
+    async def _tokenize(self, document_id: str) -> None:
+        entry = self._entries[document_id]
+        try:
+            if entry.document.tokens is None:
+                await self._parse(entry)
+            self._check_length(entry)
+            await self._open_and_prefill(entry)
+        except (ParseFailed, ContextTooLong, OSError) as error:
+            entry.error = str(error)
+        entry.tokenized.set()
+
+    async def _parse(self, entry: Entry) -> None:
+        def note(read_bytes: int) -> None:
+            entry.read_bytes = read_bytes
+
+        tokens = await self._parser.tokenize(
+            self._folder.text_path(entry.document.id),
+            self._folder.tokens_path(entry.document.id),
+            continues=bool(entry.prefix),
+            on_progress=note,
+        )
+        fingerprint = self._engine.info.fingerprint
+        entry.document = replace(entry.document, tokens=tokens, fingerprint=fingerprint)
+        await self._store.save(entry.document)
+
+    def _check_length(self, entry: Entry) -> None:
+        info = self._engine.info
+        limit = min(info.max_context_tokens, info.capacity_tokens)
+        total = len(entry.prefix) + entry.tokens
+        if total >= limit:
+            option = "--max-context" if limit == info.max_context_tokens else "--device-pool-gib"
+            raise ContextTooLong(
+                f"with the prompt before it the document has {total} tokens, the limit is {limit} "
+                f"together with question and answer; split it or start the server with a larger "
+                f"{option}"
+            )
+
+    async def _open_and_prefill(self, entry: Entry) -> None:
+        document_id = entry.document.id
+        with suppress(EngineDied):  # `reopen` comes when it is back
+            await self._engine.open_document(document_id, self._folder.tokens_path(document_id))
+            self._prefilling.add(document_id)
+
+    async def _prefill(self, document_id: str) -> None:
+        entry = self._entries[document_id]
+        reason = ""
+        attempts = 0
+        while attempts < ATTEMPTS:
+            while self._engine.state in ("starting", "restarting"):
+                await asyncio.sleep(RETRY_SECONDS)
+            if self._engine.state != "ready":
+                return  # going down
+            try:
+                await self._prefill_once(entry, f"ingest-{document_id}-{attempts}")
+                return
+            except (InvalidRequest, ContextTooLong) as error:
+                entry.error = str(error)
+                return
+            except Overloaded:
+                pass
+            except (EngineDied, DocumentMissing) as error:
+                attempts += 1
+                reason = str(error)
+            await asyncio.sleep(RETRY_SECONDS)
+        entry.error = f"computing it failed {ATTEMPTS} times, at last because: {reason}"
+
+    async def _prefill_once(self, entry: Entry, request_id: str) -> None:
+        document = Segment(document_id=entry.document.id)
+        before = (Segment(token_ids=entry.prefix),) if entry.prefix else ()
+        request = Request(
+            request_id=request_id,
+            segments=(*before, document),
+            sampling=SamplingParams(max_tokens=0),
+            request_class=RequestClass.INGEST,
+            salt=entry.document.tenant,
+        )
+        async with aclosing(self._engine.generate(request)) as outputs:
+            async for output in outputs:
+                if output.progress is not None:
+                    entry.progress = output.progress
+                if output.finish_reason is FinishReason.ERROR:
+                    raise EngineDied(output.error or "the engine failed")
+                entry.ready |= output.finish_reason is FinishReason.LENGTH
+
+
+def _unknown(document_id: str, param: str | None) -> ApiError:
+    return ApiError(
+        404,
+        f"there is no file {document_id!r}; GET /v1/files lists those there are",
+        param=param,
+        code="file_not_found",
+    )

@@ -1,0 +1,282 @@
+"""Turns uploaded text into token ids in a process that may be slow, run wild or be killed.
+
+A zygote is forked from the server while that has one thread: it holds the loaded tokenizer and
+forks one child per document, so a document starts at once, with limits of its own, and costs the
+others nothing: lowest priority, one thread, killed when cancelled or over its limits.
+
+Messages between the processes are lines of JSON.
+"""
+
+import array
+import asyncio
+import codecs
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+from longctx.errors import InvalidRequest, LongctxError
+from longctx.tokenizer import Tokenizer
+
+# A piece of 2**20 characters takes about 1 s and 200 MiB to tokenize. The limits are for what has
+# gone wrong: 30 times that time, and memory that no vocabulary needs. Data, not address space:
+# libraries that are only mapped would count there, and a CUDA build maps gigabytes.
+PIECE_CHARACTERS = 1 << 20
+CPU_SECONDS = 60
+CPU_SECONDS_PER_MIB = 30
+DATA_BYTES = 4 << 30
+# Real time is longer when the processors are busy: this work takes only what others leave.
+PATIENCE = 60
+
+
+class ParseFailed(LongctxError):
+    """The document has no tokens; the message says why."""
+
+
+@dataclass(slots=True)
+class _Child:
+    pid: int | None = None
+    unwanted: bool = False
+
+    def kill(self) -> None:
+        self.unwanted = True
+        if self.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+
+class Parser:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Forks; call it before there are threads."""
+        ours, theirs = socket.socketpair()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.zygote_pid = os.fork()
+        if self.zygote_pid == 0:
+            ours.close()
+            _run_zygote(tokenizer, theirs)
+        theirs.close()
+        self._socket = ours
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._turn = asyncio.Lock()
+
+    async def tokenize(
+        self,
+        text: Path,
+        tokens: Path,
+        *,
+        continues: bool,
+        on_progress: Callable[[int], None] = lambda read_bytes: None,
+    ) -> int:
+        """Writes the token ids of UTF-8 `text` to `tokens`, little-endian int32; returns how many.
+
+        One document at a time; cancelling kills the process at work. `continues`: other text
+        stands before the document in its prompt. Raises ParseFailed.
+        """
+        child = _Child()
+        job = {"text": str(text), "tokens": str(tokens), "continues": continues}
+        run = asyncio.ensure_future(self._run(child, job, on_progress))
+        try:
+            return await asyncio.shield(run)
+        except asyncio.CancelledError:
+            child.kill()
+            run.add_done_callback(lambda done: done.cancelled() or done.exception())
+            raise
+
+    async def close(self) -> None:
+        """Ends the zygote; what it still works on is abandoned."""
+        if self._streams is not None:
+            self._streams[1].close()
+        self._socket.close()
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(self.zygote_pid, signal.SIGKILL)
+            await asyncio.to_thread(os.waitpid, self.zygote_pid, 0)
+
+    async def _run(
+        self, child: _Child, job: dict[str, Any], on_progress: Callable[[int], None]
+    ) -> int:
+        async with self._turn:
+            if child.unwanted:
+                raise ParseFailed("cancelled")
+            mebibytes = os.path.getsize(job["text"]) >> 20
+            cpu_seconds = CPU_SECONDS + CPU_SECONDS_PER_MIB * mebibytes
+            deadline = asyncio.get_running_loop().call_later(PATIENCE * cpu_seconds, child.kill)
+            result: dict[str, Any] = {}
+            await self._send({**job, "cpu_seconds": cpu_seconds})
+            while "exit" not in result:
+                message = await self._receive()
+                result |= message
+                if "pid" in message:
+                    child.pid = message["pid"]
+                    if child.unwanted:
+                        child.kill()
+                elif "read" in message:
+                    on_progress(message["read"])
+            child.pid = None  # the number may be another's from now on
+            late = deadline.when() <= asyncio.get_running_loop().time()
+            deadline.cancel()
+        if "error" in result:
+            raise ParseFailed(result["error"])
+        if "count" not in result:
+            raise ParseFailed(_cause_of_death(result["exit"], cpu_seconds, late))
+        count = result["count"]
+        assert isinstance(count, int)
+        return count
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        if self._streams is None:
+            self._streams = await asyncio.open_connection(sock=self._socket)
+        with suppress(OSError):  # the next receive says what is wrong
+            self._streams[1].write(json.dumps(message).encode() + b"\n")
+
+    async def _receive(self) -> dict[str, Any]:
+        assert self._streams is not None
+        line = b""
+        with suppress(OSError):
+            line = await self._streams[0].readline()
+        if not line:
+            raise ParseFailed("the process that reads documents has ended; restart the server")
+        message = json.loads(line)
+        assert isinstance(message, dict)
+        return message
+
+
+def _cause_of_death(status: int, cpu_seconds: int, late: bool) -> str:
+    if late:
+        return f"reading it took more than {PATIENCE * cpu_seconds} s; upload it in parts"
+    if os.WIFSIGNALED(status):
+        match os.WTERMSIG(status):
+            case signal.SIGXCPU:
+                return f"reading it took more than {cpu_seconds} s of CPU; upload it in parts"
+            case signal.SIGABRT:
+                return f"reading it took more than {DATA_BYTES >> 30} GiB; upload it in parts"
+            case number:
+                name = signal.Signals(number).name
+                return f"the process that read it was ended by {name}; upload it again"
+    return f"the process that read it ended with status {os.waitstatus_to_exitcode(status)}"
+
+
+def _run_zygote(tokenizer: Tokenizer, connection: socket.socket) -> None:
+    """Never returns. Ends when the server does: its end of the connection is then closed."""
+    try:
+        # What the server has open (its port, its locks) must be free when the server is gone.
+        keep = connection.fileno()
+        os.closerange(3, keep)
+        os.closerange(keep + 1, os.sysconf("SC_OPEN_MAX"))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.nice(19)
+        if sys.platform == "linux":
+            with suppress(PermissionError):
+                os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizers library reads it
+        lines = connection.makefile("rw", encoding="utf-8", newline="\n")
+        for line in lines:
+            pid = os.fork()
+            if pid == 0:
+                _run_child(tokenizer, json.loads(line), lines)
+            _write(lines, pid=pid)
+            _, status = os.waitpid(pid, 0)
+            _write(lines, exit=status)
+    except OSError:
+        pass  # the server is gone
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def _run_child(tokenizer: Tokenizer, job: dict[str, Any], lines: TextIOWrapper) -> None:
+    """Never returns."""
+    try:
+        seconds = job["cpu_seconds"]
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_DATA, (DATA_BYTES, DATA_BYTES))
+        count = _write_tokens(
+            tokenizer,
+            Path(job["text"]),
+            Path(job["tokens"]),
+            continues=job["continues"],
+            on_progress=lambda read: _write(lines, read=read),
+        )
+        _write(lines, count=count)
+    except InvalidRequest as error:
+        _write(lines, error=str(error))
+    except MemoryError:
+        _write(lines, error=f"reading it took more than {DATA_BYTES >> 30} GiB")
+    except OSError as error:
+        with suppress(OSError):
+            _write(lines, error=f"its tokens cannot be written: {error.strerror}")
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def _write(lines: TextIOWrapper, **message: Any) -> None:
+    lines.write(json.dumps(message) + "\n")
+    lines.flush()
+
+
+def _write_tokens(
+    tokenizer: Tokenizer,
+    text: Path,
+    tokens: Path,
+    *,
+    continues: bool,
+    on_progress: Callable[[int], None],
+) -> int:
+    draft = tokens.with_suffix(".draft")
+    count = 0
+    with draft.open("wb") as file:
+        for piece, read_bytes in _pieces(text):
+            ids = array.array("i", tokenizer.encode(piece, continues=continues))
+            if sys.byteorder == "big":
+                ids.byteswap()
+            ids.tofile(file)
+            count += len(ids)
+            continues = True
+            on_progress(read_bytes)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.rename(tokens)
+    return count
+
+
+def _pieces(path: Path) -> Iterator[tuple[str, int]]:
+    """The text in pieces, each with the number of bytes read until then; a BOM is left out."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    text = ""
+    with path.open("rb") as file:
+        while data := file.read(PIECE_CHARACTERS):
+            text += decoder.decode(data)
+            while len(text) >= 2 * PIECE_CHARACTERS:
+                end = cut(text)
+                yield text[:end], file.tell()
+                text = text[end:]
+        if text:
+            yield text, file.tell()
+
+
+def cut(text: str) -> int:
+    """Where the first piece of a long text ends: after a line, else before a space.
+
+    Tokenizers end a token there anyway, so pieces give the tokens that the whole would.
+    """
+    end = text.rfind("\n", 1, PIECE_CHARACTERS)
+    while end > PIECE_CHARACTERS // 2 and text[end + 1].isspace():
+        end = text.rfind("\n", 1, end)
+    if end > PIECE_CHARACTERS // 2:
+        return end + 1
+    end = text.rfind(" ", PIECE_CHARACTERS // 2, PIECE_CHARACTERS)
+    return end if end > 0 else PIECE_CHARACTERS

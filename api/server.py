@@ -1,0 +1,132 @@
+"""`longctx serve`: starts everything in order, answers until told to stop, ends in order.
+
+The start: port and folder first (a mistake there shows at once), then the parser's process is
+forked while there are no threads, then the engine, then the documents, then the ready line.
+The end: no new work, running answers get time to finish, then the engine process stops.
+"""
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import Generator
+from pathlib import Path
+
+import uvicorn
+
+from api.app import Application, open_application
+from api.config import ServerConfig
+from api.parser import Parser
+from api.store_dir import StoreDir
+from longctx.config import EngineConfig
+from longctx.errors import LongctxError
+from longctx.tokenizer import Tokenizer
+
+BACKLOG = 2048
+FLUSH_SECONDS = 5  # for the last bytes of answers that the engine has ended
+
+
+def serve(engine_config: EngineConfig, model_folder: Path, config: ServerConfig) -> None:
+    """Returns after SIGTERM or Ctrl-C. Raises LongctxError when it cannot start."""
+    with (
+        contextlib.closing(listen(config)) as listener,
+        contextlib.closing(StoreDir(config.folder)) as folder,
+    ):
+        tokenizer = Tokenizer(model_folder)
+        parser = Parser(tokenizer)
+        asyncio.run(_serve(engine_config, config, listener, folder, tokenizer, parser))
+
+
+async def _serve(
+    engine_config: EngineConfig,
+    config: ServerConfig,
+    listener: socket.socket,
+    folder: StoreDir,
+    tokenizer: Tokenizer,
+    parser: Parser,
+) -> None:
+    server: Server | None = None
+    starting = asyncio.current_task()
+    assert starting is not None
+
+    def stop(number: int) -> None:
+        if server is None:
+            starting.cancel()
+        else:
+            server.handle_exit(number, None)
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
+    async with open_application(
+        engine_config, config, folder=folder, tokenizer=tokenizer, parser=parser
+    ) as application:
+        info = application.engine.info
+        print(
+            f"longctx serves {info.model_name} on {info.device} in {info.dtype}: "
+            f"{info.capacity_tokens:,} tokens of {info.kv_codec} KV fit the device, "
+            f"a context has at most {info.max_context_tokens:,}",
+            file=sys.stderr,
+        )
+        server = Server(application, config)
+        await server.serve([listener])
+
+
+class Server(uvicorn.Server):
+    """uvicorn with our ready line, and with the engine drained while connections finish."""
+
+    def __init__(self, application: Application, config: ServerConfig) -> None:
+        super().__init__(
+            uvicorn.Config(
+                application.asgi,
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                backlog=BACKLOG,
+                timeout_graceful_shutdown=int(config.drain_seconds) + FLUSH_SECONDS,
+            )
+        )
+        self.application = application
+        self.drain_seconds = config.drain_seconds
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        assert sockets is not None
+        host, port = sockets[0].getsockname()[:2]
+        print(f"longctx ready http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.application.library.close()
+        draining = asyncio.create_task(self.application.engine.drain(self.drain_seconds))
+        await super().shutdown(sockets)  # returns early after a second Ctrl-C
+        if self.force_exit:
+            draining.cancel()
+        await asyncio.gather(draining, return_exceptions=True)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Signals are `serve`'s: a stop that was asked for is a success, not death by signal."""
+        yield
+
+
+def listen(config: ServerConfig) -> socket.socket:
+    """A listening socket: clients that come while the model loads wait. Raises LongctxError."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise LongctxError(
+            f"cannot listen on {config.host}:{config.port}: {error.strerror}; choose another "
+            "--port, 0 for a free one"
+        ) from error
+    return listener

@@ -1,0 +1,71 @@
+"""The folder of everything durable, owned by one server at a time.
+
+secret               what tenants are derived from; private
+documents.sqlite     what is known about each file (`documents.py`)
+documents/ID.txt     a file's text, as uploaded
+documents/ID.tokens  its token ids, little-endian int32
+"""
+
+import fcntl
+import os
+import secrets
+from pathlib import Path
+
+from longctx.errors import LongctxError
+
+
+class StoreDir:
+    def __init__(self, path: Path) -> None:
+        """Raises LongctxError when the folder cannot be used or another server has it."""
+        self.path = path
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (path / "documents").mkdir(mode=0o700, exist_ok=True)
+            self._lock = (path / "lock").open("w")
+        except OSError as error:
+            raise LongctxError(
+                f"cannot use {path} as store: {error.strerror}; choose another --store-dir"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+        except OSError as error:
+            self._lock.close()
+            raise LongctxError(
+                f"{path} is in use by another server; stop it or choose another --store-dir"
+            ) from error
+
+    def close(self) -> None:
+        self._lock.close()
+
+    @property
+    def database(self) -> Path:
+        return self.path / "documents.sqlite"
+
+    def text_path(self, document_id: str) -> Path:
+        return self.path / "documents" / f"{document_id}.txt"
+
+    def tokens_path(self, document_id: str) -> Path:
+        return self.path / "documents" / f"{document_id}.tokens"
+
+    def new_draft(self) -> Path:
+        """Where a file is written until it is complete; on the same file system."""
+        return self.path / "documents" / f"{secrets.token_hex(16)}.draft"
+
+    def secret(self) -> bytes:
+        """32 random bytes, made on first use."""
+        path = self.path / "secret"
+        if not path.exists():
+            draft = self.path / "secret.new"
+            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(secrets.token_bytes(32))
+                file.flush()
+                os.fsync(descriptor)
+            draft.rename(path)
+        return path.read_bytes()
+
+    def remove_strangers(self, known: frozenset[str]) -> None:
+        """Deletes what a crash left behind: drafts and files of no known document."""
+        for path in (self.path / "documents").iterdir():
+            if path.stem not in known or path.suffix not in {".txt", ".tokens"}:
+                path.unlink()

@@ -1,0 +1,292 @@
+"""What clients may send, as strict types: nothing that would change an answer is ignored.
+
+A parameter is either served, or harmless (accepted, without effect on the answer by its nature),
+or listed here as `neutral`: known from OpenAI's API, not served, and accepted only with a value
+that asks for nothing. Every other name is unknown and refused.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+from starlette.requests import Request
+
+from api.errors import ApiError
+from longctx.request import SamplingParams
+
+# JSON is parsed in one go on the event loop, at about 300 MB/s.
+MAX_JSON_BYTES = 16 << 20
+# Of a refused body this much is still read: a client that is busy sending sees no answer.
+MAX_DISCARDED_BYTES = 256 << 20
+MAX_PROMPTS = 2048
+
+WireType = TypeVar("WireType", bound="Wire")
+
+
+async def read_json(request: Request, wire_type: type[WireType]) -> WireType:
+    """The body as `wire_type`; ApiError 413 above MAX_JSON_BYTES, ValidationError when wrong."""
+    body = bytearray()
+    stream = request.stream()
+    async for chunk in stream:
+        body += chunk
+        if len(body) > MAX_JSON_BYTES:
+            await discard(stream)
+            raise ApiError(
+                413,
+                f"the body is larger than {MAX_JSON_BYTES >> 20} MiB; "
+                "upload long text to /v1/files and refer to it by file_id",
+            )
+    return wire_type.model_validate_json(bytes(body))
+
+
+async def discard(stream: AsyncIterator[bytes]) -> None:
+    """Reads the rest of a body that is refused, within reason."""
+    discarded = 0
+    async for chunk in stream:
+        discarded += len(chunk)
+        if discarded > MAX_DISCARDED_BYTES:
+            return
+
+
+def neutral(*values: Any) -> AfterValidator:
+    """For a parameter that is not served: only these values are accepted."""
+
+    def check(value: Any) -> Any:
+        if not any(type(value) is type(accepted) and value == accepted for accepted in values):
+            raise ValueError("is not supported by this server; leave it out")
+        return value
+
+    return AfterValidator(check)
+
+
+# Which branch of a union to read a value as; the errors of that one branch are then reported.
+# Tags have spaces, so that an error's path tells them from fields.
+
+
+def _text_or_list(value: Any) -> str:
+    return "a string" if isinstance(value, str) else "a list"
+
+
+def _prompt_shape(value: Any) -> str | None:
+    match value:
+        case str():
+            return "a string"
+        case [int(), *_]:
+            return "a list of token ids"
+        case [list(), *_]:
+            return "a list of lists"
+        case list():
+            return "a list"
+        case _:
+            return None
+
+
+class Wire(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+TextOrTexts = Annotated[
+    Annotated[str, Tag("a string")] | Annotated[list[str], Tag("a list")],
+    Discriminator(_text_or_list),
+]
+
+
+class StreamOptions(Wire):
+    include_usage: bool = False
+    include_obfuscation: bool | None = None  # harmless: padding that changes no answer
+
+
+# What `SamplingParams` takes by the same name, with its own default when absent.
+AS_GIVEN = (
+    *("n", "temperature", "top_p", "top_k", "min_p", "seed", "logit_bias", "ignore_eos"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+
+
+class Sampled(Wire):
+    """What chat and completions share. Ranges are checked by `SamplingParams`."""
+
+    model: str | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    return_progress: bool = False
+    n: int | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0: read the prompt, answer nothing
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    stop: TextOrTexts | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+
+    # harmless
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is allowed only with stream=true")
+        return self
+
+    @property
+    def answer_tokens(self) -> int | None:
+        """How many tokens the answer may have; None leaves it to the context."""
+        return self.max_tokens
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self, max_tokens: int) -> SamplingParams:
+        """Raises InvalidRequest for a value out of range."""
+        given = {name: value for name in AS_GIVEN if (value := getattr(self, name)) is not None}
+        return SamplingParams(
+            max_tokens=max_tokens,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            **given,
+        )
+
+
+class TextPart(Wire):
+    type: Literal["text"]
+    text: str
+
+
+class FileReference(Wire):
+    """An uploaded file, or one that travels inside the message as a data URL."""
+
+    file_id: str | None = None
+    file_data: str | None = None
+    filename: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.file_id is None) == (self.file_data is None):
+            raise ValueError("must have either file_id or file_data")
+        return self
+
+
+class FileContent(Wire):
+    type: Literal["file"]
+    file: FileReference
+
+
+Part = Annotated[TextPart | FileContent, Field(discriminator="type")]
+Content = Annotated[
+    Annotated[str, Tag("a string")] | Annotated[list[Part], Tag("a list")],
+    Discriminator(_text_or_list),
+]
+
+
+class Message(Wire):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content | None = None
+
+    name: Annotated[Any, neutral(None)] = None
+    tool_calls: Annotated[Any, neutral(None, [])] = None
+    function_call: Annotated[Any, neutral(None)] = None
+    refusal: Annotated[Any, neutral(None)] = None
+    audio: Annotated[Any, neutral(None)] = None
+    annotations: Annotated[Any, neutral(None, [])] = None
+
+    @property
+    def parts(self) -> list[TextPart | FileContent]:
+        if isinstance(self.content, str):
+            return [TextPart(type="text", text=self.content)]
+        return self.content or []
+
+
+class ChatRequest(Sampled):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
+
+    # harmless
+    parallel_tool_calls: bool | None = None
+    prediction: Any = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+
+    audio: Annotated[Any, neutral(None)] = None
+    function_call: Annotated[Any, neutral(None, "none")] = None
+    functions: Annotated[Any, neutral(None, [])] = None
+    logprobs: Annotated[Any, neutral(None, False)] = None
+    modalities: Annotated[Any, neutral(None, ["text"])] = None
+    moderation: Annotated[Any, neutral(None)] = None
+    reasoning_effort: Annotated[Any, neutral(None, "none")] = None
+    response_format: Annotated[Any, neutral(None, {"type": "text"})] = None
+    store: Annotated[Any, neutral(None, False)] = None
+    tool_choice: Annotated[Any, neutral(None, "none", "auto")] = None
+    tools: Annotated[Any, neutral(None, [])] = None
+    top_logprobs: Annotated[Any, neutral(None, 0)] = None
+    verbosity: Annotated[Any, neutral(None, "medium")] = None
+    web_search_options: Annotated[Any, neutral(None)] = None
+
+    @property
+    def answer_tokens(self) -> int | None:
+        if self.max_completion_tokens is not None:
+            return self.max_completion_tokens
+        return self.max_tokens
+
+
+TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
+Prompt = Annotated[
+    Annotated[str, Tag("a string")]
+    | Annotated[list[str], Tag("a list"), Field(min_length=1, max_length=MAX_PROMPTS)]
+    | Annotated[TokenIds, Tag("a list of token ids")]
+    | Annotated[list[TokenIds], Tag("a list of lists"), Field(max_length=MAX_PROMPTS)],
+    Discriminator(
+        _prompt_shape,
+        custom_error_type="prompt_type",
+        custom_error_message="must be a string, a list of strings, of token ids, or of such lists",
+    ),
+]
+
+
+class CompletionRequest(Sampled):
+    prompt: Prompt
+
+    best_of: Annotated[Any, neutral(None, 1)] = None
+    echo: Annotated[Any, neutral(None, False)] = None
+    logprobs: Annotated[Any, neutral(None)] = None
+    suffix: Annotated[Any, neutral(None, "")] = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        match self.prompt:
+            case str() | [int(), *_]:
+                return [self.prompt]  # type: ignore[list-item]
+            case several:
+                return several  # type: ignore[return-value]
+
+
+class TokenizeRequest(Wire):
+    """Plain text, or messages to be put through the chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("either prompt or messages is required, not both")
+        return self

@@ -1,0 +1,106 @@
+"""A server for tests: the real application on a real socket, run by a thread of this process."""
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import httpx
+import openai
+
+from api.app import open_application
+from api.config import ServerConfig
+from api.parser import Parser
+from api.server import Server, listen
+from api.store_dir import StoreDir
+from longctx.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from longctx.tokenizer import Tokenizer
+
+Result = TypeVar("Result")
+
+MODEL = "tiny"
+STOP_SECONDS = 30
+
+
+class LiveServer:
+    def __init__(
+        self, model_folder: Path, store_dir: Path, *, max_sequences: int = 64, **settings: Any
+    ) -> None:
+        self.engine_config = EngineConfig(
+            model=ModelConfig(model=model_folder, device="cpu", threads=1),
+            cache=CacheConfig(device_pool_gib=0.1),
+            scheduler=SchedulerConfig(max_batch_tokens=512, max_sequences=max_sequences),
+        )
+        self.config = ServerConfig(
+            **{
+                "port": 0,
+                "store_dir": store_dir,
+                "served_name": MODEL,
+                "ping_seconds": 0.2,
+                "drain_seconds": 1.0,
+                "max_upload_mib": 2,
+                **settings,
+            }
+        )
+        self.tokenizer = Tokenizer(model_folder)
+        self.started = threading.Event()
+        self.failure: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        self.parser = Parser(self.tokenizer)
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+        self.started.wait()
+        if self.failure is not None:
+            self.thread.join()
+            raise self.failure
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.http.close()
+        self.server.should_exit = True
+        self.thread.join(STOP_SECONDS)
+        assert not self.thread.is_alive(), "the server did not stop"
+
+    @property
+    def documents(self) -> Path:
+        return self.config.folder / "documents"
+
+    def openai(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def call(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Runs a coroutine on the server's event loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
+
+    def engine_stats(self) -> dict[str, float]:
+        return self.call(self.application.engine.stats())
+
+    def _run(self) -> None:
+        try:
+            with (
+                closing(listen(self.config)) as listener,
+                closing(StoreDir(self.config.folder)) as folder,
+            ):
+                host, port = listener.getsockname()
+                self.url = f"http://{host}:{port}"
+                asyncio.run(self._serve(listener, folder))
+        except BaseException as failure:
+            self.failure = failure
+            self.started.set()
+
+    async def _serve(self, listener: Any, folder: StoreDir) -> None:
+        self.loop = asyncio.get_running_loop()
+        async with open_application(
+            self.engine_config,
+            self.config,
+            folder=folder,
+            tokenizer=self.tokenizer,
+            parser=self.parser,
+        ) as self.application:
+            self.server = Server(self.application, self.config)
+            self.started.set()
+            await self.server.serve([listener])
