@@ -167,12 +167,12 @@ class Engine:
                 drawn = self._compute(scheduled)
             except Exception as error:  # of whatever kind: it ends these requests, not the engine
                 return outputs + self._fail(scheduled, f"{type(error).__name__}: {error}")
+            outputs += self._progress()
             for sequence, token in drawn:
                 outputs += self._advance(sequence, token)
             for chunk in scheduled.chunks:
                 if chunk.sequence.remaining == 0 and chunk.sequence.finish_reason is None:
                     outputs += self._finish(chunk.sequence, FinishReason.LENGTH)  # prefill only
-        outputs += self._progress()
         return outputs
 
     def _compute(self, scheduled: SchedulerOutput) -> list[tuple[Sequence, int | SamplingError]]:
