@@ -102,7 +102,7 @@ class Batches:
             favourites = [self._subject(rng) for _ in range(3)]
             facts: list[Placed] = []
             for row in range(group * rows_per_group, (group + 1) * rows_per_group):
-                count = rng.choice((1, 2, 2, 3, 3, 4)) if shape.document_tokens > 200 else 2
+                count = rng.choice((2, 3, 3, 4, 5)) if shape.document_tokens > 200 else 2
                 new = [self._fact(rng, favourites, facts, taken) for _ in range(count)]
                 first = row == group * rows_per_group
                 documents[row], is_filler[row], kept = self._document(
@@ -285,23 +285,21 @@ class Batches:
                 answer, place = fact.answer, fact.place + fact.begin
             if rng.random() < 0.05:
                 question = question.lower()
-            turn = [*marker, *self._encode(question), self.assistant, *answer, self.eos]
+            # Finding the value is hard, copying the rest of it is not: often only the first token
+            # is asked for, so that a row holds more questions.
+            whole = [*answer, self.eos] if rng.random() < 0.6 else []
+            turn = [*marker, *self._encode(question), self.assistant, *whole]
             if len(ids) + len(turn) > tokens:
-                if not targets:  # a long turn first: make room for it
-                    ids = []
-                    if len(turn) > tokens:
-                        continue
-                else:
+                if targets:
                     return ids, targets, min(context, len(ids))
-            start = len(ids) + len(turn) - len(answer) - 1
+                ids = []  # a long turn first: make room for it
+                if len(turn) > tokens:
+                    continue
+            start = len(ids) + len(turn) - len(whole) - 1
             ids += turn
-            places = [place + i if place >= 0 else -1 for i in range(len(answer))]
-            targets += [
-                (start + i - 1, token, at)
-                for i, (token, at) in enumerate(
-                    zip([*answer, self.eos], [*places, -1], strict=True)
-                )
-            ]
+            for i, token in enumerate(whole or answer[:1]):
+                at = place + i if place >= 0 and i < len(answer) else -1
+                targets.append((start + i, token, at))
             marker = [self.user]
 
 

@@ -69,9 +69,9 @@ class Words:
     def _word(self, rng: random.Random, words: tuple[str, ...]) -> str:
         if self.extra:
             form = rng.random()
-            if form < 0.35:
+            if form < 0.25:
                 return rng.choice(self.extra)
-            if form < 0.42:
+            if form < 0.32:
                 return self.invented(rng)
         return rng.choice(_half(words, self.heldout))
 
@@ -122,7 +122,7 @@ def _number(rng: random.Random, words: Words) -> str:
         return f"{rng.randint(1000, 9_999_999):,}"
     if form < 0.86:
         return f"${rng.randint(100, 99_999):,}"
-    if form < 0.92:
+    if form < 0.89:
         return f"{rng.randint(1, 999)}.{rng.randint(1, 99)}"
     return "-".join(_digits(rng, rng.choice((2, 3))) for _ in range(3))
 
@@ -147,7 +147,7 @@ def _code(rng: random.Random, words: Words) -> str:
         return f"{letters}-{_digits(rng, rng.randint(2, 5))}"
     if form < 0.6:
         return f"{letters}{_digits(rng, rng.randint(2, 5))}"
-    if form < 0.75:
+    if form < 0.65:
         return f"{rng.randint(0, 19)}.{rng.randint(0, 40)}.{rng.randint(0, 99)}"
     if form < 0.9:
         return f"{rng.getrandbits(32):08x}"

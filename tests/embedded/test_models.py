@@ -148,10 +148,12 @@ def test_every_supervised_token_is_the_next_of_its_row(tokenizer: Tokenizer) -> 
     filler = np.array(tokenizer.encode(" ".join(["The road was long."] * 900)).ids, np.uint16)
     batch = Batches(tokenizer, filler, (), seed=4).make(9, Shape(groups=2))
     rows, columns = batch.answer_row, batch.answer_column
-    next_column = (columns + 1).clamp_max(127)
-    inside = columns < 127
-    assert (batch.questions[rows, next_column] == batch.answer_token)[inside].all()
-    assert (batch.answer_token == tokenizers.SPECIALS.index("</s>")).sum() >= 8
+    following = batch.questions[rows, (columns + 1).clamp_max(127)]
+    # a question of which only the first token is asked is followed by the next, or by nothing
+    asked_whole = (following > tokenizers.SPECIALS.index("<|assistant|>")) & (columns < 127)
+    assert (following == batch.answer_token)[asked_whole].all()
+    assert asked_whole.float().mean() > 0.5
+    assert (batch.answer_token == tokenizers.SPECIALS.index("</s>")).sum() >= 4
     placed = batch.answer_place >= 0
     assert (batch.documents.flatten()[batch.answer_place] == batch.answer_token)[placed].all()
     assert placed.float().mean() > 0.5
@@ -167,7 +169,7 @@ def test_lessons_move_on_only_when_learnt() -> None:
     for _ in range(2000):
         lessons.learnt(0.95)
     assert lessons.number == len(Lessons.PLAN) - 1
-    assert rate_at(0, 1000) < 0.02 and rate_at(500, 1000) == 1 and rate_at(999, 1000) == 0.01
+    assert rate_at(0, 1000) < 0.02 and rate_at(300, 1000) == 1 and rate_at(999, 1000) == 0.01
 
 
 def test_an_orthogonal_update_has_singular_values_near_one() -> None:
