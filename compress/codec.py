@@ -62,7 +62,7 @@ class Raw(Cast):
 
 
 class BF16(Cast):
-    """bfloat16: relative error at most 2^-9 per value."""
+    """bfloat16: relative error at most 2^-8 per value."""
 
     name = "bf16"
 
@@ -75,8 +75,8 @@ class Int8:
 
     Page layout: codes int8 [block_tokens, 2, kv_heads, head_dim], then scales bfloat16
     [block_tokens, 2, kv_heads]. The scale is rounded to bfloat16 *before* the codes are computed,
-    so that the error stays at half a step of the scale that is stored, plus at most 1/4 step where
-    that rounding makes the largest value clip.
+    so that the error stays at half a step of the scale that is stored. That holds for the largest
+    value too: it is at most 127 * (1 + 2^-8) steps, less than 127.5.
     """
 
     name = "int8"

@@ -59,7 +59,8 @@ def _ask(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    configs = [_read(arguments, config_type) for config_type in BENCHES[arguments.bench].configs]
+    trees = BENCHES[arguments.bench].configs
+    configs: list[object] = [_read(arguments, tree) for tree in trees]
     run_bench(arguments.bench, configs, arguments.words)
 
 

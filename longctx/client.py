@@ -10,7 +10,7 @@ import itertools
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Literal
 
@@ -76,7 +76,7 @@ class EngineClient:
         self.state = "ready"
         return self.info
 
-    async def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
+    async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """The request's outputs; the last one is `finished`. Closing the iterator aborts it.
 
         The first step raises InvalidRequest, ContextTooLong, DocumentMissing, Overloaded or

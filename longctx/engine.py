@@ -52,11 +52,18 @@ class EngineInfo:
     max_context_tokens: int
     capacity_tokens: int  # tokens of KV that the device pool holds
     block_tokens: int
+    kv_block_bytes: int  # one block in all layers that see everything
+    kv_window_bytes: int  # what the layers with windows hold of a finished prompt
     kv_codec: str
     device: str
     dtype: str
     backend: str
     vocab_size: int
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Device memory of a computed prompt of that many tokens; open blocks do not count."""
+        blocks = tokens // self.block_tokens
+        return blocks * self.kv_block_bytes + (self.kv_window_bytes if blocks else 0)
 
 
 @dataclass(slots=True)
@@ -112,6 +119,8 @@ class Engine:
             max_context_tokens=spec.max_context,
             capacity_tokens=self._memory.capacity_tokens,
             block_tokens=BLOCK_TOKENS,
+            kv_block_bytes=self._memory.block_bytes,
+            kv_window_bytes=self._memory.window_bytes,
             kv_codec=config.cache.kv_codec,
             device=str(spec.device),
             dtype=str(spec.dtype).removeprefix("torch."),
@@ -148,11 +157,17 @@ class Engine:
     def open_document(self, document_id: str, token_ids: NDArray[np.int32]) -> None:
         """Make a document known by its tokens; requests may then name it as a segment."""
         if self._intake.open_document(document_id, token_ids):
-            self._cache.close_document(document_id)  # it said something else before
+            self._forget_blocks(document_id)  # it said something else before
 
     def close_document(self, document_id: str) -> None:
         """Forget a document and free the blocks that only it uses."""
         self._intake.close_document(document_id)
+        self._forget_blocks(document_id)
+
+    def _forget_blocks(self, document_id: str) -> None:
+        for answers in self._requests.values():
+            for sequence in answers.sequences:
+                sequence.forget_document(document_id)
         self._cache.close_document(document_id)
 
     # -- steps ----------------------------------------------------------------------------------
@@ -214,6 +229,7 @@ class Engine:
             self._scheduler.add_fork(fork)
             self._requests[first.request.request_id].sequences.append(fork)
             forks.append(fork)
+        first.forked = True
         return forks
 
     def _advance(self, sequence: Sequence, token: int | SamplingError) -> list[RequestOutput]:

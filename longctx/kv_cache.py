@@ -61,7 +61,9 @@ class KVCacheManager:
     def _find_prefix(self, sequence: Sequence) -> None:
         for _, name in reversed(sequence.document_ends):
             prefix = self.prefixes.get(name)
-            if prefix is not None:
+            # A prompt that ends with the document computes its last block again: a prefix that
+            # holds this block as well could leave no room for it.
+            if prefix is not None and prefix.blocks <= sequence.full_blocks():
                 self.prefixes.acquire(prefix)
                 sequence.prefix = prefix
                 if sequence.known_keys == 0:

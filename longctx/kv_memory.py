@@ -93,6 +93,21 @@ class KVMemory:
         """Tokens of sealed KV that fit; a window group never limits it."""
         return self.packed[0].capacity * BLOCK_TOKENS
 
+    @property
+    def block_bytes(self) -> int:
+        """One sealed block in all layers that see everything."""
+        pairs = zip(self.groups, self.packed, strict=True)
+        return sum(sum(pool.page_bytes) for group, pool in pairs if group.window is None)
+
+    @property
+    def window_bytes(self) -> int:
+        """The last windows of one prompt, in all layers that have one."""
+        return sum(
+            (group.window // BLOCK_TOKENS + 1) * sum(pool.page_bytes)
+            for group, pool in zip(self.groups, self.packed, strict=True)
+            if group.window is not None
+        )
+
     def raw_rows(self, layer: int) -> Tensor:
         """The raw pool, row by row: [raw pages * block_tokens, 2, kv_heads, head_dim]."""
         return self._raw_rows[layer]

@@ -12,7 +12,7 @@ from longctx.detokenizer import TextStream
 from longctx.request import FinishReason, Request
 from longctx.sampler import SamplingState
 from offload.key import BlockKey
-from prompt_cache.prefix import Prefix, PrefixName
+from prompt_cache.prefix import Prefix, PrefixName, document_name
 
 
 class SequenceState(Enum):
@@ -105,6 +105,7 @@ class Sequence:
     cached_tokens: int | None = None  # prompt tokens that were found when it was first admitted
     computed_tokens: int = 0  # tokens really computed, again after preemptions too
     preemptions: int = 0
+    forked: bool = False  # the request's other choices have parted from it
     finish_reason: FinishReason | None = None
 
     @property
@@ -136,7 +137,12 @@ class Sequence:
     @property
     def width(self) -> int:
         """Sequences that this one is or is about to become: choices fork at the first token."""
-        return 1 if self.index or self.completion_tokens else self.request.sampling.n
+        return 1 if self.index or self.forked else self.request.sampling.n
+
+    def forget_document(self, document_id: str) -> None:
+        """It is closed: what is computed of it is not kept for others."""
+        mark = document_name(document_id)
+        self.document_ends = tuple(end for end in self.document_ends if mark not in end[1])
 
     def full_blocks(self) -> int:
         """Blocks that all tokens before the last one fill: what a cache may provide."""

@@ -1,0 +1,390 @@
+"""`make demo`: everything once, for real. A server process, the official client, a long document.
+
+A document is uploaded and read once; then it is asked. What that saves is measured against the
+same question on a document that nobody has read. The model only finds facts in text; expected
+and given answers stand side by side, right or wrong.
+"""
+
+import argparse
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import openai
+import tokenizers
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from longctx.bench.haystack import document
+from longctx.embedded import model_path
+from longctx.embedded.generator import insert
+from longctx.options import add_options, read_options
+
+POLL_SECONDS = 0.1
+START_SECONDS = 120.0
+STOP_SECONDS = 30.0
+SYSTEM_TOKENS = 2000
+BAR_CELLS = 32
+
+READY = "longctx ready "
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    statement: str
+    question: str
+    answer: str
+
+
+# Change them as you like: the document is written when the demo runs.
+FACTS = (
+    Fact(
+        "The gate number of the crane in Belgrade is 5964.",
+        "What is the gate number of the crane in Belgrade?",
+        "5964",
+    ),
+    Fact(
+        "As for the northern observatory, its access key is T-712.",
+        "What is the access key of the northern observatory?",
+        "T-712",
+    ),
+    Fact(
+        "The founder of the stone bridge is Julia Diaz.",
+        "What is the founder of the stone bridge?",
+        "Julia Diaz",
+    ),
+)
+OTHER_FACT = Fact(
+    "The opening date of the harbour museum is 14 May 1987.",
+    "What is the opening date of the harbour museum?",
+    "14 May 1987",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoConfig:
+    model: Annotated[Path | None, "Hugging Face model folder; the embedded model if absent"] = None
+    out: Annotated[Path, "folder for the picture and figures of the needle grid"] = Path("out/demo")
+    document_tokens: Annotated[int, "length of the documents"] = 32_768
+
+    def __post_init__(self) -> None:
+        if self.document_tokens < 1024:
+            raise ValueError(f"document_tokens={self.document_tokens} must be at least 1024")
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A streamed answer; seconds from the request to its first text."""
+
+    text: str
+    first_token_seconds: float
+    prompt_tokens: int
+    cached_tokens: int
+
+
+class Demo:
+    def __init__(self, console: Console, client: openai.OpenAI) -> None:
+        self.console = console
+        self.client = client
+        self.model = client.models.list().data[0].id
+
+    def upload(self, name: str, text: str) -> str:
+        """Send a document and watch it being read."""
+        file = self.client.files.create(file=(name, text.encode()), purpose="user_data")
+        with Progress(
+            TextColumn("  {task.fields[state]:<10}"),
+            BarColumn(BAR_CELLS, complete_style="cyan", finished_style="cyan"),
+            TaskProgressColumn(),
+            TextColumn("{task.completed:,.0f} tokens", style="dim"),
+            TimeElapsedColumn(),
+            console=self.console,
+        ) as progress:
+            bar = progress.add_task("", total=None, state="queued")
+            while True:
+                state = _reading(file)
+                progress.update(
+                    bar,
+                    total=state["tokens"],
+                    completed=state["prefilled_tokens"],
+                    state=state["state"],
+                )
+                if state["state"] == "ready":
+                    return file.id
+                if state["state"] == "error":
+                    raise SystemExit(f"longctx demo: the document failed: {state['error']}")
+                time.sleep(POLL_SECONDS)
+                file = self.client.files.retrieve(file.id)
+
+    def ask(self, content: Any, *, system: str | None = None, show: bool = False) -> Said:
+        """One chat, streamed; `show` prints the words as they come."""
+        messages: list[Any] = [{"role": "user", "content": content}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        text, first = "", 0.0
+        usage = None
+        began = time.perf_counter()
+        for chunk in self.client.chat.completions.create(
+            model=self.model,
+            messages=messages,
+            max_tokens=64,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        ):
+            usage = chunk.usage or usage
+            piece = chunk.choices[0].delta.content if chunk.choices else None
+            if piece:
+                first = first or time.perf_counter() - began
+                text += piece
+                if show:
+                    self.console.print(piece, end="", style="bold", markup=False, highlight=False)
+        assert usage is not None and usage.prompt_tokens_details is not None
+        cached = usage.prompt_tokens_details.cached_tokens or 0
+        return Said(text, first or time.perf_counter() - began, usage.prompt_tokens, cached)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Ends by SystemExit when something fails; wrong answers are shown, not failures."""
+    parser = argparse.ArgumentParser(prog="python -m longctx.demo", description=__doc__)
+    add_options(parser, DemoConfig)
+    arguments = parser.parse_args(words)
+    config = read_options(arguments, DemoConfig, environment={}, file=arguments.config)
+    folder = config.model or model_path()
+    if not (folder / "config.json").is_file():
+        raise SystemExit(
+            f"longctx demo: there is no model in {folder}; install longctx with its embedded "
+            "models, or give a model folder with --model"
+        )
+    console = Console(highlight=False)
+    began = time.monotonic()
+    try:
+        with TemporaryDirectory(prefix="longctx-demo-") as store:
+            _with_server(console, config, folder, Path(store))
+        _needle_grid(console, config, folder)
+    except openai.OpenAIError as error:
+        raise SystemExit(f"longctx demo: the server answered with an error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    console.print(f"\n[bold]Done[/] in {time.monotonic() - began:.0f} s.")
+
+
+def _with_server(console: Console, config: DemoConfig, folder: Path, store: Path) -> None:
+    encode = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode
+
+    def count(text: str) -> int:
+        return len(encode(text, add_special_tokens=False).ids)
+
+    _section(console, "A server starts", "longctx serve, in a process of its own")
+    with _server(console, folder, store) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=600)
+        demo = Demo(console, client)
+
+        text = _written(config.document_tokens, FACTS, seed=1, count=count)
+        _section(
+            console,
+            "A document is uploaded and read, once",
+            f"{count(text):,} tokens, {len(text) // 1000:,} kB of text with three facts in it",
+        )
+        file_id = demo.upload("report.txt", text)
+
+        _section(console, "Three questions about it", "each computes no more than the question")
+        for fact in FACTS:
+            _question(demo, file_id, fact)
+
+        _section(
+            console,
+            "The same question, before and after the document was read",
+            "another document of that length, that the server has not seen",
+        )
+        _cold_and_warm(
+            demo, _written(config.document_tokens, (OTHER_FACT,), seed=2, count=count), OTHER_FACT
+        )
+
+        _section(console, "A long system prompt, used by two chats", "nothing was set up for it")
+        _shared_system_prompt(demo, document(SYSTEM_TOKENS, seed=3, count_tokens=count))
+        client.close()
+
+
+def _question(demo: Demo, file_id: str, fact: Fact) -> None:
+    console = demo.console
+    console.print(f"  [cyan]?[/] {fact.question}")
+    console.print("  [cyan]>[/] ", end="")
+    said = demo.ask(_about({"file_id": file_id}, fact.question), show=True)
+    console.print()
+    _verdict(console, said.text, fact.answer)
+    console.print(
+        f"    first token after {_duration(said.first_token_seconds)}, "
+        f"{said.cached_tokens:,} of {said.prompt_tokens:,} prompt tokens were cached\n",
+        style="dim",
+    )
+
+
+def _cold_and_warm(demo: Demo, text: str, fact: Fact) -> None:
+    # Sent along with the question, as a client does that knows nothing of uploads
+    data = base64.b64encode(text.encode()).decode()
+    file = {"filename": "other.txt", "file_data": f"data:text/plain;base64,{data}"}
+    demo.console.print(f"  [cyan]?[/] {fact.question}\n")
+    cold = demo.ask(_about(file, fact.question))
+    warm = demo.ask(_about(file, fact.question))
+    for label, said, colour, work in (
+        ("cold", cold, "yellow", f"{cold.prompt_tokens:,} tokens computed"),
+        (
+            "cached",
+            warm,
+            "cyan",
+            f"{warm.prompt_tokens - warm.cached_tokens:,} tokens computed",
+        ),
+    ):
+        cells = max(1, round(BAR_CELLS * said.first_token_seconds / cold.first_token_seconds))
+        bar = f"[{colour}]{'━' * cells}[/]{' ' * (BAR_CELLS - cells)}"
+        demo.console.print(
+            f"  {label:<7}{bar} {_duration(said.first_token_seconds):>8}  [dim]{work}[/]"
+        )
+    ratio = cold.first_token_seconds / warm.first_token_seconds
+    demo.console.print(f"\n  The first token comes [bold]{ratio:,.0f} times[/] sooner.")
+    _verdict(demo.console, warm.text, fact.answer)
+
+
+def _shared_system_prompt(demo: Demo, system: str) -> None:
+    for number, words in enumerate(("Who are you?", "What can you do for me today?"), start=1):
+        said = demo.ask(words, system=system)
+        demo.console.print(
+            f"  chat {number}  first token after {_duration(said.first_token_seconds):>7}  "
+            f"[dim]{said.cached_tokens:,} of {said.prompt_tokens:,} prompt tokens were cached[/]"
+        )
+
+
+def _needle_grid(console: Console, config: DemoConfig, folder: Path) -> None:
+    _section(console, "A needle grid", "longctx bench niah: one fact, at every depth and length")
+    words = ["--lengths", "4096,16384,32768", "--questions", "4", "--out", str(config.out)]
+    with console.status("  asking 60 questions", spinner_style="cyan"):
+        bench = subprocess.run(
+            [sys.executable, "-m", "longctx", "bench", "niah", "--model", str(folder), *words],
+            env=_environment(),
+            capture_output=True,
+            text=True,
+        )
+    if bench.returncode:
+        raise SystemExit(f"longctx demo: the needle grid failed: {bench.stderr.strip()[-2000:]}")
+    *table, record = bench.stdout.rstrip().splitlines()
+    for line in table:
+        console.print(f"  {line}", markup=False, soft_wrap=True)
+    total = json.loads(record)["results"][0]
+    console.print(
+        f"\n  [bold]{total['value']:.0%}[/] of {total['n']} found "
+        f"(95% interval {total['low']:.0%} to {total['high']:.0%})"
+    )
+
+
+@contextmanager
+def _server(console: Console, folder: Path, store: Path) -> Iterator[str]:
+    """The address of a server that lives as long as the block; it ends by SIGTERM, on its own."""
+    errors = store / "errors.log"
+    began = time.monotonic()
+    words = ["serve", "--port", "0", "--model", str(folder), "--store-dir", str(store / "store")]
+    with (
+        errors.open("wb") as log,
+        subprocess.Popen(
+            [sys.executable, "-m", "longctx", *words],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=_environment(),
+            start_new_session=True,  # Ctrl-C is ours; the server is then told by SIGTERM
+        ) as process,
+    ):
+        try:
+            with console.status("  loading the model", spinner_style="cyan"):
+                address = _address(process, errors)
+            console.print(f"  ready at {address} after {time.monotonic() - began:.1f} s")
+            yield address
+        except BaseException:
+            _stop(process)
+            raise
+        _section(
+            console, "The server stops", "SIGTERM; an answer that runs would be finished first"
+        )
+        code = _stop(process)
+        console.print(f"  exit code {code}")
+        if code:
+            raise SystemExit(f"longctx demo: the server ended with code {code}")
+
+
+def _stop(process: subprocess.Popen[str]) -> int:
+    """Its exit code."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        return process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def _address(process: subprocess.Popen[str], errors: Path) -> str:
+    """What the ready line says. Ends the demo when the server ends before it."""
+    assert process.stdout is not None
+    signal.signal(signal.SIGALRM, _too_slow)
+    signal.setitimer(signal.ITIMER_REAL, START_SECONDS)
+    try:
+        for line in process.stdout:
+            if line.startswith(READY):
+                return line.removeprefix(READY).strip()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    said = errors.read_text(encoding="utf-8").strip().splitlines()
+    raise SystemExit(f"longctx demo: the server did not start: {said[-1] if said else 'no reason'}")
+
+
+def _too_slow(number: int, frame: object) -> None:
+    raise SystemExit(f"longctx demo: the server was not ready after {START_SECONDS:.0f} s")
+
+
+def _written(tokens: int, facts: Sequence[Fact], *, seed: int, count: Callable[[str], int]) -> str:
+    """A document of about `tokens` tokens with the facts spread over it."""
+    depths = [(2 * number + 1) / (2 * len(facts)) for number in range(len(facts))]
+    filler = document(tokens, seed=seed, count_tokens=count)
+    return insert(filler, [fact.statement for fact in facts], depths)
+
+
+def _about(file: dict[str, str], question: str) -> list[dict[str, Any]]:
+    return [{"type": "file", "file": file}, {"type": "text", "text": question}]
+
+
+def _reading(file: openai.types.FileObject) -> dict[str, Any]:
+    """longctx's own part of a file object: how far it has been read."""
+    state: dict[str, Any] = (file.model_extra or {})["longctx"]
+    return state
+
+
+def _verdict(console: Console, given: str, expected: str) -> None:
+    if given.strip() == expected:
+        console.print("    [green]as expected[/]")
+    else:
+        console.print(f"    [red]wrong[/], the document says: {expected}")
+
+
+def _section(console: Console, title: str, remark: str) -> None:
+    console.print(f"\n[bold]{title}[/]\n[dim]{remark}[/]\n")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+
+
+def _environment() -> dict[str, str]:
+    """Ours, without longctx's options: the demo shows defaults."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("LONGCTX_")}
+
+
+if __name__ == "__main__":
+    main()
