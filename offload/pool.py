@@ -58,7 +58,7 @@ class BlockPool:
     def allocate(self, count: int) -> list[int]:
         """`count` pages with one reference each; drops cached blocks as needed."""
         assert count <= self.available, f"{count} pages wanted, {self.available} available"
-        pages = [self._take() for _ in range(count)]
+        pages = sorted(self._take() for _ in range(count))  # neighbours are read in place
         for page in pages:
             self._blocks[page].refs = 1
         return pages

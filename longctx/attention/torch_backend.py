@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from compress.shape import BLOCK_TOKENS
@@ -12,6 +13,7 @@ from longctx.attention.merge import merge
 from longctx.attention.torch_plan import Tile, plan_tiles
 from longctx.kv_memory import KVMemory
 
+PRODUCT_ROWS = 4  # 2 or 3 rows take twice as long in a product as 4: they are padded with zeros
 FEW_ROWS = 16  # below this many query rows per key head a softmax of one's own beats flash on CPUs
 
 
@@ -141,13 +143,15 @@ def _explicit(
     # [B, kv_heads, group * rows, head_dim]: all queries of a key head in one matrix
     grouped = query.view(batch, rows, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
     grouped = grouped.reshape(batch, kv_heads, group * rows, head_dim)
+    if 1 < group * rows < PRODUCT_ROWS:
+        grouped = F.pad(grouped, (0, 0, 0, PRODUCT_ROWS - group * rows))
     outs, lses = [], []
     for index in range(batch):
         scores = torch.bmm(grouped[index], key[index].permute(1, 2, 0)).float()
         scores.mul_(scaling)
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
-        by_row = scores.view(kv_heads, group, rows, -1)
+        by_row = scores[:, : group * rows].view(kv_heads, group, rows, -1)
         if bias is not None:
             by_row += bias[index]
         if causal:
@@ -160,6 +164,6 @@ def _explicit(
         mixed = torch.bmm(weights.to(value.dtype), value[index].transpose(0, 1)).float()
         outs.append(mixed / total.clamp_min(torch.finfo(torch.float32).tiny))
         lses.append(finite_peak + torch.log(total))
-    out = torch.stack(outs).view(batch, kv_heads, group, rows, head_dim).permute(0, 3, 1, 2, 4)
-    lse = torch.stack(lses).view(batch, kv_heads, group, rows).permute(0, 3, 1, 2)
-    return out.reshape(batch, rows, heads, head_dim), lse.reshape(batch, rows, heads)
+    out = torch.stack(outs)[:, :, : group * rows].view(batch, kv_heads, group, rows, head_dim)
+    lse = torch.stack(lses)[:, :, : group * rows].view(batch, kv_heads, group, rows)
+    return out.permute(0, 3, 1, 2, 4).flatten(2, 3), lse.permute(0, 3, 1, 2).flatten(2, 3)

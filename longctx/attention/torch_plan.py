@@ -30,6 +30,7 @@ from longctx.attention.backend import (
 
 TILE_BLOCKS = 64  # pages of one tile of the past: 4,096 keys
 FUSED_BLOCKS = 8  # so few pages are copied together with the own block, which saves a merge
+RUN_BLOCKS = 16  # a run this long is worth a tile, and a merge, of its own
 NARROW_WINDOW_TOKENS = 1024  # up to here a prefill computes one rectangle per row block
 
 Entries = NDArray[np.int64]
@@ -137,8 +138,7 @@ class _Planner:
 
     def _past(self, chunk: ChunkRows, entries: Entries) -> Iterator[Tile]:
         """All rows of the chunk against entries that stand before it."""
-        for begin in range(0, len(entries), TILE_BLOCKS):
-            part = entries[begin : begin + TILE_BLOCKS]
+        for part in _cut(entries):
             yield self._one(chunk, part, self._sees(chunk, np.arange(chunk.rows), part))
 
     def _chunk_sealed(self, chunk: ChunkRows) -> Tile:
@@ -278,6 +278,23 @@ class _Planner:
 
     def _tensor(self, array: NDArray[np.int64] | NDArray[np.bool_]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
+
+
+def _cut(entries: Entries) -> Iterator[Entries]:
+    """Tiles of the past: runs of pages that are read in place, and what lies between them.
+
+    One stray page would otherwise make a whole tile be gathered, in each layer of each step.
+    """
+    breaks = np.flatnonzero(np.diff(entries[:, PAGE]) != 1) + 1
+    begins, ends = np.r_[0, breaks], np.r_[breaks, len(entries)]
+    done = 0
+    for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
+        if end - begin >= RUN_BLOCKS or end == len(entries):
+            between = begin if end - begin >= RUN_BLOCKS else end
+            for low, high in ((done, between), (between, end)):
+                for first in range(low, high, TILE_BLOCKS):
+                    yield entries[first : min(high, first + TILE_BLOCKS)]
+            done = end
 
 
 def _bucket(blocks: int) -> int:
