@@ -76,6 +76,7 @@ class DemoConfig:
     model: Annotated[Path | None, "Hugging Face model folder; the embedded model if absent"] = None
     out: Annotated[Path, "folder for the picture and figures of the needle grid"] = Path("out/demo")
     document_tokens: Annotated[int, "length of the documents"] = 32_768
+    threads: Annotated[int, "CPU threads of the engine; the embedded model is small"] = 1
 
     def __post_init__(self) -> None:
         if self.document_tokens < 1024:
@@ -185,7 +186,7 @@ def _with_server(console: Console, config: DemoConfig, folder: Path, store: Path
         return len(encode(text, add_special_tokens=False).ids)
 
     _section(console, "A server starts", "longctx serve, in a process of its own")
-    with _server(console, folder, store) as address:
+    with _server(console, config, folder, store) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=600)
         demo = Demo(console, client)
 
@@ -267,9 +268,10 @@ def _shared_system_prompt(demo: Demo, system: str) -> None:
 def _needle_grid(console: Console, config: DemoConfig, folder: Path) -> None:
     _section(console, "A needle grid", "longctx bench niah: one fact, at every depth and length")
     words = ["--lengths", "4096,16384,32768", "--questions", "4", "--out", str(config.out)]
+    words += _engine_options(config, folder)
     with console.status("  asking 60 questions", spinner_style="cyan"):
         bench = subprocess.run(
-            [sys.executable, "-m", "longctx", "bench", "niah", "--model", str(folder), *words],
+            [sys.executable, "-m", "longctx", "bench", "niah", *words],
             env=_environment(),
             capture_output=True,
             text=True,
@@ -287,15 +289,15 @@ def _needle_grid(console: Console, config: DemoConfig, folder: Path) -> None:
 
 
 @contextmanager
-def _server(console: Console, folder: Path, store: Path) -> Iterator[str]:
+def _server(console: Console, config: DemoConfig, folder: Path, store: Path) -> Iterator[str]:
     """The address of a server that lives as long as the block; it ends by SIGTERM, on its own."""
     errors = store / "errors.log"
     began = time.monotonic()
-    words = ["serve", "--port", "0", "--model", str(folder), "--store-dir", str(store / "store")]
+    words = ["--port", "0", "--store-dir", str(store / "store"), *_engine_options(config, folder)]
     with (
         errors.open("wb") as log,
         subprocess.Popen(
-            [sys.executable, "-m", "longctx", *words],
+            [sys.executable, "-m", "longctx", "serve", *words],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
@@ -379,6 +381,10 @@ def _section(console: Console, title: str, remark: str) -> None:
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+
+
+def _engine_options(config: DemoConfig, folder: Path) -> list[str]:
+    return ["--model", str(folder), "--threads", str(config.threads)]
 
 
 def _environment() -> dict[str, str]:

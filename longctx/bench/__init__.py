@@ -1,0 +1,44 @@
+"""Benchmarks: `longctx bench NAME`. Quality and speed, measured through the engine that serves.
+
+A benchmark is a module with `run(*configs, say=...) -> Report`, loaded when it is chosen: what it
+draws and compares with (matplotlib, transformers' own generate) is nothing a server should load.
+"""
+
+from dataclasses import dataclass
+
+from longctx.bench.config import (
+    BenchConfig,
+    DecodeConfig,
+    DocumentConfig,
+    NiahConfig,
+    RoundsConfig,
+)
+from longctx.config import EngineConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """`configs`: the option trees that `run` of `module` takes, in this order."""
+
+    help: str
+    module: str
+    configs: tuple[type, ...]
+
+
+BENCHES: dict[str, Bench] = {
+    "niah": Bench(
+        "find needles in haystacks: exact match by length and depth",
+        "longctx.bench.niah",
+        (EngineConfig, BenchConfig, NiahConfig),
+    ),
+    "document": Bench(
+        "what a question on a document costs, before and after it was read",
+        "longctx.bench.document",
+        (EngineConfig, BenchConfig, RoundsConfig, DocumentConfig),
+    ),
+    "decode": Bench(
+        "prefill and decode of one sequence, against transformers.generate",
+        "longctx.bench.decode",
+        (EngineConfig, BenchConfig, RoundsConfig, DecodeConfig),
+    ),
+}

@@ -1,0 +1,112 @@
+"""Documents with needles in them, by length and depth, from words that no training has seen.
+
+Reading a document costs far more than asking about it, so one document carries as many needles as
+it can without becoming a list of them, and is read once.
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from longctx.embedded.generator import Needle, distractors, haystack, insert, needle
+
+TOKENS_PER_NEEDLE = 128  # of document for each statement in it: mostly filler, at any length
+FRAME_TOKENS = 8  # spaces and seams between filler and statements
+
+
+@dataclass(frozen=True, slots=True)
+class Planted:
+    needle: Needle
+    depth: float  # percent, of the cell that it counts for
+
+
+@dataclass(frozen=True, slots=True)
+class Haystack:
+    text: str
+    planted: tuple[Planted, ...]
+
+
+def haystacks(
+    length: int,
+    depths: Sequence[float],
+    *,
+    questions: int,
+    kind: str,
+    distractor_count: int,
+    seed: int,
+    count_tokens: Callable[[str], int],
+) -> Iterator[Haystack]:
+    """Documents of at most `length` tokens that carry `questions` needles per depth in all."""
+    wanted = [depth for _ in range(questions) for depth in depths]
+    room = max(1, length // (TOKENS_PER_NEEDLE * (1 + distractor_count)))
+    for number, begin in enumerate(range(0, len(wanted), room)):
+        rng = random.Random(f"haystack {seed} {length} {number}")
+        yield _haystack(
+            wanted[begin : begin + room], depths, kind, distractor_count, length, rng, count_tokens
+        )
+
+
+def document(tokens: int, *, seed: int, count_tokens: Callable[[str], int]) -> str:
+    """Filler of at most `tokens` tokens, as the whole text is tokenized."""
+    budget = tokens
+    while True:
+        text = haystack(budget, seed=seed, count_tokens=count_tokens)
+        # Seams between sentences may cost tokens that no sentence has alone
+        excess = count_tokens(text) - tokens
+        if excess <= 0:
+            return text
+        budget -= excess
+
+
+def _haystack(
+    cells: Sequence[float],
+    depths: Sequence[float],
+    kind: str,
+    distractor_count: int,
+    length: int,
+    rng: random.Random,
+    count_tokens: Callable[[str], int],
+) -> Haystack:
+    planted: list[Planted] = []
+    statements: list[str] = []
+    places: list[float] = []
+    keys: set[tuple[str, str]] = set()
+    exact = _spread(cells, depths)
+    while len(planted) < len(cells):
+        target = needle(rng.getrandbits(48), kind=kind)
+        others = distractors(target, distractor_count, rng.getrandbits(48))
+        names = {(each.attribute, each.key) for each in (target, *others)}
+        if names & keys:
+            continue  # two answers to one question
+        keys |= names
+        statements += [target.statement, *(other.statement for other in others)]
+        places += [exact[len(planted)], *(rng.random() for _ in others)]
+        planted.append(Planted(target, cells[len(planted)]))
+    used = sum(count_tokens(statement) for statement in statements) + FRAME_TOKENS
+    budget, filler_seed = length - used, rng.getrandbits(48)
+    while True:
+        filler = document(budget, seed=filler_seed, count_tokens=count_tokens)
+        text = insert(filler, statements, places)
+        excess = count_tokens(text) - length
+        if excess <= 0:
+            return Haystack(text, tuple(planted))
+        budget -= excess
+
+
+def _spread(cells: Sequence[float], depths: Sequence[float]) -> list[float]:
+    """A place in [0, 1] for each cell; needles of one depth stand apart, near it.
+
+    They share half of the way to the neighbouring depths: 25 among 0,25,50 covers 18.75 to 31.25.
+    """
+    ordered = sorted(set(depths))
+    gaps = [high - low for low, high in itertools.pairwise(ordered)]
+    reach = min(gaps, default=10.0) / 4
+    places: list[float] = []
+    seen: dict[float, int] = {}
+    for depth in cells:
+        count, index = cells.count(depth), seen.setdefault(depth, 0)
+        seen[depth] += 1
+        low, high = max(0.0, depth - reach), min(100.0, depth + reach)
+        places.append((depth if count == 1 else low + (high - low) * index / (count - 1)) / 100)
+    return places

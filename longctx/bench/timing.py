@@ -1,0 +1,69 @@
+"""One request, timed: straight into the engine in this process, without a server between."""
+
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from longctx.engine import Engine
+from longctx.errors import LongctxError
+from longctx.request import FinishReason, Request, SamplingParams, Segment, Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimedAnswer:
+    """Seconds since `submit` was called. `token_seconds` has one entry per token of the answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    usage: Usage
+    submit_seconds: float  # until `submit` returned
+    token_seconds: tuple[float, ...]
+
+    @property
+    def first_token_seconds(self) -> float:
+        return self.token_seconds[0]
+
+    @property
+    def token_interval_seconds(self) -> float:
+        """Mean time between tokens; the answer needs two."""
+        return (self.token_seconds[-1] - self.token_seconds[0]) / (len(self.token_seconds) - 1)
+
+
+class Stopwatch:
+    """Runs requests one at a time on an engine that nobody else uses."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._numbers: Iterator[int] = itertools.count()
+
+    def ask(self, segments: tuple[Segment, ...], sampling: SamplingParams) -> TimedAnswer:
+        """Raises LongctxError where the engine refuses the request or fails."""
+        request = Request(
+            request_id=f"timed-{next(self._numbers)}", segments=segments, sampling=sampling
+        )
+        text = ""
+        token_ids: tuple[int, ...] = ()
+        token_seconds: list[float] = []
+        usage: Usage | None = None
+        began = time.perf_counter()
+        self.engine.submit(request)
+        submit_seconds = time.perf_counter() - began
+        while self.engine.has_work:
+            outputs = self.engine.step()
+            now = time.perf_counter() - began
+            for output in outputs:
+                if output.finish_reason is FinishReason.ERROR:
+                    raise LongctxError(output.error)
+                text += output.text
+                token_ids += output.token_ids
+                token_seconds += [now] * len(output.token_ids)
+                usage = output.usage or usage
+        assert usage is not None and token_seconds, "a request ends with usage and a token"
+        return TimedAnswer(
+            text=text,
+            token_ids=token_ids,
+            usage=usage,
+            submit_seconds=submit_seconds,
+            token_seconds=tuple(token_seconds),
+        )
