@@ -1,14 +1,14 @@
 """The application: what stands behind the routes, started and ended in order, and every route."""
 
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from fastapi import FastAPI
 
 from api.about import About
 from api.attachments import Attachments
-from api.auth import Authentication, read_keys
+from api.auth import Authentication
 from api.chat import Chat
 from api.completions import Completions
 from api.config import ServerConfig
@@ -17,8 +17,10 @@ from api.errors import HANDLERS
 from api.files import Files
 from api.generation import Generation
 from api.library import Library
+from api.openapi import body_of, describe_bodies
 from api.parser import Parser
 from api.store_dir import StoreDir
+from api.wire import ChatRequest, CompletionRequest, TokenizeRequest
 from longctx.client import EngineClient
 from longctx.config import EngineConfig
 from longctx.prompt import ChatPrompts
@@ -37,6 +39,7 @@ async def open_application(
     engine_config: EngineConfig,
     config: ServerConfig,
     *,
+    keys: tuple[str, ...],
     folder: StoreDir,
     tokenizer: Tokenizer,
     parser: Parser,
@@ -45,25 +48,23 @@ async def open_application(
 
     `parser` is ended with it: it is made by the caller because it must be made before threads.
     """
-    keys = read_keys(config)
-    engine = EngineClient(engine_config)
-    store = DocumentStore(folder.database)
-    prompts = ChatPrompts(tokenizer)
-    library = Library(folder, store, parser, prompts, engine)
-    try:
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(parser.close)
+        engine = EngineClient(engine_config)
+        stack.push_async_callback(engine.drain, 0)
         info = await engine.start()
+        store = DocumentStore(folder.database)
+        stack.push_async_callback(store.close)
         await store.open()
+        prompts = ChatPrompts(tokenizer)
+        library = Library(folder, store, parser, prompts, engine)
+        stack.push_async_callback(library.close)
         await library.open()
         engine.on_restart = library.reopen
         generation = Generation(engine, config.served_name or info.model_name)
         asgi = _routes(config, generation, tokenizer, prompts, library, folder)
         asgi.add_middleware(Authentication, keys=keys, secret=folder.secret())
         yield Application(asgi, engine, library)
-    finally:
-        await library.close()
-        await engine.drain(0)
-        await store.close()
-        await parser.close()
 
 
 def _routes(
@@ -81,18 +82,21 @@ def _routes(
     files = Files(library, folder, max_upload_bytes=limit)
     about = About(generation, tokenizer, chat)
     app = FastAPI(title="longctx", exception_handlers=HANDLERS)
-    for method, path, answer in (
-        ("GET", "/health", about.health),
-        ("GET", "/v1/models", about.models),
-        ("GET", "/v1/models/{name:path}", about.model),
-        ("POST", "/tokenize", about.tokenize),
-        ("POST", "/v1/chat/completions", chat.create),
-        ("POST", "/v1/completions", completions.create),
-        ("POST", "/v1/files", files.create),
-        ("GET", "/v1/files", files.list),
-        ("GET", "/v1/files/{file_id}", files.retrieve),
-        ("GET", "/v1/files/{file_id}/content", files.content),
-        ("DELETE", "/v1/files/{file_id}", files.delete),
+    describe_bodies(app)
+    for method, path, answer, body in (
+        ("GET", "/health", about.health, None),
+        ("GET", "/v1/models", about.models, None),
+        ("GET", "/v1/models/{name:path}", about.model, None),
+        ("POST", "/tokenize", about.tokenize, TokenizeRequest),
+        ("POST", "/v1/chat/completions", chat.create, ChatRequest),
+        ("POST", "/v1/completions", completions.create, CompletionRequest),
+        ("POST", "/v1/files", files.create, None),
+        ("GET", "/v1/files", files.list, None),
+        ("GET", "/v1/files/{file_id}", files.retrieve, None),
+        ("GET", "/v1/files/{file_id}/content", files.content, None),
+        ("DELETE", "/v1/files/{file_id}", files.delete, None),
     ):
-        app.add_api_route(path, answer, methods=[method])
+        app.add_api_route(
+            path, answer, methods=[method], openapi_extra=None if body is None else body_of(body)
+        )
     return app

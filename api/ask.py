@@ -73,16 +73,15 @@ class _Session:
         size = await asyncio.to_thread(_copy_text, file, text)
         with _progress() as progress:
             reading = progress.add_task("reading, bytes", total=size)
-            parsed, _ = await asyncio.gather(
+            self.document_tokens, _ = await asyncio.gather(
                 self.parser.tokenize(
                     text,
                     tokens,
                     continues=bool(prefix),
                     on_progress=lambda read: progress.update(reading, completed=read),
                 ),
-                self.engine.start(),
+                self._load(progress),
             )
-            self.document_tokens = parsed
             computing = progress.add_task("computing, tokens", total=self.document_tokens)
             await self.engine.open_document(DOCUMENT_ID, tokens)
             before = (Segment(token_ids=prefix),) if prefix else ()
@@ -97,6 +96,11 @@ class _Session:
                     done = max(0, output.progress.processed - len(prefix))
                     progress.update(computing, completed=done)
             progress.update(computing, completed=self.document_tokens)
+
+    async def _load(self, progress: Progress) -> None:
+        loading = progress.add_task("loading the model", total=None)
+        await self.engine.start()
+        progress.update(loading, total=1, completed=1)
 
     async def answer(self, file: Path, question: str) -> None:
         message = Message("user", (FilePart(DOCUMENT_ID, file.name), question))

@@ -67,13 +67,15 @@ class DocumentStore:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._thread = ThreadPoolExecutor(1, "documents")
+        self._connection: sqlite3.Connection | None = None
 
     async def open(self) -> None:
         """Raises LongctxError when the file is no database of ours."""
         await self._run(self._open)
 
     async def close(self) -> None:
-        await self._run(lambda: self._database.close())
+        if self._connection is not None:
+            await self._run(self._connection.close)
         self._thread.shutdown()
 
     async def save(self, document: Document) -> None:
@@ -117,13 +119,18 @@ class DocumentStore:
         clause = f"WHERE {' AND '.join(conditions)} ORDER BY number {order} LIMIT {limit}"
         return await self._run(lambda: self._select(clause, *values))
 
+    @property
+    def _database(self) -> sqlite3.Connection:
+        assert self._connection is not None, "not open"
+        return self._connection
+
     def _select(self, clause: str, *values: str) -> list[Document]:
         rows = self._database.execute(f"SELECT {COLUMNS} FROM documents {clause}", values)
         return [_document(row) for row in rows]
 
     def _open(self) -> None:
         try:
-            self._database = sqlite3.connect(self._path, isolation_level=None)
+            self._connection = sqlite3.connect(self._path, isolation_level=None)
             (version,) = self._database.execute("PRAGMA user_version").fetchone()
             if version > SCHEMA_VERSION:
                 raise LongctxError(

@@ -121,10 +121,10 @@ class Files:
                 "state": state,
                 "error": entry.error,
                 "tokens": document.tokens,
-                "prefilled_tokens": entry.prefilled_tokens,
+                "prefilled_tokens": self.library.prefilled_tokens(entry),
                 "durable_tokens": 0,  # attention state does not outlive the engine yet
-                "kv_bytes": None,
-                "eta_seconds": entry.eta_seconds(),
+                "kv_bytes": self.library.kv_bytes(entry),
+                "eta_seconds": self.library.eta_seconds(entry),
                 "prefix": {
                     "system": document.system,
                     "date": document.date,

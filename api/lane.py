@@ -5,17 +5,21 @@ A waiting job can be hurried to the front, and any job cancelled.
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from api.errors import logger
 
 
 class Lane:
-    def __init__(self, job: Callable[[str], Awaitable[None]], *, width: int) -> None:
+    def __init__(self, job: Callable[[str], Coroutine[Any, Any, None]], *, width: int) -> None:
         """`job` is called with the name and must not raise."""
         self._job = job
         self._width = width
         self._waiting: OrderedDict[str, None] = OrderedDict()
-        self._running: dict[str, asyncio.Task[None]] = {}
+        self._running: dict[str, asyncio.Future[None]] = {}
 
     def add(self, name: str) -> None:
         """A name that waits already keeps its place; one that runs will run again."""
@@ -46,12 +50,13 @@ class Lane:
         ready = (name for name in list(self._waiting) if name not in self._running)
         while len(self._running) < self._width and (name := next(ready, None)) is not None:
             del self._waiting[name]
-            task = asyncio.create_task(self._run(name))
+            task = asyncio.ensure_future(self._job(name))
             self._running[name] = task
+            # Not in the job: one that is cancelled before its first step never runs at all.
+            task.add_done_callback(partial(self._end, name))
 
-    async def _run(self, name: str) -> None:
-        try:
-            await self._job(name)
-        finally:
-            del self._running[name]
-            self._start()
+    def _end(self, name: str, task: asyncio.Future[None]) -> None:
+        del self._running[name]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a job on %s failed", name, exc_info=error)
+        self._start()

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from api.documents import Document, DocumentStore
 from api.errors import ApiError
 from api.lane import Lane
-from api.parser import ParseFailed, Parser
+from api.parser import Parser
 from api.store_dir import StoreDir
 from longctx.client import EngineClient
 from longctx.errors import (
@@ -66,27 +66,10 @@ class Entry:
         assert self.document.tokens is not None, "asked before it is tokenized"
         return self.document.tokens
 
-    @property
-    def prefilled_tokens(self) -> int:
-        if self.ready:
-            return self.tokens
-        processed = self.progress.processed if self.progress is not None else 0
-        return max(0, processed - len(self.prefix))
-
     def reading(self) -> dict[str, Any]:
         """How far tokenization is."""
         size = self.document.bytes
         return {"file_id": self.document.id, "bytes": size, "read_bytes": self.read_bytes}
-
-    def eta_seconds(self) -> float | None:
-        """Until it is computed, at the pace so far; None while there is no pace."""
-        if self.ready:
-            return 0.0
-        progress = self.progress
-        if progress is None or progress.processed <= progress.cache or progress.time_ms <= 0:
-            return None
-        pace = (progress.processed - progress.cache) / progress.time_ms
-        return round((progress.total - progress.processed) / pace / 1000, 1)
 
 
 class Library:
@@ -142,8 +125,7 @@ class Library:
         with suppress(LongctxError):  # an engine that is not there holds nothing
             await self._engine.close_document(document_id)
         await self._store.remove(document_id)
-        self._folder.text_path(document_id).unlink(missing_ok=True)
-        self._folder.tokens_path(document_id).unlink(missing_ok=True)
+        await asyncio.to_thread(self._folder.remove_document, document_id)
 
     def find(self, tenant: str, document_id: str, *, param: str | None = None) -> Entry:
         """Raises ApiError 404 when the tenant has no such document."""
@@ -156,9 +138,9 @@ class Library:
         """A document of the tenant with that content and name, and no system prompt."""
         for entry in self._entries.values():
             document = entry.document
-            if (document.tenant, document.sha256) == (tenant, sha256) and (
-                (document.filename, document.system) == (filename, None)
-            ):
+            same_content = (document.tenant, document.sha256) == (tenant, sha256)
+            same_prompt = (document.filename, document.system) == (filename, None)
+            if same_content and same_prompt and entry.error is None:
                 return entry
         return None
 
@@ -185,11 +167,36 @@ class Library:
         document_id = entry.document.id
         if entry.error is not None:
             return "error"
-        if entry.ready:
+        if self.is_ready(entry):
             return "ready"
         if self._tokenizing.runs(document_id) or self._prefilling.runs(document_id):
             return "processing"
         return "queued"
+
+    def is_ready(self, entry: Entry) -> bool:
+        return entry.ready and self._engine.state != "restarting"
+
+    def prefilled_tokens(self, entry: Entry) -> int:
+        """How many of its tokens the engine has computed."""
+        if self.is_ready(entry):
+            return entry.tokens
+        if entry.progress is None or entry.ready:
+            return 0
+        return max(0, entry.progress.processed - len(entry.prefix))
+
+    def kv_bytes(self, entry: Entry) -> int:
+        """Device memory of what is computed, before any other document shares it."""
+        return self._engine.info.kv_bytes(self.prefilled_tokens(entry))
+
+    def eta_seconds(self, entry: Entry) -> float | None:
+        """Until it is computed, at the pace so far; None while there is no pace."""
+        if self.is_ready(entry):
+            return 0.0
+        progress = entry.progress
+        if progress is None or progress.processed <= progress.cache or progress.time_ms <= 0:
+            return None
+        tokens_per_ms = (progress.processed - progress.cache) / progress.time_ms
+        return round((progress.total - progress.processed) / tokens_per_ms / 1000, 1)
 
     async def settled(self, entry: Entry, *, timeout_seconds: float) -> bool:
         """Whether the document's tokens are known to the engine, or never will be; waits at most
@@ -254,8 +261,11 @@ class Library:
                 await self._parse(entry)
             self._check_length(entry)
             await self._open_and_prefill(entry)
-        except (ParseFailed, ContextTooLong, OSError) as error:
+        except (LongctxError, OSError) as error:
             entry.error = str(error)
+        except Exception as error:  # a bug of ours must not leave anybody waiting
+            logger.error("tokenizing %s failed", document_id, exc_info=error)
+            entry.error = "the server failed; its log says why"
         entry.tokenized.set()
 
     async def _parse(self, entry: Entry) -> None:
@@ -302,14 +312,14 @@ class Library:
             try:
                 await self._prefill_once(entry, f"ingest-{document_id}-{attempts}")
                 return
-            except (InvalidRequest, ContextTooLong) as error:
-                entry.error = str(error)
-                return
             except Overloaded:
                 pass
             except (EngineDied, DocumentMissing) as error:
                 attempts += 1
                 reason = str(error)
+            except LongctxError as error:
+                entry.error = str(error)
+                return
             await asyncio.sleep(RETRY_SECONDS)
         entry.error = f"computing it failed {ATTEMPTS} times, at last because: {reason}"
 

@@ -122,6 +122,7 @@ class Parser:
                 elif "read" in message:
                     on_progress(message["read"])
             child.pid = None  # the number may be another's from now on
+            draft_of(Path(job["tokens"])).unlink(missing_ok=True)
             late = deadline.when() <= asyncio.get_running_loop().time()
             deadline.cancel()
         if "error" in result:
@@ -236,7 +237,7 @@ def _write_tokens(
     continues: bool,
     on_progress: Callable[[int], None],
 ) -> int:
-    draft = tokens.with_suffix(".draft")
+    draft = draft_of(tokens)
     count = 0
     with draft.open("wb") as file:
         for piece, read_bytes in _pieces(text):
@@ -251,6 +252,11 @@ def _write_tokens(
         os.fsync(file.fileno())
     draft.rename(tokens)
     return count
+
+
+def draft_of(tokens: Path) -> Path:
+    """Where they are written until they are complete; a killed process leaves it behind."""
+    return tokens.with_suffix(".draft")
 
 
 def _pieces(path: Path) -> Iterator[tuple[str, int]]:

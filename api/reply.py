@@ -134,6 +134,7 @@ class Reply:
 
     async def _events(self) -> AsyncGenerator[Body, None]:
         choices: dict[int, Choice] = {}
+        opened: set[int] = set()
         last: Body | None = None  # held back: the very last one carries more
         async with aclosing(self._outputs()) as outputs:
             async for output in outputs:
@@ -146,9 +147,9 @@ class Reply:
                     continue
                 if output.progress is not None and self.wanted.return_progress:
                     yield self._progress(output.index, output.progress)
-                if output.index not in choices and (output.text or output.finish_reason):
-                    opening = self.shape.opening(output.index)
-                    if opening is not None:
+                if output.index not in opened and (output.text or output.finish_reason):
+                    opened.add(output.index)
+                    if (opening := self.shape.opening(output.index)) is not None:
                         yield self._chunk([opening])
                 choice = _collect(choices, output)
                 if output.text:

@@ -7,6 +7,7 @@ The end: no new work, running answers get time to finish, then the engine proces
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import uvicorn
 
 from api.app import Application, open_application
+from api.auth import read_keys
 from api.config import ServerConfig
 from api.parser import Parser
 from api.store_dir import StoreDir
@@ -24,23 +26,26 @@ from longctx.errors import LongctxError
 from longctx.tokenizer import Tokenizer
 
 BACKLOG = 2048
+KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections: they close them, not we
 FLUSH_SECONDS = 5  # for the last bytes of answers that the engine has ended
 
 
 def serve(engine_config: EngineConfig, model_folder: Path, config: ServerConfig) -> None:
     """Returns after SIGTERM or Ctrl-C. Raises LongctxError when it cannot start."""
+    keys = read_keys(config)
     with (
         contextlib.closing(listen(config)) as listener,
         contextlib.closing(StoreDir(config.folder)) as folder,
     ):
         tokenizer = Tokenizer(model_folder)
         parser = Parser(tokenizer)
-        asyncio.run(_serve(engine_config, config, listener, folder, tokenizer, parser))
+        asyncio.run(_serve(engine_config, config, keys, listener, folder, tokenizer, parser))
 
 
 async def _serve(
     engine_config: EngineConfig,
     config: ServerConfig,
+    keys: tuple[str, ...],
     listener: socket.socket,
     folder: StoreDir,
     tokenizer: Tokenizer,
@@ -53,14 +58,16 @@ async def _serve(
     def stop(number: int) -> None:
         if server is None:
             starting.cancel()
+        elif server.should_exit and number == signal.SIGINT:
+            os._exit(130)  # a second Ctrl-C: the other processes end when this one is gone
         else:
-            server.handle_exit(number, None)
+            server.should_exit = True
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
     async with open_application(
-        engine_config, config, folder=folder, tokenizer=tokenizer, parser=parser
+        engine_config, config, keys=keys, folder=folder, tokenizer=tokenizer, parser=parser
     ) as application:
         info = application.engine.info
         print(
@@ -83,7 +90,10 @@ class Server(uvicorn.Server):
                 lifespan="off",
                 log_config=None,
                 access_log=False,
+                server_header=False,
+                ws="none",
                 backlog=BACKLOG,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=int(config.drain_seconds) + FLUSH_SECONDS,
             )
         )
@@ -99,10 +109,8 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self.application.library.close()
         draining = asyncio.create_task(self.application.engine.drain(self.drain_seconds))
-        await super().shutdown(sockets)  # returns early after a second Ctrl-C
-        if self.force_exit:
-            draining.cancel()
-        await asyncio.gather(draining, return_exceptions=True)
+        await super().shutdown(sockets)
+        await draining
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -116,7 +124,8 @@ def listen(config: ServerConfig) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        # Named, or asyncio would not switch Nagle's algorithm off: 40 ms on every answer.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)

@@ -64,6 +64,10 @@ class StoreDir:
             draft.rename(path)
         return path.read_bytes()
 
+    def remove_document(self, document_id: str) -> None:
+        self.text_path(document_id).unlink(missing_ok=True)
+        self.tokens_path(document_id).unlink(missing_ok=True)
+
     def remove_strangers(self, known: frozenset[str]) -> None:
         """Deletes what a crash left behind: drafts and files of no known document."""
         for path in (self.path / "documents").iterdir():

@@ -17,7 +17,7 @@ from typing import Literal
 from longctx.config import EngineConfig
 from longctx.embedded import model_path
 from longctx.engine import EngineInfo
-from longctx.errors import EngineDied, LongctxError
+from longctx.errors import EngineDied, InvalidRequest, LongctxError
 from longctx.protocol import (
     HEADER,
     Abort,
@@ -83,6 +83,8 @@ class EngineClient:
         EngineDied where the request cannot be taken.
         """
         self._check_ready()
+        if request.request_id in self._requests:
+            raise InvalidRequest(f"request id {request.request_id} is in use", param="request_id")
         outputs: asyncio.Queue[RequestOutput | LongctxError] = asyncio.Queue()
         self._requests[request.request_id] = outputs
         over = False
@@ -165,6 +167,7 @@ class EngineClient:
                 [sys.executable, "-m", "longctx.worker", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                start_new_session=True,  # a terminal's Ctrl-C is for the server alone
             )
         reader, self._writer = await asyncio.open_connection(sock=ours)
         self._send(Start(self.config, str(self.model_folder)))

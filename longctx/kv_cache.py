@@ -31,8 +31,8 @@ class KVCacheManager:
     def admit(self, sequence: Sequence, *, spare_blocks: int) -> bool:
         """Give the sequence what is cached of its prompt; False if it has to wait.
 
-        It waits for a block that another sequence is computing, or until there is room for all of
-        its tokens and `spare_blocks` more.
+        It waits for the blocks that another sequence is computing, or until there is room for all
+        of its tokens and `spare_blocks` more.
         """
         if sequence.blocked_on in self._pending or sequence.tried_at == self._releases:
             return False
@@ -40,8 +40,13 @@ class KVCacheManager:
         self._extend_keys(sequence)
         depth, pages = self._match(sequence)
         limit = sequence.full_blocks()
-        if depth < limit and sequence.key(depth) in self._pending:
-            sequence.blocked_on = sequence.key(depth)
+        owner = self._pending.get(sequence.key(depth)) if depth < limit else None
+        if owner is not None:
+            # Until the last one that they share: looking again after each step would cost more.
+            last = depth
+            while last + 1 < limit and self._pending.get(sequence.key(last + 1)) is owner:
+                last += 1
+            sequence.blocked_on = sequence.key(last)
             self._leave_prefix(sequence)
             return False
         self._attach(sequence, depth, pages)
@@ -57,6 +62,16 @@ class KVCacheManager:
     def computed_by(self, sequence: Sequence) -> Sequence | None:
         """Whom the waiting sequence waits for."""
         return None if sequence.blocked_on is None else self._pending.get(sequence.blocked_on)
+
+    def _last_shared(self, sequence: Sequence, depth: int) -> BlockKey:
+        """The last of the keys from `depth` on that the same other sequence will compute."""
+        owner = self._pending[sequence.key(depth)]
+        last = depth
+        while last + 1 < sequence.full_blocks() and (
+            self._pending.get(sequence.key(last + 1)) is owner
+        ):
+            last += 1
+        return sequence.key(last)
 
     def _find_prefix(self, sequence: Sequence) -> None:
         for _, name in reversed(sequence.document_ends):

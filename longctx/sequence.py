@@ -100,7 +100,7 @@ class Sequence:
     tables: tuple[BlockTable, ...] = ()
     live_from: list[int] = field(default_factory=list)  # per group: first block held on its own
     own_pages: dict[int, int] = field(default_factory=dict)  # block index -> raw page, still open
-    blocked_on: BlockKey | None = None  # while waiting: a block that another sequence computes
+    blocked_on: BlockKey | None = None  # while waiting: the last block that another computes for it
     tried_at: int = -1  # while waiting for room: the state of the pools when it was last refused
     cached_tokens: int | None = None  # prompt tokens that were found when it was first admitted
     computed_tokens: int = 0  # tokens really computed, again after preemptions too

@@ -28,7 +28,8 @@ from longctx.attention.backend import (
     ChunkRows,
 )
 
-TILE_BLOCKS = 64  # pages of one tile of the past: 4,096 keys
+TILE_SCORES = 1 << 21  # rows x keys of one tile of the past: what its scores may take
+COPIED_BLOCKS = 128  # pages of one tile that have to be gathered or decoded
 FUSED_BLOCKS = 8  # so few pages are copied together with the own block, which saves a merge
 RUN_BLOCKS = 16  # a run this long is worth a tile, and a merge, of its own
 NARROW_WINDOW_TOKENS = 1024  # up to here a prefill computes one rectangle per row block
@@ -123,7 +124,7 @@ class _Planner:
         for (rows, blocks), rectangles in padded.items():
             if len(rectangles) == 1:
                 blocks = len(rectangles[0].entries)
-            limit = max(1, 4 * TILE_BLOCKS // (blocks + 1))
+            limit = max(1, 2 * COPIED_BLOCKS // (blocks + 1))
             for begin in range(0, len(rectangles), limit):
                 yield self._padded(rectangles[begin : begin + limit], rows, blocks)
 
@@ -138,7 +139,9 @@ class _Planner:
 
     def _past(self, chunk: ChunkRows, entries: Entries) -> Iterator[Tile]:
         """All rows of the chunk against entries that stand before it."""
-        for part in _cut(entries):
+        in_place = max(RUN_BLOCKS, TILE_SCORES // chunk.rows // BLOCK_TOKENS)
+        copied = min(in_place, COPIED_BLOCKS)
+        for part in _cut(entries, in_place if self._lossless else copied, copied):
             yield self._one(chunk, part, self._sees(chunk, np.arange(chunk.rows), part))
 
     def _chunk_sealed(self, chunk: ChunkRows) -> Tile:
@@ -280,20 +283,22 @@ class _Planner:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
 
 
-def _cut(entries: Entries) -> Iterator[Entries]:
-    """Tiles of the past: runs of pages that are read in place, and what lies between them.
+def _cut(entries: Entries, run_blocks: int, other_blocks: int) -> Iterator[Entries]:
+    """Tiles of the past: long runs of pages, which are read in place, and what lies between them.
 
     One stray page would otherwise make a whole tile be gathered, in each layer of each step.
     """
+    if len(entries) == 0:
+        return
     breaks = np.flatnonzero(np.diff(entries[:, PAGE]) != 1) + 1
     begins, ends = np.r_[0, breaks], np.r_[breaks, len(entries)]
     done = 0
     for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
         if end - begin >= RUN_BLOCKS or end == len(entries):
             between = begin if end - begin >= RUN_BLOCKS else end
-            for low, high in ((done, between), (between, end)):
-                for first in range(low, high, TILE_BLOCKS):
-                    yield entries[first : min(high, first + TILE_BLOCKS)]
+            for low, high, most in ((done, between, other_blocks), (between, end, run_blocks)):
+                for first in range(low, high, most):
+                    yield entries[first : min(high, first + most)]
             done = end
 
 

@@ -11,6 +11,7 @@ import httpx
 import openai
 
 from api.app import open_application
+from api.auth import read_keys
 from api.config import ServerConfig
 from api.parser import Parser
 from api.server import Server, listen
@@ -40,7 +41,7 @@ class LiveServer:
                 "served_name": MODEL,
                 "ping_seconds": 0.2,
                 "drain_seconds": 1.0,
-                "max_upload_mib": 2,
+                "max_upload_mib": 8,
                 **settings,
             }
         )
@@ -97,6 +98,7 @@ class LiveServer:
         async with open_application(
             self.engine_config,
             self.config,
+            keys=read_keys(self.config),
             folder=folder,
             tokenizer=self.tokenizer,
             parser=self.parser,

@@ -69,8 +69,8 @@ def test_usage_comes_last_in_a_stream_that_wants_it(client: openai.OpenAI) -> No
 
 def test_choices_differ_and_a_seed_repeats_them(client: openai.OpenAI) -> None:
     wanted = {"model": MODEL, "messages": HELLO, "n": 3, "max_tokens": 12, "seed": 5}
-    first = client.chat.completions.create(**wanted)  # type: ignore[call-overload]
-    again = client.chat.completions.create(**wanted)  # type: ignore[call-overload]
+    first = client.chat.completions.create(**wanted)
+    again = client.chat.completions.create(**wanted)
     texts = [choice.message.content for choice in first.choices]
     assert [choice.index for choice in first.choices] == [0, 1, 2]
     assert len(set(texts)) > 1
@@ -79,9 +79,9 @@ def test_choices_differ_and_a_seed_repeats_them(client: openai.OpenAI) -> None:
 
 def test_streamed_choices_are_told_apart(client: openai.OpenAI) -> None:
     wanted = {"model": MODEL, "messages": HELLO, "n": 2, "max_tokens": 12, "seed": 5}
-    whole = client.chat.completions.create(**wanted)  # type: ignore[call-overload]
+    whole = client.chat.completions.create(**wanted)
     texts, finished = ["", ""], []
-    for chunk in client.chat.completions.create(**wanted, stream=True):  # type: ignore[call-overload]
+    for chunk in client.chat.completions.create(**wanted, stream=True):
         (choice,) = chunk.choices
         texts[choice.index] += choice.delta.content or ""
         if choice.finish_reason:

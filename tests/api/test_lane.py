@@ -92,3 +92,20 @@ def test_a_job_added_while_it_runs_runs_again() -> None:
         assert runs == 2
 
     asyncio.run(main())
+
+
+def test_a_job_cancelled_before_its_first_step_makes_room() -> None:
+    async def main() -> None:
+        done = asyncio.Event()
+
+        async def job(name: str) -> None:
+            assert name == "b"
+            done.set()
+
+        lane = Lane(job, width=1)
+        lane.add("a")
+        lane.add("b")
+        await lane.cancel("a")
+        await asyncio.wait_for(done.wait(), 5)
+
+    asyncio.run(main())

@@ -1,0 +1,113 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from longctx.cli import main
+
+OPTIONS = ("--device-pool-gib", "0.1", "--threads", "1", "--device", "cpu")
+
+
+def longctx(*words: str | Path, **how: Any) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "longctx", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
+        **how,
+    )
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_serve_says_where_finishes_what_runs_and_leaves_nothing(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    server = longctx(
+        *("serve", "--model", model_folder, "--store-dir", tmp_path, "--port", "0", *OPTIONS),
+        *("--drain-seconds", "5"),
+    )
+    assert server.stdout is not None and server.stderr is not None
+    ready = server.stdout.readline()
+    found = re.fullmatch(r"longctx ready (http://127\.0\.0\.1:\d+)\n", ready)
+    assert found is not None, ready + server.stderr.read()
+    processes = children(server.pid)
+    assert len(processes) == 2
+    with openai.OpenAI(base_url=f"{found[1]}/v1", api_key="none", max_retries=0) as client:
+        stream = client.chat.completions.create(
+            model=model_folder.name,
+            messages=[{"role": "user", "content": "a tale"}],
+            max_tokens=300,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        next(iter(stream))
+        server.send_signal(signal.SIGTERM)
+        reasons = [chunk.choices[0].finish_reason for chunk in stream]
+    assert reasons[-1] == "length"
+    output, errors = server.communicate(timeout=30)
+    assert (server.returncode, output) == (0, "")
+    assert re.fullmatch(r"longctx serves .* tokens of raw KV fit the device, .*\n", errors)
+    assert not any(Path(f"/proc/{process}").exists() for process in processes)
+
+
+def test_ask_streams_an_answer_and_tells_the_cost(model_folder: Path, tmp_path: Path) -> None:
+    document = tmp_path / "tale.md"
+    document.write_text("The name of the ship is Meridian. " * 100)
+    asked = longctx("ask", document, "What is its name?", "--model", model_folder, *OPTIONS)
+    output, errors = asked.communicate(timeout=120)
+    assert asked.returncode == 0, errors
+    assert output.strip()
+    cost = re.search(r"([\d,]+) of ([\d,]+) prompt tokens were cached; first token after", errors)
+    assert cost is not None, errors
+    cached, prompt = (int(count.replace(",", "")) for count in cost.groups())
+    assert prompt - 128 <= cached < prompt
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_ctrl_c_ends_ask_quietly(model_folder: Path, tmp_path: Path) -> None:
+    document = tmp_path / "tale.md"
+    document.write_text("The name of the ship is Meridian. " * 100)
+    asked = longctx(
+        *("ask", document, "What?", "--model", model_folder, *OPTIONS), start_new_session=True
+    )
+    while len(processes := children(asked.pid)) < 2:
+        time.sleep(0.05)
+    os.killpg(asked.pid, signal.SIGINT)
+    _, errors = asked.communicate(timeout=60)
+    assert asked.returncode == 130
+    assert "Traceback" not in errors
+    assert not any(Path(f"/proc/{process}").exists() for process in processes)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["serve", "--model", "/nowhere"], "longctx: no tokenizer: /nowhere is not a folder"),
+        (["serve", "--model", "/nowhere", "--api-key-file", "/none"], "cannot read the API keys"),
+        (["ask", "/none", "What?", "--model", "MODEL"], "cannot read /none: No such file"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    words: list[str], message: str, model_folder: Path, tmp_path: Path
+) -> None:
+    words = [str(model_folder) if word == "MODEL" else word for word in words]
+    if words[0] == "serve":
+        words += ["--port", "0", "--store-dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert isinstance(caught.value.code, str)
+    assert message in caught.value.code and "\n" not in caught.value.code

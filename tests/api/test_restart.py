@@ -1,0 +1,135 @@
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from api.config import ServerConfig
+from api.server import listen
+from api.store_dir import StoreDir
+from longctx.errors import LongctxError, ModelRefused
+from tests.api.live_server import MODEL, LiveServer
+
+KEYS = ("alice", "bob")
+STORY = "The boats come back with fish, and every evening they leave for the open sea. " * 60
+
+
+def state_of(client: openai.OpenAI, file_id: str) -> str:
+    described: Any = client.files.retrieve(file_id)
+    return described.longctx["state"]  # type: ignore[no-any-return]
+
+
+def wait_until_ready(client: openai.OpenAI, file_id: str, seconds: float = 40) -> None:
+    deadline = time.monotonic() + seconds
+    while state_of(client, file_id) != "ready":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def computed_tokens(client: openai.OpenAI, file_id: str) -> int:
+    part: Any = {"type": "file", "file": {"file_id": file_id}}
+    answer: Any = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": [part]}], max_tokens=2
+    )
+    return answer.longctx["computed_tokens"]  # type: ignore[no-any-return]
+
+
+def engine_process(server: LiveServer) -> int:
+    process = server.application.engine._process
+    assert process is not None
+    return process.pid
+
+
+def test_tenants_and_documents_survive_the_engine_and_the_server(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    with LiveServer(model_folder, tmp_path, api_key=KEYS) as server:
+        alice, bob = (server.openai(key) for key in KEYS)
+        with alice, bob:
+            assert httpx.get(f"{server.url}/v1/files").status_code == 401
+            file_id = alice.files.create(file=("a.txt", STORY.encode()), purpose="user_data").id
+            wait_until_ready(alice, file_id)
+
+            # another tenant neither sees nor reads it, nor shares what was computed for it
+            with pytest.raises(openai.NotFoundError):
+                bob.files.retrieve(file_id)
+            with pytest.raises(openai.NotFoundError):
+                computed_tokens(bob, file_id)
+            assert bob.files.list().data == []
+            assert [file.id for file in alice.files.list().data] == [file_id]
+            assert computed_tokens(alice, file_id) <= 128
+
+            # the engine dies during an answer: it ends with an error, and the next one is served
+            stream = alice.chat.completions.create(
+                model=MODEL,
+                messages=[{"role": "user", "content": "a long tale"}],
+                max_tokens=20_000,
+                stream=True,
+                extra_body={"ignore_eos": True},
+            )
+            with pytest.raises(openai.APIError, match="engine process ended"):
+                for position, _ in enumerate(stream):
+                    if position == 3:
+                        os.kill(engine_process(server), signal.SIGKILL)
+            health = httpx.get(f"{server.url}/health")
+            assert (health.status_code, health.json()["engine"]) == (503, "restarting")
+            with pytest.raises(openai.InternalServerError) as caught:
+                computed_tokens(alice, file_id)
+            assert caught.value.status_code == 503
+            wait_until_ready(alice, file_id)
+            assert computed_tokens(alice, file_id) <= 128
+
+    with (
+        LiveServer(model_folder, tmp_path, api_key=KEYS) as server,
+        server.openai("alice") as alice,
+    ):
+        wait_until_ready(alice, file_id)
+        assert computed_tokens(alice, file_id) <= 128
+        assert alice.files.content(file_id).read() == STORY.encode()
+
+
+@pytest.mark.slow
+def test_a_model_that_is_refused_is_the_reason_given(model_folder: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(model_folder, tmp_path / "model")
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(ModelRefused), LiveServer(broken, tmp_path / "store"):
+        pass
+
+
+def test_a_store_serves_one_server_at_a_time(tmp_path: Path) -> None:
+    first = StoreDir(tmp_path)
+    with pytest.raises(LongctxError, match="in use by another server"):
+        StoreDir(tmp_path)
+    first.close()
+    StoreDir(tmp_path).close()
+
+
+def test_a_store_keeps_its_secret_private(tmp_path: Path) -> None:
+    folder = StoreDir(tmp_path / "store")
+    secret = folder.secret()
+    assert len(secret) == 32 and folder.secret() == secret
+    assert (tmp_path / "store" / "secret").stat().st_mode & 0o077 == 0
+    assert (tmp_path / "store").stat().st_mode & 0o077 == 0
+    folder.close()
+
+
+def test_what_a_crash_left_behind_is_removed(tmp_path: Path) -> None:
+    folder = StoreDir(tmp_path)
+    for path in (folder.new_draft(), folder.text_path("known"), folder.tokens_path("stranger")):
+        path.write_text("text")
+    folder.remove_strangers(frozenset({"known"}))
+    assert list((tmp_path / "documents").iterdir()) == [folder.text_path("known")]
+    folder.close()
+
+
+def test_a_port_in_use_is_one_line_with_the_cure() -> None:
+    taken = listen(ServerConfig(port=0))
+    port = taken.getsockname()[1]
+    with pytest.raises(LongctxError, match=f"cannot listen on 127.0.0.1:{port}: .* --port"):
+        listen(ServerConfig(port=port))
+    taken.close()
