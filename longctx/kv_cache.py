@@ -63,16 +63,6 @@ class KVCacheManager:
         """Whom the waiting sequence waits for."""
         return None if sequence.blocked_on is None else self._pending.get(sequence.blocked_on)
 
-    def _last_shared(self, sequence: Sequence, depth: int) -> BlockKey:
-        """The last of the keys from `depth` on that the same other sequence will compute."""
-        owner = self._pending[sequence.key(depth)]
-        last = depth
-        while last + 1 < sequence.full_blocks() and (
-            self._pending.get(sequence.key(last + 1)) is owner
-        ):
-            last += 1
-        return sequence.key(last)
-
     def _find_prefix(self, sequence: Sequence) -> None:
         for _, name in reversed(sequence.document_ends):
             prefix = self.prefixes.get(name)

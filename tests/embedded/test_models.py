@@ -18,7 +18,9 @@ from longctx.embedded.evaluate import wilson
 from longctx.embedded.grammar import sentence
 from longctx.embedded.model import Batch, forward, new_needle
 from longctx.embedded.muon import orthogonal
-from longctx.embedded.reader import CODECS, Reader
+from longctx.embedded.probe import damage, score
+from longctx.embedded.reader import Reader
+from longctx.embedded.rounding import CODECS
 from longctx.embedded.train import Lessons, rate_at
 from longctx.embedded.values import Words
 
@@ -101,7 +103,7 @@ def test_codecs_lose_less_with_more_bits() -> None:
     errors = {
         name: float((codec(keys, values)[0] - keys).abs().max()) for name, codec in CODECS.items()
     }
-    assert errors["raw"] == 0 < errors["int8"] < 0.02 < errors["int4"] < 0.4
+    assert errors["raw"] == 0 < errors["int8"] < 0.02 < errors["int4"] < errors["int2"]
 
 
 def test_the_template_puts_documents_first_and_nothing_before_them(
@@ -221,3 +223,16 @@ def test_needle_finds_a_needle_at_each_depth_in_a_small_text() -> None:
     for needle, ids in zip(needles, answers, strict=True):
         found += reader.tokenizer.decode(ids) == needle.answer
     assert found >= 9
+
+
+def test_the_probe_models_text_below_two_bits_a_character_and_copies() -> None:
+    result = score(model_path("probe"), rows=8, tokens=384)
+    assert result.bits_per_character < 2.0
+    assert result.repeated_nats < result.first_nats / 2
+
+
+def test_the_probe_tells_codecs_apart() -> None:
+    int8, int4, int2 = damage(model_path("probe"), rows=8, tokens=256)
+    assert int8.kl + int8.kl_error < int4.kl - int4.kl_error
+    assert int4.kl + int4.kl_error < int2.kl - int2.kl_error
+    assert int8.flips < int4.flips < int2.flips
