@@ -312,10 +312,19 @@ class KVCacheManager:
         ]
 
     def _make_room(self, blocks: int) -> bool:
-        """Let unused prefixes go until every group can give `blocks` pages."""
+        """Let unused prefixes go until every group can give `blocks` pages.
+
+        None goes where that would not suffice: a document is not given up for nothing.
+        """
+        needed = [self._needed(index, blocks) for index in range(len(self.memory.packed))]
+        for index, pool in enumerate(self.memory.packed):
+            missing = needed[index] - pool.available
+            if missing > 0 and missing > sum(
+                prefix.blocks - prefix.window_begin[index] for prefix in self.prefixes.idle()
+            ):
+                return False
         while any(
-            pool.available < self._needed(index, blocks)
-            for index, pool in enumerate(self.memory.packed)
+            pool.available < pages for pool, pages in zip(self.memory.packed, needed, strict=True)
         ):
             prefix = self.prefixes.pop_idle()
             if prefix is None:

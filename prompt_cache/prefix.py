@@ -7,6 +7,7 @@ all its users together. Looking it up costs the same at any length.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,13 +69,16 @@ class PrefixIndex:
         if prefix.name in self._prefixes:
             self._prefixes.move_to_end(prefix.name)
 
+    def idle(self) -> Iterator[Prefix]:
+        """Prefixes without users, the longest unused first."""
+        return (prefix for prefix in self._prefixes.values() if prefix.users == 0)
+
     def pop_idle(self) -> Prefix | None:
         """Remove and return the unused prefix that was used the longest time ago."""
-        for prefix in self._prefixes.values():
-            if prefix.users == 0:
-                del self._prefixes[prefix.name]
-                return prefix
-        return None
+        prefix = next(self.idle(), None)
+        if prefix is not None:
+            del self._prefixes[prefix.name]
+        return prefix
 
     def pop_document(self, document_id: str) -> list[Prefix]:
         """Remove and return all prefixes that contain the document, in use or not."""
