@@ -358,6 +358,8 @@ def haystack(tokens: int, *, seed: int, count_tokens: Callable[[str], int]) -> s
 def insert(text: str, statements: Sequence[str], depths: Sequence[float]) -> str:
     """`text` with each statement placed at its depth (0 = start, 1 = end), after a sentence end.
 
+    A statement that ends with a line end keeps it: nothing else marks the end of its value.
+
     Raises ValueError unless there is one depth in [0, 1] for each statement.
     """
     if len(statements) != len(depths) or any(not 0 <= depth <= 1 for depth in depths):
@@ -366,14 +368,14 @@ def insert(text: str, statements: Sequence[str], depths: Sequence[float]) -> str
         )
     placed = []
     for order, (statement, depth) in enumerate(zip(statements, depths, strict=True)):
-        placed.append((_sentence_end(text, round(depth * len(text))), order, statement.strip()))
+        placed.append((_sentence_end(text, round(depth * len(text))), order, statement.strip(" ")))
     pieces, start = [], 0
     for position, _, statement in sorted(placed):
         pieces.append(text[start:position])
         before = pieces[-1] if pieces[-1] else (pieces[-2] if len(pieces) > 1 else "")
         pieces.append(statement if not before or before[-1].isspace() else " " + statement)
         start = position
-        if start < len(text) and not text[start].isspace():
+        if start < len(text) and not (text[start].isspace() or statement.endswith("\n")):
             pieces.append(" ")
     pieces.append(text[start:])
     return "".join(pieces)

@@ -1,7 +1,7 @@
 """The probe: a small Llama with ordinary rotary attention in every layer, to tell good KV from bad.
 
-A plain language model of code and documentation. One sequence in eight is random tokens that repeat
-after a random gap, so that it learns to copy from far back and a damaged cache shows.
+A plain language model of code and documentation. One sequence in five repeats itself, half of them
+random tokens, so that it learns to copy from far back and a damaged cache shows.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
-from longctx.embedded import corpus
+from longctx.embedded import corpus, model_path
 from longctx.embedded.muon import Muon
+from longctx.embedded.rounding import CODECS
 from longctx.embedded.tokenizer import BOS, EOS, PAD, SPECIALS
 
 SEQUENCE_TOKENS = 384
-ROWS = 8
+ROWS = 5
 MAX_TOKENS = 4096
 
 
@@ -64,8 +65,11 @@ def new_probe(seed: int) -> LlamaForCausalLM:
     return model
 
 
-def batch(text: np.ndarray, seed: int, step: int) -> Tensor:
-    """[ROWS, SEQUENCE_TOKENS + 1] token ids; a row starts with `<s>` half of the time."""
+def batch(text: np.ndarray, seed: int, step: int) -> tuple[Tensor, int]:
+    """[ROWS, SEQUENCE_TOKENS + 1] token ids, and the period of the first row, which repeats.
+
+    That row is random tokens at odd steps, text at even ones; half of the others start with `<s>`.
+    """
     rng = np.random.default_rng([seed, step])
     rows = np.zeros((ROWS, SEQUENCE_TOKENS + 1), np.int64)
     for row in rows:
@@ -73,9 +77,10 @@ def batch(text: np.ndarray, seed: int, step: int) -> Tensor:
         row[:] = text[start : start + len(row)]
         if rng.random() < 0.5:
             row[0] = SPECIALS.index(BOS)
-    period = int(rng.integers(16, SEQUENCE_TOKENS // 2))
-    rows[0] = np.resize(rng.integers(len(SPECIALS), 2048, period), SEQUENCE_TOKENS + 1)
-    return torch.from_numpy(rows)
+    period = int(rng.integers(8, SEQUENCE_TOKENS // 3))
+    unit = rng.integers(len(SPECIALS), 2048, period) if step % 2 else rows[0, :period].copy()
+    rows[0] = np.resize(unit, SEQUENCE_TOKENS + 1)
+    return torch.from_numpy(rows), period
 
 
 def rate_at(step: int, steps: int) -> float:
@@ -108,10 +113,14 @@ def train_probe(args: argparse.Namespace, text: np.ndarray) -> None:
         for stepper, base in zip(steppers, bases, strict=True):
             for group in stepper.param_groups:
                 group["lr"] = base * rate_at(step, args.steps)
-        ids = batch(text, args.seed, step).to(args.device)
+        ids, period = batch(text, args.seed, step)
+        ids = ids.to(args.device)
         with torch.autocast(args.device, torch.bfloat16, enabled=half):
             logits = model(ids[:, :-1], use_cache=False).logits
         each = F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+        can_know = torch.ones_like(each)
+        can_know[0, :period] = 0.0  # what repeats later cannot be known the first time
+        each = each * can_know
         for stepper in steppers:
             stepper.zero_grad(set_to_none=True)
         torch.autograd.backward(each.mean())
@@ -122,10 +131,11 @@ def train_probe(args: argparse.Namespace, text: np.ndarray) -> None:
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 average[name].lerp_(weight, 1 - decay)
-        losses.append((float(each[1:].detach().mean()), float(each[0, -100:].detach().mean())))
+        copied = float(each[0, -100:].detach().mean()) if step % 2 else math.nan  # random ones
+        losses.append((float(each[1:].detach().mean()), copied))
         step += 1
         if step % 50 == 0:
-            prose, copied = np.mean(losses, axis=0)
+            prose, copied = np.nanmean(losses, axis=0)
             seconds = (time.monotonic() - begun) / len(losses)
             print(f"step {step} text {prose:.3f} copying {copied:.3f} {seconds:.3f} s", flush=True)
             losses, begun = [], time.monotonic()
@@ -176,7 +186,65 @@ def score(folder: Path, *, rows: int = 64, tokens: int = 512) -> ProbeScore:
     )
 
 
-if __name__ == "__main__":
-    from longctx.embedded import model_path
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damage:
+    """What a codec does to the next-token distribution, against exact keys and values.
 
-    print(score(model_path("probe")))
+    Means over sequences; `*_error` is 1.96 standard errors of that mean.
+    """
+
+    codec: str
+    kl: float
+    kl_error: float
+    flips: float
+    flips_error: float
+
+
+@torch.no_grad()
+def damage(folder: Path, *, rows: int = 24, tokens: int = 512) -> list[Damage]:
+    """int8, int4 and a bad 2-bit codec, all keys and values rounded, on unseen text."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = tokenizer.encode(corpus.stdlib_text(2, rows * tokens * 4), add_special_tokens=False).ids
+    inputs = torch.tensor(ids[: rows * tokens]).view(rows, tokens)
+    inputs[:, 0] = SPECIALS.index(BOS)
+    exact = _logits(folder, "raw", inputs)
+    found = []
+    for codec in ("int8", "int4", "int2"):
+        rounded = _logits(folder, codec, inputs)
+        kl = F.kl_div(rounded, exact, log_target=True, reduction="none").sum(-1).mean(1)
+        flips = (rounded.argmax(-1) != exact.argmax(-1)).float().mean(1)
+        error = 1.96 / rows**0.5
+        found.append(
+            Damage(
+                codec=codec,
+                kl=float(kl.mean()),
+                kl_error=float(kl.std()) * error,
+                flips=float(flips.mean()),
+                flips_error=float(flips.std()) * error,
+            )
+        )
+    return found
+
+
+def _logits(folder: Path, codec: str, inputs: Tensor) -> Tensor:
+    """Log-probabilities [rows, tokens, vocabulary] with every key and value rounded by `codec`."""
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any
+    ) -> tuple[Tensor, None]:
+        key, value = CODECS[codec](key, value)
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(f"rounded_{codec}", attend)
+    model = LlamaForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=f"rounded_{codec}"
+    )
+    return torch.cat([model(row[None]).logits.log_softmax(-1) for row in inputs])
+
+
+if __name__ == "__main__":
+    probe = model_path("probe")
+    print(score(probe))
+    for item in damage(probe):
+        print(item)

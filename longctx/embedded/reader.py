@@ -7,7 +7,7 @@ transformers forward in float32 to 1e-4 (tested).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import SmolLM3ForCausalLM
 
 from longctx.embedded.model import local_layers
+from longctx.embedded.rounding import CODECS
 from longctx.embedded.tokenizer import ASSISTANT, BOS, EOS, SPECIALS, USER
 
 REACH_TOKENS = 192  # what a token knows of the text before it: three windows of 63 tokens
@@ -36,42 +37,6 @@ class Memory:
     @property
     def tokens(self) -> int:
         return self.keys.shape[1]
-
-
-def _hadamard(dimension: int) -> Tensor:
-    matrix: Tensor = torch.ones(1, 1)
-    while matrix.shape[0] < dimension:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return cast(Tensor, matrix * dimension**-0.5)
-
-
-def _symmetric(states: Tensor, levels: int) -> Tensor:
-    scale = states.abs().amax(-1, keepdim=True).clamp_min(1e-8) / levels
-    return (states / scale).round() * scale
-
-
-def _asymmetric(states: Tensor, levels: int) -> Tensor:
-    low, high = states.aminmax(dim=-1, keepdim=True)
-    scale = (high - low).clamp_min(1e-8) / levels
-    return ((states - low) / scale).round() * scale + low
-
-
-def int8(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """What int8 pages give back: one scale per token and head."""
-    return _symmetric(keys, 127), _symmetric(values, 127)
-
-
-def int4(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """What int4 pages give back: keys rounded after a Hadamard transform, values as they are."""
-    transform = _hadamard(keys.shape[-1])
-    return _asymmetric(keys @ transform, 15) @ transform.T, _asymmetric(values, 15)
-
-
-CODECS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-    "raw": lambda keys, values: (keys, values),
-    "int8": int8,
-    "int4": int4,
-}
 
 
 class Reader:

@@ -105,3 +105,8 @@ def test_a_variant_asks_for_the_same_fact() -> None:
     questions = {generator.variant(needle, random.Random(i)).question for i in range(30)}
     assert len(questions) > 5
     assert all(needle.key in question for question in questions)
+
+
+def test_a_list_item_keeps_its_line_end() -> None:
+    mixed = generator.insert("One. Two. Three.", ["- code: 7\n"], [0.4])
+    assert "- code: 7\n" in mixed
