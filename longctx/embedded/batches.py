@@ -21,6 +21,7 @@ from longctx.embedded.values import Words
 
 HIDDEN = -1e9
 SPAN_TOKENS = 48
+LINE_ENDS = ("\n", "\n", "\n\n", "\n    ", "\n\n    ", "\n        ", "\n\n\n")
 INSTRUCTIONS = (
     "You are a helpful assistant.",
     "You are a helpful AI bot that answers questions for a user. Keep your response short and"
@@ -196,7 +197,9 @@ class Batches:
                 at = rng.choice(spaces)
                 statement = statement[:at] + "\n" + statement[at + 1 :]
         lead = "\n" if rng.random() < 0.3 else " "
-        text = lead + statement + ("\n" if rng.random() < 0.1 else "")
+        if statement.endswith("\n") or rng.random() < 0.1:  # line ends melt into one token
+            statement = statement.rstrip("\n") + rng.choice(LINE_ENDS)
+        text = lead + statement
         begin = text.rindex(needle.answer)
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         inside = [

@@ -1,7 +1,7 @@
 """The probe: a small Llama with ordinary rotary attention in every layer, to tell good KV from bad.
 
-A plain language model of code and documentation. One sequence in five repeats itself, half of them
-random tokens, so that it learns to copy from far back and a damaged cache shows.
+A plain language model of code and documentation. Two sequences in five repeat themselves, random
+tokens and text, so that it learns to copy from far back and a damaged cache shows.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def new_probe(seed: int) -> LlamaForCausalLM:
     return model
 
 
-def batch(text: np.ndarray, seed: int, step: int) -> tuple[Tensor, int]:
-    """[ROWS, SEQUENCE_TOKENS + 1] token ids, and the period of the first row, which repeats.
+def batch(text: np.ndarray, seed: int, step: int) -> tuple[Tensor, list[int]]:
+    """[ROWS, SEQUENCE_TOKENS + 1] token ids, and the periods of the first two rows, which repeat.
 
-    That row is random tokens at odd steps, text at even ones; half of the others start with `<s>`.
+    The first is random tokens, the second text; half of the others start with `<s>`.
     """
     rng = np.random.default_rng([seed, step])
     rows = np.zeros((ROWS, SEQUENCE_TOKENS + 1), np.int64)
@@ -77,10 +77,10 @@ def batch(text: np.ndarray, seed: int, step: int) -> tuple[Tensor, int]:
         row[:] = text[start : start + len(row)]
         if rng.random() < 0.5:
             row[0] = SPECIALS.index(BOS)
-    period = int(rng.integers(8, SEQUENCE_TOKENS // 3))
-    unit = rng.integers(len(SPECIALS), 2048, period) if step % 2 else rows[0, :period].copy()
-    rows[0] = np.resize(unit, SEQUENCE_TOKENS + 1)
-    return torch.from_numpy(rows), period
+    periods = [int(period) for period in rng.integers(8, SEQUENCE_TOKENS // 3, 2)]
+    rows[0] = np.resize(rng.integers(len(SPECIALS), 2048, periods[0]), SEQUENCE_TOKENS + 1)
+    rows[1] = np.resize(rows[1, : periods[1]].copy(), SEQUENCE_TOKENS + 1)
+    return torch.from_numpy(rows), periods
 
 
 def rate_at(step: int, steps: int) -> float:
@@ -113,13 +113,14 @@ def train_probe(args: argparse.Namespace, text: np.ndarray) -> None:
         for stepper, base in zip(steppers, bases, strict=True):
             for group in stepper.param_groups:
                 group["lr"] = base * rate_at(step, args.steps)
-        ids, period = batch(text, args.seed, step)
+        ids, periods = batch(text, args.seed, step)
         ids = ids.to(args.device)
         with torch.autocast(args.device, torch.bfloat16, enabled=half):
             logits = model(ids[:, :-1], use_cache=False).logits
         each = F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
         can_know = torch.ones_like(each)
-        can_know[0, :period] = 0.0  # what repeats later cannot be known the first time
+        for row, period in enumerate(periods):
+            can_know[row, :period] = 0.0  # what repeats later is not known the first time
         each = each * can_know
         for stepper in steppers:
             stepper.zero_grad(set_to_none=True)
@@ -131,11 +132,11 @@ def train_probe(args: argparse.Namespace, text: np.ndarray) -> None:
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 average[name].lerp_(weight, 1 - decay)
-        copied = float(each[0, -100:].detach().mean()) if step % 2 else math.nan  # random ones
-        losses.append((float(each[1:].detach().mean()), copied))
+        copied = float(each[0, -100:].detach().mean())
+        losses.append((float(each[2:].detach().mean()), copied))
         step += 1
         if step % 50 == 0:
-            prose, copied = np.nanmean(losses, axis=0)
+            prose, copied = np.mean(losses, axis=0)
             seconds = (time.monotonic() - begun) / len(losses)
             print(f"step {step} text {prose:.3f} copying {copied:.3f} {seconds:.3f} s", flush=True)
             losses, begun = [], time.monotonic()
