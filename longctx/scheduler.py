@@ -26,7 +26,7 @@ from longctx.sequence import Sequence, SequenceState
 # Shares of the prompt tokens when several classes compete.
 CLASS_WEIGHT = {RequestClass.INTERACTIVE: 8, RequestClass.BATCH: 2, RequestClass.INGEST: 1}
 # Shares of the time that prompt chunks of a class may take from running answers.
-TIME_SHARE = {RequestClass.INTERACTIVE: 0.7, RequestClass.BATCH: 0.4, RequestClass.INGEST: 0.12}
+TIME_SHARE = {RequestClass.INTERACTIVE: 0.7, RequestClass.BATCH: 0.4, RequestClass.INGEST: 0.1}
 # Waiting a second counts as this much less work, so that a long prompt's turn comes.
 AGEING_TOKENS_PER_SECOND = 500.0
 
@@ -58,7 +58,8 @@ class DutyCycle:
     """Keeps prompt chunks to their share of the time while answers run.
 
     A step's cost beyond that of a step with answers alone is a debt of the classes that had chunks
-    in it; steps without chunks of a class repay it. The answers' own time is a running mean.
+    in it; steps without chunks of a class repay it, and so does time in which no answer runs. The
+    answers' own time is a running mean.
     """
 
     def __init__(self) -> None:
@@ -71,7 +72,7 @@ class DutyCycle:
     def record(self, tokens_of: dict[RequestClass, int], seconds: float, *, answers: bool) -> None:
         """One step took `seconds` with so many prompt tokens of each class."""
         if not answers:
-            self._debt = dict.fromkeys(RequestClass, 0.0)
+            self._debt = {c: max(0.0, debt - seconds) for c, debt in self._debt.items()}
             return
         total = sum(tokens_of.values())
         if not total:

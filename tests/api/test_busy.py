@@ -1,0 +1,106 @@
+"""What a 4 MB upload costs those whose answers are running: a real server, the embedded model.
+
+pytest -m slow -s tests/api/test_busy.py        # prints the figures
+"""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import httpx
+import pytest
+
+ANSWER_TOKENS = 300
+ANSWERS = 5
+UPLOAD_BYTES = 4 << 20
+SLOWDOWN = 1.20
+HEALTH_P99_SECONDS = 0.050
+
+
+@contextmanager
+def server(store: Path) -> Iterator[str]:
+    # The text has more tokens than the model's context; only their number matters here.
+    options = ["--threads", "1", "--max-context", "2000000", "--force-context"]
+    words = [sys.executable, "-m", "longctx", "serve", "--port", "0", "--store-dir", str(store)]
+    with subprocess.Popen([*words, *options], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().removeprefix("longctx ready ").strip()
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def seconds_per_token(client: httpx.Client, number: int) -> float:
+    """Between the first and the last token of one streamed answer."""
+    body = {
+        "prompt": f"Answer number {number}",
+        "max_tokens": ANSWER_TOKENS,
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream": True,
+    }
+    times = []
+    with client.stream("POST", "/v1/completions", json=body) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["text"]:
+                times.append(time.perf_counter())
+    return (times[-1] - times[0]) / (ANSWER_TOKENS - 1)
+
+
+def health_seconds(url: str, stop: threading.Event, found: list[float]) -> None:
+    with httpx.Client(base_url=url) as client:
+        while not stop.wait(0.02):
+            began = time.perf_counter()
+            client.get("/health").raise_for_status()
+            found.append(time.perf_counter() - began)
+
+
+def state_of(client: httpx.Client, file_id: str) -> dict[str, Any]:
+    state: dict[str, Any] = client.get(f"/v1/files/{file_id}").json()["longctx"]
+    return state
+
+
+@pytest.mark.slow
+def test_answers_and_health_hardly_notice_a_large_upload(tmp_path: Path) -> None:
+    sentence = "The committee met on a grey morning and wrote down what each of them had seen. "
+    text = (sentence * (UPLOAD_BYTES // len(sentence) + 1))[:UPLOAD_BYTES]
+    with server(tmp_path) as url, httpx.Client(base_url=url, timeout=600) as client:
+        seconds_per_token(client, -1)  # warms up
+        quiet = [seconds_per_token(client, number) for number in range(ANSWERS)]
+        health: list[float] = []
+        stop = threading.Event()
+        probe = threading.Thread(target=health_seconds, args=(url, stop, health))
+        probe.start()
+        busy: dict[str, list[float]] = {"parsing": [], "reading": []}
+        upload = {"file": ("large.txt", text.encode())}
+        sent = client.post("/v1/files", files=upload, data={"purpose": "user_data"})
+        file_id = sent.raise_for_status().json()["id"]
+        try:
+            while len(busy["reading"]) < 2 * ANSWERS:
+                phase = "parsing" if state_of(client, file_id)["tokens"] is None else "reading"
+                number = 1000 + sum(map(len, busy.values()))
+                busy[phase].append(seconds_per_token(client, number))
+        finally:
+            stop.set()
+            probe.join()
+        prefilled = state_of(client, file_id)["prefilled_tokens"]
+        client.delete(f"/v1/files/{file_id}").raise_for_status()
+        quiet += [seconds_per_token(client, 2000 + number) for number in range(ANSWERS)]
+    p99 = quantiles(health, n=100)[98]
+    slowdowns = {phase: median(times) / median(quiet) for phase, times in busy.items()}
+    print(
+        f"\n{1000 * median(quiet):.2f} ms/token quiet, times "
+        + ", ".join(f"{ratio:.2f} while {phase}" for phase, ratio in slowdowns.items())
+        + f"; {prefilled:,} tokens read meanwhile; /health p99 {1000 * p99:.1f} ms of {len(health)}"
+    )
+    assert prefilled > 0
+    assert max(slowdowns.values()) < SLOWDOWN
+    assert p99 < HEALTH_P99_SECONDS
