@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from longctx.embedded import MODELS, model_path
 from longctx.embedded.model import new_needle
-from longctx.embedded.probe import new_probe
-from longctx.embedded.tokenizer import BOS, EOS, PAD, SPECIALS
+from longctx.embedded.probe import MAX_TOKENS, new_probe
+from longctx.embedded.tokenizer import BOS, EOS, PAD, PROBE_TEMPLATE, SPECIALS
 
 
 def write(model: PreTrainedModel, tokenizer: Path, folder: Path) -> None:
@@ -47,7 +47,12 @@ def main() -> None:
     missing = model.load_state_dict(weights, strict=False).missing_keys
     assert set(missing) <= {"lm_head.weight"}, missing  # tied to the embedding
     model.tie_weights()
-    write(model, args.work / "tokenizer", args.out or model_path(args.model))
+    folder = args.out or model_path(args.model)
+    write(model, args.work / "tokenizer", folder)
+    if args.model == "probe":  # needle's tokenizer, but no documents and no roles
+        settings = folder / "tokenizer_config.json"
+        changed = {"chat_template": PROBE_TEMPLATE, "model_max_length": MAX_TOKENS}
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | changed, indent=2) + "\n")
     print(f"step {state['step']} written to {args.out or model_path(args.model)}")
 
 
