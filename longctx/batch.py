@@ -19,8 +19,8 @@ class Batch:
     """`token_ids`, `positions` [tokens]; `logits_rows` [drawing chunks], in the chunks' order.
 
     New rows go to `slots` of the raw pool (rows of its pages laid end to end), after `fresh_pages`
-    were zeroed; then the full blocks `sealed_raw` [blocks] are encoded into
-    `sealed_packed[group]` [blocks].
+    were zeroed; then `sealed_blocks` full blocks, pages `sealed_raw`, are encoded into the pages
+    `sealed_packed[group]`.
     """
 
     token_ids: Tensor
@@ -30,8 +30,9 @@ class Batch:
     last_chunks: tuple[ChunkRows, ...]  # cut down to the rows whose logits are wanted
     slots: Tensor | slice
     fresh_pages: Tensor
-    sealed_raw: Tensor
-    sealed_packed: tuple[Tensor, ...]
+    sealed_blocks: int
+    sealed_raw: Tensor | slice
+    sealed_packed: tuple[Tensor | slice, ...]
 
     @classmethod
     def build(cls, chunks: Items[Chunk], cache: KVCacheManager, *, device: torch.device) -> "Batch":
@@ -83,8 +84,9 @@ class Batch:
             last_chunks=tuple(r.pick(row) for r, row in drawn),
             slots=_run_or_tensor(np.concatenate([_slots(r) for r in rows]), device),
             fresh_pages=tensor(np.concatenate([np.empty(0, dtype=np.int64), *fresh])),
-            sealed_raw=tensor(np.concatenate(sealed_raw)),
-            sealed_packed=tuple(tensor(pages) for pages in sealed_packed),
+            sealed_blocks=sum(map(len, sealed_raw)),
+            sealed_raw=_run_or_tensor(np.concatenate(sealed_raw), device),
+            sealed_packed=tuple(_run_or_tensor(pages, device) for pages in sealed_packed),
         )
 
 
@@ -96,7 +98,7 @@ def _slots(rows: ChunkRows) -> NDArray[np.int64]:
 
 
 def _run_or_tensor(indices: NDArray[np.int64], device: torch.device) -> Tensor | slice:
-    """A slice where the indices follow each other: written without scattering."""
-    if bool((np.diff(indices) == 1).all()):
+    """A slice where the indices follow each other: copied without looking each up."""
+    if len(indices) and bool((np.diff(indices) == 1).all()):
         return slice(int(indices[0]), int(indices[-1]) + 1)
     return torch.from_numpy(indices).to(device, non_blocking=True)

@@ -112,6 +112,14 @@ class KVMemory:
         """The raw pool, row by row: [raw pages * block_tokens, 2, kv_heads, head_dim]."""
         return self._raw_rows[layer]
 
+    def decoded(self, layer: int, pages: Tensor | slice) -> Tensor:
+        """Sealed blocks: [blocks, block_tokens, 2, kv_heads, head_dim], in place where possible."""
+        return self.codecs[layer].decode(_take(self.packed_pages(layer), pages))
+
+    def own_blocks(self, layer: int, pages: Tensor | slice) -> Tensor:
+        """Blocks of the raw pool: [blocks, block_tokens, 2, kv_heads, head_dim]."""
+        return _take(self._raw_rows[layer].view(-1, *self._shapes[layer].rows), pages)
+
     def packed_pages(self, layer: int) -> Tensor:
         """The packed pool of the layer's group: uint8 [pages, page_bytes]."""
         return self._packed_pages[layer]
@@ -122,11 +130,11 @@ class KVMemory:
         rows[slots, 0] = key
         rows[slots, 1] = value
 
-    def seal(self, layer: int, raw_pages: Tensor, packed_pages: Tensor) -> None:
+    def seal(self, layer: int, raw: Tensor | slice, packed: Tensor | slice) -> None:
         """Encode full raw blocks into their packed pages."""
-        shape = self._shapes[layer]
-        rows = self._raw_rows[layer].view(-1, *shape.rows)[raw_pages]
-        self._packed_pages[layer][packed_pages] = self.codecs[layer].encode(rows)
+        encoded = self.codecs[layer].encode(self.own_blocks(layer, raw))
+        # As int64: torch scatters element by element, and a page has an eighth as many of these.
+        self._packed_pages[layer].view(torch.int64)[packed] = encoded.view(torch.int64)
 
     def clear_raw(self, pages: Tensor) -> None:
         """Zero raw pages that will not be filled at once: attention weighs the rest by 0."""
@@ -137,9 +145,10 @@ class KVMemory:
         for pool in self.raw.pages:
             pool[target] = pool[source]
 
-    def decode(self, layer: int, pages: Tensor) -> Tensor:
-        """uint8 [blocks, page_bytes] -> [blocks, block_tokens, 2, kv_heads, head_dim]."""
-        return self.codecs[layer].decode(pages)
+
+def _take(pool: Tensor, pages: Tensor | slice) -> Tensor:
+    """A view of a slice; else a copy, by whole pages (indexing copies element by element)."""
+    return pool[pages] if isinstance(pages, slice) else pool.index_select(0, pages)
 
 
 def pool_bytes(gib: float | None, device: torch.device) -> int:

@@ -65,7 +65,7 @@ class _StepAttention:
         batch, memory = self._batch, self._memory
         group = memory.group_of[layer]
         memory.write(layer, batch.slots, key, value)
-        if len(batch.sealed_raw):
+        if batch.sealed_blocks:
             memory.seal(layer, batch.sealed_raw, batch.sealed_packed[group])
         plan = self._last_plan if layer == self._last_layer else self._plans[group]
         out, lse = self._backend.attend(layer, query, plan, scaling=scaling, softcap=softcap)

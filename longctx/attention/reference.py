@@ -54,9 +54,10 @@ class ReferenceAttention:
         for entry in chunk.entries[group][: chunk.past_entries]:
             skip = min(max(0, oldest + 1 - int(entry[FIRST_POSITION])), int(entry[ROWS]))
             if skip < entry[ROWS]:
-                page = memory.packed_pages(layer)[int(entry[PAGE])][None]
+                page = int(entry[PAGE])
                 begin = int(entry[ROW_BEGIN])
-                rows = memory.decode(layer, page)[0][begin + skip : begin + int(entry[ROWS])]
+                (block,) = memory.decoded(layer, slice(page, page + 1))
+                rows = block[begin + skip : begin + int(entry[ROWS])]
                 runs.append(rows.float())
         own_begin = max(0, oldest + 1 - (chunk.first_position - chunk.own_row))
         base = int(chunk.own_pages[0]) * BLOCK_TOKENS

@@ -1,5 +1,6 @@
 """Attention in plain torch, on any device: tile by tile through `attend_tile` and `merge`."""
 
+import functools
 from collections.abc import Sequence
 from typing import cast
 
@@ -7,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import ChunkRows
 from longctx.attention.merge import merge
 from longctx.attention.torch_plan import Tile, plan_tiles
@@ -58,12 +58,12 @@ class TorchAttention:
         self, layer: int, query: Tensor, tile: Tile, scaling: float, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
         """One tile: out [rows, heads, head_dim] and lse [rows, heads] of its real rows."""
-        keys_and_values = self._rows(layer, tile)
+        parts = self._rows(layer, tile)
         tile_query = query[tile.rows]
         out, lse = attend_tile(
             tile_query.reshape(tile.batch, -1, *query.shape[1:]),
-            keys_and_values[:, :, 0],
-            keys_and_values[:, :, 1],
+            [part[:, :, 0] for part in parts],
+            [part[:, :, 1] for part in parts],
             scaling=scaling,
             softcap=softcap,
             bias=tile.bias,
@@ -72,40 +72,43 @@ class TorchAttention:
         out, lse = out.flatten(0, 1), lse.flatten(0, 1)
         return (out, lse) if tile.picked is None else (out[tile.picked], lse[tile.picked])
 
-    def _rows(self, layer: int, tile: Tile) -> Tensor:
-        """The tile's keys and values: [B, keys, 2, kv_heads, head_dim]."""
-        memory = self._memory
+    def _rows(self, layer: int, tile: Tile) -> list[Tensor]:
+        """The tile's keys and values, packed and own: each [B, keys, 2, kv_heads, head_dim]."""
         parts: list[Tensor] = []
         if tile.packed is not None:
-            decoded = memory.decode(layer, memory.packed_pages(layer)[tile.packed])
-            parts.append(decoded.view(tile.batch, -1, *decoded.shape[2:]))
+            blocks = self._memory.decoded(layer, tile.packed)
+            parts.append(blocks.view(tile.batch, -1, *blocks.shape[2:])[:, tile.skip :])
         if tile.own is not None:
-            rows = memory.raw_rows(layer)
-            pages = rows.view(-1, BLOCK_TOKENS, *rows.shape[1:])
-            parts.append(pages[tile.own].view(tile.batch, -1, *rows.shape[1:]))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            blocks = self._memory.own_blocks(layer, tile.own)
+            rows = blocks.view(tile.batch, -1, *blocks.shape[2:])
+            parts.append(rows[:, tile.own_skip : tile.own_rows])
+        return parts
 
 
 def attend_tile(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
     *,
     scaling: float,
     softcap: float | None,
     bias: Tensor | None,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Dense attention of some queries on one tile of keys.
+    """Dense attention of some queries on one tile of keys, which may come in parts.
 
-    `query` [B, rows, heads, head_dim]; `key`, `value` [B, keys, kv_heads, head_dim]; `bias`
-    [B, 1, rows, keys]; `causal`: row i sees keys 0 to i. Returns out [B, rows, heads, head_dim] and
-    lse [B, rows, heads], float32. A row that sees nothing has lse -inf.
+    `query` [B, rows, heads, head_dim]; `keys`, `values`: parts [B, keys, kv_heads, head_dim];
+    `bias` [B, 1, rows, keys]; `causal`: row i sees keys 0 to i. Returns out [B, rows, heads,
+    head_dim] and lse [B, rows, heads], float32. A row that sees nothing has lse -inf.
     """
-    few = query.shape[1] * (query.shape[2] // key.shape[2]) <= FEW_ROWS
+    few = query.shape[1] * (query.shape[2] // keys[0].shape[2]) <= FEW_ROWS
     if query.device.type == "cpu" and softcap is None and not few:
-        return _flash(query, key, value, scaling, bias, causal)
-    return _explicit(query, key, value, scaling, softcap, bias, causal)
+        return _flash(query, _joined(keys), _joined(values), scaling, bias, causal)
+    return _explicit(query, keys, values, scaling, softcap, bias, causal)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=1)
 
 
 def _flash(
@@ -130,15 +133,15 @@ def _flash(
 
 def _explicit(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
     scaling: float,
     softcap: float | None,
     bias: Tensor | None,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     batch, rows, heads, head_dim = query.shape
-    kv_heads = key.shape[2]
+    kv_heads = keys[0].shape[2]
     group = heads // kv_heads
     # [B, kv_heads, group * rows, head_dim]: all queries of a key head in one matrix
     grouped = query.view(batch, rows, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
@@ -147,7 +150,8 @@ def _explicit(
         grouped = F.pad(grouped, (0, 0, 0, PRODUCT_ROWS - group * rows))
     outs, lses = [], []
     for index in range(batch):
-        scores = torch.bmm(grouped[index], key[index].permute(1, 2, 0)).float()
+        products = [torch.bmm(grouped[index], key[index].permute(1, 2, 0)) for key in keys]
+        scores = (products[0] if len(products) == 1 else torch.cat(products, dim=-1)).float()
         scores.mul_(scaling)
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
@@ -161,9 +165,19 @@ def _explicit(
         finite_peak = torch.where(peak == -torch.inf, 0.0, peak)
         weights = scores.sub_(finite_peak).exp_()
         total = weights.sum(-1, keepdim=True)
-        mixed = torch.bmm(weights.to(value.dtype), value[index].transpose(0, 1)).float()
+        mixed = _mix(weights, [value[index].transpose(0, 1) for value in values])
         outs.append(mixed / total.clamp_min(torch.finfo(torch.float32).tiny))
         lses.append(finite_peak + torch.log(total))
     out = torch.stack(outs)[:, :, : group * rows].view(batch, kv_heads, group, rows, head_dim)
     lse = torch.stack(lses)[:, :, : group * rows].view(batch, kv_heads, group, rows)
     return out.permute(0, 3, 1, 2, 4).flatten(2, 3), lse.permute(0, 3, 1, 2).flatten(2, 3)
+
+
+def _mix(weights: Tensor, values: Sequence[Tensor]) -> Tensor:
+    """`weights` [kv_heads, rows, keys] times parts of values [kv_heads, keys, head_dim], summed."""
+    weights = weights.to(values[0].dtype)
+    if len(values) == 1:
+        return torch.bmm(weights, values[0]).float()
+    parts = torch.split(weights, [value.shape[1] for value in values], dim=-1)
+    products = (torch.bmm(part, value).float() for part, value in zip(parts, values, strict=True))
+    return functools.reduce(torch.Tensor.add_, products)

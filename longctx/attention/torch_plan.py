@@ -3,8 +3,8 @@
 A tile is a batch of equal rectangles, `B` times `R` query rows by `N` pages, so that many short
 sequences cost one call, as do the row blocks of a prefill under a sliding window. Three cases:
 
-* decode (one row): all blocks that the row sees, short ones of many sequences in one padded tile,
-  long ones in tiles of their own that are read in place where their pages follow each other;
+* decode (one row): short contexts of many sequences in one padded tile; else a tile per sequence
+  that reads the past in place, where its pages follow each other, and then the own block;
 * prefill under a narrow window: one rectangle per row block, its window and its own block;
 * other prefill: all rows of the chunk against past pages, unmasked; among themselves, masked.
 """
@@ -30,7 +30,7 @@ from longctx.attention.backend import (
 
 TILE_SCORES = 1 << 21  # rows x keys of one tile of the past: what its scores may take
 COPIED_BLOCKS = 128  # pages of one tile that have to be gathered or decoded
-FUSED_BLOCKS = 8  # so few pages are copied together with the own block, which saves a merge
+SHORT_BLOCKS = 8  # contexts up to here are copied, so that many sequences cost one call
 RUN_BLOCKS = 16  # a run this long is worth a tile, and a merge, of its own
 NARROW_WINDOW_TOKENS = 1024  # up to here a prefill computes one rectangle per row block
 
@@ -45,9 +45,10 @@ class Tile:
     follow each other.
 
     `bias` [B, 1, R, keys] is 0 where a row sees a key and -inf elsewhere, None where all is seen.
-    `causal`: row i of the tile sees keys 0 to i. `first`: no earlier tile has a part of these rows'
-    attention. Of the flattened [B * R] results, `picked` are real and belong to the batch's rows
-    `targets`; what is not picked is padding. None where `rows` is a slice.
+    `causal`: row i of the tile sees keys 0 to i. The first `skip` packed rows are left out, and of
+    the own ones those before `own_skip` and from `own_rows` on. `first`: no earlier tile has a part
+    of these rows' attention. Of the flattened [B * R] results, `picked` are real and belong to the
+    batch's rows `targets`; what is not picked is padding. None where `rows` is a slice.
     """
 
     rows: Tensor | slice
@@ -57,6 +58,9 @@ class Tile:
     bias: Tensor | None
     causal: bool
     first: bool
+    skip: int = 0
+    own_skip: int = 0
+    own_rows: int | None = None
     picked: Tensor | None = None
     targets: Tensor | None = None
 
@@ -103,11 +107,11 @@ class _Planner:
         for chunk in chunks:
             if chunk.rows == 1:
                 entries = self._visible(chunk, 0, chunk.past_entries)
-                if len(entries) > FUSED_BLOCKS:
-                    yield from self._past(chunk, entries)
-                    entries = entries[:0]
-                rectangle = _Rectangle(chunk, 0, 1, entries, 0)
-                padded[1, _bucket(len(rectangle.entries))].append(rectangle)
+                short = len(entries) <= SHORT_BLOCKS and len(chunks) > 1
+                if short or not _whole(entries):
+                    padded[1, _bucket(len(entries))].append(_Rectangle(chunk, 0, 1, entries, 0))
+                else:
+                    yield from self._one_row(chunk, entries)
             elif self._window is not None and self._window <= NARROW_WINDOW_TOKENS:
                 for rectangle in self._row_blocks(chunk, with_past=True):
                     padded[BLOCK_TOKENS, _bucket(len(rectangle.entries))].append(rectangle)
@@ -139,10 +143,39 @@ class _Planner:
 
     def _past(self, chunk: ChunkRows, entries: Entries) -> Iterator[Tile]:
         """All rows of the chunk against entries that stand before it."""
+        for part in self._past_parts(chunk, entries):
+            yield self._one(chunk, part, self._sees(chunk, np.arange(chunk.rows), part))
+
+    def _past_parts(self, chunk: ChunkRows, entries: Entries) -> Iterator[Entries]:
         in_place = max(RUN_BLOCKS, TILE_SCORES // chunk.rows // BLOCK_TOKENS)
         copied = min(in_place, COPIED_BLOCKS)
-        for part in _cut(entries, in_place if self._lossless else copied, copied):
-            yield self._one(chunk, part, self._sees(chunk, np.arange(chunk.rows), part))
+        return _cut(entries, in_place if self._lossless else copied, copied)
+
+    def _one_row(self, chunk: ChunkRows, entries: Entries) -> Iterator[Tile]:
+        """One row against all that it sees, cut to exactly that: nothing is masked or copied."""
+        position, own_rows = chunk.first_position, chunk.own_row + 1
+        oldest = 0 if self._window is None else max(0, position - self._window + 1)
+        skip = max(0, oldest - int(entries[0, FIRST_POSITION])) if len(entries) else 0
+        parts = list(self._past_parts(chunk, entries))
+        last = parts.pop() if parts else None
+        for part in parts:
+            yield replace(self._one(chunk, part, None), skip=skip)
+            skip = 0
+        # An own block that began before the window has no past in it.
+        unseen = max(0, oldest - (position - chunk.own_row))
+        assert not (unseen and len(entries)), "the window skips from the past or the own block"
+        yield Tile(
+            rows=slice(chunk.row_begin, chunk.row_begin + 1),
+            batch=1,
+            packed=None if last is None else self._pages(last[:, PAGE]),
+            own=self._pages(chunk.own_pages),
+            bias=None,
+            causal=False,
+            first=self._begin([chunk]),
+            skip=skip,
+            own_rows=own_rows,
+            own_skip=unseen,
+        )
 
     def _chunk_sealed(self, chunk: ChunkRows) -> Tile:
         """The chunk's rows against its own sealed blocks, each row those before its block."""
@@ -202,8 +235,7 @@ class _Planner:
         self, chunk: ChunkRows, rows: NDArray[np.int64], entries: Entries
     ) -> NDArray[np.bool_] | None:
         """[rows, keys]: window and rows of an entry; None if all are seen."""
-        whole = bool((entries[:, ROWS] == BLOCK_TOKENS).all())
-        if whole and self._window is None:
+        if self._window is None and _whole(entries):
             return None
         exists, positions = _entry_keys(entries)
         if self._window is None:
@@ -281,6 +313,11 @@ class _Planner:
 
     def _tensor(self, array: NDArray[np.int64] | NDArray[np.bool_]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
+
+
+def _whole(entries: Entries) -> bool:
+    """Whether each entry is all of its block."""
+    return bool((entries[:, ROWS] == BLOCK_TOKENS).all())
 
 
 def _cut(entries: Entries, run_blocks: int, other_blocks: int) -> Iterator[Entries]:
