@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -176,10 +176,14 @@ def engine_config(
     pool_gib: float = 0.03,
     max_context: int | None = None,
     rope_override: str | None = None,
+    dtype: Literal["auto", "float32"] = "auto",
 ) -> EngineConfig:
     return EngineConfig(
         model=ModelConfig(
-            attention_backend=backend, max_context=max_context, rope_override=rope_override
+            attention_backend=backend,
+            max_context=max_context,
+            rope_override=rope_override,
+            dtype=dtype,
         ),
         cache=CacheConfig(kv_codec=codec, device_pool_gib=pool_gib),
         scheduler=SchedulerConfig(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compress.codec import CODECS
+from longctx.embedded import MODELS, model_path
 from longctx.request import RequestClass
 from tests.conftest import ModelFolders
 from tests.recorded_engine import (
@@ -45,6 +46,15 @@ def test_every_architecture_equals_eager_at_every_chunk_size(
         assert_equals_eager(engine, eager)
         assert answered[0].counts.cached_tokens == 256
         engine.assert_idle()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_embedded_models_equal_eager_too(name: str) -> None:
+    folder = model_path(name)
+    engine = build_engine(folder, max_batch_tokens=96, dtype="float32")
+    prompts = [some_ids(length, seed) for seed, length in enumerate((900, 11, 64))]
+    engine.finish(*(ask(f"{i}", prompt) for i, prompt in enumerate(prompts)))
+    assert_equals_eager(engine, Eager(folder))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_oss", "mistral"])

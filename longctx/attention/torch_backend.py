@@ -14,7 +14,10 @@ from longctx.attention.torch_plan import Tile, plan_tiles
 from longctx.kv_memory import KVMemory
 
 PRODUCT_ROWS = 4  # 2 or 3 rows take twice as long in a product as 4: they are padded with zeros
-FEW_ROWS = 16  # below this many query rows per key head a softmax of one's own beats flash on CPUs
+# On a CPU a softmax of one's own beats flash where few query rows share a key head and many keys
+# are read; below that, one call beats many.
+FEW_ROWS = 16
+MANY_KEYS = 1024
 
 
 class TorchAttention:
@@ -101,8 +104,9 @@ def attend_tile(
     `bias` [B, 1, rows, keys]; `causal`: row i sees keys 0 to i. Returns out [B, rows, heads,
     head_dim] and lse [B, rows, heads], float32. A row that sees nothing has lse -inf.
     """
-    few = query.shape[1] * (query.shape[2] // keys[0].shape[2]) <= FEW_ROWS
-    if query.device.type == "cpu" and softcap is None and not few:
+    rows_per_key_head = query.shape[1] * (query.shape[2] // keys[0].shape[2])
+    long = rows_per_key_head <= FEW_ROWS and sum(key.shape[1] for key in keys) >= MANY_KEYS
+    if query.device.type == "cpu" and softcap is None and not long:
         return _flash(query, _joined(keys), _joined(values), scaling, bias, causal)
     return _explicit(query, keys, values, scaling, softcap, bias, causal)
 

@@ -4,7 +4,6 @@ Figures without their machine mean nothing, so the machine, the commit and the c
 of every report. Read `publish`.
 """
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -72,7 +71,7 @@ def publish(report: Report, *, bench: str, command: str, out: Path | None) -> No
     """Print the tables, write `out`/BENCH.json and BENCH.png, and end with the line of JSON."""
     record: dict[str, Any] = {
         "bench": bench,
-        "version": version(),
+        "version": longctx.__version__,
         "commit": commit(),
         "machine": machine(),
         "command": command,
@@ -87,14 +86,6 @@ def publish(report: Report, *, bench: str, command: str, out: Path | None) -> No
         report.draw(out / f"{bench}.png")
         console.print(f"written: {out / bench}.json, {out / bench}.png", highlight=False)
     print(json.dumps(record, separators=(",", ":")), flush=True)
-
-
-def version() -> str | None:
-    """None where longctx runs from a source tree that is not installed."""
-    try:
-        return importlib.metadata.version("longctx")
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def commit() -> str | None:
@@ -125,7 +116,7 @@ def machine() -> str:
         parts.append(torch.cuda.get_device_name())
     parts += [
         f"{platform.system()} {platform.machine()}",
-        f"Python {platform.python_version()}",
+        f"Python {platform.python_longctx.__version__}",
         f"torch {torch.__version__}",
         f"transformers {transformers.__version__}",
     ]
