@@ -116,7 +116,7 @@ def machine() -> str:
         parts.append(torch.cuda.get_device_name())
     parts += [
         f"{platform.system()} {platform.machine()}",
-        f"Python {platform.python_longctx.__version__}",
+        f"Python {platform.python_version()}",
         f"torch {torch.__version__}",
         f"transformers {transformers.__version__}",
     ]
