@@ -4,6 +4,7 @@ It reads commands from the socket, steps the engine while there is work, and wri
 It ends when it is told to, or when the other end is gone: an engine never outlives its server.
 """
 
+import contextlib
 import os
 import queue
 import signal
@@ -63,7 +64,7 @@ def main(descriptor: int) -> None:
 
 def _receive(connection: socket.socket, commands: "queue.SimpleQueue[Command | None]") -> None:
     """Commands as they come, then None when the other end is gone."""
-    with connection.makefile("rb") as stream:
+    with connection.makefile("rb") as stream, contextlib.suppress(ConnectionError):
         while header := stream.read(HEADER.size):
             commands.put(read_command(stream.read(*HEADER.unpack(header))))
     commands.put(None)
