@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 from api.chat import Chat
 from api.generation import Generation
 from api.wire import TokenizeRequest, read_json
+from longctx.quality.gate import CodecChoice
 from longctx.tokenizer import Tokenizer
 
 
@@ -55,12 +56,37 @@ class About:
             "longctx": {
                 "model": info.model_name,
                 "max_context_tokens": info.max_context_tokens,
-                "capacity_tokens": {"device": info.capacity_tokens},
+                "capacity_tokens": {
+                    "device": info.capacity_tokens,
+                    "host": info.host_capacity_tokens,
+                    "disk": info.disk_capacity_tokens,
+                },
                 "block_tokens": info.block_tokens,
                 "kv_codec": info.kv_codec,
+                "kv_codec_reason": info.codec_choice.reason,
+                "kv_codec_forced": info.codec_choice.forced,
+                "kv_codec_quality": _quality(info.codec_choice),
                 "device": info.device,
                 "dtype": info.dtype,
                 "attention_backend": info.backend,
                 "vocab_size": info.vocab_size,
             },
         }
+
+
+def _quality(choice: CodecChoice) -> dict[str, dict[str, float]] | None:
+    """What the codec costs the model, part by part; None where that was not measured."""
+    if choice.verdict is None:
+        return None
+    measured = choice.verdict.measured
+    return {
+        part: {
+            "tokens": damage.rows,
+            "kl": damage.kl,
+            "kl_error": damage.kl_error,
+            "flips": damage.flips,
+            "perplexity_rise": damage.perplexity_rise,
+        }
+        for part, damage in (("text", measured.text), ("own", measured.own))
+        if damage is not None
+    }

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from api.about import About
 from api.attachments import Attachments
 from api.auth import Authentication
+from api.cache import Cache
 from api.chat import Chat
 from api.completions import Completions
 from api.config import ServerConfig
@@ -17,10 +18,11 @@ from api.errors import HANDLERS
 from api.files import Files
 from api.generation import Generation
 from api.library import Library
+from api.metrics import HTTPMetrics, Measured, Metrics
 from api.openapi import body_of, describe_bodies
 from api.parser import Parser
 from api.store_dir import StoreDir
-from api.wire import ChatRequest, CompletionRequest, TokenizeRequest
+from api.wire import ChatRequest, CompletionRequest, FlushRequest, TokenizeRequest
 from longctx.client import EngineClient
 from longctx.config import EngineConfig
 from longctx.prompt import ChatPrompts
@@ -50,7 +52,7 @@ async def open_application(
     """
     async with AsyncExitStack() as stack:
         stack.push_async_callback(parser.close)
-        engine = EngineClient(engine_config)
+        engine = EngineClient(engine_config, cache_dir=folder.models)
         stack.push_async_callback(engine.drain, 0)
         info = await engine.start()
         store = DocumentStore(folder.database)
@@ -61,9 +63,15 @@ async def open_application(
         stack.push_async_callback(library.close)
         await library.open()
         engine.on_restart = library.reopen
-        generation = Generation(engine, config.served_name or info.model_name)
-        asgi = _routes(config, generation, tokenizer, prompts, library, folder)
+        measured = HTTPMetrics()
+        generation = Generation(
+            engine,
+            config.served_name or info.model_name,
+            on_first_token=measured.first_token_seconds.observe,
+        )
+        asgi = _routes(config, generation, tokenizer, prompts, library, folder, measured)
         asgi.add_middleware(Authentication, keys=keys, secret=folder.secret())
+        asgi.add_middleware(Measured, metrics=measured)  # the last is the outermost
         yield Application(asgi, engine, library)
 
 
@@ -74,6 +82,7 @@ def _routes(
     prompts: ChatPrompts,
     library: Library,
     folder: StoreDir,
+    measured: HTTPMetrics,
 ) -> FastAPI:
     limit = config.max_upload_bytes
     attachments = Attachments(library, folder, max_upload_bytes=limit)
@@ -81,10 +90,15 @@ def _routes(
     completions = Completions(generation, tokenizer, ping_seconds=config.ping_seconds)
     files = Files(library, folder, max_upload_bytes=limit)
     about = About(generation, tokenizer, chat)
+    metrics = Metrics(generation.engine, library, measured)
+    cache = Cache(generation.engine, library)
     app = FastAPI(title="longctx", exception_handlers=HANDLERS)
     describe_bodies(app)
     for method, path, answer, body in (
         ("GET", "/health", about.health, None),
+        ("GET", "/metrics", metrics.scrape, None),
+        ("GET", "/v1/cache", cache.retrieve, None),
+        ("POST", "/v1/cache/flush", cache.flush, FlushRequest),
         ("GET", "/v1/models", about.models, None),
         ("GET", "/v1/models/{name:path}", about.model, None),
         ("POST", "/tokenize", about.tokenize, TokenizeRequest),

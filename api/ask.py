@@ -106,8 +106,7 @@ class _Session:
         message = Message("user", (FilePart(DOCUMENT_ID, file.name), question))
         segments = self.prompts.render([message])
         prompt_tokens = self.document_tokens + sum(len(part.token_ids) for part in segments)
-        info = self.engine.info
-        left = min(info.max_context_tokens, info.capacity_tokens) - prompt_tokens
+        left = self.engine.info.limits.answer_tokens(prompt_tokens)
         request = Request(
             request_id="question",
             segments=segments,

@@ -122,7 +122,7 @@ class Files:
                 "error": entry.error,
                 "tokens": document.tokens,
                 "prefilled_tokens": self.library.prefilled_tokens(entry),
-                "durable_tokens": 0,  # attention state does not outlive the engine yet
+                "durable_tokens": self.library.durable_tokens(entry),
                 "kv_bytes": self.library.kv_bytes(entry),
                 "eta_seconds": self.library.eta_seconds(entry),
                 "prefix": {

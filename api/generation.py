@@ -4,8 +4,9 @@ Read `Generation.outputs` first. `reply.py` puts them on the wire.
 """
 
 import asyncio
+import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
@@ -25,9 +26,17 @@ class Prompt:
 
 
 class Generation:
-    def __init__(self, engine: EngineClient, served_name: str) -> None:
+    def __init__(
+        self,
+        engine: EngineClient,
+        served_name: str,
+        *,
+        on_first_token: Callable[[float], None],
+    ) -> None:
+        """`on_first_token` is told how many seconds a request waited for its first token."""
         self.engine = engine
         self.served_name = served_name
+        self._on_first_token = on_first_token
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError 404 for a model that is not this server's."""
@@ -52,6 +61,7 @@ class Generation:
                 segments=prompt.segments,
                 sampling=self._sampling(wanted, prompt.tokens),
                 salt=salt,
+                explain=wanted.cache_explain,
             )
             for number, prompt in enumerate(prompts)
         ]
@@ -72,24 +82,24 @@ class Generation:
                 yield output
 
     def _sampling(self, wanted: Sampled, prompt_tokens: int) -> SamplingParams:
-        info = self.engine.info
-        limit = min(info.max_context_tokens, info.capacity_tokens)
-        option = "--max-context" if limit == info.max_context_tokens else "--device-pool-gib"
-        cure = f"shorten the prompt or start the server with a larger {option}"
+        limits = self.engine.info.limits
+        limit = limits.longest_tokens
         if prompt_tokens == 0:
             raise InvalidRequest("the prompt has no tokens; write something", param="prompt")
         if prompt_tokens >= limit:
             raise ContextTooLong(
                 f"the prompt has {prompt_tokens} tokens, the limit is {limit} together with the "
-                f"answer; {cure}"
+                f"answer; shorten the prompt or {limits.cure}"
             )
         answer_tokens = wanted.answer_tokens
+        room = limits.answer_tokens(prompt_tokens)
         if answer_tokens is None:
-            answer_tokens = limit - prompt_tokens
-        if prompt_tokens + answer_tokens > limit:
+            answer_tokens = room
+        if answer_tokens > room:
             raise ContextTooLong(
                 f"the prompt has {prompt_tokens} tokens and the answer may have {answer_tokens}, "
-                f"the limit is {limit} together; ask for at most {limit - prompt_tokens} or {cure}",
+                f"the limit is {limit} together; ask for at most {room}, shorten the prompt or "
+                f"{limits.cure}",
                 param="max_tokens",
             )
         return wanted.sampling(answer_tokens)
@@ -97,8 +107,12 @@ class Generation:
     async def _one(
         self, request: Request, *, first_choice: int
     ) -> AsyncGenerator[RequestOutput, None]:
+        asked: float | None = time.perf_counter()
         async with aclosing(self.engine.generate(request)) as outputs:
             async for output in outputs:
+                if output.token_ids and asked is not None:
+                    self._on_first_token(time.perf_counter() - asked)
+                    asked = None
                 if output.finish_reason is FinishReason.ERROR:
                     raise self._failure(output.error or "the engine failed")
                 if first_choice:

@@ -4,12 +4,14 @@
                  \\________________\\______________________\\____________-> error
 
 One document is tokenized at a time, two are computed. The state is derived from what is true, it is
-not stored: after a restart of the server, or of the engine, every known document is computed again
-in the background, and a question that comes first joins that work.
+not stored: after a restart of the server, or of the engine, every known document is taken up again
+in the background. What the tiers below the device have kept of it is not computed again, and a
+question that comes first joins that work.
 """
 
 import asyncio
 import logging
+from collections.abc import Iterator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -134,6 +136,10 @@ class Library:
             raise _unknown(document_id, param)
         return entry
 
+    def entries(self) -> Iterator[Entry]:
+        """All documents of all tenants, in order of upload."""
+        return iter(self._entries.values())
+
     def twin(self, tenant: str, sha256: str, filename: str) -> Entry | None:
         """A document of the tenant with that content and name, and no system prompt."""
         for entry in self._entries.values():
@@ -183,6 +189,10 @@ class Library:
         if entry.progress is None or entry.ready:
             return 0
         return max(0, entry.progress.processed - len(entry.prefix))
+
+    def durable_tokens(self, entry: Entry) -> int:
+        """How many of its tokens need not be computed again after a restart."""
+        return self._engine.durable_tokens.get(entry.document.id, 0)
 
     def kv_bytes(self, entry: Entry) -> int:
         """Device memory of what is computed, before any other document shares it."""
@@ -283,15 +293,13 @@ class Library:
         await self._store.save(entry.document)
 
     def _check_length(self, entry: Entry) -> None:
-        info = self._engine.info
-        limit = min(info.max_context_tokens, info.capacity_tokens)
+        limits = self._engine.info.limits
         total = len(entry.prefix) + entry.tokens
-        if total >= limit:
-            option = "--max-context" if limit == info.max_context_tokens else "--device-pool-gib"
+        if total >= limits.longest_tokens:
             raise ContextTooLong(
-                f"with the prompt before it the document has {total} tokens, the limit is {limit} "
-                f"together with question and answer; split it or start the server with a larger "
-                f"{option}"
+                f"with the prompt before it the document has {total} tokens, the limit is "
+                f"{limits.longest_tokens} together with question and answer; split it or "
+                f"{limits.cure}"
             )
 
     async def _open_and_prefill(self, entry: Entry) -> None:

@@ -5,9 +5,9 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 
-from api.wire import ChatRequest, CompletionRequest, TokenizeRequest, Wire
+from api.wire import ChatRequest, CompletionRequest, FlushRequest, TokenizeRequest, Wire
 
-BODIES: tuple[type[Wire], ...] = (ChatRequest, CompletionRequest, TokenizeRequest)
+BODIES: tuple[type[Wire], ...] = (ChatRequest, CompletionRequest, TokenizeRequest, FlushRequest)
 REFERENCE = "#/components/schemas/{model}"
 
 

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from starlette.requests import Request
@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from api.generation import Generation, Prompt
 from api.stream import EventStream, while_connected
 from api.wire import Sampled
-from longctx.request import Progress, RequestOutput, Usage
+from longctx.request import CacheExplanation, Progress, RequestOutput, Usage
 from longctx.request import Request as EngineRequest
 
 Body = dict[str, Any]
@@ -78,12 +78,14 @@ class Tally:
     cached: int = 0
     completion: int = 0
     computed: int = 0
+    explanation: CacheExplanation | None = None
 
     def add(self, usage: Usage) -> None:
         self.prompt += usage.prompt_tokens
         self.cached += usage.cached_tokens
         self.completion += usage.completion_tokens
         self.computed += usage.computed_tokens
+        self.explanation = usage.explanation
 
     def usage(self) -> Body:
         return {
@@ -130,6 +132,7 @@ class Reply:
             [self.shape.whole(choices[index]) for index in sorted(choices)],
             usage=self.tally.usage(),
             longctx=self._longctx(),
+            **self._explanation(),
         )
 
     async def _events(self) -> AsyncGenerator[Body, None]:
@@ -156,10 +159,15 @@ class Reply:
                     yield self._chunk([self.shape.delta(output.index, output.text)])
                 if output.finish_reason is not None:
                     last = self._chunk([self.shape.finish(choice)])
+        told = self._explanation()
         if last is not None:
-            yield {**last, "longctx": self._longctx()}
+            yield {
+                **last,
+                "longctx": self._longctx(),
+                **({} if self.wanted.include_usage else told),
+            }
         if self.wanted.include_usage:
-            yield self._chunk([], usage=self.tally.usage())
+            yield self._chunk([], usage=self.tally.usage(), **told)
 
     async def _outputs(self) -> AsyncGenerator[RequestOutput | Body, None]:
         async with aclosing(self.preparation.waiting()) as news:
@@ -203,6 +211,27 @@ class Reply:
 
     def _longctx(self) -> Body:
         return {"computed_tokens": self.tally.computed, **self.preparation.notes}
+
+    def _explanation(self) -> Body:
+        """Why the cache had what it had, where that was asked for."""
+        told = self.tally.explanation
+        if told is None:
+            return {}
+        divergence = told.divergence
+        return {
+            "cache_explain": {
+                "prompt_tokens": told.prompt_tokens,
+                "matched_tokens": {
+                    "device": told.device_tokens,
+                    "host": told.host_tokens,
+                    "disk": told.disk_tokens,
+                },
+                "waited_for_tokens": told.waited_tokens,
+                "reason": told.reason,
+                "detail": told.detail,
+                "first_divergent_token": divergence and asdict(divergence),
+            }
+        }
 
 
 def _collect(choices: dict[int, Choice], output: RequestOutput) -> Choice:

@@ -22,6 +22,7 @@ from api.config import ServerConfig
 from api.parser import Parser
 from api.store_dir import StoreDir
 from longctx.config import EngineConfig
+from longctx.engine_info import EngineInfo
 from longctx.errors import LongctxError
 from longctx.tokenizer import Tokenizer
 
@@ -73,11 +74,25 @@ async def _serve(
         print(
             f"longctx serves {info.model_name} on {info.device} in {info.dtype}: "
             f"{info.capacity_tokens:,} tokens of {info.kv_codec} KV fit the device, "
-            f"a context has at most {info.max_context_tokens:,}",
+            f"a context has at most {info.max_context_tokens:,}{_below(info)}",
             file=sys.stderr,
         )
+        print(f"longctx stores KV as {info.codec_choice.reason}", file=sys.stderr)
         server = Server(application, config)
         await server.serve([listener])
+
+
+def _below(info: EngineInfo) -> str:
+    """What the tiers below the device hold, for the start-up line."""
+    told = ""
+    if info.host_capacity_tokens:
+        told += f"; about {info.host_capacity_tokens:,} more fit the host's RAM"
+    if info.disk_capacity_tokens:
+        told += (
+            f"; about {info.disk_capacity_tokens:,} fit the disk, where "
+            f"{info.disk_bytes / 1e9:.1f} of {info.disk_capacity_bytes / 1e9:.1f} GB are used"
+        )
+    return told
 
 
 class Server(uvicorn.Server):

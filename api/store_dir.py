@@ -4,6 +4,7 @@ secret               what tenants are derived from; private
 documents.sqlite     what is known about each file (`documents.py`)
 documents/ID.txt     a file's text, as uploaded
 documents/ID.tokens  its token ids, little-endian int32
+models               checksums of models, and what codecs cost them
 """
 
 import fcntl
@@ -40,6 +41,10 @@ class StoreDir:
     @property
     def database(self) -> Path:
         return self.path / "documents.sqlite"
+
+    @property
+    def models(self) -> Path:
+        return self.path / "models"
 
     def text_path(self, document_id: str) -> Path:
         return self.path / "documents" / f"{document_id}.txt"

@@ -31,7 +31,9 @@ MAX_PROMPTS = 2048
 WireType = TypeVar("WireType", bound="Wire")
 
 
-async def read_json(request: Request, wire_type: type[WireType]) -> WireType:
+async def read_json(
+    request: Request, wire_type: type[WireType], *, if_empty: bytes = b""
+) -> WireType:
     """The body as `wire_type`; ApiError 413 above MAX_JSON_BYTES, ValidationError when wrong."""
     body = bytearray()
     stream = request.stream()
@@ -44,7 +46,7 @@ async def read_json(request: Request, wire_type: type[WireType]) -> WireType:
                 f"the body is larger than {MAX_JSON_BYTES >> 20} MiB; "
                 "upload long text to /v1/files and refer to it by file_id",
             )
-    return wire_type.model_validate_json(bytes(body))
+    return wire_type.model_validate_json(bytes(body) or if_empty)
 
 
 async def discard(stream: AsyncIterator[bytes]) -> None:
@@ -118,6 +120,7 @@ class Sampled(Wire):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     return_progress: bool = False
+    cache_explain: bool = False
     n: int | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0: read the prompt, answer nothing
     temperature: float | None = None
@@ -269,6 +272,12 @@ class CompletionRequest(Sampled):
     logprobs: Annotated[Any, neutral(None)] = None
     suffix: Annotated[Any, neutral(None, "")] = None
 
+    @model_validator(mode="after")
+    def _one_prompt_is_explained(self) -> Self:
+        if self.cache_explain and len(self.prompts) > 1:
+            raise ValueError("cache_explain is for one prompt; send them one at a time")
+        return self
+
     @property
     def prompts(self) -> list[str | list[int]]:
         match self.prompt:
@@ -276,6 +285,10 @@ class CompletionRequest(Sampled):
                 return [self.prompt]  # type: ignore[list-item]
             case several:
                 return several  # type: ignore[return-value]
+
+
+class FlushRequest(Wire):
+    tier: Literal["device", "host", "all"] = "device"
 
 
 class TokenizeRequest(Wire):

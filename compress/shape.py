@@ -2,7 +2,8 @@
 
 Everywhere in longctx a tensor of KV rows is token-major with keys and values side by side,
 `[..., block_tokens, 2, kv_heads, head_dim]`, index 0 keys and 1 values. Pages that follow each
-other in a pool are then one uniformly strided tensor of rows, which attention reads without a copy.
+other in a pool of raw rows are then one uniformly strided tensor, which attention reads without a
+copy.
 """
 
 import math
@@ -11,6 +12,10 @@ from dataclasses import dataclass
 import torch
 
 BLOCK_TOKENS = 64  # tokens of one block; part of every key, so it is not an option
+
+
+class ShapeRefused(ValueError):
+    """A codec has no page layout for this shape; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

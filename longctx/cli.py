@@ -17,6 +17,7 @@ from api.config import ServerConfig
 from api.server import serve
 from longctx.bench import BENCHES
 from longctx.bench.command import bench_arguments, run_bench
+from longctx.cache_command import BOUNDS, cache_arguments, run_cache
 from longctx.config import EngineConfig
 from longctx.embedded import model_path
 from longctx.errors import LongctxError
@@ -45,7 +46,11 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    serve(*_engine(arguments), _read(arguments, ServerConfig))
+    engine, folder = _engine(arguments)
+    server = _read(arguments, ServerConfig)
+    if engine.cache.kv_dir is None:
+        engine = replace(engine, cache=replace(engine.cache, kv_dir=server.folder / "kv"))
+    serve(engine, folder, server)
 
 
 def _ask_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,9 +69,23 @@ def _bench(arguments: argparse.Namespace) -> None:
     run_bench(arguments.bench, configs, arguments.words)
 
 
+def _cache_arguments(parser: argparse.ArgumentParser) -> None:
+    for action, subparser in cache_arguments(parser).items():
+        add_options(subparser, ServerConfig, only=("store_dir",))
+        add_options(subparser, EngineConfig, only=("kv_dir", *BOUNDS.get(action, ())))
+
+
+def _cache(arguments: argparse.Namespace) -> None:
+    cache = _read(arguments, EngineConfig).cache
+    run_cache(arguments, cache.kv_dir or _read(arguments, ServerConfig).folder / "kv", cache)
+
+
 COMMANDS = {
     "serve": Command("serve a model over HTTP", _serve_arguments, _serve),
     "ask": Command("ask a question about a file, without a server", _ask_arguments, _ask),
+    "cache": Command(
+        "see and tidy what is stored below the device; see cache --help", _cache_arguments, _cache
+    ),
     "bench": Command("measure quality and speed; see bench --help", bench_arguments, _bench),
 }
 

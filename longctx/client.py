@@ -16,14 +16,17 @@ from typing import Literal
 
 from longctx.config import EngineConfig
 from longctx.embedded import model_path
-from longctx.engine import EngineInfo
+from longctx.engine import CACHE_DIR
+from longctx.engine_info import EngineInfo
 from longctx.errors import EngineDied, InvalidRequest, LongctxError
 from longctx.protocol import (
     HEADER,
     Abort,
+    Clear,
     CloseDocument,
     Command,
     Done,
+    Durable,
     Event,
     GetStats,
     Loaded,
@@ -44,10 +47,13 @@ State = Literal["starting", "ready", "restarting", "draining", "stopped"]
 
 
 class EngineClient:
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, *, cache_dir: Path = CACHE_DIR) -> None:
+        """`cache_dir`: as the `Engine`'s."""
         self.config = config
+        self.cache_dir = cache_dir
         self.state: State = "starting"
         self.on_restart: Callable[[], Awaitable[None]] | None = None
+        self.durable_tokens: dict[str, int] = {}  # of each document, on stable storage
         self._info: EngineInfo | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -108,11 +114,18 @@ class EngineClient:
 
     async def close_document(self, document_id: str) -> None:
         """Forget a document and free the blocks that only it uses."""
+        self.durable_tokens.pop(document_id, None)
         await self._call(lambda ticket: CloseDocument(ticket, document_id))
 
     async def stats(self) -> dict[str, float]:
         """The engine's gauges and counters."""
         done = await self._call(GetStats)
+        assert done.stats is not None
+        return done.stats
+
+    async def clear(self, tiers: tuple[str, ...]) -> dict[str, float]:
+        """Let go of what is cached in `device` or `host` and not in use; what that was."""
+        done = await self._call(lambda ticket: Clear(ticket, tiers))
         assert done.stats is not None
         return done.stats
 
@@ -161,6 +174,7 @@ class EngineClient:
 
     async def _spawn(self) -> asyncio.StreamReader:
         """A new engine process with its model loaded."""
+        self.durable_tokens.clear()
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -170,7 +184,7 @@ class EngineClient:
                 start_new_session=True,  # a terminal's Ctrl-C is for the server alone
             )
         reader, self._writer = await asyncio.open_connection(sock=ours)
-        self._send(Start(self.config, str(self.model_folder)))
+        self._send(Start(self.config, str(self.model_folder), str(self.cache_dir)))
         loaded = await self._next_event(reader)
         if loaded is None:
             code = await self._reap()
@@ -221,6 +235,8 @@ class EngineClient:
             case Rejected():
                 if event.request_id in self._requests:
                     self._requests[event.request_id].put_nowait(event.fault.error())
+            case Durable():
+                self.durable_tokens.update(event.documents)
             case Done():
                 future = self._calls.get(event.ticket)
                 if future is not None and not future.done():

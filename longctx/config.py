@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+Weights = Literal["auto", "int8"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
@@ -15,6 +17,11 @@ class ModelConfig:
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         "compute type; auto: the checkpoint's, but float32 on CPUs without bfloat16 instructions",
+    ] = "auto"
+    weights: Annotated[
+        Weights,
+        "how linear layers keep their weights; auto: as the checkpoint has them; int8: rounded to "
+        "8 bits, faster and less exact (float32 on a CPU only)",
     ] = "auto"
     max_context: Annotated[int | None, "longest prompt and answer, tokens; the model's own"] = None
     force_context: Annotated[bool, "allow a max-context beyond the trained length"] = False
@@ -27,14 +34,41 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
-    kv_codec: Annotated[str, "how sealed KV blocks are stored: raw, bf16 or int8"] = "raw"
+    kv_codec: Annotated[
+        str,
+        "how sealed KV blocks are stored: raw, bf16, int8 or int4; auto: int8 where this model "
+        "measurably loses nothing by it, else raw",
+    ] = "auto"
+    force_codec: Annotated[
+        bool, "store with kv-codec whatever that costs this model; it is not measured then"
+    ] = False
     device_pool_gib: Annotated[
         float | None, "memory for KV blocks; a quarter of RAM, or most of what the GPU has free"
     ] = None
+    host_pool_gib: Annotated[
+        float | None, "RAM for KV blocks below a GPU's; an eighth of it with CUDA, else none"
+    ] = None
+    kv_dir: Annotated[
+        Path | None, "folder of KV blocks that outlive the process; kv in store-dir when serving"
+    ] = None
+    disk_cap_gib: Annotated[
+        float | None, "most that kv-dir may hold; half of what is free there if absent"
+    ] = None
+    disk_free_gib: Annotated[float, "room that is left to others on the disk of kv-dir"] = 2.0
+    disk_ttl_days: Annotated[
+        float | None, "stored blocks that nobody used for so long are deleted; kept if absent"
+    ] = None
+    eviction_policy: Annotated[str, "who leaves a full tier: lru or gdsf"] = "gdsf"
 
     def __post_init__(self) -> None:
         if self.device_pool_gib is not None and self.device_pool_gib <= 0:
             raise ValueError(f"device_pool_gib={self.device_pool_gib} must be positive")
+        for name in ("host_pool_gib", "disk_cap_gib", "disk_free_gib", "disk_ttl_days"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value} must not be negative")
+        if self.force_codec and self.kv_codec == "auto":
+            raise ValueError("force_codec needs a codec to force; name one by kv_codec")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,9 +8,9 @@
 one output with `finished`. Read `step` first.
 """
 
+import operator
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,120 +19,121 @@ from numpy.typing import NDArray
 
 from compress.codec import CODECS
 from compress.shape import BLOCK_TOKENS
+from longctx.answers import Answers
+from longctx.attention.streamed import StreamedAttention
 from longctx.batch import Batch
 from longctx.config import EngineConfig
 from longctx.detokenizer import TextStream
-from longctx.errors import InvalidRequest, ModelRefused
+from longctx.engine_info import EngineInfo
+from longctx.errors import BlocksLost, InvalidRequest, ModelRefused
+from longctx.explain import Explainer
+from longctx.figures import Figures
+from longctx.ingestion import Ingestion
 from longctx.intake import Intake
 from longctx.kv_cache import KVCacheManager
 from longctx.kv_memory import KVMemory, pool_bytes
 from longctx.model import load_model
+from longctx.open_store import open_store
+from longctx.quality.gate import choose_codec
 from longctx.request import (
     FinishReason,
-    Progress,
     Request,
     RequestOutput,
-    Usage,
 )
 from longctx.runner import BACKENDS, ModelRunner
 from longctx.sampler import SamplingError, sample
 from longctx.scheduler import Scheduler, SchedulerOutput
 from longctx.sequence import Sequence
+from longctx.tiers import Tiers
 from longctx.tokenizer import Tokenizer
+from offload.policy import POLICIES
 
-FINGERPRINTS = Path.home() / ".cache" / "longctx"  # checksums of weights, kept between starts
+MAX_SETBACKS = 3  # of one sequence, before it ends: its context does not stay in any tier
+STAGING_BLOCKS = 64  # of the device's, at most an eighth of them, where absent blocks pass through
+IDLE_SECONDS = 0.005  # a step that can only wait for a lower tier waits at most so long
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineInfo:
-    """What a loaded engine says of itself."""
-
-    model_name: str
-    fingerprint: str
-    max_context_tokens: int
-    capacity_tokens: int  # tokens of KV that the device pool holds
-    block_tokens: int
-    kv_block_bytes: int  # one block in all layers that see everything
-    kv_window_bytes: int  # what the layers with windows hold of a finished prompt
-    kv_codec: str
-    device: str
-    dtype: str
-    backend: str
-    vocab_size: int
-
-    def kv_bytes(self, tokens: int) -> int:
-        """Device memory of a computed prompt of that many tokens; open blocks do not count."""
-        blocks = tokens // self.block_tokens
-        return blocks * self.kv_block_bytes + (self.kv_window_bytes if blocks else 0)
-
-
-@dataclass(slots=True)
-class _Answers:
-    """The state of one request: its choices, and what its caller was told last."""
-
-    request: Request
-    sequences: list[Sequence]
-    reported: int = -1  # prompt tokens in the last progress
-    open_choices: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.open_choices = self.request.sampling.n
+# What is worth keeping between starts: checksums of weights, and what codecs cost a model.
+CACHE_DIR = Path.home() / ".cache" / "longctx"
 
 
 class Engine:
-    def __init__(self, config: EngineConfig, model_folder: Path) -> None:
-        """Loads the model; raises ModelRefused. `config.model.model` may differ from the folder."""
+    def __init__(
+        self, config: EngineConfig, model_folder: Path, *, cache_dir: Path = CACHE_DIR
+    ) -> None:
+        """Loads the model and settles its codec. `config.model.model` may differ from the folder.
+
+        Raises ModelRefused, also for a codec that costs the model too much.
+        """
         if config.model.threads is not None:
             torch.set_num_threads(config.model.threads)
         _check_name("attention_backend", config.model.attention_backend, BACKENDS)
-        _check_name("kv_codec", config.cache.kv_codec, CODECS)
+        _check_name("eviction_policy", config.cache.eviction_policy, POLICIES)
+        _check_name("kv_codec", config.cache.kv_codec, ("auto", *CODECS))
         self._config = config
         self.tokenizer = Tokenizer(model_folder)
-        model = load_model(config.model, model_folder, cache_dir=FINGERPRINTS)
+        model = load_model(config.model, model_folder, cache_dir=cache_dir)
         self._spec = spec = model.spec
+        new_backend = BACKENDS[config.model.attention_backend]
+        codec = choose_codec(
+            config.cache,
+            model,
+            self.tokenizer,
+            new_backend,
+            backend_name=config.model.attention_backend,
+            cache_dir=cache_dir,
+        )
         scheduler = config.scheduler
         batch_tokens = scheduler.batch_tokens(spec.device.type)
         self._memory = KVMemory(
             spec.layers,
             dtype=spec.dtype,
             device=spec.device,
-            codec=config.cache.kv_codec,
+            codec=codec.codec,
             pool_bytes=pool_bytes(config.cache.device_pool_gib, spec.device),
             step_blocks=batch_tokens // BLOCK_TOKENS + 1 + 2 * scheduler.max_sequences,
         )
-        self._cache = KVCacheManager(self._memory)
+        store = open_store(config.cache, self._memory)
+        self._tiers = None
+        self._ingestion = None
+        if store is not None:
+            self._tiers = Tiers(self._memory, store, staged=spec.device.type != "cpu")
+        self._cache = KVCacheManager(self._memory, self._tiers)
+        if store is not None:
+            self._ingestion = Ingestion(self._cache, store)
         self._scheduler = Scheduler(scheduler, self._cache, batch_tokens=batch_tokens)
-        backend = BACKENDS[config.model.attention_backend](self._memory)
+        backend = new_backend(self._memory)
+        if self._tiers is not None and self._cache.can_stream:
+            staging = self._memory.reserve(STAGING_BLOCKS)
+            backend = StreamedAttention(backend, self._memory, staging, self._tiers.read_layer)
         self._runner = ModelRunner(model, self._memory, backend)
+        self.info = EngineInfo.of(
+            spec, self._memory, codec, store, backend=config.model.attention_backend
+        )
         self._intake = Intake(
             spec,
             self._cache,
             self.tokenizer,
+            self.info.limits,
             max_sequences=scheduler.max_sequences,
         )
-        self._requests: dict[str, _Answers] = {}
+        self._explainer = Explainer(
+            self._cache, self._intake.documents, self.tokenizer, self._intake.namespace
+        )
+        self._figures = Figures()
+        self._requests: dict[str, Answers] = {}
         self._steps = 0
         self._early: list[RequestOutput] = []  # outputs that arose between steps
-        self.info = EngineInfo(
-            model_name=spec.name,
-            fingerprint=spec.fingerprint,
-            max_context_tokens=spec.max_context,
-            capacity_tokens=self._memory.capacity_tokens,
-            block_tokens=BLOCK_TOKENS,
-            kv_block_bytes=self._memory.block_bytes,
-            kv_window_bytes=self._memory.window_bytes,
-            kv_codec=config.cache.kv_codec,
-            device=str(spec.device),
-            dtype=str(spec.dtype).removeprefix("torch."),
-            backend=config.model.attention_backend,
-            vocab_size=spec.vocab_size,
-        )
 
     # -- requests -------------------------------------------------------------------------------
 
     @property
     def has_work(self) -> bool:
         return bool(self._requests or self._early)
+
+    @property
+    def is_writing(self) -> bool:
+        """Blocks are on their way to or from a lower tier: `step` takes note when they arrive."""
+        return self._tiers is not None and self._tiers.busy
 
     def submit(self, request: Request) -> None:
         """Queue a request.
@@ -143,7 +144,14 @@ class Engine:
             raise InvalidRequest(f"request id {request.request_id} is in use", param="request_id")
         sequence = self._intake.sequence(request)
         self._scheduler.add(sequence)
-        self._requests[request.request_id] = _Answers(request, [sequence])
+        self._requests[request.request_id] = Answers(request, [sequence])
+        if (
+            self._ingestion is not None
+            and request.sampling.max_tokens == 0
+            and self._ingestion.register(sequence)
+        ):
+            self._explainer.explain(sequence, ())
+            self._early += self._finish(sequence, FinishReason.LENGTH)
 
     def abort(self, request_id: str) -> None:
         """End a request; what its prefill has sealed stays cached. Unknown ids are ignored."""
@@ -164,31 +172,64 @@ class Engine:
         self._intake.close_document(document_id)
         self._forget_blocks(document_id)
 
+    def durable_documents(self) -> dict[str, int]:
+        """Tokens that are on stable storage, of documents of which more or less is than before."""
+        return {} if self._ingestion is None else self._ingestion.news()
+
+    def close(self, *, flush_seconds: float = 0.0) -> None:
+        """End what runs, and let what it has sealed be written as long as that may take."""
+        for request_id in list(self._requests):
+            self.abort(request_id)
+        if self._tiers is not None:
+            self._tiers.close(flush_seconds)
+
     def _forget_blocks(self, document_id: str) -> None:
         for answers in self._requests.values():
             for sequence in answers.sequences:
                 sequence.forget_document(document_id)
         self._cache.close_document(document_id)
+        self._explainer.forget(document_id)
+        if self._ingestion is not None:
+            self._ingestion.forget(document_id)
 
     # -- steps ----------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
         """Compute one batch; the outputs that it, or calls since the last one, brought about."""
         outputs, self._early = self._early, []
+        transferred = self._cache.poll_tiers()
+        if self._ingestion is not None:
+            for sequence in self._ingestion.settled(transferred=transferred):
+                outputs += self._finish(sequence, FinishReason.LENGTH)
         scheduled = self._scheduler.schedule()
         if scheduled.chunks:
             self._steps += 1
+            for chunk in scheduled.chunks:
+                self._explainer.explain(chunk.sequence, self._scheduler.running)
             try:
                 drawn = self._compute(scheduled)
+            except BlocksLost as error:
+                return outputs + self._set_back(scheduled, str(error))
             except Exception as error:  # of whatever kind: it ends these requests, not the engine
                 return outputs + self._fail(scheduled, f"{type(error).__name__}: {error}")
-            outputs += self._progress()
+            for answers in self._requests.values():
+                outputs += answers.progress(self._cache)
             for sequence, token in drawn:
                 outputs += self._advance(sequence, token)
             for chunk in scheduled.chunks:
                 if chunk.sequence.remaining == 0 and chunk.sequence.finish_reason is None:
-                    outputs += self._finish(chunk.sequence, FinishReason.LENGTH)  # prefill only
+                    outputs += self._prefilled(chunk.sequence)
+        elif not outputs and self._tiers is not None and self._tiers.busy:
+            self._tiers.store.wait(IDLE_SECONDS)
         return outputs
+
+    def _prefilled(self, sequence: Sequence) -> list[RequestOutput]:
+        """A prompt without an answer is computed: it ends as soon as it is safe."""
+        if self._ingestion is None:
+            return self._finish(sequence, FinishReason.LENGTH)
+        self._scheduler.remove(sequence)
+        self._ingestion.settle(sequence)
+        return []
 
     def _compute(self, scheduled: SchedulerOutput) -> list[tuple[Sequence, int | SamplingError]]:
         """Run the batch; each sequence that is to go on, with its next token."""
@@ -276,14 +317,17 @@ class Engine:
     ) -> list[RequestOutput]:
         """End one choice, and with the last one the request."""
         self._scheduler.remove(sequence)
+        self._explainer.finished(sequence)
         sequence.finish_reason = reason
         answers = self._requests[sequence.request.request_id]
         # Choices that have not forked yet end with the first one.
         indices = range(sequence.index, sequence.index + sequence.width)
         answers.open_choices -= len(indices)
         finished = answers.open_choices == 0
-        if finished:
+        usage = answers.usage() if finished else None
+        if usage is not None:
             del self._requests[sequence.request.request_id]
+            self._figures.finished(reason, usage)
         rest = sequence.text.finish()
         return [
             RequestOutput(
@@ -294,11 +338,22 @@ class Engine:
                 finish_reason=reason,
                 stop_reason=stop_reason,
                 finished=finished and index == indices[-1],
-                usage=_usage(answers) if finished and index == indices[-1] else None,
+                usage=usage if index == indices[-1] else None,
                 error=error,
             )
             for index in indices
         ]
+
+    def _set_back(self, scheduled: SchedulerOutput, message: str) -> list[RequestOutput]:
+        """A tier has lost what some of these sequences need: they begin again with what is left."""
+        outputs: list[RequestOutput] = []
+        for chunk in scheduled.chunks:
+            sequence = chunk.sequence
+            self._scheduler.preempt(sequence)
+            sequence.tier.setbacks += sequence.tier.streams
+            if sequence.tier.setbacks > MAX_SETBACKS:
+                outputs += self._finish(sequence, FinishReason.ERROR, error=message)
+        return outputs
 
     def _fail(self, scheduled: SchedulerOutput, message: str) -> list[RequestOutput]:
         """A step broke: its requests end, the others go on."""
@@ -310,50 +365,35 @@ class Engine:
                     outputs += self._finish(sequence, FinishReason.ERROR, error=message)
         return outputs
 
-    def _progress(self) -> list[RequestOutput]:
-        """News of prompts that are being computed, by their own sequence or by another's."""
-        outputs = []
-        for request_id, answers in self._requests.items():
-            first = answers.sequences[0]
-            owner = self._cache.computed_by(first)
-            done = min(first.prompt_tokens, (owner or first).computed)
-            if first.completion_tokens or done <= answers.reported:
-                continue
-            answers.reported = done
-            progress = Progress(
-                total=first.prompt_tokens,
-                cache=first.cached_tokens or 0,
-                processed=done,
-                time_ms=1000 * (time.monotonic() - first.arrival_seconds),
-            )
-            outputs.append(RequestOutput(request_id=request_id, progress=progress))
-        return outputs
+    def clear(self, tiers: Iterable[str]) -> dict[str, float]:
+        """Let go of what is cached in `device` or `host` and not in use; what that was.
+
+        Documents stay on disk, and known. Raises InvalidRequest for a tier that there is not.
+        """
+        store = None if self._tiers is None else self._tiers.store
+        freed: dict[str, float] = {}
+        for tier in tiers:
+            if tier == "device":
+                blocks = self._cache.clear()
+                sizes = [sum(pool.page_bytes) for pool in self._memory.packed]
+                freed["device_blocks"] = sum(blocks)
+                freed["device_bytes"] = sum(map(operator.mul, blocks, sizes))
+            elif tier == "host" and store is not None and store.has_host:
+                freed["host_blocks"], freed["host_bytes"] = store.clear_host()
+            else:
+                raise InvalidRequest(
+                    f"there is no {tier} tier; --host-pool-gib makes one in RAM", param="tier"
+                )
+        return freed
 
     def stats(self) -> dict[str, float]:
         """Gauges and counters, by flat names."""
-        numbers: dict[str, float] = {
-            "requests_running": len(self._scheduler.running),
-            "requests_waiting": len(self._scheduler.waiting),
+        return {
             "steps_total": self._steps,
             "computed_tokens_total": self._runner.computed_tokens,
             "documents_open": len(self._intake.documents),
-            "prefixes_held": len(self._cache.prefixes),
-            "raw_blocks_held": self._memory.raw.held,
+            **self._figures.read(self._scheduler, self._cache),
         }
-        for index, pool in enumerate(self._memory.packed):
-            numbers[f"group{index}_blocks_total"] = pool.capacity
-            numbers[f"group{index}_blocks_held"] = pool.held
-        return numbers
-
-
-def _usage(answers: _Answers) -> Usage:
-    first = answers.sequences[0]
-    return Usage(
-        prompt_tokens=first.prompt_tokens,
-        cached_tokens=first.cached_tokens or 0,
-        completion_tokens=sum(sequence.completion_tokens for sequence in answers.sequences),
-        computed_tokens=sum(sequence.computed_tokens for sequence in answers.sequences),
-    )
 
 
 def _check_name(option: str, name: str, known: Iterable[str]) -> None:

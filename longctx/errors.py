@@ -37,3 +37,7 @@ class Overloaded(LongctxError):
 
 class EngineDied(LongctxError):
     """The engine process ended while it held the request; it is being restarted."""
+
+
+class BlocksLost(LongctxError):
+    """Blocks that a running sequence needs are in no tier any more; it has to be computed again."""

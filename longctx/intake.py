@@ -10,26 +10,36 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.codec import Codec
 from longctx.detokenizer import TextStream
 from longctx.errors import ContextTooLong, DocumentMissing, InvalidRequest
 from longctx.kv_cache import KVCacheManager
+from longctx.limits import ContextLimits
 from longctx.model import ModelSpec
 from longctx.request import Request, Segment
 from longctx.sampler import SamplingState
 from longctx.sequence import Sequence, TokenIds
 from longctx.tokenizer import Tokenizer
+from longctx.trace import Trace
 from offload.key import BlockKey, namespace
 from prompt_cache.prefix import PrefixName, document_name
 
 
 class Intake:
     def __init__(
-        self, spec: ModelSpec, cache: KVCacheManager, tokenizer: Tokenizer, *, max_sequences: int
+        self,
+        spec: ModelSpec,
+        cache: KVCacheManager,
+        tokenizer: Tokenizer,
+        limits: ContextLimits,
+        *,
+        max_sequences: int,
     ) -> None:
         self.documents: dict[str, NDArray[np.int32]] = {}
         self._spec = spec
         self._cache = cache
         self._tokenizer = tokenizer
+        self._limits = limits
         self._max_sequences = max_sequences
         self._arrivals = 0
 
@@ -60,7 +70,7 @@ class Intake:
         self._check_length(prompt_tokens, sampling.max_tokens)
         self._arrivals += 1
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        return Sequence(
+        sequence = Sequence(
             request=request,
             index=0,
             arrival=self._arrivals,
@@ -72,12 +82,17 @@ class Intake:
             ),
             seed=seed,
             text=TextStream(self._tokenizer, stop=sampling.stop),
-            namespace=self._namespace(request.salt),
+            namespace=self.namespace(request.salt, self._cache.memory.codecs[0]),
             document_ends=ends,
+            trace=Trace() if request.explain else None,
         )
+        # A sequence that fits never streams, so that others can use what it computes.
+        longest = prompt_tokens + sampling.max_tokens
+        sequence.tier.streams = longest > self._limits.capacity_tokens
+        return sequence
 
-    def _namespace(self, salt: str) -> BlockKey:
-        codec = self._cache.memory.codecs[0]
+    def namespace(self, salt: str, codec: Codec) -> BlockKey:
+        """The root of what this model stores by that codec for a tenant."""
         return namespace(
             fingerprint=self._spec.fingerprint,
             dtype=str(self._spec.dtype),
@@ -125,17 +140,21 @@ class Intake:
     def _check_length(self, prompt_tokens: int, max_tokens: int) -> None:
         if prompt_tokens == 0:
             raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
-        for limit, cure in (
-            (self._spec.max_context, "raise --max-context where the model allows it"),
-            (self._cache.memory.capacity_tokens, "raise --device-pool-gib"),
-        ):
-            if prompt_tokens + max_tokens > limit:
-                raise ContextTooLong(
-                    f"the prompt has {prompt_tokens} tokens and the answer may have {max_tokens}, "
-                    f"together more than the limit of {limit}; shorten the prompt, lower "
-                    f"max_tokens or {cure}",
-                    param="messages",
-                )
+        limits = self._limits
+        if prompt_tokens + max_tokens > limits.longest_tokens:
+            raise ContextTooLong(
+                f"the prompt has {prompt_tokens} tokens and the answer may have {max_tokens}, "
+                f"together more than the limit of {limits.longest_tokens}; shorten the prompt, "
+                f"lower max_tokens or {limits.cure}",
+                param="messages",
+            )
+        room = limits.answer_tokens(prompt_tokens)
+        if max_tokens > room:
+            raise ContextTooLong(
+                f"max_tokens={max_tokens} is more than the {room} tokens of an answer that the "
+                "device holds; lower it or raise --device-pool-gib",
+                param="max_tokens",
+            )
 
     def _check_ids(
         self, token_ids: NDArray[np.int32] | NDArray[np.int64], where: str, param: str

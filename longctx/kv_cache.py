@@ -7,56 +7,97 @@ holds stay findable until their room is needed; so do whole prefixes that nobody
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
 from compress.shape import BLOCK_TOKENS
-from longctx.attention.backend import ENTRY_COLUMNS, FIRST_POSITION, PAGE, ROWS, ChunkRows
+from longctx.attention.backend import PAGE, ChunkRows
 from longctx.kv_memory import KVMemory
-from longctx.sequence import BlockTable, Sequence
-from offload.key import BlockKey, chain_keys
-from prompt_cache.prefix import Prefix, PrefixIndex, PrefixName
+from longctx.match import Available, deepest
+from longctx.residents import ResidentPrefixes
+from longctx.sequence import BlockTable, Sequence, full_blocks
+from longctx.tiers import Tiers
+from longctx.trace import Place
+from offload.key import BlockKey
+from offload.run import EXTENT_BLOCKS
+from prompt_cache.prefix import PrefixIndex
 
-EXTENT_BLOCKS = 16  # windows are kept longer at the end of each extent: there a prompt can resume
+MAX_LOADS = 2  # a tier that lists what it cannot read makes nobody wait for ever
 
 
 class KVCacheManager:
-    def __init__(self, memory: KVMemory) -> None:
+    def __init__(self, memory: KVMemory, tiers: Tiers | None = None) -> None:
         self.memory = memory
+        self.tiers = tiers
         self.prefixes = PrefixIndex()
+        self.residents = ResidentPrefixes(memory, self.prefixes)
         self._pending: dict[BlockKey, Sequence] = {}
-        self._releases = 0  # grows whenever room may have become free
+        self._releases = 0
+        self.hits = self.misses = 0  # blocks of prompts that the device had, or had not
+
+    @property
+    def _changes(self) -> int:
+        """Grows whenever room may have become free."""
+        return self._releases + self.residents.freed
+
+    @property
+    def can_stream(self) -> bool:
+        """Whether contexts may be larger than the device: their old blocks are in a lower tier."""
+        return self.tiers is not None and self.memory.groups[0].window is None
 
     # -- admission ------------------------------------------------------------------------------
 
     def admit(self, sequence: Sequence, *, spare_blocks: int) -> bool:
         """Give the sequence what is cached of its prompt; False if it has to wait.
 
-        It waits for the blocks that another sequence is computing, or until there is room for all
-        of its tokens and `spare_blocks` more.
+        It waits for the blocks that another sequence is computing or a lower tier is reading, or
+        until there is room for all of its tokens and `spare_blocks` more.
         """
-        if sequence.blocked_on in self._pending or sequence.tried_at == self._releases:
+        load = sequence.tier.load
+        if (
+            sequence.blocked_on in self._pending
+            or sequence.tried_at == self._changes
+            or (load is not None and not load.ended)
+        ):
             return False
-        self._find_prefix(sequence)
-        self._extend_keys(sequence)
-        depth, pages = self._match(sequence)
+        if not sequence.tier.streams:
+            self._find_prefix(sequence)
+        self.find_keys(sequence)
         limit = sequence.full_blocks()
-        owner = self._pending.get(sequence.key(depth)) if depth < limit else None
-        if owner is not None:
-            # Until the last one that they share: looking again after each step would cost more.
-            last = depth
-            while last + 1 < limit and self._pending.get(sequence.key(last + 1)) is owner:
-                last += 1
-            sequence.blocked_on = sequence.key(last)
-            self._leave_prefix(sequence)
+        depth = self._depth(sequence, self._on_device(sequence))
+        if sequence.trace is not None:
+            sequence.trace.note([self.place(sequence, 0, block) for block in range(limit)])
+        if self._wait_for_owner(sequence, depth):
             return False
-        self._attach(sequence, depth, pages)
-        if not self._make_room(limit - depth + spare_blocks):
+        self._attach(sequence, depth)
+        self.leave_load(sequence)
+        wanted = min(limit - depth, self._most_held(sequence)) + spare_blocks
+        if not self.residents.make_room(wanted):
             self._detach(sequence)
-            sequence.tried_at = self._releases
+            sequence.tried_at = self._changes
             return False
         for block in range(depth, limit):
             self._pending[sequence.key(block)] = sequence
-        self._keep_prefixes(sequence)
+        if self._restore(sequence, depth):
+            return False
+        if self.tiers is not None:
+            self.tiers.admitted(sequence, depth)
+        self.residents.keep(sequence)
+        found = depth if load is None else load.begin
+        self.hits += found
+        self.misses += limit - found
+        return True
+
+    def _wait_for_owner(self, sequence: Sequence, depth: int) -> bool:
+        """Whether another sequence is computing the next block; then wait until it has."""
+        limit = sequence.full_blocks()
+        owner = self._pending.get(sequence.key(depth)) if depth < limit else None
+        if owner is None or owner is sequence:
+            return False
+        # Until the last one that they share: looking again after each step would cost more.
+        last = depth
+        while last + 1 < limit and self._pending.get(sequence.key(last + 1)) is owner:
+            last += 1
+        sequence.blocked_on = sequence.key(last)
+        self.residents.leave(sequence)
         return True
 
     def computed_by(self, sequence: Sequence) -> Sequence | None:
@@ -71,77 +112,66 @@ class KVCacheManager:
             if prefix is not None and prefix.blocks <= sequence.full_blocks():
                 self.prefixes.acquire(prefix)
                 sequence.prefix = prefix
-                if sequence.known_keys == 0:
-                    sequence.base_keys = prefix.keys
                 return
 
-    def _extend_keys(self, sequence: Sequence) -> None:
-        """Keys of all full blocks of the tokens so far."""
-        known = sequence.known_keys
-        end = len(sequence.tokens) // BLOCK_TOKENS
-        if known >= end:
-            return
-        parent = sequence.key(known - 1) if known else sequence.namespace
-        first = known * BLOCK_TOKENS
-        token_ids = sequence.tokens.slice(first, end * BLOCK_TOKENS)
-        sequence.tail_keys += chain_keys(
-            parent, token_ids, first_position=first, block_tokens=BLOCK_TOKENS
-        )
+    def find_keys(self, sequence: Sequence) -> None:
+        """Keys of all full blocks of the tokens so far; those of documents are known already."""
+        for _, name in reversed(sequence.document_ends):
+            if sequence.known_keys == 0:
+                sequence.base_keys = self.prefixes.known_keys(name)
+        sequence.extend_keys()
 
-    def _match(self, sequence: Sequence) -> tuple[int, list[int]]:
-        """Depth in blocks at which the prompt can go on, and the pages found beyond the prefix.
-
-        That is as deep as global layers have every block, and there windows their last window.
-        """
-        prefix_blocks = 0 if sequence.prefix is None else sequence.prefix.blocks
+    def _depth(self, sequence: Sequence, available: Available) -> int:
+        """Depth in blocks at which the prompt can go on, given what is available."""
+        begin = 0 if sequence.prefix is None else sequence.prefix.blocks
         limit = sequence.full_blocks()
-        depth, pages = min(prefix_blocks, limit), []
-        if self.memory.groups[0].window is None:
-            pool = self.memory.packed[0]
-            while depth < limit and (page := pool.lookup(sequence.key(depth))) is not None:
-                pages.append(page)
-                depth += 1
-        else:
-            depth = limit
-        missing: int | None = depth
-        while missing is not None:
-            depth = missing
-            missing = self._missing_from_windows(sequence, depth)
-        return depth, pages[: max(0, depth - prefix_blocks)]
+        return deepest(self.memory.groups, available, begin=begin, limit=limit)
 
-    def _missing_from_windows(self, sequence: Sequence, depth: int) -> int | None:
-        """The last block that a window before `depth` lacks in some group."""
-        missing = None
-        for index, group in enumerate(self.memory.groups):
-            if group.window is not None:
-                for block in range(depth - 1, group.first_needed(depth * BLOCK_TOKENS) - 1, -1):
-                    if self._window_page(sequence, index, block) is None:
-                        missing = block if missing is None else min(missing, block)
-                        break
-        return missing
+    def _on_device(self, sequence: Sequence) -> Available:
+        """What a sequence can use without waiting: a streaming one whatever can be read."""
+        windowed = [group.window is not None for group in self.memory.groups]
 
-    def _window_page(self, sequence: Sequence, group: int, block: int) -> int | None:
+        def available(group: int, block: int) -> bool:
+            if sequence.tier.streams and not windowed[group]:
+                return self._is_stored(sequence, block)
+            return self._page(sequence, group, block) is not None
+
+        return available
+
+    def _is_stored(self, sequence: Sequence, block: int) -> bool:
+        return self.tiers is not None and self.tiers.store.has(0, sequence.key(block))
+
+    def _most_held(self, sequence: Sequence) -> int:
+        """Blocks that the sequence has to hold at once for as long as it is computed."""
+        return self.memory.step_blocks if sequence.tier.streams else self.memory.capacity_blocks
+
+    def _page(self, sequence: Sequence, group: int, block: int) -> int | None:
+        """Where the device has a block of the sequence's prompt."""
         prefix = sequence.prefix
         if prefix is not None and prefix.window_begin[group] <= block < prefix.blocks:
             return int(prefix.tables[group][block, PAGE])
         return self.memory.packed[group].lookup(sequence.key(block))
 
-    def _attach(self, sequence: Sequence, depth: int, pages: list[int]) -> None:
+    def place(self, sequence: Sequence, group: int, block: int) -> Place | None:
+        """The best tier that has a block of the sequence's prompt."""
+        if self._page(sequence, group, block) is not None:
+            return "device"
+        return None if self.tiers is None else self.tiers.store.tier_of(group, sequence.key(block))
+
+    def _attach(self, sequence: Sequence, depth: int) -> None:
         """Make the first `depth` blocks the sequence's own past."""
         prefix = sequence.prefix
         tables, live_from = [], []
         for index, group in enumerate(self.memory.groups):
-            entries = _entries(depth)
-            if group.window is None:
-                begin = depth - len(pages)
-                if prefix is not None:
-                    entries[:begin] = prefix.tables[index][:begin]
-                held = pages
-            else:
-                begin = group.first_needed(depth * BLOCK_TOKENS)
-                found = [self._window_page(sequence, index, b) for b in range(begin, depth)]
-                held = [page for page in found if page is not None]
-                assert len(held) == depth - begin
+            entries = full_blocks(depth)
+            begin = group.first_needed(depth * BLOCK_TOKENS)
+            if group.window is None and prefix is not None:
+                begin = min(prefix.blocks, depth)
+                entries[:begin] = prefix.tables[index][:begin]
+            if group.window is None and sequence.tier.streams:
+                begin = sequence.tier.absent = depth
+            held = self._pages(sequence, index, begin, depth)
+            assert len(held) == depth - begin
             entries[begin:, PAGE] = held
             self.memory.packed[index].acquire(held)
             tables.append(BlockTable(entries))
@@ -150,6 +180,52 @@ class KVCacheManager:
         sequence.computed = depth * BLOCK_TOKENS
         sequence.blocked_on = None
 
+    def _pages(self, sequence: Sequence, group: int, begin: int, end: int) -> list[int]:
+        """Those that the device has of blocks `begin` to `end`."""
+        pages = (self._page(sequence, group, block) for block in range(begin, end))
+        return [page for page in pages if page is not None]
+
+    # -- lower tiers ------------------------------------------------------------------------------
+
+    def poll_tiers(self) -> bool:
+        """Take note of what has come up from the lower tiers; whether anything was transferred."""
+        changed = self.tiers is not None and self.tiers.poll()
+        self._releases += changed
+        return changed
+
+    def _restore(self, sequence: Sequence, depth: int) -> bool:
+        """Whether the sequence waits for a lower tier, which has more of it than the device.
+
+        It was just attached at `depth`; if it waits it keeps only what the load holds for it, and
+        its place as the one who provides its blocks.
+        """
+        if self.tiers is None or sequence.tier.loads == MAX_LOADS:
+            return False
+        target = self._depth(sequence, self._anywhere(sequence))
+        if target == depth or not self.tiers.load(sequence, depth, target, self._page):
+            return False
+        self._let_go(sequence)
+        return True
+
+    def leave_load(self, sequence: Sequence) -> None:
+        """The sequence has got what was on its way up for it, or goes: then others will find it."""
+        load = sequence.tier.load
+        if self.tiers is not None and load is not None:
+            sequence.tier.load = None
+            self._no_longer_pending(sequence, load.begin)
+            self.tiers.leave(load)
+            self._releases += 1
+
+    def _anywhere(self, sequence: Sequence) -> Available:
+        assert self.tiers is not None
+        store = self.tiers.store
+
+        def available(group: int, block: int) -> bool:
+            there = self._page(sequence, group, block) is not None
+            return there or store.has(group, sequence.key(block))
+
+        return available
+
     # -- steps ----------------------------------------------------------------------------------
 
     def allocate(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -157,8 +233,10 @@ class KVCacheManager:
         first = sequence.computed // BLOCK_TOKENS
         end = sequence.computed + num_tokens
         sealed = range(first, end // BLOCK_TOKENS)
-        if not self._make_room(len(sealed)):
-            return False
+        if not self.residents.make_room(len(sealed)):
+            self._stream_out(sequence, len(sealed))
+            if not self.residents.make_room(len(sealed)):
+                return False
         for pool, table in zip(self.memory.packed, sequence.tables, strict=True):
             for block, page in zip(sealed, pool.allocate(len(sealed)), strict=True):
                 table.append(page, rows=BLOCK_TOKENS, first_position=block * BLOCK_TOKENS)
@@ -167,6 +245,17 @@ class KVCacheManager:
         # The raw pool holds the largest possible batch, so this cannot fail.
         sequence.own_pages.update(zip(new, self.memory.raw.allocate(len(new)), strict=True))
         return True
+
+    def _stream_out(self, sequence: Sequence, blocks: int) -> None:
+        """Let go of the oldest blocks of a sequence that streams, as far as they are stored."""
+        if not sequence.tier.streams:
+            return
+        begin = sequence.tier.absent
+        end = min(begin + blocks, sequence.computed // BLOCK_TOKENS)
+        while sequence.tier.absent < end and self._is_stored(sequence, sequence.tier.absent):
+            sequence.tier.absent += 1
+        self.memory.packed[0].release(sequence.tables[0].pages(begin, sequence.tier.absent))
+        sequence.live_from[0] = sequence.tier.absent
 
     def chunk_rows(self, sequence: Sequence, num_tokens: int, *, row_begin: int) -> ChunkRows:
         """What the sequence's next `num_tokens` tokens see, for the batch."""
@@ -181,16 +270,20 @@ class KVCacheManager:
             own_pages=np.array(own, dtype=np.int64),
             past_entries=first,
             entries=tuple(table.entries for table in sequence.tables),
+            absent_keys=[sequence.key(block) for block in range(sequence.tier.absent)],
         )
 
-    def commit(self, sequence: Sequence, num_tokens: int) -> None:
-        """The step has run: publish what it sealed, let go of what left the windows."""
+    def commit(self, sequence: Sequence, num_tokens: int, seconds: float = 0.0) -> None:
+        """The step has run: publish what it sealed, let go of what left the windows.
+
+        `seconds`: what computing these tokens took.
+        """
         first = sequence.computed // BLOCK_TOKENS
         sequence.computed += num_tokens
         end = sequence.computed // BLOCK_TOKENS
         if first == end:
             return
-        self._extend_keys(sequence)
+        sequence.extend_keys()
         for block in range(first, end):
             key = sequence.key(block)
             for pool, table in zip(self.memory.packed, sequence.tables, strict=True):
@@ -198,7 +291,9 @@ class KVCacheManager:
             self.memory.raw.release([sequence.own_pages.pop(block)])
             if self._pending.get(key) is sequence:
                 del self._pending[key]
-        self._keep_prefixes(sequence)
+        self.residents.keep(sequence)
+        if self.tiers is not None:
+            self.tiers.computed(sequence, num_tokens, seconds)
         self._slide_windows(sequence)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
@@ -207,6 +302,7 @@ class KVCacheManager:
         child.live_from = list(parent.live_from)
         child.base_keys, child.tail_keys = parent.base_keys, list(parent.tail_keys)
         child.computed = parent.computed
+        child.tier.streams, child.tier.absent = parent.tier.streams, parent.tier.absent
         for pool, held in zip(self.memory.packed, self._held(child), strict=True):
             pool.acquire(held)
         if parent.prefix is not None:
@@ -219,75 +315,44 @@ class KVCacheManager:
 
     def release(self, sequence: Sequence) -> None:
         """Let go of all memory. Sealed blocks stay cached, so it may be admitted again."""
+        if self.tiers is not None:
+            self.tiers.sealed(sequence, ends=True)
+            sequence.tier.loads = 0
         self._detach(sequence)
         self._releases += 1
 
     def _detach(self, sequence: Sequence) -> None:
-        for block in range(sequence.computed // BLOCK_TOKENS, sequence.known_keys):
+        self._no_longer_pending(sequence, sequence.computed // BLOCK_TOKENS)
+        self._let_go(sequence)
+
+    def _no_longer_pending(self, sequence: Sequence, begin: int) -> None:
+        for block in range(begin, sequence.known_keys):
             if self._pending.get(sequence.key(block)) is sequence:
                 del self._pending[sequence.key(block)]
+
+    def _let_go(self, sequence: Sequence) -> None:
         if sequence.tables:
             for pool, held in zip(self.memory.packed, self._held(sequence), strict=True):
                 pool.release(held)
         self.memory.raw.release(list(sequence.own_pages.values()))
         sequence.own_pages.clear()
         sequence.tables = ()
-        sequence.computed = 0
+        sequence.computed = sequence.tier.absent = 0
         sequence.blocked_on = None
-        self._leave_prefix(sequence)
+        self.residents.leave(sequence)
 
     def close_document(self, document_id: str) -> None:
         """Free what only prompts with this document use; running ones keep it until they end."""
-        for prefix in self.prefixes.pop_document(document_id):
-            prefix.closed = True
-            if prefix.users == 0:
-                self._free_prefix(prefix)
+        if self.tiers is not None:
+            self.tiers.close_document(document_id)
+        self.residents.close_document(document_id)
 
-    # -- prefixes, windows, room ------------------------------------------------------------------
+    def clear(self) -> list[int]:
+        """Let go of all that nobody uses; how many blocks that were, by group."""
+        self.residents.clear()
+        return [pool.forget(range(1, pool.num_pages)) for pool in self.memory.packed]
 
-    def _keep_prefixes(self, sequence: Sequence) -> None:
-        """Hold everything up to the end of each document that has been computed."""
-        for end_tokens, name in sequence.document_ends:
-            blocks = end_tokens // BLOCK_TOKENS
-            if 0 < blocks <= sequence.computed // BLOCK_TOKENS and name not in self.prefixes:
-                self._keep_prefix(sequence, name, end_tokens)
-
-    def _keep_prefix(self, sequence: Sequence, name: PrefixName, end_tokens: int) -> None:
-        blocks = end_tokens // BLOCK_TOKENS
-        begins = [group.first_needed(blocks * BLOCK_TOKENS) for group in self.memory.groups]
-        for group, begin, live in zip(self.memory.groups, begins, sequence.live_from, strict=True):
-            if group.window is not None and begin < live:
-                return  # it went by without being computed here; its blocks have their keys
-        tables = tuple(table.entries[:blocks].copy() for table in sequence.tables)
-        for pool, entries, begin in zip(self.memory.packed, tables, begins, strict=True):
-            pool.acquire(entries[begin:, PAGE].tolist())
-        self.prefixes.add(
-            Prefix(
-                name=name,
-                token_ids=sequence.tokens.upto(end_tokens),
-                keys=tuple(sequence.key(block) for block in range(blocks)),
-                tables=tables,
-                window_begin=tuple(begins),
-            )
-        )
-
-    def _leave_prefix(self, sequence: Sequence) -> None:
-        prefix, sequence.prefix = sequence.prefix, None
-        if prefix is None:
-            return
-        prefix.users -= 1
-        if prefix.closed and prefix.users == 0:
-            self._free_prefix(prefix)
-
-    def _free_prefix(self, prefix: Prefix) -> None:
-        for pool, entries, begin in zip(
-            self.memory.packed, prefix.tables, prefix.window_begin, strict=True
-        ):
-            pages = entries[begin:, PAGE].tolist()
-            pool.release(pages)
-            if prefix.closed:
-                pool.forget(pages)
-        self._releases += 1
+    # -- windows --------------------------------------------------------------------------------
 
     def _slide_windows(self, sequence: Sequence) -> None:
         for index, group in enumerate(self.memory.groups):
@@ -310,39 +375,3 @@ class KVCacheManager:
             table.entries[begin:, PAGE].tolist()
             for table, begin in zip(sequence.tables, sequence.live_from, strict=True)
         ]
-
-    def _make_room(self, blocks: int) -> bool:
-        """Let unused prefixes go until every group can give `blocks` pages.
-
-        None goes where that would not suffice: a document is not given up for nothing.
-        """
-        needed = [self._needed(index, blocks) for index in range(len(self.memory.packed))]
-        for index, pool in enumerate(self.memory.packed):
-            missing = needed[index] - pool.available
-            if missing > 0 and missing > sum(
-                prefix.blocks - prefix.window_begin[index] for prefix in self.prefixes.idle()
-            ):
-                return False
-        while any(
-            pool.available < pages for pool, pages in zip(self.memory.packed, needed, strict=True)
-        ):
-            prefix = self.prefixes.pop_idle()
-            if prefix is None:
-                return False
-            self._free_prefix(prefix)
-        return True
-
-    def _needed(self, group: int, blocks: int) -> int:
-        """Pages that `blocks` more blocks of one sequence take of a group at any one time."""
-        window = self.memory.groups[group].window
-        if window is None:
-            return blocks
-        return min(blocks, window // BLOCK_TOKENS + 2 + self.memory.step_blocks)
-
-
-def _entries(blocks: int) -> NDArray[np.int64]:
-    """Entries of full blocks at their positions from 0, pages still to be filled in."""
-    entries = np.zeros((blocks, ENTRY_COLUMNS), dtype=np.int64)
-    entries[:, ROWS] = BLOCK_TOKENS
-    entries[:, FIRST_POSITION] = np.arange(blocks) * BLOCK_TOKENS
-    return entries

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from compress.codec import CODECS, Codec
-from compress.shape import BLOCK_TOKENS, KVShape
+from compress.shape import BLOCK_TOKENS, KVShape, ShapeRefused
+from longctx.errors import ModelRefused
 from longctx.layer_attention import LayerSpec
 from offload.pool import BlockPool
 
@@ -54,14 +55,21 @@ class KVMemory:
         pool_bytes: int,
         step_blocks: int,
     ) -> None:
-        """`step_blocks`: the most blocks that grow at once; the raw pool holds as many."""
+        """`step_blocks`: the most blocks that grow at once; the raw pool holds as many.
+
+        Raises ModelRefused where the codec has no page layout for a layer's shape.
+        """
         self.groups = layer_groups(layers)
+        self.reserved_blocks = 0  # pages of the first packed pool that no sequence gets
         self.step_blocks = step_blocks
         self.device = device
         shapes = [
             KVShape(kv_heads=spec.kv_heads, head_dim=spec.head_dim, dtype=dtype) for spec in layers
         ]
-        self.codecs: tuple[Codec, ...] = tuple(CODECS[codec](shape) for shape in shapes)
+        try:
+            self.codecs: tuple[Codec, ...] = tuple(CODECS[codec](shape) for shape in shapes)
+        except ShapeRefused as error:
+            raise ModelRefused(str(error)) from error
         self._shapes = shapes
         self.raw = BlockPool(
             page_bytes=[shape.values_per_page * dtype.itemsize for shape in shapes],
@@ -91,7 +99,17 @@ class KVMemory:
     @property
     def capacity_tokens(self) -> int:
         """Tokens of sealed KV that fit; a window group never limits it."""
-        return self.packed[0].capacity * BLOCK_TOKENS
+        return self.capacity_blocks * BLOCK_TOKENS
+
+    @property
+    def capacity_blocks(self) -> int:
+        return self.packed[0].capacity - self.reserved_blocks
+
+    def reserve(self, blocks: int) -> list[int]:
+        """Packed pages of the first group that no sequence gets: so many, or an eighth of all."""
+        pages = self.packed[0].allocate(min(blocks, self.packed[0].capacity // 8) // 2 * 2)
+        self.reserved_blocks += len(pages)
+        return pages
 
     @property
     def block_bytes(self) -> int:
@@ -107,6 +125,18 @@ class KVMemory:
             for group, pool in zip(self.groups, self.packed, strict=True)
             if group.window is not None
         )
+
+    def tokens_in(self, size_bytes: int) -> int:
+        """Tokens whose sealed blocks take so many bytes, beside the windows of long prompts."""
+        block_bytes = self.block_bytes or sum(sum(pool.page_bytes) for pool in self.packed)
+        return size_bytes // block_bytes * BLOCK_TOKENS
+
+    def pages_needed(self, group: int, blocks: int) -> int:
+        """Pages that `blocks` more blocks of one sequence take of a group at any one time."""
+        window = self.groups[group].window
+        if window is None:
+            return blocks
+        return min(blocks, window // BLOCK_TOKENS + 2 + self.step_blocks)
 
     def raw_rows(self, layer: int) -> Tensor:
         """The raw pool, row by row: [raw pages * block_tokens, 2, kv_heads, head_dim]."""

@@ -50,6 +50,16 @@ class LLM:
         self._prompts = ChatPrompts(self.engine.tokenizer)
         self._ids = itertools.count()
 
+    def close(self, *, flush_seconds: float = 60.0) -> None:
+        """Let what is on its way to the disk arrive, as long as that may take. Ends the engine."""
+        self.engine.close(flush_seconds=flush_seconds)
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def generate(
         self, prompts: str | Sequence[str], sampling: SamplingParams | None = None
     ) -> list[Answer]:

@@ -5,18 +5,20 @@ We write no model code: transformers builds the model and its attention is ours
 Read `load_model`.
 """
 
+import hashlib
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from longctx.config import ModelConfig
+from longctx.config import ModelConfig, Weights
 from longctx.errors import ModelRefused
 from longctx.layer_attention import (
     ATTENTION,
@@ -36,8 +38,9 @@ __all__ = ["LayerAttention", "LayerSpec", "LoadedModel", "ModelSpec", "load_mode
 class ModelSpec:
     """What the rest of the engine may know of a model.
 
-    `fingerprint` names weights and configuration; `rope_identity` names what of the rotary choice
-    changes keys. With `dtype` they keep one model's KV from being taken for another's.
+    `fingerprint` names configuration and weights as they are computed with; `rope_identity` names
+    what of the rotary choice changes keys. With `dtype` they keep one model's KV from being taken
+    for another's.
     """
 
     name: str
@@ -92,6 +95,7 @@ def load_model(config: ModelConfig, folder: Path, *, cache_dir: Path | None = No
     register_probe()
     model = _load_weights(model_class, settings, files, dtype)
     model.to(device).eval().requires_grad_(False)
+    packed_bytes = _pack_linears(model, config.weights, dtype, device)
     with torch.inference_mode():
         layers = probe_layers(
             model,
@@ -110,9 +114,10 @@ def load_model(config: ModelConfig, folder: Path, *, cache_dir: Path | None = No
         max_context=rope.max_context,
         dtype=dtype,
         device=device,
-        fingerprint=fingerprint(files, cache_dir),
+        fingerprint=_fingerprint(files, config.weights, cache_dir),
         rope_identity=rope.identity,
-        weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        weight_bytes=packed_bytes
+        + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
     )
     return LoadedModel(model, spec)
 
@@ -192,14 +197,46 @@ def _dtype(name: str, settings: Any, files: ModelFiles, device: torch.device) ->
     dtype = stated if isinstance(stated, torch.dtype) else getattr(torch, str(stated), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ModelRefused(f"{files.folder} states the dtype {stated!r}; start with --dtype")
-    if name == "auto" and device.type == "cpu" and not _computes_bfloat16():
+    if name == "auto" and device.type == "cpu" and not computes_bfloat16():
         return torch.float32
     return dtype
 
 
-def _computes_bfloat16() -> bool:
+def computes_bfloat16() -> bool:
     """Whether this CPU has instructions for it: deterministic, since the type is in every key."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _pack_linears(
+    model: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.device
+) -> int:
+    """The bytes of the linear layers that were packed; torch computes what was not."""
+    if device.type != "cpu" or dtype != torch.float32:
+        if weights != "auto":
+            raise ModelRefused(
+                f"--weights {weights} is for float32 on a CPU, this is {dtype} on {device}; leave "
+                "it out, or start with --device cpu --dtype float32"
+            )
+        return 0
+    try:
+        linear = importlib.import_module("longctx.linear")
+    except ImportError as error:  # installed without a compiler
+        if weights != "auto":
+            raise ModelRefused(
+                f"--weights {weights} needs longctx's compiled kernels, which are not installed "
+                f"({error}); leave it out, or install longctx again where there is a C++ compiler"
+            ) from error
+        return 0
+    packed_bytes: int = linear.pack_linears(model, weights)
+    return packed_bytes
+
+
+def _fingerprint(files: ModelFiles, weights: Weights, cache_dir: Path | None) -> str:
+    """Rounded weights make other keys and values, so they are another model."""
+    whole = fingerprint(files, cache_dir)
+    if weights == "auto":
+        return whole
+    return hashlib.sha256(f"{whole} {weights}".encode()).hexdigest()
 
 
 def _load_weights(

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import tomllib
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
@@ -60,8 +60,13 @@ class _Option:
         return value
 
 
-def add_options(parser: argparse.ArgumentParser, config_type: type) -> None:
-    """Adds the options of a config tree, and `--config`; call once for each tree of a command."""
+def add_options(
+    parser: argparse.ArgumentParser, config_type: type, *, only: Container[str] | None = None
+) -> None:
+    """Adds the options of a config tree, and `--config`; call once for each tree of a command.
+
+    With `only`, no others than the fields of these names: a command may need a part of a tree.
+    """
     known: tuple[type, ...] = parser.get_default("config_types") or ()
     if not known:
         parser.add_argument(
@@ -71,6 +76,8 @@ def add_options(parser: argparse.ArgumentParser, config_type: type) -> None:
     _by_name((*known, config_type))  # a name in two trees is a bug: noticed here
     group = parser.add_argument_group(config_type.__name__)
     for option in _options(config_type):
+        if only is not None and option.name not in only:
+            continue
         text = option.help.replace("%", "%%")
         if option.default not in (None, (), ""):
             text += f" (default: {option.default})".replace("%", "%%")

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from longctx.config import EngineConfig
-from longctx.engine import EngineInfo
+from longctx.engine_info import EngineInfo
 from longctx.errors import (
     ContextTooLong,
     DocumentMissing,
@@ -33,6 +33,7 @@ class Message(msgspec.Struct, frozen=True, tag=True):
 class Start(Message, frozen=True):
     config: EngineConfig
     model_folder: str
+    cache_dir: str
 
 
 class Submit(Message, frozen=True):
@@ -56,6 +57,13 @@ class CloseDocument(Message, frozen=True):
 
 class GetStats(Message, frozen=True):
     ticket: int
+
+
+class Clear(Message, frozen=True):
+    """Let go of what is cached in these tiers; what that was comes as `stats`."""
+
+    ticket: int
+    tiers: tuple[str, ...]
 
 
 class Stop(Message, frozen=True):
@@ -99,14 +107,20 @@ class Outputs(Message, frozen=True):
     outputs: list[RequestOutput]
 
 
+class Durable(Message, frozen=True):
+    """Tokens on stable storage, of documents where that has changed."""
+
+    documents: dict[str, int]
+
+
 class Done(Message, frozen=True):
     ticket: int
     fault: Fault | None = None
     stats: dict[str, float] | None = None
 
 
-Command = Start | Submit | Abort | OpenDocument | CloseDocument | GetStats | Stop
-Event = Loaded | Rejected | Outputs | Done
+Command = Start | Submit | Abort | OpenDocument | CloseDocument | GetStats | Clear | Stop
+Event = Loaded | Rejected | Outputs | Durable | Done
 
 _FAULTS: dict[str, type[LongctxError]] = {
     kind.__name__: kind

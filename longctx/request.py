@@ -91,6 +91,38 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     request_class: RequestClass = RequestClass.INTERACTIVE
     salt: str = ""  # tenant salt; blocks are shared only between equal salts
+    explain: bool = False  # its usage says why the cache had what it had
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Divergence:
+    """Where a prompt parts from what is known and begins alike: the first token, and some text.
+
+    `known` is the id of a document, or "prompt" for another recent prompt of the same tenant.
+    """
+
+    position: int
+    text: str
+    known_text: str
+    known: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheExplanation:
+    """What the cache had of a prompt when it was admitted, and why no more (`explain.py`).
+
+    Of the tokens found on the device, `waited_tokens` were still being computed by other requests
+    when this one came.
+    """
+
+    prompt_tokens: int
+    device_tokens: int
+    host_tokens: int
+    disk_tokens: int
+    waited_tokens: int
+    reason: str  # one of `explain.REASONS`
+    detail: str
+    divergence: Divergence | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +133,7 @@ class Usage:
     cached_tokens: int
     completion_tokens: int
     computed_tokens: int
+    explanation: CacheExplanation | None = None  # where it was asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,13 +23,13 @@ class ModelRunner:
     def __init__(self, model: LoadedModel, memory: KVMemory, backend: AttentionBackend) -> None:
         self._model = model
         self._memory = memory
-        self._backend = backend
+        self.backend = backend
         self.computed_tokens = 0  # rows that went through the model, ever
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """Logits [drawing chunks, vocab], float32. The batch's KV is in the pools afterwards."""
-        step = _StepAttention(batch, self._memory, self._backend)
+        step = _StepAttention(batch, self._memory, self.backend)
         self._memory.clear_raw(batch.fresh_pages)
         logits = self._model.forward(batch.token_ids, batch.positions, step, batch.logits_rows)
         self.computed_tokens += len(batch.token_ids)
@@ -66,7 +66,7 @@ class _StepAttention:
         group = memory.group_of[layer]
         memory.write(layer, batch.slots, key, value)
         if batch.sealed_blocks:
-            memory.seal(layer, batch.sealed_raw, batch.sealed_packed[group])
+            self._backend.seal(layer, batch.sealed_raw, batch.sealed_packed[group])
         plan = self._last_plan if layer == self._last_layer else self._plans[group]
         out, lse = self._backend.attend(layer, query, plan, scaling=scaling, softcap=softcap)
         if sinks is not None:

@@ -105,6 +105,7 @@ class Scheduler:
         self._served = dict.fromkeys(RequestClass, 0.0)  # prompt tokens by weight, for taking turns
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
         if len(self.waiting) >= self._config.max_waiting:
@@ -126,6 +127,7 @@ class Scheduler:
             self._cache.release(sequence)
         elif sequence.state is SequenceState.WAITING:
             self.waiting.remove(sequence)
+            self._cache.leave_load(sequence)
         sequence.state = SequenceState.FINISHED
 
     def schedule(self) -> SchedulerOutput:
@@ -158,7 +160,8 @@ class Scheduler:
             self._served[request_class] += tokens / CLASS_WEIGHT[request_class]
         self._duty.record(tokens_of, seconds, answers=answers)
         for chunk in output.chunks:
-            self._cache.commit(chunk.sequence, chunk.num_tokens)
+            share = seconds * chunk.num_tokens / output.num_tokens
+            self._cache.commit(chunk.sequence, chunk.num_tokens, share)
             chunk.sequence.computed_tokens += chunk.num_tokens
 
     def _answers(self) -> list[Chunk]:
@@ -170,7 +173,7 @@ class Scheduler:
                 if self._allocate(sequence, 1):
                     chunks.append(Chunk(sequence, 1))
                 else:
-                    self._preempt(sequence)
+                    self.preempt(sequence)
         return chunks
 
     def _queues(self) -> dict[RequestClass, list[Sequence]]:
@@ -237,14 +240,16 @@ class Scheduler:
             victim = max(self.running, key=lambda running: running.rank)
             if victim.rank <= sequence.rank:
                 return False
-            self._preempt(victim)
+            self.preempt(victim)
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def preempt(self, sequence: Sequence) -> None:
+        """A running sequence gives its memory back and waits to be admitted again."""
         self.running.remove(sequence)
         self._cache.release(sequence)
         sequence.state = SequenceState.WAITING
         sequence.preemptions += 1
+        self.preemptions += 1
         self.waiting.append(sequence)
 
 

@@ -7,11 +7,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.shape import BLOCK_TOKENS
-from longctx.attention.backend import ENTRY_COLUMNS
+from longctx.attention.backend import ENTRY_COLUMNS, FIRST_POSITION, PAGE, ROWS
 from longctx.detokenizer import TextStream
 from longctx.request import FinishReason, Request
 from longctx.sampler import SamplingState
-from offload.key import BlockKey
+from longctx.tier_state import TierState
+from longctx.trace import Trace
+from offload.key import BlockKey, chain_keys
 from prompt_cache.prefix import Prefix, PrefixName, document_name
 
 
@@ -38,6 +40,11 @@ class BlockTable:
         """[blocks, ENTRY_COLUMNS], a view."""
         return self._entries[: self._length]
 
+    def pages(self, begin: int, end: int) -> list[int]:
+        """The pages of blocks `begin` to `end`."""
+        pages: list[int] = self._entries[begin:end, PAGE].tolist()
+        return pages
+
     def append(self, page: int, *, rows: int, first_position: int) -> None:
         if self._length == len(self._entries):
             grown = np.zeros((2 * self._length, ENTRY_COLUMNS), dtype=np.int64)
@@ -45,6 +52,14 @@ class BlockTable:
             self._entries = grown
         self._entries[self._length] = (page, 0, rows, first_position)
         self._length += 1
+
+
+def full_blocks(blocks: int) -> NDArray[np.int64]:
+    """Entries of full blocks at their positions from 0, pages still to be filled in."""
+    entries = np.zeros((blocks, ENTRY_COLUMNS), dtype=np.int64)
+    entries[:, ROWS] = BLOCK_TOKENS
+    entries[:, FIRST_POSITION] = np.arange(blocks) * BLOCK_TOKENS
+    return entries
 
 
 class TokenIds:
@@ -106,6 +121,8 @@ class Sequence:
     computed_tokens: int = 0  # tokens really computed, again after preemptions too
     preemptions: int = 0
     forked: bool = False  # the request's other choices have parted from it
+    tier: TierState = field(default_factory=TierState)
+    trace: Trace | None = None  # where its blocks were, if the request asks
     finish_reason: FinishReason | None = None
 
     @property
@@ -122,6 +139,13 @@ class Sequence:
         return len(self.tokens) - self.prompt_tokens
 
     @property
+    def documents(self) -> frozenset[str]:
+        """Ids of the documents in the prompt."""
+        return frozenset(
+            segment.document_id for segment in self.request.segments if segment.document_id
+        )
+
+    @property
     def rank(self) -> tuple[int, int, int]:
         """Who gives way to whom: smaller stays. A total order, so nobody is evicted in circles."""
         return (self.request.request_class, self.arrival, self.index)
@@ -133,6 +157,19 @@ class Sequence:
     @property
     def known_keys(self) -> int:
         return len(self.base_keys) + len(self.tail_keys)
+
+    def extend_keys(self) -> None:
+        """Name all blocks that the tokens so far fill."""
+        known = self.known_keys
+        end = len(self.tokens) // BLOCK_TOKENS
+        if known >= end:
+            return
+        parent = self.key(known - 1) if known else self.namespace
+        first = known * BLOCK_TOKENS
+        token_ids = self.tokens.slice(first, end * BLOCK_TOKENS)
+        self.tail_keys += chain_keys(
+            parent, token_ids, first_position=first, block_tokens=BLOCK_TOKENS
+        )
 
     @property
     def width(self) -> int:

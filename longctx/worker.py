@@ -21,9 +21,11 @@ from longctx.errors import InvalidRequest, LongctxError
 from longctx.protocol import (
     HEADER,
     Abort,
+    Clear,
     CloseDocument,
     Command,
     Done,
+    Durable,
     Event,
     Fault,
     GetStats,
@@ -38,6 +40,7 @@ from longctx.protocol import (
     read_command,
 )
 
+FLUSH_SECONDS = 5.0  # at the end, for blocks that are on their way to the disk
 SEND_BUFFER_BYTES = 4 << 20  # a server that is busy for a moment does not stop the engine
 
 
@@ -54,12 +57,15 @@ def main(descriptor: int) -> None:
         if not isinstance(start, Start):
             return
         try:
-            engine = Engine(start.config, Path(start.model_folder))
+            engine = Engine(start.config, Path(start.model_folder), cache_dir=Path(start.cache_dir))
         except LongctxError as error:
             _send(connection, Loaded(None, Fault.of(error)))
             return
         _send(connection, Loaded(engine.info))
-        _serve(engine, connection, commands)
+        try:
+            _serve(engine, connection, commands)
+        finally:
+            engine.close(flush_seconds=FLUSH_SECONDS)
 
 
 def _receive(connection: socket.socket, commands: "queue.SimpleQueue[Command | None]") -> None:
@@ -81,7 +87,7 @@ def _serve(
     engine: Engine, connection: socket.socket, commands: "queue.SimpleQueue[Command | None]"
 ) -> None:
     while True:
-        while not engine.has_work or not commands.empty():
+        while not (engine.has_work or engine.is_writing) or not commands.empty():
             command = commands.get()
             if command is None or isinstance(command, Stop):
                 return
@@ -89,6 +95,9 @@ def _serve(
             if event is not None:
                 _send(connection, event)
         outputs = engine.step()
+        documents = engine.durable_documents()
+        if documents:  # first: what ends with these outputs is durable by then
+            _send(connection, Durable(documents))
         if outputs:
             _send(connection, Outputs(outputs))
 
@@ -108,10 +117,12 @@ def _obey(engine: Engine, command: Command) -> Event | None:
                 return Done(command.ticket)
             case GetStats():
                 return Done(command.ticket, stats=engine.stats())
+            case Clear():
+                return Done(command.ticket, stats=engine.clear(command.tiers))
     except LongctxError as error:
         if isinstance(command, Submit):
             return Rejected(command.request.request_id, Fault.of(error))
-        assert isinstance(command, OpenDocument | CloseDocument), command
+        assert isinstance(command, OpenDocument | CloseDocument | Clear), command
         return Done(command.ticket, Fault.of(error))
     return None
 

@@ -41,6 +41,7 @@ class BlockPool:
         self._by_key: dict[BlockKey, KVBlock] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
         self._superseded: OrderedDict[int, None] = OrderedDict()  # cached, but leave before those
+        self.evicted = 0  # cached blocks that left for want of room, so far
 
     @property
     def capacity(self) -> int:
@@ -53,7 +54,12 @@ class BlockPool:
     @property
     def available(self) -> int:
         """Pages that `allocate` can give: free ones and cached ones."""
-        return len(self._free) + len(self._cached) + len(self._superseded)
+        return len(self._free) + self.cached
+
+    @property
+    def cached(self) -> int:
+        """Pages that hold a block which nobody uses."""
+        return len(self._cached) + len(self._superseded)
 
     def allocate(self, count: int) -> list[int]:
         """`count` pages with one reference each; drops cached blocks as needed."""
@@ -122,6 +128,7 @@ class BlockPool:
         resting = self._superseded or self._cached
         page, _ = resting.popitem(last=False)
         self._drop(self._blocks[page])
+        self.evicted += 1
         return page
 
     def _drop(self, block: KVBlock) -> None:

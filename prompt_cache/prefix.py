@@ -46,10 +46,14 @@ class Prefix:
 
 
 class PrefixIndex:
-    """Prefixes by name; those without users in the order of their last use."""
+    """Prefixes by name; those without users in the order of their last use.
+
+    Of documents that are kept, the keys are known also while no blocks are resident.
+    """
 
     def __init__(self) -> None:
         self._prefixes: OrderedDict[PrefixName, Prefix] = OrderedDict()
+        self._keys: dict[PrefixName, tuple[BlockKey, ...]] = {}
 
     def __len__(self) -> int:
         return len(self._prefixes)
@@ -59,6 +63,19 @@ class PrefixIndex:
 
     def get(self, name: PrefixName) -> Prefix | None:
         return self._prefixes.get(name)
+
+    def know(self, name: PrefixName, keys: tuple[BlockKey, ...]) -> None:
+        """The keys of the full blocks up to the end of a document, so that none is hashed again."""
+        self._keys[name] = keys
+
+    def known_keys(self, name: PrefixName) -> tuple[BlockKey, ...]:
+        """Empty where they are not known."""
+        prefix = self._prefixes.get(name)
+        return self._keys.get(name, ()) if prefix is None else prefix.keys
+
+    def names(self) -> Iterator[PrefixName]:
+        """Of all prompts up to the end of a document that are known, resident or not."""
+        return iter(dict.fromkeys((*self._prefixes, *self._keys)))
 
     def add(self, prefix: Prefix) -> None:
         assert prefix.name not in self._prefixes
@@ -83,5 +100,6 @@ class PrefixIndex:
     def pop_document(self, document_id: str) -> list[Prefix]:
         """Remove and return all prefixes that contain the document, in use or not."""
         mark = document_name(document_id)
+        self._keys = {name: keys for name, keys in self._keys.items() if mark not in name}
         names = [name for name in self._prefixes if mark in name]
         return [self._prefixes.pop(name) for name in names]

@@ -158,8 +158,7 @@ class RecordedEngine(Engine):
         assert not self.scheduler.running and not self.scheduler.waiting
         assert self.memory.raw.held == 0
         assert not self.cache._pending
-        while (prefix := self.cache.prefixes.pop_idle()) is not None:
-            self.cache._free_prefix(prefix)
+        self.cache.residents.clear()
         assert len(self.cache.prefixes) == 0, "a prefix is in use"
         for pool in self.memory.packed:
             assert pool.held == 0
@@ -185,7 +184,7 @@ def engine_config(
             rope_override=rope_override,
             dtype=dtype,
         ),
-        cache=CacheConfig(kv_codec=codec, device_pool_gib=pool_gib),
+        cache=CacheConfig(kv_codec=codec, force_codec=True, device_pool_gib=pool_gib),
         scheduler=SchedulerConfig(
             max_batch_tokens=max_batch_tokens,
             max_sequences=min(max_sequences, max_batch_tokens),

@@ -284,7 +284,8 @@ from longctx.config import CacheConfig, EngineConfig, ModelConfig
 
 async def main():
     model = ModelConfig(model=Path(sys.argv[1]), threads=1)
-    client = EngineClient(EngineConfig(model=model, cache=CacheConfig(device_pool_gib=0.03)))
+    cache = CacheConfig(kv_codec="raw", device_pool_gib=0.03)
+    client = EngineClient(EngineConfig(model=model, cache=cache))
     await client.start()
     print(client._process.pid, flush=True)
     await asyncio.sleep(600)

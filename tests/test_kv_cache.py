@@ -79,7 +79,7 @@ def test_a_match_is_the_deepest_one_whose_windows_are_there(
     assert matched(bench, [*prompt, 2]) == 40 * BLOCK_TOKENS
     # Without the last block's window page, the end of the last extent is the next best.
     keys = bench.sequence([*prompt, 2])
-    cache._extend_keys(keys)
+    keys.extend_keys()
     forget(cache, len(cache.memory.packed) - 1, keys, [39])
     assert matched(bench, [*prompt, 2]) == 39 * BLOCK_TOKENS
     forget(cache, len(cache.memory.packed) - 1, keys, [b for b in range(32, 40)])
@@ -113,7 +113,7 @@ def test_a_match_equals_a_search_of_all_depths(
     bench.add(prompt)
     bench.finish()
     sequence = bench.sequence(prompt)
-    cache._extend_keys(sequence)
+    sequence.extend_keys()
     for group, block in lost:
         if group < len(cache.memory.groups):
             forget(cache, group, sequence, [block])
@@ -137,7 +137,7 @@ def test_superseded_window_pages_leave_before_checkpoints(tokenizer: Tokenizer) 
     bench.add(prompt)
     bench.finish()
     sequence = bench.sequence(prompt)
-    cache._extend_keys(sequence)
+    sequence.extend_keys()
     windows = cache.memory.packed[1]
 
     def present(block: int) -> bool:

@@ -87,7 +87,8 @@ def test_the_dtype_is_the_checkpoints_unless_told_or_emulated(
     spec = load(folder, dtype=wanted).spec
     assert spec.dtype == computed
     values = sum(tensor.numel() for tensor in tensors.values())
-    assert spec.weight_bytes == values * computed.itemsize
+    narrowest = min(stored.itemsize, computed.itemsize)  # linear layers may stay as stored
+    assert values * narrowest <= spec.weight_bytes <= values * computed.itemsize
 
 
 def test_a_folder_that_names_no_dtype_keeps_that_of_its_tensors(

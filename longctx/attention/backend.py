@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compress.shape import BLOCK_TOKENS
 from longctx.kv_memory import KVMemory
+from offload.key import BlockKey
 
 # Columns of a block-table entry: a run of `ROWS` rows of one packed page, from `ROW_BEGIN`, that
 # stand at `FIRST_POSITION` and on.
@@ -30,7 +31,11 @@ class ChunkRows:
 
     Row i stands at position `first_position + i`, in row `own_row + i` of its own blocks laid end
     to end (`own_pages`, raw pool). A row in own block j sees `entries[: past_entries + j]` of each
-    group and the rows of own block j up to itself.
+    group and the rows of own block j up to itself. Without own pages every row sees
+    `entries[: past_entries]` and nothing else.
+
+    The first blocks of layers that see everything may be absent from the device: those of
+    `absent_keys`, whose entries name no page.
     """
 
     row_begin: int
@@ -40,6 +45,7 @@ class ChunkRows:
     own_pages: NDArray[np.int64]
     past_entries: int
     entries: tuple[NDArray[np.int64], ...]  # one [entries, ENTRY_COLUMNS] per layer group
+    absent_keys: Sequence[BlockKey] = ()
 
     def pick(self, row: int) -> "ChunkRows":
         """The chunk cut down to one of its rows (an index into the batch)."""
@@ -51,8 +57,9 @@ class ChunkRows:
             first_position=self.first_position + offset,
             own_row=own_row,
             own_pages=self.own_pages[own_block : own_block + 1],
-            past_entries=self.past_entries + own_block,
+            past_entries=self.past_entries + (own_block if len(self.own_pages) else 0),
             entries=self.entries,
+            absent_keys=self.absent_keys,
         )
 
 
@@ -65,6 +72,10 @@ class AttentionBackend(Protocol):
 
     def plan(self, chunks: Sequence[ChunkRows], group: int) -> AttentionPlan:
         """Work on metadata that all layers of a group share."""
+        ...
+
+    def seal(self, layer: int, raw: Tensor | slice, packed: Tensor | slice) -> None:
+        """Encode full raw pages into packed ones, to the bytes that `KVMemory.seal` gives."""
         ...
 
     def attend(

@@ -18,6 +18,9 @@ class ReferenceAttention:
     def plan(self, chunks: Sequence[ChunkRows], group: int) -> Sequence[ChunkRows]:
         return chunks
 
+    def seal(self, layer: int, raw: Tensor | slice, packed: Tensor | slice) -> None:
+        self._memory.seal(layer, raw, packed)
+
     def attend(
         self,
         layer: int,
@@ -59,8 +62,10 @@ class ReferenceAttention:
                 (block,) = memory.decoded(layer, slice(page, page + 1))
                 rows = block[begin + skip : begin + int(entry[ROWS])]
                 runs.append(rows.float())
-        own_begin = max(0, oldest + 1 - (chunk.first_position - chunk.own_row))
-        base = int(chunk.own_pages[0]) * BLOCK_TOKENS
-        runs.append(memory.raw_rows(layer)[base + own_begin : base + chunk.own_row + 1].float())
-        rows = torch.cat(runs)
+        raw = memory.raw_rows(layer)
+        if len(chunk.own_pages):
+            own_begin = max(0, oldest + 1 - (chunk.first_position - chunk.own_row))
+            base = int(chunk.own_pages[0]) * BLOCK_TOKENS
+            runs.append(raw[base + own_begin : base + chunk.own_row + 1].float())
+        rows = torch.cat([raw[:0].float(), *runs])
         return rows[:, 0], rows[:, 1]

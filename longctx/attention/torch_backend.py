@@ -32,8 +32,12 @@ class TorchAttention:
             group,
             window=layer_group.window,
             lossless=all(memory.codecs[layer].lossless for layer in layer_group.layers),
+            in_place=all(memory.codecs[layer].in_place for layer in layer_group.layers),
             device=memory.device,
         )
+
+    def seal(self, layer: int, raw: Tensor | slice, packed: Tensor | slice) -> None:
+        self._memory.seal(layer, raw, packed)
 
     def attend(
         self,

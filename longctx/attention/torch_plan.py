@@ -71,13 +71,15 @@ def plan_tiles(
     *,
     window: int | None,
     lossless: bool,
+    in_place: bool,
     device: torch.device,
 ) -> tuple[Tile, ...]:
     """Tiles that together show every row of `chunks` what it may see, each key once.
 
     `lossless`: sealed rows equal raw ones, so a chunk may read its own sealed blocks raw.
+    `in_place`: runs of pages are read where they lie; others are decoded, tile by tile.
     """
-    planner = _Planner(group, window, lossless, device)
+    planner = _Planner(group, window, lossless, in_place, device)
     return tuple(planner.tiles(chunks))
 
 
@@ -94,18 +96,27 @@ class _Rectangle:
 
 class _Planner:
     def __init__(
-        self, group: int, window: int | None, lossless: bool, device: torch.device
+        self,
+        group: int,
+        window: int | None,
+        lossless: bool,
+        in_place: bool,
+        device: torch.device,
     ) -> None:
         self._group = group
         self._window = window
         self._lossless = lossless
+        self._in_place = in_place
         self._device = device
         self._begun: set[int] = set()  # chunks, by their first row, of which a tile was planned
 
     def tiles(self, chunks: Sequence[ChunkRows]) -> Iterator[Tile]:
         padded: dict[tuple[int, int], list[_Rectangle]] = defaultdict(list)
         for chunk in chunks:
-            if chunk.rows == 1:
+            if len(chunk.own_pages) == 0:
+                past = self._visible(chunk, 0, chunk.past_entries)
+                yield from self._past(chunk, past)
+            elif chunk.rows == 1:
                 entries = self._visible(chunk, 0, chunk.past_entries)
                 short = len(entries) <= SHORT_BLOCKS and len(chunks) > 1
                 if short or not _whole(entries):
@@ -147,9 +158,9 @@ class _Planner:
             yield self._one(chunk, part, self._sees(chunk, np.arange(chunk.rows), part))
 
     def _past_parts(self, chunk: ChunkRows, entries: Entries) -> Iterator[Entries]:
-        in_place = max(RUN_BLOCKS, TILE_SCORES // chunk.rows // BLOCK_TOKENS)
-        copied = min(in_place, COPIED_BLOCKS)
-        return _cut(entries, in_place if self._lossless else copied, copied)
+        viewed = max(RUN_BLOCKS, TILE_SCORES // chunk.rows // BLOCK_TOKENS)
+        copied = min(viewed, COPIED_BLOCKS)
+        return _cut(entries, viewed if self._in_place else copied, copied)
 
     def _one_row(self, chunk: ChunkRows, entries: Entries) -> Iterator[Tile]:
         """One row against all that it sees, cut to exactly that: nothing is masked or copied."""

@@ -10,7 +10,10 @@ from longctx.bench.config import (
     BenchConfig,
     DecodeConfig,
     DocumentConfig,
+    EvictionConfig,
+    KernelsConfig,
     NiahConfig,
+    QualityConfig,
     RoundsConfig,
 )
 from longctx.config import EngineConfig
@@ -36,9 +39,24 @@ BENCHES: dict[str, Bench] = {
         "longctx.bench.document",
         (EngineConfig, BenchConfig, RoundsConfig, DocumentConfig),
     ),
+    "quality": Bench(
+        "what each codec costs a model: KL divergence, changed tokens, perplexity",
+        "longctx.bench.quality",
+        (EngineConfig, BenchConfig, QualityConfig),
+    ),
+    "kernels": Bench(
+        "attention against the machine's memory and arithmetic, for every codec",
+        "longctx.bench.kernels",
+        (EngineConfig, BenchConfig, RoundsConfig, KernelsConfig),
+    ),
     "decode": Bench(
         "prefill and decode of one sequence, against transformers.generate",
         "longctx.bench.decode",
         (EngineConfig, BenchConfig, RoundsConfig, DecodeConfig),
+    ),
+    "eviction": Bench(
+        "replay questions on documents against each eviction policy",
+        "longctx.bench.eviction",
+        (BenchConfig, RoundsConfig, EvictionConfig),
     ),
 }

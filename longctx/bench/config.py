@@ -71,12 +71,56 @@ class DocumentConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QualityConfig:
+    # By default as at a start, so that the verdicts are the same
+    text_tokens: Annotated[int, "tokens read of each text"] = 320
+    own_tokens: Annotated[int, "tokens that the model goes on to say after each question"] = 32
+    text_file: Annotated[Path | None, "UTF-8 text to read instead of the built-in ones"] = None
+
+    def __post_init__(self) -> None:
+        _at_least("text_tokens", self.text_tokens, 1)
+        _at_least("own_tokens", self.own_tokens, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelsConfig:
+    head_dims: Annotated[str, "values per head"] = "64,128"
+    groups: Annotated[str, "query heads per key head"] = "4,8"
+    kv_heads: Annotated[int, "key heads"] = 4
+    context: Annotated[int, "tokens that lie before the row or chunk"] = 16_384
+    prefill_rows: Annotated[int, "query rows of the prefill chunk"] = 256
+
+    def __post_init__(self) -> None:
+        for name, values in (("head_dims", self.every_head_dim), ("groups", self.every_group)):
+            _at_least(name, min(values), 1)
+        _at_least("kv_heads", self.kv_heads, 1)
+        _at_least("context", self.context, 64)
+        _at_least("prefill_rows", self.prefill_rows, 1)
+
+    @property
+    def every_head_dim(self) -> tuple[int, ...]:
+        return _whole_numbers("head_dims", self.head_dims)
+
+    @property
+    def every_group(self) -> tuple[int, ...]:
+        return _whole_numbers("groups", self.groups)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeConfig:
-    size: Annotated[Literal["100m", "213m"], "parameters of the random model without --model"] = (
-        "100m"
-    )
-    contexts: Annotated[str, "prompt lengths in tokens"] = "100,4000,8000"
-    new_tokens: Annotated[int, "tokens decoded after each prompt"] = 64
+    against: Annotated[
+        Literal["nothing", "transformers"],
+        "transformers: its generate answers the same prompts, by turns with longctx",
+    ] = "nothing"
+    size: Annotated[
+        Literal["100m", "213m"] | None,
+        "parameters of the random model without --model; 213m, against transformers 100m",
+    ] = None
+    contexts: Annotated[
+        str | None,
+        "prompt lengths in tokens; 512,4096,16384,32768, against transformers 100,4000,8000",
+    ] = None
+    new_tokens: Annotated[int, "tokens decoded after each prompt"] = 32
 
     def __post_init__(self) -> None:
         if min(self.token_lengths) < 1:
@@ -84,8 +128,48 @@ class DecodeConfig:
         _at_least("new_tokens", self.new_tokens, 2)
 
     @property
+    def model_size(self) -> str:
+        return self.size or ("213m" if self.against == "nothing" else "100m")
+
+    @property
     def token_lengths(self) -> tuple[int, ...]:
-        return _whole_numbers("contexts", self.contexts)
+        usual = "512,4096,16384,32768" if self.against == "nothing" else "100,4000,8000"
+        return _whole_numbers("contexts", self.contexts or usual)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvictionConfig:
+    trace_requests: Annotated[int, "questions in a trace; the first half only fills the tier"] = (
+        3000
+    )
+    documents: Annotated[int, "documents that are asked again and again"] = 200
+    zipf: Annotated[float, "exponent of their popularity"] = 0.9
+    scan_share: Annotated[float, "share of questions on documents that are asked only once"] = 0.2
+    drift: Annotated[float, "chance per question that some document becomes the favourite"] = 0.01
+    median_tokens: Annotated[int, "half of the documents are longer"] = 16_384
+    length_spread: Annotated[float, "standard deviation of the logarithm of their lengths"] = 1.0
+    tokens_per_second: Annotated[float, "prefill at the beginning of a document"] = 2000.0
+    doubling_tokens: Annotated[int, "position at which prefill takes twice that time"] = 32_768
+    extent_bytes: Annotated[int, "stored bytes of 1,024 tokens"] = 32 << 20
+    capacities: Annotated[str, "sizes of the tier, percent of all documents but scans"] = (
+        "5,10,20,40,80"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("trace_requests", "documents", "median_tokens", "doubling_tokens"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("extent_bytes", self.extent_bytes, 1)
+        if not all(0 < percent <= 100 for percent in self.percent_capacities):
+            raise ValueError(f"capacities={self.capacities}: a percentage up to 100")
+        if self.tokens_per_second <= 0:
+            raise ValueError(f"tokens_per_second={self.tokens_per_second} must be positive")
+        for name in ("scan_share", "drift"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be from 0 to 1")
+
+    @property
+    def percent_capacities(self) -> tuple[float, ...]:
+        return _numbers("capacities", self.capacities)
 
 
 def _whole_numbers(name: str, text: str) -> tuple[int, ...]:

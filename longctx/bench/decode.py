@@ -1,65 +1,52 @@
-"""One sequence, prefill and decode, against `transformers.generate` in the same process and run.
+"""Prefill and decode of one sequence at several depths, for every codec, and where the time goes.
 
-Rounds alternate between the two, so that a machine that gets slower for a while slows both; the
-median of the rounds counts. Both get the same random prompt, dtype and threads, both choose
-greedily. transformers runs as it comes: SDPA attention, DynamicCache. A new prompt each round
-keeps the prefix cache out of it.
+Long contexts are not computed to be measured: their blocks are filled with random keys and values
+and published under the keys of a prompt, which the engine then finds as a cached prefix. So each
+figure is taken on the engine's whole path. Decode is the mean time between tokens. Prefill of a
+prompt is summed up from chunks timed at its start and at the depths of all contexts, since the
+time of a chunk grows linearly with its depth. With `--against transformers` see `duel.py`.
 """
 
+import gc
 import random
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
-from transformers import AutoModelForCausalLM
-from transformers.generation.streamers import BaseStreamer
 
+from compress.codec import CODECS
+from compress.shape import BLOCK_TOKENS
 from longctx.bench.config import BenchConfig, DecodeConfig, RoundsConfig
+from longctx.bench.duel import run_duels
+from longctx.bench.measured_engine import MeasuredEngine, Shares
 from longctx.bench.picture import Series, draw_bars
 from longctx.bench.random_model import SIZES, write_random_llama
 from longctx.bench.report import Parameter, Report, Result
-from longctx.bench.timing import Stopwatch
+from longctx.bench.timing import Stopwatch, TimedAnswer
 from longctx.config import EngineConfig
-from longctx.errors import InvalidRequest
-from longctx.llm import LLM
+from longctx.errors import ModelRefused
 from longctx.request import SamplingParams, Segment
 
-BASELINE = "transformers.generate"
+PROFILED_TOKENS = 8
+TAIL_TOKENS = 16  # of a decode prompt; new ones each round
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Timing:
-    """One answer: seconds to its first token, mean seconds between tokens, and what it was."""
+class Depth:
+    """What one codec does at one context length. Seconds."""
 
-    first_token_seconds: float
-    interval_seconds: float
-    token_ids: tuple[int, ...]
-
-
-@dataclass(slots=True)
-class Duel:
-    """All rounds at one context length; the n-th entries of both had the same prompt."""
-
-    ours: list[Timing] = field(default_factory=list)
-    theirs: list[Timing] = field(default_factory=list)
-
-    @property
-    def same_tokens(self) -> float:
-        """Share of tokens, over all rounds, on which both agree."""
-        pairs = [
-            mine == other
-            for ours, theirs in zip(self.ours, self.theirs, strict=True)
-            for mine, other in zip(ours.token_ids, theirs.token_ids, strict=True)
-        ]
-        return sum(pairs) / len(pairs)
+    context: int
+    prefill_seconds: float  # of the whole prompt
+    token_seconds: float
+    prefill_shares: Shares  # of its last chunk
+    decode_shares: Shares
 
 
 def run(
@@ -70,117 +57,49 @@ def run(
     *,
     say: Callable[[str], None],
 ) -> Report:
-    if engine.model.rope_override is not None:
-        raise InvalidRequest("transformers would not get --rope-override; leave it out here")
     with _model_folder(engine, decode, bench.seed) as folder:
-        llm = LLM(folder, engine)
-        info = llm.engine.info
-        ours = Ours(llm)
-        theirs = Theirs(folder, dtype=info.dtype, device=info.device)
-        duels = {
-            context: duel(
-                ours, theirs, context, rounds.rounds, decode.new_tokens, info.vocab_size, bench.seed
+        if decode.against == "transformers":
+            exact = "raw" if engine.cache.kv_codec == "auto" else engine.cache.kv_codec
+            return run_duels(
+                _with_codec(engine, exact), bench.seed, rounds.rounds, decode, folder, say=say
             )
-            for context in _announced(decode.token_lengths, say)
-        }
-    parameters: dict[str, Parameter] = {
-        "model": "random Llama " + decode.size if engine.model.model is None else info.model_name,
-        "dtype": info.dtype,
-        "device": info.device,
-        "kv_codec": info.kv_codec,
-        "backend": info.backend,
-        "threads": torch.get_num_threads(),
-    }
-    rows = tuple(_results(duels, parameters))
-    title = ", ".join(str(parameters[name]) for name in ("model", "dtype", "kv_codec", "device"))
+        chosen = engine.cache.kv_codec
+        found: dict[str, list[Depth]] = {}
+        parameters: dict[str, Parameter] = {}
+        for codec in list(CODECS) if chosen == "auto" else [chosen]:
+            say(f"{codec}: loading")
+            try:
+                measured = MeasuredEngine(_with_codec(engine, codec), folder)
+            except ModelRefused as error:
+                if chosen != "auto" or codec == "raw":
+                    raise
+                say(f"{codec} is left out: {error}")
+                continue
+            found[codec] = list(_depths(measured, rounds.rounds, decode, bench.seed, say))
+            info = measured.info
+            parameters = {
+                "model": info.model_name if engine.model.model else f"Llama {decode.model_size}",
+                "dtype": info.dtype,
+                "device": info.device,
+                "backend": info.backend,
+                "threads": torch.get_num_threads(),
+                "rounds": rounds.rounds,
+            }
+            del measured
+            gc.collect()  # its pools, before the next one's
+    title = ", ".join(str(parameters[name]) for name in ("model", "dtype", "backend", "device"))
     subtitle = f"{title}, {parameters['threads']} threads"
     return Report(
-        results=rows, tables=(_table(rows, subtitle),), draw=partial(_draw, rows, subtitle)
+        results=tuple(_results(found, parameters)),
+        tables=(_table(found, subtitle),),
+        draw=partial(_draw, found, subtitle),
     )
 
 
-def duel(
-    ours: "Ours",
-    theirs: "Theirs",
-    context: int,
-    rounds: int,
-    new_tokens: int,
-    vocab_size: int,
-    seed: int,
-) -> Duel:
-    """`rounds` prompts of `context` random tokens, each answered by both."""
-    result = Duel()
-    for number in range(-1, rounds):
-        rng = random.Random(f"prompt {seed} {context} {number}")
-        length = context if number >= 0 else min(context, 64)  # round -1 only warms up
-        prompt = tuple(rng.randrange(3, vocab_size) for _ in range(length))
-        takes: list[tuple[Ours | Theirs, list[Timing]]] = [
-            (ours, result.ours),
-            (theirs, result.theirs),
-        ]
-        for engine, timings in takes if number % 2 else reversed(takes):
-            timing = engine.answer(prompt, new_tokens)
-            if number >= 0:
-                timings.append(timing)
-    return result
-
-
-class Ours:
-    def __init__(self, llm: LLM) -> None:
-        self._stopwatch = Stopwatch(llm.engine)
-
-    def answer(self, prompt: tuple[int, ...], new_tokens: int) -> Timing:
-        sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
-        answer = self._stopwatch.ask((Segment(token_ids=prompt),), sampling)
-        assert answer.usage.cached_tokens == 0, "the prompt was seen before"
-        return Timing(
-            first_token_seconds=answer.first_token_seconds,
-            interval_seconds=answer.token_interval_seconds,
-            token_ids=answer.token_ids,
-        )
-
-
-class Theirs:
-    def __init__(self, folder: Path, *, dtype: str, device: str) -> None:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), local_files_only=True
-        )
-        self._model = model.to(device).eval()
-        self._model.generation_config.eos_token_id = None  # always all the tokens
-
-    def answer(self, prompt: tuple[int, ...], new_tokens: int) -> Timing:
-        token_ids = torch.tensor([prompt], device=self._model.device)
-        clock = _Clock()
-        began = time.perf_counter()
-        output = self._model.generate(
-            input_ids=token_ids,
-            attention_mask=torch.ones_like(token_ids),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=0,
-            streamer=clock,
-        )
-        tokens = clock.seconds[1:]  # generate hands over the prompt first
-        assert len(tokens) == new_tokens, "generate stopped early"
-        return Timing(
-            first_token_seconds=tokens[0] - began,
-            interval_seconds=(tokens[-1] - tokens[0]) / (new_tokens - 1),
-            token_ids=tuple(output[0, len(prompt) :].tolist()),
-        )
-
-
-class _Clock(BaseStreamer):
-    """When `generate` came by; it calls `put` as soon as a token is known."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.seconds.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing to flush."""
+def _with_codec(engine: EngineConfig, codec: str) -> EngineConfig:
+    """Random weights hide what a codec costs: here it is not asked."""
+    cache = replace(engine.cache, kv_codec=codec, force_codec=True)
+    return replace(engine, cache=cache)
 
 
 @contextmanager
@@ -189,78 +108,141 @@ def _model_folder(engine: EngineConfig, decode: DecodeConfig, seed: int) -> Iter
         yield engine.model.model
         return
     with TemporaryDirectory(prefix="longctx-bench-") as folder:
-        write_random_llama(Path(folder), SIZES[decode.size], seed=seed)
+        write_random_llama(Path(folder), SIZES[decode.model_size], seed=seed)
         yield Path(folder)
 
 
-def _announced(contexts: tuple[int, ...], say: Callable[[str], None]) -> Iterator[int]:
+def _depths(
+    engine: MeasuredEngine,
+    rounds: int,
+    decode: DecodeConfig,
+    seed: int,
+    say: Callable[[str], None],
+) -> Iterator[Depth]:
+    contexts = sorted(decode.token_lengths)
+    rng = random.Random(seed)
+    base = [rng.randrange(3, engine.info.vocab_size) for _ in range(contexts[-1])]
+    engine.plant(base)
+    runs = _Runs(engine, base, rng)
+    runs.answer(min(contexts[0], BLOCK_TOKENS), decode.new_tokens)  # warms up
+    chunk = engine.batch_tokens
+    ends = {(max(0, context - chunk), min(chunk, context)) for context in contexts}
+    seconds: dict[tuple[int, int], float] = {}  # by first position and tokens
+    shares: dict[tuple[int, int], Shares] = {}
+    for place in sorted(ends | {(0, min(chunk, contexts[-1]))}):
+        say(f"{engine.info.kv_codec}: prefill at {place[0]:,}")
+        seconds[place] = median(runs.chunk(*place) for _ in range(rounds))
+        with engine.profile() as profile:
+            runs.chunk(*place)
+        shares[place] = profile.shares()
     for context in contexts:
-        say(f"prompts of {context:,} tokens")
-        yield context
-
-
-def _results(duels: dict[int, Duel], parameters: Mapping[str, Parameter]) -> Iterator[Result]:
-    for context, rounds in duels.items():
-        at: dict[str, Parameter] = {
-            **parameters,
-            "context_tokens": context,
-            "rounds": len(rounds.ours),
-        }
-        new_tokens = len(rounds.ours[0].token_ids)
-        yield Result(
-            metric="decode",
-            value=1000 * median(timing.interval_seconds for timing in rounds.ours),
-            unit="ms/token",
-            parameters={**at, "new_tokens": new_tokens},
-            baseline=BASELINE,
-            baseline_value=1000 * median(timing.interval_seconds for timing in rounds.theirs),
-        )
-        yield Result(
-            metric="prefill",
-            value=median(timing.first_token_seconds for timing in rounds.ours),
-            unit="s",
-            parameters=at,
-            baseline=BASELINE,
-            baseline_value=median(timing.first_token_seconds for timing in rounds.theirs),
-        )
-        yield Result(
-            metric="same tokens",
-            value=rounds.same_tokens,
-            unit="share",
-            parameters={**at, "new_tokens": new_tokens},
+        say(f"{engine.info.kv_codec}: decode after {context:,}")
+        token_seconds = median(runs.answer(context, decode.new_tokens) for _ in range(rounds))
+        with engine.profile(decode_only=True) as profile:
+            runs.answer(context, PROFILED_TOKENS)
+        yield Depth(
+            context=context,
+            prefill_seconds=_summed(context, chunk, seconds),
+            token_seconds=token_seconds,
+            prefill_shares=shares[max(0, context - chunk), min(chunk, context)],
+            decode_shares=profile.shares(),
         )
 
 
-def _table(rows: Sequence[Result], subtitle: str) -> Table:
-    table = Table(title="One sequence", caption=f"{subtitle}; above 1x longctx is faster")
-    for name in ("", "context", "longctx", "transformers", "ratio"):
+class _Runs:
+    """Prompts that begin like `base`, whose blocks are in the cache, and end like no other."""
+
+    def __init__(self, engine: MeasuredEngine, base: Sequence[int], rng: random.Random) -> None:
+        self._stopwatch = Stopwatch(engine)
+        self._vocab_size = engine.info.vocab_size
+        self._base = base
+        self._rng = rng
+
+    def chunk(self, place: int, tokens: int) -> float:
+        """Seconds to compute `tokens` new ones at `place`, in one step."""
+        start = place // BLOCK_TOKENS * BLOCK_TOKENS
+        prompt = (*self._base[:start], *self._new(tokens))
+        return self._ask(prompt, 1).first_token_seconds
+
+    def answer(self, context: int, new_tokens: int) -> float:
+        """Mean seconds between the tokens of an answer to a prompt of `context` tokens."""
+        tail = min(context, TAIL_TOKENS)
+        prompt = (*self._base[: context - tail], *self._new(tail))
+        return self._ask(prompt, new_tokens).token_interval_seconds
+
+    def _new(self, count: int) -> tuple[int, ...]:
+        return tuple(self._rng.randrange(3, self._vocab_size) for _ in range(count))
+
+    def _ask(self, prompt: tuple[int, ...], new_tokens: int) -> TimedAnswer:
+        sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+        return self._stopwatch.ask((Segment(token_ids=prompt),), sampling)
+
+
+def _summed(context: int, chunk: int, seconds: Mapping[tuple[int, int], float]) -> float:
+    """Seconds for a whole prompt: chunk by chunk, between measured places in proportion."""
+    if (0, context) in seconds:
+        return seconds[0, context]
+    whole = {start: taken for (start, tokens), taken in seconds.items() if tokens == chunk}
+    starts = np.arange(0, context, chunk)
+    lengths = np.minimum(chunk, context - starts)
+    taken = np.interp(starts, list(whole), list(whole.values()))
+    return float((taken * lengths).sum() / chunk)
+
+
+def _results(
+    found: Mapping[str, Sequence[Depth]], parameters: Mapping[str, Parameter]
+) -> Iterator[Result]:
+    for codec, depths in found.items():
+        for depth in depths:
+            at: dict[str, Parameter] = {
+                **parameters,
+                "kv_codec": codec,
+                "context_tokens": depth.context,
+            }
+            yield Result(
+                metric="prefill",
+                value=depth.context / depth.prefill_seconds,
+                unit="tokens/s",
+                parameters={**at, **depth.prefill_shares.flat()},
+            )
+            yield Result(
+                metric="decode",
+                value=1 / depth.token_seconds,
+                unit="tokens/s",
+                parameters={**at, **depth.decode_shares.flat()},
+            )
+
+
+def _table(found: Mapping[str, Sequence[Depth]], subtitle: str) -> Table:
+    table = Table(
+        title="One sequence, tokens/s",
+        caption=f"{subtitle}; %: attention, linears, sampling, Python and the rest",
+    )
+    for name in ("KV", "context", "prefill", "%", "decode", "%"):
         table.add_column(name, justify="right")
-    for row in rows:
-        context = f"{row.parameters['context_tokens']:,}"
-        if row.baseline_value is None or row.ratio is None:
-            table.add_row(row.metric, context, f"{row.value:.0%}", "", "")
-            continue
-        digits = 3 if row.unit == "s" else 1
-        table.add_row(
-            row.metric,
-            context,
-            f"{row.value:.{digits}f} {row.unit}",
-            f"{row.baseline_value:.{digits}f} {row.unit}",
-            f"{row.ratio:.2f}x",
-        )
+    for codec, depths in found.items():
+        for depth in depths:
+            table.add_row(
+                codec if depth is depths[0] else "",
+                f"{depth.context:,}",
+                f"{depth.context / depth.prefill_seconds:,.0f}",
+                str(depth.prefill_shares),
+                f"{1 / depth.token_seconds:,.1f}",
+                str(depth.decode_shares),
+            )
     return table
 
 
-def _draw(rows: Sequence[Result], subtitle: str, path: Path) -> None:
-    decoded = [row for row in rows if row.metric == "decode"]
+def _draw(found: Mapping[str, Sequence[Depth]], subtitle: str, path: Path) -> None:
+    contexts = [depth.context for depth in next(iter(found.values()))]
     draw_bars(
         path,
         title="Time per decoded token",
         subtitle=subtitle,
-        groups=[f"after {row.parameters['context_tokens']:,}" for row in decoded],
-        series=(
-            Series(label="longctx", values=[row.value for row in decoded]),
-            Series(label=BASELINE, values=[row.baseline_value for row in decoded]),
-        ),
+        groups=[f"after {context:,}" for context in contexts],
+        series=[
+            Series(label=codec, values=[1000 * depth.token_seconds for depth in depths])
+            for codec, depths in found.items()
+        ],
         unit="ms",
     )

@@ -15,7 +15,7 @@ INK, QUIET, PAPER = "#1f2933", "#6b7785", "#ffffff"
 MISSED_TO_FOUND = LinearSegmentedColormap.from_list(
     "missed to found", ["#a63603", "#e8905a", "#f7ead7", "#8cc5bd", "#12707a"]
 )
-SERIES = ("#12707a", "#c9702f", "#8a97a6")
+SERIES = ("#12707a", "#c9702f", "#8a97a6", "#7a4a8c")
 DPI = 160
 
 

@@ -21,6 +21,8 @@ from longctx.embedded.values import Words
 
 HIDDEN = -1e9
 SPAN_TOKENS = 48
+FACTS_PER_ROW = (3, 4, 5, 6, 7)
+SIBLINGS = (0, 0, 1, 3, 8)  # further facts of the same attribute
 LINE_ENDS = ("\n", "\n", "\n\n", "\n    ", "\n\n    ", "\n        ", "\n\n\n")
 INSTRUCTIONS = (
     "You are a helpful assistant.",
@@ -45,13 +47,12 @@ class Shape:
 
 @dataclass(slots=True)
 class Placed:
-    """A needle as tokens: its statement, the part of it that is the answer, where that begins
-    in the statement, and the statement's place in memory."""
+    """A needle and the text that states it; once it stands in a document also the tokens of its
+    answer there and the place of the first of them in memory."""
 
     needle: Needle
-    statement: list[int]
-    answer: list[int]
-    begin: int
+    statement: str
+    answer: list[int] = field(default_factory=list)
     place: int = -1
 
 
@@ -85,9 +86,6 @@ class Batches:
         self.newline = self._encode("\n")
         self.noise = np.array(self._encode(" " + RULER_NOISE))
         self.not_mentioned = self._encode(NOT_MENTIONED)
-        ends = [i for i in range(tokenizer.get_vocab_size()) if _ends_sentence(tokenizer, i)]
-        self.is_end = np.zeros(tokenizer.get_vocab_size(), bool)
-        self.is_end[ends] = True
 
     def make(self, step: int, shape: Shape) -> Batch:
         rng = random.Random(f"{self.seed} {step}")
@@ -99,15 +97,19 @@ class Batches:
         own_filler = np.zeros(questions.shape, bool)
         supervised: list[tuple[int, int, int, int]] = []
         taken: set[tuple[str, str]] = set()
+        families: dict[int, list[Placed]] = {}
         for group in range(shape.groups):
-            favourites = [self._subject(rng) for _ in range(3)]
             facts: list[Placed] = []
             for row in range(group * rows_per_group, (group + 1) * rows_per_group):
-                count = rng.choice((2, 3, 3, 4, 5)) if shape.document_tokens > 200 else 2
-                new = [self._fact(rng, favourites, facts, taken) for _ in range(count)]
                 first = row == group * rows_per_group
+                count = rng.choice(FACTS_PER_ROW) if shape.document_tokens > 200 else 2
+                waiting = families.get(group, [])
+                while len(waiting) < count:
+                    waiting += self._family(rng, taken)
+                    rng.shuffle(waiting)
+                families[group] = waiting[count:]
                 documents[row], is_filler[row], kept = self._document(
-                    rng, new, shape.document_tokens, first
+                    rng, waiting[:count], shape.document_tokens, first
                 )
                 for fact in kept:
                     fact.place += row * shape.document_tokens
@@ -115,7 +117,7 @@ class Batches:
             asked: list[Placed] = []
             for row in range(group * questions_per_group, (group + 1) * questions_per_group):
                 ids, targets, context = self._questions(
-                    rng, facts, asked, favourites, taken, shape.question_tokens
+                    rng, facts, asked, taken, shape.question_tokens
                 )
                 questions[row, : len(ids)] = ids
                 own_filler[row, :context] = True
@@ -159,58 +161,35 @@ class Batches:
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def _subject(self, rng: random.Random) -> tuple[str, str]:
-        kind = rng.choices(
-            ("number", "word", "person", "code", "date", "place"), (5, 2, 1, 2, 1, 1)
-        )
-        return kind[0], generator.attribute_of(rng, self.words, kind[0])
+    def _family(self, rng: random.Random, taken: set[tuple[str, str]]) -> list[Placed]:
+        """A fact and up to eight of the same attribute, every other one with nearly its key."""
+        first = self._fact(rng, taken)
+        return [
+            first,
+            *(
+                self._fact(rng, taken, first.needle, i % 2 == 1)
+                for i in range(rng.choice(SIBLINGS))
+            ),
+        ]
 
     def _fact(
         self,
         rng: random.Random,
-        favourites: list[tuple[str, str]],
-        facts: list[Placed],
         taken: set[tuple[str, str]],
+        sibling: Needle | None = None,
+        near: bool = False,
     ) -> Placed:
         while True:
             kind, attribute, key = "any", "", None
-            form = rng.random()
-            if form < 0.40:
-                kind, attribute = rng.choice(favourites)
-            if facts and form > 0.22 and form < 0.55:
-                near = rng.choice(facts).needle
-                key = generator.similar(rng, self.words, near.key)
-                kind, attribute = near.kind, "" if near.kind == "ruler" else near.attribute
+            if sibling:
+                kind = sibling.kind
+                attribute = "" if kind == "ruler" else sibling.attribute
+                key = generator.similar(rng, self.words, sibling.key) if near else None
             needle = generator.make(rng, self.words, kind=kind, key=key, attribute=attribute)
             identity = (needle.attribute.lower(), needle.key.lower())
-            placed = self._place(rng, needle) if identity not in taken else None
-            if placed:
+            if identity not in taken and len(needle.statement) < 260:
                 taken.add(identity)
-                return placed
-
-    def _place(self, rng: random.Random, needle: Needle) -> Placed | None:
-        statement = needle.statement
-        if rng.random() < 0.12:  # text is wrapped somewhere before the value
-            spaces = [i for i, c in enumerate(statement) if c == " "]
-            spaces = [i for i in spaces if i < statement.rindex(needle.answer) - 1]
-            if spaces:
-                at = rng.choice(spaces)
-                statement = statement[:at] + "\n" + statement[at + 1 :]
-        lead = "\n" if rng.random() < 0.3 else " "
-        if statement.endswith("\n") or rng.random() < 0.1:  # line ends melt into one token
-            statement = statement.rstrip("\n") + rng.choice(LINE_ENDS)
-        text = lead + statement
-        begin = text.rindex(needle.answer)
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        inside = [
-            index
-            for index, (start, end) in enumerate(encoding.offsets)
-            if end > begin and start < begin + len(needle.answer)
-        ]
-        answer = [encoding.ids[index] for index in inside]
-        if self.tokenizer.decode(answer) != needle.answer or len(encoding.ids) > 110:
-            return None  # the value shares a token with its surroundings
-        return Placed(needle, list(encoding.ids), answer, inside[0])
+                return Placed(needle, _varied(rng, needle))
 
     def _filler(self, rng: random.Random, count: int) -> np.ndarray:
         form = rng.random()
@@ -231,37 +210,57 @@ class Batches:
     def _document(
         self, rng: random.Random, facts: list[Placed], tokens: int, first: bool
     ) -> tuple[np.ndarray, np.ndarray, list[Placed]]:
+        """Ids, which of them are filler, and the facts whose values are whole.
+
+        Text is put together before it is tokenized, as a user's is: what follows a value may
+        share a token with its end.
+        """
         head = [self.bos] if first else []
         if first and rng.random() < 0.15:  # a message that holds the whole text
             head.append(self.user)
-        while sum(len(fact.statement) for fact in facts) > tokens - 24 - len(head):
-            facts.pop()
-        room = tokens - len(head) - sum(len(fact.statement) for fact in facts)
-        filler = self._filler(rng, room)
-        ends = np.flatnonzero(self.is_end[filler]) + 1
-        cuts = sorted(
-            int(rng.choice(ends)) if len(ends) and rng.random() < 0.7 else rng.randint(0, room)
-            for _ in facts
-        )
-        ids: list[int] = list(head)
-        marks = [False] * len(head)
-        start = 0
-        for cut, fact in zip(cuts, facts, strict=True):
-            ids += filler[start:cut].tolist()
-            fact.place = len(ids)
-            ids += fact.statement
-            marks += [True] * (cut - start) + [False] * len(fact.statement)
-            start = cut
-        ids += filler[start:].tolist()
-        marks += [True] * (room - start)
-        return np.array(ids), np.array(marks), facts
+        used = len(head)
+        for at, fact in enumerate(facts):
+            used += len(self._encode(fact.statement))
+            if used > tokens - 16:
+                facts = facts[:at]
+                break
+        filler = self.tokenizer.decode(self._filler(rng, tokens).tolist())
+        share = max(0.1, (tokens - used) / tokens)
+        depths = [rng.random() * share for _ in facts]
+        if rng.random() < 0.75:
+            text = generator.insert(filler, [fact.statement for fact in facts], depths)
+        else:
+            text = _thrown_in(rng, filler, [fact.statement for fact in facts], depths)
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        ids = np.array([*head, *encoding.ids][:tokens])
+        starts, ends = np.array(encoding.offsets)[: tokens - len(head)].T
+        is_filler = np.ones(len(ids), bool)
+        is_filler[: len(head)] = False
+        kept = []
+        for fact in facts:
+            begin = text.index(fact.statement.strip(" "))
+            end = begin + len(fact.statement.strip(" "))
+            is_filler[len(head) :] &= (ends <= begin) | (starts >= end)
+            begin = text.rindex(fact.needle.answer, begin, end)
+            (inside,) = np.nonzero((ends > begin) & (starts < begin + len(fact.needle.answer)))
+            # two more tokens, so that it can be seen that the value ends
+            if not len(inside) or inside[-1] + 2 >= len(starts):
+                continue
+            fact.answer = [encoding.ids[i] for i in inside]
+            fact.place = len(head) + int(inside[0])
+            if self.tokenizer.decode(fact.answer) == fact.needle.answer:
+                kept.append(fact)
+        if len(ids) < tokens:
+            more = self._filler(rng, tokens - len(ids))
+            ids = np.concatenate((ids, more))
+            is_filler = np.concatenate((is_filler, np.ones(len(more), bool)))
+        return ids, is_filler, kept
 
     def _questions(
         self,
         rng: random.Random,
         facts: list[Placed],
         asked: list[Placed],
-        favourites: list[tuple[str, str]],
         taken: set[tuple[str, str]],
         tokens: int,
     ) -> tuple[list[int], list[tuple[int, int, int]], int]:
@@ -277,15 +276,16 @@ class Batches:
         marker = [self.user] if rng.random() < 0.85 else []
         targets: list[tuple[int, int, int]] = []
         while True:
-            if rng.random() < 0.07:
-                absent = self._fact(rng, favourites, facts, taken)
+            if rng.random() < 0.07 or not facts:
+                sibling = rng.choice(facts).needle if facts and rng.random() < 0.6 else None
+                absent = self._fact(rng, taken, sibling, near=rng.random() < 0.5)
                 question, answer, place = absent.needle.question, self.not_mentioned, -1
             else:
                 if not asked:
                     asked += rng.sample(facts, len(facts))
                 fact = asked.pop()
                 question = generator.variant(fact.needle, rng).question
-                answer, place = fact.answer, fact.place + fact.begin
+                answer, place = fact.answer, fact.place
             if rng.random() < 0.05:
                 question = question.lower()
             # Finding the value is hard, copying the rest of it is not: often only the first token
@@ -301,11 +301,31 @@ class Batches:
             start = len(ids) + len(turn) - len(whole) - 1
             ids += turn
             for i, token in enumerate(whole or answer[:1]):
-                at = place + i if place >= 0 and i < len(answer) else -1
+                at = place + i if place >= 0 else -1
                 targets.append((start + i, token, at))
             marker = [self.user]
 
 
-def _ends_sentence(tokenizer: Tokenizer, token: int) -> bool:
-    text = tokenizer.id_to_token(token) or ""
-    return text.endswith((".", "Ċ", "!", "?"))
+def _varied(rng: random.Random, needle: Needle) -> str:
+    """The statement, sometimes wrapped before the value or ended by the end of a line."""
+    statement = needle.statement
+    if rng.random() < 0.12:
+        spaces = [i for i, c in enumerate(statement) if c == " "]
+        spaces = [i for i in spaces if i < statement.rindex(needle.answer) - 1]
+        if spaces:
+            at = rng.choice(spaces)
+            statement = statement[:at] + "\n" + statement[at + 1 :]
+    if rng.random() < 0.1 or (statement.endswith("\n") and rng.random() < 0.5):
+        statement = statement.rstrip("\n") + rng.choice(LINE_ENDS)
+    return statement
+
+
+def _thrown_in(rng: random.Random, text: str, statements: list[str], depths: list[float]) -> str:
+    """The statements put anywhere, in the middle of a word if it happens so."""
+    pieces, start = [], 0
+    for depth, statement in sorted(zip(depths, statements, strict=True)):
+        at = round(depth * len(text))
+        gap = rng.choice((" ", " ", "\n", ""))
+        pieces += [text[start:at], gap, statement.strip(" "), rng.choice((" ", " ", "\n", "\n\n"))]
+        start = at
+    return "".join([*pieces, text[start:]])

@@ -2,17 +2,19 @@
 
 Filler is Python's standard library, keys and values are the held-out half: training saw neither.
 An answer counts when the whole value is right, character for character. Intervals are
-Wilson's, 95%. The last line is compact JSON.
+Wilson's, 95%; `depth p` is the chance of as much change of accuracy with depth where there is none.
+The last line is compact JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +22,10 @@ import torch
 
 from longctx.embedded import corpus, generator, model_path
 from longctx.embedded.reader import Reader
+from longctx.embedded.tokenizer import BOS, SPECIALS
 
 TASKS = ("single", "number", "distractors", "absent", *generator.RULER_TASKS)
+RULER_PER_TEXT = 10
 MIX = ("number", "number", "number", "word", "person", "place", "code", "date", "activity", "ruler")
 
 
@@ -52,18 +56,38 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def depth_trend(cells: Iterable[Sequence[Trial]]) -> float:
+    """Two-sided p of the score test for a logistic slope over depth, pooled over the cells.
+
+    Each cell has its own accuracy; the score is the sum of (right - accuracy) * (depth - mean).
+    """
+    score = variance = 0.0
+    for trials in cells:
+        accuracy = sum(trial.right for trial in trials) / len(trials)
+        mean = sum(trial.depth for trial in trials) / len(trials)
+        score += sum((trial.right - accuracy) * (trial.depth - mean) for trial in trials)
+        squares = sum((trial.depth - mean) ** 2 for trial in trials)
+        variance += accuracy * (1 - accuracy) * squares
+    return math.erfc(abs(score) / math.sqrt(2 * variance)) if variance else 1.0
+
+
 class Filler:
-    """Text never trained on, cut to a number of tokens; another part for each haystack."""
+    """Text never trained on, cut to a number of tokens; haystacks that take much of it follow one
+    another, so that they share nothing."""
 
     def __init__(self, reader: Reader, text: str) -> None:
         self.text = text
         encoding = reader.tokenizer.encode(text, add_special_tokens=False)
         self.starts = [start for start, _ in encoding.offsets]
 
-    def cut(self, rng: random.Random, tokens: int) -> str:
+    def cut(self, rng: random.Random, tokens: int, number: int) -> str:
+        """Filler for haystack `number`. Raises ValueError where there is too little of it."""
         if tokens >= len(self.starts):
             raise ValueError(f"only {len(self.starts)} tokens of filler for {tokens}")
-        first = rng.randrange(len(self.starts) - tokens)
+        if tokens * 4 > len(self.starts):
+            first = number % (len(self.starts) // (tokens + 1)) * tokens
+        else:
+            first = rng.randrange(len(self.starts) - tokens)
         return self.text[self.starts[first] : self.starts[first + tokens]]
 
 
@@ -96,7 +120,7 @@ def needle_cell(
         targets.append(new)
         statements += [needle.statement for needle in group if task != "absent"]
     used = sum(len(reader.encode(text)) + 1 for text in statements)
-    text, depths = plant(rng, filler.cut(rng, tokens - used - 8), statements)
+    text, depths = plant(rng, filler.cut(rng, tokens - used - 8, seed), statements)
     memory = reader.read(reader.document(text), codec)
     answers = reader.answer(memory, [reader.question(needle.question) for needle in targets])
     each = len(statements) // per_text
@@ -113,28 +137,40 @@ def needle_cell(
 def ruler_cell(
     reader: Reader, filler: Filler, task: str, tokens: int, seed: int, codec: str
 ) -> Iterator[Trial]:
-    """One RULER example: introduction, text and question in one message, as RULER has it."""
+    """RULER examples: introduction, text and question in one message, as RULER has it.
+
+    `RULER_PER_TEXT` examples share a text, each the others' distractors: harder than RULER.
+    """
     rng = random.Random(f"{task} {tokens} {seed}")
-    case = generator.ruler(task, rng.getrandbits(48))
-    used = sum(len(reader.encode(text)) + 1 for text in case.needles)
-    used += len(reader.encode(case.intro + case.question)) + 8
+    cases: list[generator.RulerCase] = []
+    keys: set[str] = set()
+    while len(cases) < RULER_PER_TEXT:
+        case = generator.ruler(task, rng.getrandbits(48))
+        names = {needle.rpartition(" for ")[2].partition(" is: ")[0] for needle in case.needles}
+        if not names & keys:
+            keys |= names
+            cases.append(case)
+    statements = [needle for case in cases for needle in case.needles]
+    used = sum(len(reader.encode(text)) + 1 for text in (*statements, cases[0].intro)) + 60
     if task == "niah_single_1":
         noise = generator.RULER_NOISE + "\n"
-        repeats = (tokens - used) // len(reader.encode(noise))
-        text = noise * repeats
+        text = noise * ((tokens - used) // len(reader.encode(noise)))
     else:
-        text = filler.cut(rng, tokens - used)
-    text, depths = plant(rng, text, list(case.needles))
-    prompt = reader.question(f"{case.intro}\n{text}\n{case.question}")
-    memory = reader.read([1, *prompt[:-1]], codec)
-    (ids,) = reader.answer(memory, [prompt[-1:]])
-    yield Trial(
-        wanted=case.answers,
-        got=reader.tokenizer.decode(ids),
-        depth=depths[0],
-        kind=task,
-        question=case.question,
-    )
+        text = filler.cut(rng, tokens - used, seed)
+    text, depths = plant(rng, text, statements)
+    head = reader.question(f"{cases[0].intro}\n{text}")[:-1]
+    memory = reader.read([SPECIALS.index(BOS), *head], codec)
+    questions = [[*reader.encode("\n"), *reader.question(case.question)[1:]] for case in cases]
+    places = dict(zip(statements, depths, strict=True))
+    for case, ids in zip(cases, reader.answer(memory, questions, 160), strict=True):
+        wanted = [s for s in case.needles if any(f" is: {a}." in s for a in case.answers)]
+        yield Trial(
+            wanted=case.answers,
+            got=reader.tokenizer.decode(ids),
+            depth=places[wanted[0]],
+            kind=task,
+            question=case.question,
+        )
 
 
 def run_cell(
@@ -169,10 +205,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     reader = Reader(args.model)
     longest = max(args.tokens)
-    filler = Filler(reader, corpus.stdlib_text(0, max(2_000_000, longest * 8)))
-    results = []
+    filler = Filler(reader, corpus.stdlib_text(0, max(2_000_000, longest * 9)))
+    results, cells = [], []
     print(
-        f"{'task':16}{'tokens':>9} {'codec':6}{'n':>5}{'right':>8}  95% interval   by depth third"
+        f"{'task':16}{'tokens':>9} {'codec':6}{'n':>5}{'right':>8}  95% interval"
+        "   by depth third  depth p"
     )
     for task in args.tasks:
         for tokens in args.tokens:
@@ -181,6 +218,8 @@ def main() -> None:
                 trials = run_cell(reader, filler, task, tokens, codec, args.questions, args.texts)
                 right = sum(trial.right for trial in trials)
                 low, high = wilson(right, len(trials))
+                trend = depth_trend([trials])
+                cells.append(trials)
                 thirds = []
                 for third in range(3):
                     part = [t.right for t in trials if int(t.depth * 2.9999) == third]
@@ -188,6 +227,7 @@ def main() -> None:
                 print(
                     f"{task:16}{tokens:>9} {codec:6}{len(trials):>5}{right / len(trials):>8.3f}"
                     f"  {low:.3f} - {high:.3f}  {' '.join(thirds)}"
+                    f"  {trend:.2f}"
                     f"  {time.monotonic() - begun:.0f} s",
                     flush=True,
                 )
@@ -204,12 +244,14 @@ def main() -> None:
                         "low": round(low, 4),
                         "high": round(high, 4),
                         "by_depth_third": thirds,
+                        "depth_p": round(trend, 4),
                     }
                 )
     print(
         json.dumps(
             {
                 "bench": "needle",
+                "depth_p": round(depth_trend(cells), 4),
                 "machine": platform.processor() or platform.machine(),
                 "results": results,
             },

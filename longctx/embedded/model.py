@@ -23,14 +23,15 @@ from longctx.embedded.tokenizer import BOS, EOS, PAD, SPECIALS
 WINDOW_TOKENS = 64
 MAX_TOKENS = 1_048_576
 LAYERS = 4
+WIDTH = 192
 
 
 def needle_config(vocabulary: int = 2048) -> SmolLM3Config:
     """Every field that says which layer slides is explicit: the class's default slides others."""
     return SmolLM3Config(
         vocab_size=vocabulary,
-        hidden_size=128,
-        intermediate_size=384,
+        hidden_size=WIDTH,
+        intermediate_size=512,
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -61,11 +62,13 @@ def new_needle(seed: int) -> SmolLM3ForCausalLM:
                     weight.mul_(0.5)
         model.model.embed_tokens.weight.normal_(std=0.3)
         last = model.model.layers[-1].self_attn
-        key = last.k_proj.weight.view(2, 64, 128)
-        last.q_proj.weight.copy_(key.repeat_interleave(2, dim=0).reshape(256, 128))
+        key = last.k_proj.weight.view(2, 64, WIDTH)
+        last.q_proj.weight.copy_(key.repeat_interleave(2, dim=0).reshape(256, WIDTH))
         nn.init.orthogonal_(last.v_proj.weight)
-        value = last.v_proj.weight.view(2, 64, 128).repeat_interleave(2, dim=0)  # [heads, 64, 128]
-        last.o_proj.weight.copy_(value.reshape(256, 128).T / 2)
+        value = last.v_proj.weight.view(2, 64, WIDTH).repeat_interleave(
+            2, dim=0
+        )  # [heads, 64, WIDTH]
+        last.o_proj.weight.copy_(value.reshape(256, WIDTH).T / 2)
     return model
 
 
@@ -93,11 +96,13 @@ class Batch:
 
 @dataclass(slots=True)
 class Scores:
-    """logits [answers, vocabulary]; found [answers]: attention on the right place, mean of heads;
+    """logits [answers, vocabulary]; found, ahead [answers]: attention on the right place by the
+    first query head of each key head, and on the place after it by the second, means of heads;
     weights [answers, heads, memory], detached, to mine filler."""
 
     logits: Tensor
     found: Tensor
+    ahead: Tensor
     weights: Tensor
 
 
@@ -110,39 +115,42 @@ def forward(model: SmolLM3ForCausalLM, batch: Batch, *, noise_steps: int = 0) ->
     questions = local_layers(model, batch.questions, batch.first_position)
     last = model.model.layers[-1]
     attention = last.self_attn
-    memory = last.input_layernorm(documents).flatten(0, 1)  # [memory, hidden]
     own = last.input_layernorm(questions)  # [question_rows, question_tokens, hidden]
-    keys = _noisy(attention.k_proj(memory).view(-1, 2, 64), noise_steps)
-    values = _noisy(attention.v_proj(memory).view(-1, 2, 64), noise_steps)
-    own_keys = _noisy(attention.k_proj(own).unflatten(-1, (2, 64)), noise_steps)
-    own_values = _noisy(attention.v_proj(own).unflatten(-1, (2, 64)), noise_steps)
+    read = torch.cat((last.input_layernorm(documents).flatten(0, 1), own.flatten(0, 1)))
+    keys = _noisy(attention.k_proj(read).view(-1, 2, 64), noise_steps)  # [keys, kv_heads, 64]
+    values = _noisy(attention.v_proj(read).view(-1, 2, 64), noise_steps)
 
     row, column = batch.answer_row, batch.answer_column
     residual = questions[row, column]  # [answers, hidden]
     query = attention.q_proj(own[row, column]).view(-1, 2, 2, 64) * 64**-0.5  # kv head, group
-    answers = query.shape[0]
+    answers, memory = query.shape[0], batch.documents.numel()
     stacked = query.permute(1, 0, 2, 3).reshape(2, answers * 2, 64)
-    far = torch.bmm(stacked, keys.permute(1, 2, 0)).view(2, answers, 2, -1)
-    near = torch.einsum("aghd,akgd->gahk", query, own_keys[row])
-    steps = torch.arange(batch.questions.shape[1], device=row.device)
-    hidden_future = (steps[None] > column[:, None]).float() * -1e9  # [answers, question_tokens]
-    far = far.float() + batch.memory_bias[row][None, :, None]
-    near = near.float() + (batch.own_bias[row] + hidden_future)[None, :, None]
-    weights = torch.cat((far, near), dim=-1).softmax(-1).to(values.dtype)
-    far_weights, near_weights = torch.split(weights, [far.shape[-1], near.shape[-1]], dim=-1)
-    mixed = torch.bmm(far_weights.reshape(2, answers * 2, -1), values.transpose(0, 1))
-    mixed = mixed.view(2, answers, 2, 64) + torch.einsum(
-        "gahk,akgd->gahd", near_weights, own_values[row]
-    )
+    scores = torch.bmm(stacked, keys.permute(1, 2, 0)).view(2, answers, 2, -1).float()
+    scores = scores + _bias(batch)[None, :, None]
+    weights = scores.softmax(-1).to(values.dtype)  # [kv_heads, answers, group, keys]
+    mixed = torch.bmm(weights.view(2, answers * 2, -1), values.transpose(0, 1))
+    mixed = mixed.view(2, answers, 2, 64)
     hidden = residual + attention.o_proj(mixed.permute(1, 0, 2, 3).reshape(answers, 256))
     hidden = hidden + last.mlp(last.post_attention_layernorm(hidden))
     logits = model.lm_head(model.model.norm(hidden))
-    place = batch.answer_place.clamp_min(0)
-    found = (
-        far_weights[:, torch.arange(answers, device=place.device), :, place].float().mean((1, 2))
-    )
-    spread = far_weights.detach().permute(1, 0, 2, 3).flatten(1, 2)
-    return Scores(logits=logits, found=found, weights=spread)
+    place, each = batch.answer_place.clamp_min(0), torch.arange(answers, device=row.device)
+    after = (place + 1).clamp_max(memory - 1)
+    found = weights[:, each, 0, place].float().mean(0)
+    ahead = weights[:, each, 1, after].float().mean(0)
+    spread = weights[..., :memory].detach().permute(1, 0, 2, 3).flatten(1, 2)
+    return Scores(logits=logits, found=found, ahead=ahead, weights=spread)
+
+
+def _bias(batch: Batch) -> Tensor:
+    """[answers, memory + question tokens]: what is added to the last layer's scores. A question
+    sees the memory as `memory_bias` says, and of all question rows its own, up to itself."""
+    row, column = batch.answer_row, batch.answer_column
+    question_rows, tokens = batch.questions.shape
+    steps = torch.arange(question_rows * tokens, device=row.device)
+    begin = (row * tokens)[:, None]
+    seen = (steps >= begin) & (steps <= begin + column[:, None])
+    own = torch.where(seen, batch.own_bias.flatten(), -1e9)
+    return torch.cat((batch.memory_bias[row], own), dim=-1)
 
 
 def local_layers(model: SmolLM3ForCausalLM, tokens: Tensor, first_position: int = 0) -> Tensor:

@@ -28,10 +28,11 @@ from longctx.embedded.batches import Batches, Shape
 from longctx.embedded.model import MAX_TOKENS, Batch, forward, new_needle
 from longctx.embedded.muon import Muon
 from longctx.embedded.probe import train_probe
+from longctx.embedded.widen import widen
 
 VOCABULARY = 2048
 EMA_DECAY = 0.998
-DECAY_SHARE = 0.6  # of all steps: the rate falls in a straight line
+DECAY_SHARE = 0.75  # of all steps: the rate falls in a straight line
 
 
 def prepare(work: Path, seed: int, megabytes: int) -> tuple[Tokenizer, np.ndarray, tuple[str, ...]]:
@@ -140,6 +141,11 @@ def train_needle(args: argparse.Namespace) -> None:
             stepper.load_state_dict(saved)
         average, batches.hard.spans, step = state["average"], state["hard"], state["step"]
         lessons = Lessons(*state["lessons"])
+    elif args.start:
+        start = torch.load(args.start, weights_only=False, map_location=args.device)
+        widen(model, start["average"])
+        average = {name: p.detach().clone() for name, p in model.named_parameters()}
+        batches.hard.spans, lessons.number = start["hard"], len(Lessons.PLAN) - 1
     base_rates = [0.02 * args.rate, 3e-3 * args.rate]
     losses: list[float] = []
     hits: list[tuple[float, float]] = []
@@ -153,11 +159,14 @@ def train_needle(args: argparse.Namespace) -> None:
         with torch.autocast(args.device, torch.bfloat16, enabled=half):
             scores = forward(model, batch, noise_steps=noise_steps)
         first = batch.questions[batch.answer_row, batch.answer_column] == batches.assistant
-        weight = 1.0 + 2.0 * first.float()
+        last = batch.answer_token == batches.eos
+        weight = 1.0 + 2.0 * first.float() + last.float()
         weight = weight / weight.sum()
         wrong = F.cross_entropy(scores.logits.float(), batch.answer_token, reduction="none")
-        # Where to look is known, and saying so teaches it long before the right tokens do.
-        astray = -torch.log(scores.found + 1e-6) * (batch.answer_place >= 0)
+        # Where to look is known, and saying so teaches it long before the right tokens do. Half
+        # of the heads look one token ahead: only there it can be seen that a value has ended.
+        astray = -torch.log(scores.found + 1e-6) - 0.5 * torch.log(scores.ahead + 1e-6)
+        astray = astray * (batch.answer_place >= 0)
         loss = (weight * (wrong + astray)).sum()
         for stepper in steppers:
             stepper.zero_grad(set_to_none=True)
@@ -203,6 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=("needle", "probe"))
     parser.add_argument("--work", type=Path, required=True, help="folder for corpus and checkpoint")
+    parser.add_argument("--start", type=Path, help="a narrower needle checkpoint to begin from")
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--megabytes", type=int, default=70, help="text to train on")

@@ -69,9 +69,9 @@ class Words:
     def _word(self, rng: random.Random, words: tuple[str, ...]) -> str:
         if self.extra:
             form = rng.random()
-            if form < 0.25:
+            if form < 0.45:
                 return rng.choice(self.extra)
-            if form < 0.32:
+            if form < 0.52:
                 return self.invented(rng)
         return rng.choice(_half(words, self.heldout))
 

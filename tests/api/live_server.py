@@ -27,11 +27,18 @@ STOP_SECONDS = 30
 
 class LiveServer:
     def __init__(
-        self, model_folder: Path, store_dir: Path, *, max_sequences: int = 64, **settings: Any
+        self,
+        model_folder: Path,
+        store_dir: Path,
+        *,
+        max_sequences: int = 64,
+        cache: dict[str, Any] | None = None,
+        **settings: Any,
     ) -> None:
+        """`cache` and `settings`: fields of `CacheConfig` and `ServerConfig`."""
         self.engine_config = EngineConfig(
             model=ModelConfig(model=model_folder, device="cpu", threads=1),
-            cache=CacheConfig(device_pool_gib=0.1),
+            cache=CacheConfig(**{"device_pool_gib": 0.1, **(cache or {})}),
             scheduler=SchedulerConfig(max_batch_tokens=512, max_sequences=max_sequences),
         )
         self.config = ServerConfig(

@@ -239,7 +239,8 @@ def test_models_tell_the_capacity(server: LiveServer) -> None:
     (model,) = server.http.get("/v1/models").json()["data"]
     assert model["id"] == MODEL
     info = server.application.engine.info
-    assert model["longctx"]["capacity_tokens"] == {"device": info.capacity_tokens}
+    capacity = {"device": info.capacity_tokens, "host": 0, "disk": 0}
+    assert model["longctx"]["capacity_tokens"] == capacity
     assert model["longctx"]["max_context_tokens"] == 32_768
     assert server.http.get(f"/v1/models/{MODEL}").json() == model
     assert server.http.get("/v1/models/other").status_code == 404

@@ -1,4 +1,4 @@
-"""What every codec promises: one page layout, and a bound on what it loses."""
+"""What every codec promises: pages of stated length, and a bound on what they lose."""
 
 import pytest
 import torch
@@ -7,63 +7,103 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.codec import CODECS
+from compress.hadamard import hadamard
+from compress.int4 import group_dims
 from compress.shape import KVShape
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-HEAD_DIMS = [8, 16, 24, 64, 80, 128, 256]
 SMALLEST_NORMAL = 2.0**-126  # below it scales lose digits; nothing that attention could notice
+BF16_ROUNDING = 2.0**-8
+KEYS = 0
+
+# What one row in five is made into; the others are ordinary.
+ODDITIES = ["zeros", "negative zeros", "constant", "outlier", "offset", "denormal", "large"]
 
 
-def rows(shape: KVShape, seed: int, magnitude: float) -> Tensor:
-    """Two blocks: ordinary rows, rows of zeros, and rows with one outlier."""
+def rows(shape: KVShape, seed: int, *oddities: str) -> Tensor:
+    """Two blocks of random rows, every fifth row (of one token, side and head) an odd one."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(2, *shape.rows, generator=generator)
-    values[0, ::3] = 0
-    values[1, ::5, :, :, 0] *= 100
-    limit = torch.finfo(shape.dtype).max / 2
-    return (values * magnitude).clamp(-limit, limit).to(shape.dtype)
+    flat = values.view(-1, shape.head_dim)
+    for index, kind in enumerate(oddities):
+        flat[index :: 5 * len(oddities)] = odd(kind, flat[index :: 5 * len(oddities)])
+    limit = min(torch.finfo(shape.dtype).max, 1e36) / 2
+    return values.clamp(-limit, limit).to(shape.dtype)
+
+
+def odd(kind: str, values: Tensor) -> Tensor:
+    match kind:
+        case "zeros":
+            return torch.zeros_like(values)
+        case "negative zeros":
+            return -torch.zeros_like(values)
+        case "constant":
+            return values[:, :1].expand_as(values)
+        case "outlier":
+            return torch.cat((values[:, :1] * 1000, values[:, 1:]), dim=1)
+        case "offset":
+            return values + 300
+        case "denormal":
+            return values * 1e-40
+        case _:
+            return values * 1e36
 
 
 def shapes() -> st.SearchStrategy[KVShape]:
     return st.builds(
         KVShape,
-        kv_heads=st.integers(1, 3),
-        head_dim=st.sampled_from(HEAD_DIMS),
+        kv_heads=st.integers(1, 8),
+        head_dim=st.integers(1, 32).map(lambda eights: 8 * eights),
         dtype=st.sampled_from(DTYPES),
     )
 
 
-def magnitudes() -> st.SearchStrategy[float]:
-    return st.sampled_from([1e-30, 1e-6, 0.01, 1.0, 300.0, 1e20])
+def kinds() -> st.SearchStrategy[list[str]]:
+    return st.lists(st.sampled_from(ODDITIES), unique=True, max_size=len(ODDITIES))
 
 
-def error_bound(name: str, wide: Tensor, dtype: torch.dtype) -> Tensor:
-    """The largest error that the codec allows itself, value by value."""
-    stored = torch.finfo(dtype).eps / 2 * wide.abs() + torch.finfo(dtype).smallest_normal
+def compared(name: str, content: Tensor) -> Tensor:
+    """What the codec's bound is about: int4 rounds keys after a transform."""
+    wide = content.float()
+    if name == "int4":
+        wide = torch.stack((hadamard(wide[:, :, 0]), wide[:, :, 1]), dim=2)
+    return wide
+
+
+def error_bound(name: str, wide: Tensor) -> Tensor:
+    """The largest error that the codec allows itself, value by value, before it is stored."""
     if name == "raw":
         return torch.zeros_like(wide)
     if name == "bf16":
-        return torch.zeros_like(wide) if dtype == torch.bfloat16 else 2**-8 * wide.abs() + stored
-    # Half a step, where a step is the row's largest value over 127, itself rounded to bfloat16.
-    step = wide.abs().amax(-1, keepdim=True) / 127
-    own = torch.finfo(dtype).eps / 2 * 1.01 * wide.abs().amax(-1, keepdim=True)
-    narrow = 0.0 if dtype == torch.float32 else own
-    return 0.5 * step * (1 + 2**-8) * (1 + 1e-5) + narrow + SMALLEST_NORMAL + stored
+        return BF16_ROUNDING * wide.abs() + SMALLEST_NORMAL
+    if name == "int8":
+        step = wide.abs().amax(-1, keepdim=True) / 127 * (1 + BF16_ROUNDING)
+        return (step / 2).expand_as(wide)
+    groups = wide.unflatten(-1, (-1, group_dims(wide.shape[-1])))
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    span = high - low + 2 * BF16_ROUNDING * low.abs()
+    step = (span / 15 * (1 + BF16_ROUNDING)).expand_as(groups).flatten(-2)
+    return step / 2
 
 
 @pytest.mark.parametrize("name", sorted(CODECS))
-@settings(max_examples=40, deadline=None)
-@given(shape=shapes(), seed=st.integers(0, 1000), magnitude=magnitudes())
+@settings(max_examples=25, deadline=None)
+@given(shape=shapes(), seed=st.integers(0, 1000), oddities=kinds())
 def test_a_page_loses_no_more_than_the_codec_states(
-    name: str, shape: KVShape, seed: int, magnitude: float
+    name: str, shape: KVShape, seed: int, oddities: list[str]
 ) -> None:
     codec = CODECS[name](shape)
-    original = rows(shape, seed, magnitude)
+    original = rows(shape, seed, *oddities)
     decoded = codec.decode(codec.encode(original))
     assert decoded.shape == original.shape and decoded.dtype == shape.dtype
-    error = (decoded.float() - original.float()).abs()
-    bound = error_bound(name, original.float(), shape.dtype)
-    assert (error <= bound).all(), float((error - bound).max())
+    wide = compared(name, original)
+    error = (compared(name, decoded) - wide).abs()
+    # Beside it: float32's own rounding, and that of the type in which decode gives the rows.
+    largest = shape.head_dim**0.5 * original.float().abs().amax(-1, keepdim=True)
+    storing = 0.0 if codec.lossless else 2 * torch.finfo(shape.dtype).eps
+    slack = (1e-5 if name != "raw" else 0.0) * error_bound(name, wide) + storing * largest
+    bound = error_bound(name, wide) + slack
+    assert (error <= bound + 2 * SMALLEST_NORMAL * (not codec.lossless)).all()
 
 
 @pytest.mark.parametrize("name", sorted(CODECS))
@@ -71,32 +111,36 @@ def test_a_page_loses_no_more_than_the_codec_states(
 def test_a_lossless_codec_gives_back_every_bit(name: str, dtype: torch.dtype) -> None:
     shape = KVShape(kv_heads=2, head_dim=64, dtype=dtype)
     codec = CODECS[name](shape)
-    original = rows(shape, 0, 1.0)
-    same = torch.equal(codec.decode(codec.encode(original)), original)
-    assert same == codec.lossless
+    original = rows(shape, 0, *ODDITIES)
+    decoded = codec.decode(codec.encode(original))
+    assert torch.equal(decoded.view(torch.uint8), original.view(torch.uint8)) == codec.lossless
     assert codec.lossless == (name == "raw" or (name == "bf16" and dtype == torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", sorted(CODECS))
+def test_only_pages_read_in_place_share_their_memory(name: str) -> None:
+    shape = KVShape(kv_heads=2, head_dim=64, dtype=torch.bfloat16)
+    codec = CODECS[name](shape)
+    pages = codec.encode(rows(shape, 0))
+    shared = codec.decode(pages).data_ptr() == pages.data_ptr()
+    assert shared == codec.in_place == (name == "raw")
 
 
 @pytest.mark.parametrize("name", sorted(CODECS))
 def test_pages_are_bytes_of_the_stated_length(name: str) -> None:
     shape = KVShape(kv_heads=2, head_dim=24, dtype=torch.float32)
     codec = CODECS[name](shape)
-    pages = codec.encode(rows(shape, 0, 1.0))
+    pages = codec.encode(rows(shape, 0))
     assert pages.dtype == torch.uint8
     assert pages.shape == (2, codec.page_bytes)
-    assert codec.name == name and codec.version >= 1
-
-
-def test_int8_takes_a_quarter_of_float32_and_a_scale() -> None:
-    shape = KVShape(kv_heads=1, head_dim=64, dtype=torch.float32)
-    assert CODECS["int8"](shape).page_bytes * 8 / shape.values_per_page == 8.25
+    assert codec.name == name and codec.version >= 1 and codec.shape == shape
 
 
 @pytest.mark.parametrize("name", sorted(CODECS))
 def test_a_block_is_encoded_alike_beside_any_neighbours(name: str) -> None:
     shape = KVShape(kv_heads=2, head_dim=64, dtype=torch.float32)
     codec = CODECS[name](shape)
-    blocks = torch.cat([rows(shape, seed, 1.0) for seed in range(3)])
+    blocks = torch.cat([rows(shape, seed, *ODDITIES) for seed in range(3)])
     pages = codec.encode(blocks)
     for index in range(len(blocks)):
         assert torch.equal(codec.encode(blocks[index : index + 1])[0], pages[index])
@@ -109,12 +153,48 @@ def test_zeros_stay_zeros(name: str) -> None:
     codec = CODECS[name](shape)
     zeros = torch.zeros(1, *shape.rows, dtype=torch.float16)
     assert torch.equal(codec.decode(codec.encode(zeros)), zeros)
+    assert torch.equal(codec.decode(codec.encode(-zeros)), zeros)
 
 
 @pytest.mark.parametrize("name", sorted(CODECS))
-def test_sealing_again_what_was_decoded_changes_nothing(name: str) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("side", [0, 1], ids=["key", "value"])
+def test_a_row_that_broke_stays_broken_alone(
+    name: str, dtype: torch.dtype, bad: float, side: int
+) -> None:
+    """One NaN or infinity in a row shows in that row, and in no other."""
+    shape = KVShape(kv_heads=2, head_dim=128, dtype=dtype)
+    codec = CODECS[name](shape)
+    whole = rows(shape, 3)
+    broken = whole.clone()
+    broken[0, 5, side, 1, 7] = bad
+    decoded = codec.decode(codec.encode(broken))
+    assert not decoded[0, 5, side, 1, 7].isfinite()
+    expected = codec.decode(codec.encode(whole))
+    decoded[0, 5, side, 1] = expected[0, 5, side, 1]
+    assert torch.equal(decoded, expected)
+
+
+@pytest.mark.parametrize("name", sorted(CODECS))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_largest_numbers_come_back_finite_or_as_what_is_not(
+    name: str, dtype: torch.dtype
+) -> None:
+    """What decode gives never has the wrong sign or size, however large the numbers are."""
+    shape = KVShape(kv_heads=1, head_dim=64, dtype=dtype)
+    codec = CODECS[name](shape)
+    largest = torch.finfo(dtype).max * torch.sign(rows(shape, 4).float()).to(dtype)
+    decoded = codec.decode(codec.encode(largest))
+    finite = decoded.isfinite()
+    torch.testing.assert_close(decoded[finite], largest[finite], rtol=0.9, atol=0)
+    assert finite.all() or name in ("bf16", "int4")
+
+
+@pytest.mark.parametrize("name", sorted(CODECS))
+def test_sealing_again_what_was_decoded_changes_little(name: str) -> None:
     shape = KVShape(kv_heads=2, head_dim=64, dtype=torch.float32)
     codec = CODECS[name](shape)
-    once = codec.decode(codec.encode(rows(shape, 1, 1.0)))
+    once = codec.decode(codec.encode(rows(shape, 1)))
     again = codec.decode(codec.encode(once))
-    torch.testing.assert_close(again, once, rtol=2**-7, atol=0)
+    torch.testing.assert_close(again, once, rtol=2**-7, atol=0.03 if name == "int4" else 0)

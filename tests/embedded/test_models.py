@@ -9,20 +9,26 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    SmolLM3ForCausalLM,
+)
 
 from longctx.embedded import MODELS, corpus, export, generator, model_path
 from longctx.embedded import tokenizer as tokenizers
 from longctx.embedded.batches import Batches, Shape
-from longctx.embedded.evaluate import wilson
+from longctx.embedded.evaluate import Trial, depth_trend, wilson
 from longctx.embedded.grammar import sentence
-from longctx.embedded.model import Batch, forward, new_needle
+from longctx.embedded.model import WIDTH, Batch, forward, needle_config, new_needle
 from longctx.embedded.muon import orthogonal
 from longctx.embedded.probe import damage, score
 from longctx.embedded.reader import Reader
 from longctx.embedded.rounding import CODECS
 from longctx.embedded.train import Lessons, rate_at
 from longctx.embedded.values import Words
+from longctx.embedded.widen import widen
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +163,10 @@ def test_every_supervised_token_is_the_next_of_its_row(tokenizer: Tokenizer) -> 
     assert asked_whole.float().mean() > 0.5
     assert (batch.answer_token == tokenizers.SPECIALS.index("</s>")).sum() >= 4
     placed = batch.answer_place >= 0
-    assert (batch.documents.flatten()[batch.answer_place] == batch.answer_token)[placed].all()
+    ended = batch.answer_token == tokenizers.SPECIALS.index("</s>")
+    copied = batch.documents.flatten()[batch.answer_place] == batch.answer_token
+    assert copied[placed & ~ended].all()
+    assert placed[ended].float().mean() > 0.7  # what follows the value shows that it ends
     assert placed.float().mean() > 0.5
     hidden = batch.memory_bias < -1e8
     assert hidden[0, 1024:].all() and not hidden[0, :1024].any()
@@ -171,7 +180,7 @@ def test_lessons_move_on_only_when_learnt() -> None:
     for _ in range(2000):
         lessons.learnt(0.95)
     assert lessons.number == len(Lessons.PLAN) - 1
-    assert rate_at(0, 1000) < 0.02 and rate_at(300, 1000) == 1 and rate_at(999, 1000) == 0.01
+    assert rate_at(0, 1000) < 0.02 and rate_at(200, 1000) == 1 and rate_at(999, 1000) == 0.01
 
 
 def test_an_orthogonal_update_has_singular_values_near_one() -> None:
@@ -183,6 +192,38 @@ def test_an_orthogonal_update_has_singular_values_near_one() -> None:
 def test_wilson_brackets_the_share() -> None:
     low, high = wilson(99, 100)
     assert 0.94 < low < 0.99 < high <= 1
+
+
+def trial(depth: float, right: bool) -> Trial:
+    return Trial(wanted=("1",), got="1" if right else "2", depth=depth, kind="number", question="")
+
+
+def test_a_change_of_accuracy_with_depth_is_noticed_and_chance_is_not() -> None:
+    depths = [i / 200 for i in range(200)]
+    falling = [trial(d, d < 0.6 or i % 3 == 0) for i, d in enumerate(depths)]
+    even = [trial(d, i % 10 != 0) for i, d in enumerate(depths)]
+    assert depth_trend([falling]) < 0.001 < 0.3 < depth_trend([even])
+    assert depth_trend([even, falling]) < 0.01
+    assert depth_trend([[trial(0.2, True), trial(0.7, True)]]) == 1
+
+
+@pytest.mark.parametrize("width", [64, 160])
+def test_a_widened_model_computes_what_the_narrow_one_did(width: int) -> None:
+    narrow = new_needle(5)
+    weights = {
+        name: weight[tuple(slice(width if size == WIDTH else None) for size in weight.shape)]
+        for name, weight in narrow.named_parameters()
+    }
+    config = needle_config()
+    config.hidden_size = width
+    small = SmolLM3ForCausalLM(config)
+    small.load_state_dict(weights, strict=False)
+    wide = new_needle(6)
+    widen(wide, weights)
+    ids = random_ids(90)
+    with torch.no_grad():
+        assert (wide(ids).logits - small(ids).logits).abs().max() < 1e-3
+        assert (wide(ids).logits - narrow(ids).logits).abs().max() > 0.1
 
 
 def test_evaluation_text_is_not_training_text() -> None:

@@ -1,0 +1,134 @@
+"""4 bits: codes from 0 to 15, a scale and a minimum for each group of dims."""
+
+import torch
+from torch import Tensor
+
+from compress.hadamard import hadamard
+from compress.record import (
+    DIM_MULTIPLE,
+    Records,
+    check_head_dim,
+    joined_rows,
+    key_lanes,
+    keys_of,
+    value_lanes,
+    values_of,
+)
+from compress.shape import KVShape
+
+LARGEST_CODE = 15
+LARGEST_GROUP = 64
+TOKEN_AXIS, DIM_AXIS = 1, 3  # of [blocks, tokens, kv_heads, dims]
+
+
+def group_dims(head_dim: int) -> int:
+    """Dims that share a scale: the largest divisor of head_dim up to 64, a multiple of 8."""
+    groups = range(LARGEST_GROUP, 0, -DIM_MULTIPLE)
+    return next(dims for dims in groups if head_dim % dims == 0)
+
+
+class Int4:
+    """Asymmetric: a value is scale * code + minimum; the error is at most half the stored scale.
+
+    Keys are rounded after a Hadamard transform (`compress.hadamard`), so for keys the bound is on
+    the transformed ones; `decode` transforms them back, a kernel transforms the query instead.
+    The minimum is rounded down to bfloat16, then the scale, from it to the largest value over 15,
+    to the nearest, then codes are computed. So none is below 0, and the largest value is at most
+    15 * (1 + 2^-8) steps, less than 15.5. (Scales below 2^-126 have fewer digits; the error then
+    stays below 2^-126.) A group with NaN or infinity, or more than float32 can span, has a scale
+    and a minimum of NaN.
+
+    Record, version 1: keys uint8 [head_dim / 8, block_tokens, 4], where byte i of four j has dim
+    8j + i in its low half and dim 8j + 4 + i in its high one; values uint8 [block_tokens / 8,
+    head_dim, 4], likewise with tokens; then, each bfloat16 [head_dim / group_dims, block_tokens],
+    scales of keys, minimums of keys, scales of values, minimums of values.
+    """
+
+    name = "int4"
+    version = 1
+    lossless = False
+    in_place = False
+
+    def __init__(self, shape: KVShape) -> None:
+        check_head_dim(self.name, shape)
+        self.shape = shape
+        tokens, dim = shape.block_tokens, shape.head_dim
+        self._group = group_dims(dim)
+        per_group = (torch.bfloat16, (dim // self._group, tokens))
+        self._records = Records(
+            shape.kv_heads,
+            [
+                (torch.int32, (dim // 8, tokens)),
+                (torch.uint8, (tokens // 8, dim, 4)),
+                *[per_group] * 4,
+            ],
+        )
+        self.page_bytes = self._records.page_bytes
+
+    def encode(self, rows: Tensor) -> Tensor:
+        key_codes, key_scales, key_minimums = self._rounded(hadamard(rows[:, :, 0].float()))
+        value_codes, value_scales, value_minimums = self._rounded(rows[:, :, 1].float())
+
+        pages = self._records.empty(len(rows), rows.device)
+        keys, values, *groups = self._records.views(pages)
+        keys.copy_(key_lanes(_halves_joined(key_codes, DIM_AXIS)))
+        values.copy_(value_lanes(_halves_joined(value_codes, TOKEN_AXIS)))
+        numbers = (key_scales, key_minimums, value_scales, value_minimums)
+        for stored, number in zip(groups, numbers, strict=True):
+            stored.copy_(number.permute(0, 2, 3, 1))
+        return pages
+
+    def decode(self, pages: Tensor) -> Tensor:
+        keys, values, key_scales, key_minimums, value_scales, value_minimums = self._records.views(
+            pages
+        )
+        key_codes = _halves_apart(keys_of(keys, torch.uint8), DIM_AXIS)
+        value_codes = _halves_apart(values_of(values), TOKEN_AXIS)
+        return joined_rows(
+            hadamard(self._restored(key_codes, key_scales, key_minimums)),
+            self._restored(value_codes, value_scales, value_minimums),
+            self.shape.dtype,
+        )
+
+    def _rounded(self, wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes uint8 as `wide` [..., head_dim]; scales and minimums bfloat16 [..., groups]."""
+        groups = torch.unflatten(wide, -1, (-1, self._group))
+        minimums = _rounded_down(groups.amin(-1))
+        spans = groups.amax(-1) - minimums + 0.0  # which turns -0.0 into 0.0
+        scales = (spans * (1 / LARGEST_CODE)).to(torch.bfloat16)
+        finite = spans.isfinite() & scales.isfinite()
+        # Equal values that bfloat16 holds have scale 0; any divisor gives them codes of 0.
+        steps = torch.where(finite & (scales > 0), scales, 1.0).float()
+        codes = ((groups - minimums[..., None]) / steps[..., None]).round_()
+        codes = torch.where(finite[..., None], codes.clamp_(0, LARGEST_CODE), 0.0)
+        return (
+            codes.flatten(-2).to(torch.uint8),
+            torch.where(finite, scales, torch.nan),
+            torch.where(finite, minimums.to(torch.bfloat16), torch.nan),
+        )
+
+    def _restored(self, codes: Tensor, scales: Tensor, minimums: Tensor) -> Tensor:
+        """Values float32, token-major, from codes like them and [blocks, heads, groups, tokens]."""
+        groups = torch.unflatten(codes, -1, (-1, self._group)).float()
+        by_row = (number.float().permute(0, 3, 1, 2)[..., None] for number in (scales, minimums))
+        scale, minimum = by_row
+        return (groups * scale + minimum).flatten(-2)
+
+
+def _rounded_down(wide: Tensor) -> Tensor:
+    """The next bfloat16 that is not above each float32, as float32; never -0.0."""
+    bits = (wide + 0.0).view(torch.int32)
+    away = torch.where(wide < 0, bits + 0xFFFF, bits)
+    return (away & ~0xFFFF).view(torch.float32)
+
+
+def _halves_joined(codes: Tensor, axis: int) -> Tensor:
+    """Two codes to a byte: of each eight along `axis`, 0 to 3 in low halves, 4 to 7 in high."""
+    low, high = torch.unflatten(codes, axis, (-1, 2, 4)).unbind(axis + 1)
+    return (low | high << 4).flatten(axis, axis + 1)
+
+
+def _halves_apart(pairs: Tensor, axis: int) -> Tensor:
+    """The codes of `_halves_joined`."""
+    quads = torch.unflatten(pairs, axis, (-1, 4))
+    return torch.stack((quads & 15, quads >> 4), dim=axis + 1).flatten(axis, axis + 2)

@@ -1,0 +1,98 @@
+"""Attention on x86-64 CPUs by our own kernels, which read block tables and pages as they lie.
+
+One call per layer does the whole batch; see csrc/tile.h for what it does with a page.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from compress.shape import BLOCK_TOKENS
+from longctx.attention import _kernels
+from longctx.attention.backend import ChunkRows
+from longctx.kv_memory import KVMemory
+
+# Numbers that stand for them in csrc/attend.h.
+CODECS = {"raw": 0, "bf16": 1, "int8": 2, "int4": 3}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class CPUAttention:
+    def __init__(self, memory: KVMemory, instruction_set: str | None = None) -> None:
+        """`instruction_set`: one of `_kernels.instruction_sets()`; the fastest if absent."""
+        self._memory = memory
+        self._kernels = _kernels.Attention(instruction_set or _kernels.instruction_sets()[-1])
+        self._layers: dict[tuple[int, int], _kernels.Layer] = {}
+
+    def plan(self, chunks: Sequence[ChunkRows], group: int) -> _kernels.Plan:
+        plan = _kernels.Plan(self._memory.groups[group].window or 0)
+        for chunk in chunks:
+            plan.add(
+                chunk.row_begin,
+                chunk.rows,
+                chunk.first_position,
+                chunk.own_row,
+                chunk.past_entries,
+                chunk.own_pages,
+                chunk.entries[group],
+            )
+        return plan
+
+    def seal(self, layer: int, raw: Tensor | slice, packed: Tensor | slice) -> None:
+        kv_heads = self._memory.codecs[layer].shape.kv_heads
+        made = self._layers.get((layer, kv_heads)) or self._layer(layer, kv_heads)
+        _kernels.seal(made, _page_indices(raw), _page_indices(packed))
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        plan: object,
+        *,
+        scaling: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        tokens, heads, _ = query.shape
+        if query.stride(2) != 1:
+            query = query.contiguous()
+        out = torch.empty(query.shape, dtype=torch.float32)
+        lse = torch.empty((tokens, heads), dtype=torch.float32)
+        self._kernels.attend(
+            self._layers.get((layer, heads)) or self._layer(layer, heads),
+            cast(_kernels.Plan, plan),
+            query.data_ptr(),
+            DTYPES[query.dtype],
+            query.stride(0),
+            query.stride(1),
+            scaling,
+            softcap or 0.0,
+            tokens,
+            out.data_ptr(),
+            lse.data_ptr(),
+        )
+        return out, lse
+
+    def _layer(self, layer: int, heads: int) -> _kernels.Layer:
+        memory = self._memory
+        packed, raw = memory.packed_pages(layer), memory.raw_rows(layer)
+        _, _, kv_heads, head_dim = raw.shape
+        made = _kernels.layer(
+            codec=CODECS[memory.codecs[layer].name],
+            dtype=DTYPES[raw.dtype],
+            kv_heads=kv_heads,
+            group=heads // kv_heads,
+            head_dim=head_dim,
+            window=memory.groups[memory.group_of[layer]].window or 0,
+            packed=packed.data_ptr(),
+            packed_page_bytes=packed.stride(0),
+            raw=raw.data_ptr(),
+            raw_page_bytes=raw[:BLOCK_TOKENS].nbytes,
+        )
+        self._layers[layer, heads] = made
+        return made
+
+
+def _page_indices(pages: Tensor | slice) -> Tensor:
+    return torch.arange(pages.start, pages.stop) if isinstance(pages, slice) else pages

@@ -1,0 +1,132 @@
+#include "linear.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <vector>
+
+namespace longctx {
+namespace {
+
+constexpr size_t HUGE_PAGE = 2 << 20;
+// Below so many products a second thread costs more than it brings.
+constexpr int64_t PARALLEL_PRODUCTS = 1 << 16;
+
+const LinearKernels& kernels_of(const std::string& instruction_set) {
+    if (instruction_set.rfind("avx512", 0) == 0) return linear_avx512;
+    if (instruction_set == "avx2") return linear_avx2;
+    throw std::invalid_argument("linear layers know no " + instruction_set);
+}
+
+size_t element_bytes(Storage storage) {
+    return storage == Storage::float32 ? 4 : storage == Storage::bfloat16 ? 2 : 1;
+}
+
+float widen(float value) { return value; }
+float widen(int8_t value) { return value; }
+float widen(uint16_t bits) {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+// Calls f with null pointers of the type that `storage` stands for.
+template <class Function>
+void with_element(Storage storage, Function f) {
+    if (storage == Storage::float32)
+        f((float*)nullptr);
+    else if (storage == Storage::bfloat16)
+        f((uint16_t*)nullptr);
+    else
+        f((int8_t*)nullptr);
+}
+
+// x [rows, inputs] -> [row tiles][inputs][rows of the tile]; shared by the threads of a region
+void pack_rows(const float* x, int64_t rows, int64_t inputs, int64_t tile_rows, float* packed) {
+#pragma omp for schedule(static)
+    for (int64_t top = 0; top < rows; top += tile_rows) {
+        const int64_t height = std::min(tile_rows, rows - top);
+        float* to = packed + top * inputs;
+        const float* from = x + top * inputs;
+        for (int64_t k = 0; k < inputs; ++k)
+            for (int64_t r = 0; r < height; ++r) to[k * height + r] = from[r * inputs + k];
+    }
+}
+
+} // namespace
+
+PackedLinear::PackedLinear(const void* weight, const float* scales, const float* bias,
+                           int64_t outputs, int64_t inputs, Storage storage,
+                           const std::string& instruction_set)
+    : kernels_(kernels_of(instruction_set)), outputs_(outputs), inputs_(inputs),
+      panels_((outputs + PANEL - 1) / PANEL), storage_(storage),
+      bytes_(panels_ * PANEL * inputs * element_bytes(storage)), weight_(allocate(bytes_)),
+      scales_(padded(scales)), bias_(padded(bias)) {
+    with_element(storage, [&](auto* type) {
+        const auto* from = (decltype(type))weight;
+        auto* packed = (decltype(type))weight_.get();
+#pragma omp parallel for schedule(static)
+        for (int64_t p = 0; p < panels_; ++p)
+            for (int64_t k = 0; k < inputs_; ++k)
+                for (int64_t output = p * PANEL; output < (p + 1) * PANEL; ++output)
+                    packed[p * inputs_ * PANEL + k * PANEL + output % PANEL] =
+                        output < outputs_ ? from[output * inputs_ + k] : 0;
+    });
+}
+
+void PackedLinear::forward(const float* x, int64_t rows, float* y) const {
+    const int64_t tiles = (rows + kernels_.tile_rows - 1) / kernels_.tile_rows;
+    const int64_t tile_rows = tiles ? (rows + tiles - 1) / tiles : 1; // 8 rows: 4 and 4, not 6 and 2
+    thread_local std::vector<float> storage;
+    if (rows > 1 && int64_t(storage.size()) < rows * inputs_) storage.resize(rows * inputs_);
+    float* const packed = storage.data(); // of this thread, in the others too
+    const int64_t step = tiles > 1 ? 2 * kernels_.row_panels : kernels_.row_panels;
+#pragma omp parallel if (outputs_ * inputs_ * rows >= PARALLEL_PRODUCTS)
+    {
+        if (rows > 1) pack_rows(x, rows, inputs_, tile_rows, packed);
+        alignas(64) float scratch[DEPTH * PANEL];
+        // Shares are taken as threads get to them: another process may hold a core for a while
+#pragma omp for schedule(dynamic)
+        for (int64_t panel = 0; panel < panels_; panel += step)
+            kernels_.run[int(storage_)]({rows > 1 ? packed : x, y, weight_.get(), scales_.get(),
+                                         bias_.get(), rows, tile_rows, inputs_, outputs_, panel,
+                                         std::min(panel + step, panels_), scratch});
+    }
+}
+
+void PackedLinear::unpack(float* weight) const {
+    with_element(storage_, [&](auto* type) {
+        const auto* packed = (decltype(type))weight_.get();
+        for (int64_t output = 0; output < outputs_; ++output)
+            for (int64_t k = 0; k < inputs_; ++k) {
+                const int64_t panel = output / PANEL;
+                const float value = widen(packed[(panel * inputs_ + k) * PANEL + output % PANEL]);
+                weight[output * inputs_ + k] = scales_ ? value * scales_.get()[output] : value;
+            }
+    });
+}
+
+void* PackedLinear::allocate(size_t bytes) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, bytes >= HUGE_PAGE ? HUGE_PAGE : 64, bytes)) throw std::bad_alloc();
+    // Fewer misses of the page table; what does not fill a huge page stays on small ones
+    if (bytes >= HUGE_PAGE) madvise(memory, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);
+    return memory;
+}
+
+PackedLinear::Floats PackedLinear::padded(const float* values) const {
+    if (!values) return nullptr;
+    Floats copy((float*)allocate(panels_ * PANEL * sizeof(float)));
+    std::copy(values, values + outputs_, copy.get());
+    std::fill(copy.get() + outputs_, copy.get() + panels_ * PANEL, 0.0f);
+    return copy;
+}
+
+void PackedLinear::Free::operator()(void* memory) const { std::free(memory); }
+
+} // namespace longctx

@@ -1,0 +1,53 @@
+// Linear layers y = x W^T + b over weights that are repacked once, for few rows and for many.
+//
+// W is cut into panels of 16 outputs: panel p holds, for each input k in turn, the 16 weights
+// W[16p : 16p + 16, k], zero beyond the last output. So one row streams the weights once, in
+// order, and many rows multiply out of the first-level cache. A weight is stored as float32,
+// bfloat16 or int8 (then with one scale per output) and widened in registers; sums are float32.
+//
+// Every result is one chain of fused multiply-adds over k = 0, 1, 2, ..., whatever the number of
+// rows, of threads or of cache blocks: a row's result is the same bits in every batch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "linear_kernels.h"
+
+namespace longctx {
+
+class PackedLinear {
+public:
+    // `weight` [outputs, inputs] in the type of `storage`; `scales` [outputs] for int8, else null;
+    // `bias` [outputs] or null. All are copied. `instruction_set` as attention names it.
+    PackedLinear(const void* weight, const float* scales, const float* bias, int64_t outputs,
+                 int64_t inputs, Storage storage, const std::string& instruction_set);
+
+    // `x` [rows, inputs] -> `y` [rows, outputs], both float32 and contiguous.
+    void forward(const float* x, int64_t rows, float* y) const;
+
+    // The weights as float32 [outputs, inputs], scaled.
+    void unpack(float* weight) const;
+
+    size_t bytes() const { return bytes_; } // of the weights
+
+private:
+    struct Free {
+        void operator()(void* memory) const;
+    };
+    using Floats = std::unique_ptr<float, Free>;
+
+    static void* allocate(size_t bytes);
+    Floats padded(const float* values) const;
+
+    const LinearKernels& kernels_;
+    int64_t outputs_, inputs_, panels_;
+    Storage storage_;
+    size_t bytes_;
+    std::unique_ptr<void, Free> weight_; // [panels, inputs, PANEL]
+    Floats scales_, bias_;               // [panels * PANEL] or null
+};
+
+} // namespace longctx

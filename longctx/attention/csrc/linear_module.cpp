@@ -1,0 +1,36 @@
+// Linear layers as part of the Python module `longctx.attention._kernels`.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include "linear.h"
+
+namespace nb = nanobind;
+using namespace longctx;
+
+// Addresses are plain numbers: a step makes a hundred of these calls, and arrays would cost more
+// to hand over than a small layer takes. longctx/linear.py checks the shapes.
+void bind_linear(nb::module_& m) {
+    nb::class_<PackedLinear>(m, "PackedLinear")
+        .def(
+            "__init__",
+            [](PackedLinear* self, uintptr_t weight, uintptr_t scales, uintptr_t bias,
+               int64_t outputs, int64_t inputs, int storage, const std::string& instruction_set) {
+                new (self) PackedLinear((const void*)weight, (const float*)scales,
+                                        (const float*)bias, outputs, inputs, Storage(storage),
+                                        instruction_set);
+            },
+            nb::arg("weight"), nb::arg("scales"), nb::arg("bias"), nb::arg("outputs"),
+            nb::arg("inputs"), nb::arg("storage"), nb::arg("instruction_set"),
+            nb::call_guard<nb::gil_scoped_release>())
+        .def(
+            "forward",
+            [](const PackedLinear& self, uintptr_t x, int64_t rows, uintptr_t y) {
+                self.forward((const float*)x, rows, (float*)y);
+            },
+            nb::arg("x"), nb::arg("rows"), nb::arg("y"), nb::call_guard<nb::gil_scoped_release>())
+        .def(
+            "unpack",
+            [](const PackedLinear& self, uintptr_t weight) { self.unpack((float*)weight); },
+            nb::arg("weight"), nb::call_guard<nb::gil_scoped_release>())
+        .def_prop_ro("bytes", &PackedLinear::bytes);
+}

@@ -1,0 +1,136 @@
+// The Python module `longctx.attention._kernels`.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+
+#include "encode.h"
+#include "schedule.h"
+
+namespace nb = nanobind;
+using namespace longctx;
+
+void bind_linear(nb::module_& m); // linear_module.cpp
+
+namespace {
+
+using Entries = nb::ndarray<const int64_t, nb::shape<-1, ENTRY_COLUMNS>, nb::c_contig, nb::device::cpu>;
+using Pages = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// The chunks of a step, and the arrays that they point into.
+class Plan {
+public:
+    explicit Plan(int64_t window) : window_(window) {}
+
+    void add(int64_t row_begin, int64_t rows, int64_t first_position, int64_t own_row,
+             int64_t past_entries, const Pages& own_pages, const Entries& entries) {
+        const int64_t entry_end = past_entries + (own_row + rows - 1) / BLOCK;
+        if (rows < 1 || entry_end > int64_t(entries.shape(0)) ||
+            (own_row + rows - 1) / BLOCK >= int64_t(own_pages.shape(0)))
+            throw std::invalid_argument("the chunk's rows lie beyond its pages or entries");
+        int64_t first = 0;
+        if (window_) { // what the first row no longer sees, no later row does
+            const int64_t* entry = entries.data();
+            while (first < entry_end &&
+                   entry[3] + entry[2] - 1 <= first_position - window_)
+                ++first, entry += ENTRY_COLUMNS;
+        }
+        chunks_.push_back({row_begin, rows, first_position, own_row, past_entries,
+                           own_pages.data(), entries.data(), first});
+        pages_.push_back(own_pages);
+        entries_.push_back(entries);
+    }
+
+    const std::vector<Chunk>& chunks() const { return chunks_; }
+
+private:
+    int64_t window_;
+    std::vector<Chunk> chunks_;
+    std::vector<Pages> pages_;
+    std::vector<Entries> entries_;
+};
+
+const std::vector<const Kernels*>& known_kernels() {
+    static const std::vector<const Kernels*> known = {
+        &avx2_kernels,
+    };
+    return known;
+}
+
+bool runs_here(const Kernels& kernels) {
+    __builtin_cpu_init();
+    const std::string name = kernels.name;
+    if (name == "avx2")
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+               __builtin_cpu_supports("f16c");
+    return false;
+}
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const Kernels* kernels : known_kernels())
+        if (runs_here(*kernels))
+            names.emplace_back(kernels->name);
+    return names;
+}
+
+class Attention {
+public:
+    explicit Attention(const std::string& instruction_set) {
+        for (const Kernels* kernels : known_kernels())
+            if (instruction_set == kernels->name && runs_here(*kernels))
+                kernels_ = kernels;
+        if (!kernels_)
+            throw std::invalid_argument("this CPU does not have " + instruction_set);
+    }
+
+    void attend(const Layer& layer, const Plan& plan, uintptr_t query, int query_dtype,
+                int64_t token_stride, int64_t head_stride, float scaling, float softcap,
+                int64_t tokens, uintptr_t out, uintptr_t lse) {
+        const Call call = {&layer, (const void*)query, Dtype(query_dtype), token_stride,
+                           head_stride, scaling, softcap, (float*)out, (float*)lse};
+        workspace_.attend(*kernels_, call, plan.chunks(), tokens);
+    }
+
+private:
+    const Kernels* kernels_ = nullptr;
+    Workspace workspace_;
+};
+
+Layer make_layer(int codec, int dtype, int kv_heads, int group, int head_dim, int64_t window,
+                 uintptr_t packed, int64_t packed_page_bytes, uintptr_t raw,
+                 int64_t raw_page_bytes) {
+    return {Codec(codec), Dtype(dtype), kv_heads, group, head_dim, window,
+            (const uint8_t*)packed, packed_page_bytes, (const uint8_t*)raw, raw_page_bytes};
+}
+
+void seal(const Layer& layer, const Pages& raw_pages, const Pages& packed_pages) {
+    if (raw_pages.shape(0) != packed_pages.shape(0))
+        throw std::invalid_argument("as many packed pages as raw ones are needed");
+    nb::gil_scoped_release released;
+    encode(layer, raw_pages.data(), packed_pages.data(), int64_t(raw_pages.shape(0)));
+}
+
+} // namespace
+
+NB_MODULE(_kernels, m) {
+    bind_linear(m);
+    m.def("instruction_sets", &instruction_sets, "Those that this CPU has, the fastest last.");
+    nb::class_<Plan>(m, "Plan")
+        .def(nb::init<int64_t>(), nb::arg("window"))
+        .def("add", &Plan::add, nb::arg("row_begin"), nb::arg("rows"), nb::arg("first_position"),
+             nb::arg("own_row"), nb::arg("past_entries"), nb::arg("own_pages"), nb::arg("entries"));
+    nb::class_<Layer>(m, "Layer");
+    m.def("layer", &make_layer, nb::arg("codec"), nb::arg("dtype"), nb::arg("kv_heads"),
+          nb::arg("group"), nb::arg("head_dim"), nb::arg("window"), nb::arg("packed"),
+          nb::arg("packed_page_bytes"), nb::arg("raw"), nb::arg("raw_page_bytes"));
+    m.def("seal", &seal, nb::arg("layer"), nb::arg("raw_pages"), nb::arg("packed_pages"));
+    nb::class_<Attention>(m, "Attention")
+        .def(nb::init<const std::string&>(), nb::arg("instruction_set"))
+        .def("attend", &Attention::attend, nb::arg("layer"), nb::arg("plan"), nb::arg("query"),
+             nb::arg("query_dtype"), nb::arg("token_stride"), nb::arg("head_stride"),
+             nb::arg("scaling"), nb::arg("softcap"), nb::arg("tokens"), nb::arg("out"),
+             nb::arg("lse"), nb::call_guard<nb::gil_scoped_release>());
+}

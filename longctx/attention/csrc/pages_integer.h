@@ -1,0 +1,356 @@
+// Pages of integer codes: `int8` and `int4` records, multiplied without widening them to floats.
+//
+// Queries, and softmax weights times the scales of the values, are rounded to integers relative to
+// the largest of their row: 16 bits for int8 codes, two planes of 7 bits for int4 codes.
+#pragma once
+
+#include "pages_float.h"
+
+namespace {
+
+// The largest magnitude, in all lanes.
+template <class V> typename V::F largest(const float* x, int count) {
+    typename V::F top = V::zero();
+    for (int i = 0; i < count; i += V::W)
+        top = V::max(top, V::max(V::load(x + i), V::sub(V::zero(), V::load(x + i))));
+    return V::set1(V::reduce_max(top));
+}
+
+// Keys [head_dim / 4, BLOCK, 4], values [BLOCK / 4, head_dim, 4], scales [2, BLOCK].
+template <class V> struct Int8Page {
+    using F = typename V::F;
+    using I = typename V::I;
+    static constexpr int W = V::W;
+    static constexpr float TOP = 32767.f;
+
+    // A prepared row: its 16-bit numbers, then the unit that they count.
+    static int prepared_bytes(int head_dim) { return row_floats(head_dim) * 2 + 64; }
+    static float& unit_of(uint8_t* prepared, int head_dim) {
+        return *(float*)(prepared + row_floats(head_dim) * 2);
+    }
+    static void round_row(const float* x, int count, int16_t* to, float& unit) {
+        const float top = V::first(largest<V>(x, count));
+        const F inverse = V::set1(top > 0 ? TOP / top : 0.f);
+        for (int i = 0; i < count; i += W)
+            V::store16(to + i, V::to_int(V::mul(V::load(x + i), inverse)));
+        unit = top / TOP;
+    }
+    static void prepare(const float* query, int head_dim, uint8_t* to) {
+        round_row(query, row_floats(head_dim), (int16_t*)to, unit_of(to, head_dim));
+    }
+
+    template <int R, int N>
+    static void dot(const uint8_t* p, int64_t step, int steps, bool half, const int16_t* rows,
+                    int stride, int64_t ahead, bool fetch, F (&sums)[R][N]) {
+        I acc[R][2 * N];
+        for (auto& row : acc)
+            for (auto& sum : row)
+                sum = V::izero();
+        for (int j = 0; j < steps; ++j, p += step) {
+            if (fetch)
+                for (int byte = 0; byte < 4 * W * N; byte += 64)
+                    prefetch(p + ahead + byte);
+            I codes[2 * N];
+#pragma GCC unroll 8
+            for (int n = 0; n < 2 * N; ++n)
+                codes[n] = half && n ? V::izero() : V::words(p + n * 2 * W);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                const I row = V::quad16(rows + r * stride + 4 * j);
+#pragma GCC unroll 8
+                for (int n = 0; n < 2 * N; ++n)
+                    acc[r][n] = V::dot16(acc[r][n], codes[n], row);
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int n = 0; n < N; ++n)
+                sums[r][n] = V::pair_sums(acc[r][2 * n], acc[r][2 * n + 1]);
+    }
+
+    template <int R> static void scores(const Head& head, const void* prepared, float* out) {
+        const uint8_t* query = (const uint8_t*)prepared;
+        constexpr int N = min_of(BLOCK / W, R == 1 ? 4 : R == 2 ? 2 : 1);
+        const int head_dim = head.head_dim, stride = prepared_bytes(head_dim);
+        const uint16_t* scales = (const uint16_t*)(head.keys + 2 * BLOCK * head_dim);
+        for (int t = 0; t < BLOCK; t += N * W) {
+            F sums[R][N];
+            dot<R, N>(head.keys + t * 4, 4 * BLOCK, head_dim / 4, false, (const int16_t*)query,
+                      stride / 2, head.keys_ahead, t * 4 % 64 == 0, sums);
+            for (int r = 0; r < R; ++r)
+                for (int n = 0; n < N; ++n) {
+                    F unit = V::set1(unit_of((uint8_t*)query + r * stride, head_dim));
+                    F scale = V::mul(V::load_bf16(scales + t + n * W), unit);
+                    V::store(out + r * BLOCK + t + n * W, V::mul(sums[r][n], scale));
+                }
+        }
+    }
+
+    template <int R, int N>
+    static void add_panel(const Head& head, const int16_t* weights, const float* units,
+                          const float* factor, float* out, int d, bool half) {
+        const int stride = row_floats(head.head_dim);
+        F sums[R][N];
+        dot<R, N>(head.values + d * 4, 4 * head.head_dim, BLOCK / 4, half, weights, BLOCK,
+                  head.values_ahead, d * 4 % 64 == 0, sums);
+        for (int r = 0; r < R; ++r)
+            for (int n = 0; n < N; ++n) {
+                float* to = out + r * stride + d + n * W;
+                F kept = V::mul(V::load(to), V::set1(factor[r]));
+                V::store(to, V::fma(sums[r][n], V::set1(units[r]), kept));
+            }
+    }
+
+    template <int R>
+    static void add(const Head& head, const float* weights, const float* factor, float* out) {
+        constexpr int N = R == 1 ? 4 : R == 2 ? 2 : 1;
+        const uint16_t* scales = (const uint16_t*)(head.values + BLOCK * head.head_dim) + BLOCK;
+        alignas(64) int16_t rounded[R * BLOCK];
+        alignas(64) float scaled[BLOCK];
+        float units[R];
+        for (int r = 0; r < R; ++r) {
+            for (int t = 0; t < BLOCK; t += W)
+                V::store(scaled + t,
+                         V::mul(V::load(weights + r * BLOCK + t), V::load_bf16(scales + t)));
+            round_row(scaled, BLOCK, rounded + r * BLOCK, units[r]);
+        }
+        int d = 0;
+        for (; d + N * W <= head.head_dim; d += N * W)
+            add_panel<R, N>(head, rounded, units, factor, out, d, false);
+        for (; d < head.head_dim; d += W)
+            add_panel<R, 1>(head, rounded, units, factor, out, d, d + W > head.head_dim);
+    }
+
+    static void widen(const Head& head, float* keys, float* values) {
+        const int head_dim = head.head_dim;
+        const uint16_t* scales = (const uint16_t*)(head.values + BLOCK * head_dim);
+        for (int t = 0; t < BLOCK; t += W) {
+            float* to = keys + t / (2 * W) * head_dim * 2 * W + t % (2 * W);
+            const F scale = V::load_bf16(scales + t);
+            for (int d = 0; d < head_dim; d += 4) {
+                I x = V::iload(head.keys + (d / 4 * BLOCK + t) * 4);
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i)
+                    V::store(to + (d + i) * 2 * W, V::mul(V::byte(x, i), scale));
+            }
+        }
+        for (int d = 0; d < head_dim; d += W) {
+            float* to = values + d / (2 * W) * BLOCK * 2 * W + d % (2 * W);
+            for (int t = 0; t < BLOCK; t += 4) {
+                I x = V::iload_lanes(head.values + (t / 4 * head_dim + d) * 4, head_dim - d);
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i) {
+                    F scale = V::set1(bf16_to_float(scales[BLOCK + t + i]));
+                    V::store(to + (t + i) * 2 * W, V::mul(V::byte(x, i), scale));
+                }
+            }
+        }
+    }
+};
+
+// Values of a group share nothing but lie in one range: the largest divisor of head_dim that is a
+// multiple of 8 and at most 64.
+inline int int4_group(int head_dim) {
+    int group = min_of(head_dim, 64);
+    while (head_dim % group || group % 8)
+        --group;
+    return group;
+}
+
+// Orthonormal Hadamard transform of blocks of the largest power of two that divides head_dim.
+inline void hadamard(float* x, int head_dim) {
+    const int size = head_dim & -head_dim;
+    for (int half = 1; half < size; half *= 2)
+        for (int begin = 0; begin < head_dim; begin += 2 * half)
+            for (int i = begin; i < begin + half; ++i) {
+                const float a = x[i], b = x[i + half];
+                x[i] = a + b;
+                x[i + half] = a - b;
+            }
+    const float norm = 1.f / __builtin_sqrtf((float)size);
+    for (int i = 0; i < head_dim; ++i)
+        x[i] *= norm;
+}
+
+// Codes of keys [head_dim / 8, BLOCK, 4], of values [BLOCK / 8, head_dim, 4]: the low four bits of
+// byte i belong to place i of eight, the high ones to place 4 + i. Then key scales, key minimums,
+// value scales, value minimums, each [groups, BLOCK]. A value is scale * code + minimum.
+template <class V> struct Int4Page {
+    using F = typename V::F;
+    using I = typename V::I;
+    static constexpr int W = V::W;
+    // Numbers are 128 * high + low, with both in [-127, 127].
+    static constexpr float TOP = 127.f * 128;
+
+    struct Scales {
+        const uint16_t *key, *key_minimum, *value, *value_minimum;
+    };
+    static Scales scales_of(const Head& head, int group) {
+        const int count = head.head_dim / group * BLOCK;
+        const uint16_t* p = (const uint16_t*)(head.keys + BLOCK * head.head_dim);
+        return {p, p + count, p + 2 * count, p + 3 * count};
+    }
+
+    // A prepared row: high parts, low parts, then the unit, then the sum of each group in units.
+    static int prepared_bytes(int head_dim) { return round_up(2 * head_dim, 64) + 192; }
+    static const float* floats_of(const uint8_t* prepared, int head_dim) {
+        return (const float*)(prepared + round_up(2 * head_dim, 64));
+    }
+    static void split(int number, int8_t* high, int8_t* low) {
+        const int upper = (number + 64) >> 7;
+        *high = (int8_t)upper;
+        *low = (int8_t)(number - 128 * upper);
+    }
+    static void prepare(const float* query, int head_dim, uint8_t* to) {
+        const int group = int4_group(head_dim);
+        const float top = V::first(largest<V>(query, row_floats(head_dim)));
+        const float inverse = top > 0 ? TOP / top : 0.f;
+        float* floats = (float*)floats_of(to, head_dim);
+        floats[0] = top / TOP;
+        for (int begin = 0; begin < head_dim; begin += group) {
+            int sum = 0;
+            for (int d = begin; d < begin + group; ++d) {
+                const int number = (int)__builtin_rintf(query[d] * inverse);
+                split(number, (int8_t*)to + d, (int8_t*)to + head_dim + d);
+                sum += number;
+            }
+            floats[1 + begin / group] = (float)sum;
+        }
+    }
+
+    // `rows`: high parts of R rows, `stride` apart; low parts lie `low` bytes behind them.
+    template <int R>
+    static void dot(const uint8_t* p, int64_t step, int steps, int lanes, const uint8_t* rows,
+                    int stride, int low, int64_t ahead, bool fetch, F (&sums)[R]) {
+        I wide[R];
+        for (auto& sum : wide)
+            sum = V::izero();
+        for (int begin = 0; begin < steps; begin += 4) {
+            I high_sums[R], low_sums[R];
+            for (int r = 0; r < R; ++r)
+                high_sums[r] = low_sums[r] = V::izero();
+            const int end = min_of(begin + 4, steps);
+            for (int j = begin; j < end; ++j, p += step) {
+                if (fetch)
+                    prefetch(p + ahead);
+                I x = lanes < W ? V::iload_lanes(p, lanes) : V::iload(p);
+                I first = V::low_nibbles(x), second = V::high_nibbles(x);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r) {
+                    const uint8_t* at = rows + r * stride + 8 * j;
+                    high_sums[r] = V::dot_u8s8(high_sums[r], first, V::quad8(at));
+                    high_sums[r] = V::dot_u8s8(high_sums[r], second, V::quad8(at + 4));
+                    low_sums[r] = V::dot_u8s8(low_sums[r], first, V::quad8(at + low));
+                    low_sums[r] = V::dot_u8s8(low_sums[r], second, V::quad8(at + low + 4));
+                }
+            }
+            for (int r = 0; r < R; ++r)
+                wide[r] = V::flush(V::flush(wide[r], high_sums[r], 128), low_sums[r], 1);
+        }
+        for (int r = 0; r < R; ++r)
+            sums[r] = V::to_float(wide[r]);
+    }
+
+    template <int R> static void scores(const Head& head, const void* prepared, float* out) {
+        const uint8_t* query = (const uint8_t*)prepared;
+        const int head_dim = head.head_dim, group = int4_group(head_dim);
+        const int stride = prepared_bytes(head_dim);
+        const Scales scales = scales_of(head, group);
+        for (int t = 0; t < BLOCK; t += W)
+            for (int g = 0; g < head_dim / group; ++g) {
+                F sums[R];
+                dot<R>(head.keys + (g * group / 8 * BLOCK + t) * 4, 4 * BLOCK, group / 8, W,
+                       query + g * group, stride, head_dim, head.keys_ahead, t * 4 % 64 == 0, sums);
+                const F scale = V::load_bf16(scales.key + g * BLOCK + t);
+                const F minimum = V::load_bf16(scales.key_minimum + g * BLOCK + t);
+                for (int r = 0; r < R; ++r) {
+                    const float* floats = floats_of(query + r * stride, head_dim);
+                    F score = V::fma(sums[r], scale, V::mul(V::set1(floats[1 + g]), minimum));
+                    score = V::mul(score, V::set1(floats[0]));
+                    float* to = out + r * BLOCK + t;
+                    V::store(to, g ? V::add(V::load(to), score) : score);
+                }
+            }
+    }
+
+    template <int R>
+    static void add(const Head& head, const float* weights, const float* factor, float* out) {
+        const int head_dim = head.head_dim, group = int4_group(head_dim);
+        const int stride = row_floats(head_dim);
+        const Scales scales = scales_of(head, group);
+        alignas(64) uint8_t parts[2 * R * BLOCK]; // high parts of each row, then low parts
+        alignas(64) float scaled[BLOCK];
+        for (int g = 0; g < head_dim / group; ++g) {
+            const uint16_t* value_scales = scales.value + g * BLOCK;
+            float units[R], minimums[R];
+            for (int r = 0; r < R; ++r) {
+                for (int t = 0; t < BLOCK; t += W)
+                    V::store(scaled + t, V::mul(V::load(weights + r * BLOCK + t),
+                                                V::load_bf16(value_scales + t)));
+                const float top = V::first(largest<V>(scaled, BLOCK));
+                const F inverse = V::set1(top > 0 ? TOP / top : 0.f);
+                units[r] = top / TOP;
+                F sum = V::zero();
+                for (int t = 0; t < BLOCK; t += W) {
+                    I number = V::to_int(V::mul(V::load(scaled + t), inverse));
+                    V::store_parts(parts + r * BLOCK + t, parts + (R + r) * BLOCK + t, number);
+                    // Minimums take the weights as they were rounded: where values of one sign are
+                    // a large minimum plus a small code, only then do the two roundings cancel.
+                    F scale = V::load_bf16(value_scales + t);
+                    F rounded = V::div(V::mul(V::to_float(number), V::set1(units[r])), scale);
+                    F weight = V::if_zero(scale, V::load(weights + r * BLOCK + t), rounded);
+                    F minimum = V::load_bf16(scales.value_minimum + g * BLOCK + t);
+                    sum = V::fma(weight, minimum, sum);
+                }
+                minimums[r] = V::reduce_add(sum);
+            }
+            for (int d = g * group; d < (g + 1) * group; d += W) {
+                const int lanes = min_of(W, (g + 1) * group - d);
+                F sums[R];
+                dot<R>(head.values + d * 4, 4 * head_dim, BLOCK / 8, lanes, parts, BLOCK,
+                       R * BLOCK, head.values_ahead, d * 4 % 64 == 0, sums);
+                for (int r = 0; r < R; ++r) {
+                    float* to = out + r * stride + d;
+                    F kept = V::fma(V::load(to), V::set1(factor[r]), V::set1(minimums[r]));
+                    V::store_lanes(to, V::fma(sums[r], V::set1(units[r]), kept), lanes);
+                }
+            }
+        }
+    }
+
+    static void widen(const Head& head, float* keys, float* values) {
+        const int head_dim = head.head_dim, group = int4_group(head_dim);
+        const Scales scales = scales_of(head, group);
+        for (int t = 0; t < BLOCK; t += W) {
+            float* to = keys + t / (2 * W) * head_dim * 2 * W + t % (2 * W);
+            for (int d = 0; d < head_dim; d += 8) {
+                const int at = d / group * BLOCK + t;
+                const F scale = V::load_bf16(scales.key + at);
+                const F minimum = V::load_bf16(scales.key_minimum + at);
+                I x = V::iload(head.keys + (d / 8 * BLOCK + t) * 4);
+#pragma GCC unroll 8
+                for (int i = 0; i < 8; ++i)
+                    V::store(to + (d + i) * 2 * W,
+                             V::fma(V::nibble(x, i % 4 * 8 + i / 4 * 4), scale, minimum));
+            }
+        }
+        for (int d = 0; d < head_dim; d += W) {
+            float* to = values + d / (2 * W) * BLOCK * 2 * W + d % (2 * W);
+            // A wide vector may lie in two groups.
+            const int near = d / group * BLOCK, far = min_of(d + 8, head_dim - 1) / group * BLOCK;
+            for (int t = 0; t < BLOCK; t += 8) {
+                I x = V::iload_lanes(head.values + (t / 8 * head_dim + d) * 4, head_dim - d);
+#pragma GCC unroll 8
+                for (int i = 0; i < 8; ++i) {
+                    const F scale = V::set_halves(bf16_to_float(scales.value[near + t + i]),
+                                                  bf16_to_float(scales.value[far + t + i]));
+                    const F minimum = V::set_halves(bf16_to_float(scales.value_minimum[near + t + i]),
+                                                    bf16_to_float(scales.value_minimum[far + t + i]));
+                    V::store(to + (t + i) * 2 * W,
+                             V::fma(V::nibble(x, i % 4 * 8 + i / 4 * 4), scale, minimum));
+                }
+            }
+        }
+    }
+};
+
+} // namespace

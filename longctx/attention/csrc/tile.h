@@ -1,0 +1,407 @@
+// One item of work: rows of a tile against its pages, in place (decode) or widened (prefill).
+#pragma once
+
+#include "pages_integer.h"
+
+namespace {
+
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LN2 = 0.6931471805599453f;
+constexpr float NOTHING = -1e30f; // the running maximum of a row that has seen no key
+constexpr int IN_PLACE = 4;       // query rows that are multiplied with a page at once
+
+struct PageKind {
+    void (*scores[IN_PLACE])(const Head&, const void* prepared, float* out);
+    void (*add[IN_PLACE])(const Head&, const float* weights, const float* factor, float* out);
+    void (*widen)(const Head&, float* keys, float* values);
+    void (*prepare)(const float* query, int head_dim, uint8_t* to); // null: rows as they are
+    int (*prepared_bytes)(int head_dim);
+};
+
+template <class P> constexpr PageKind kind_of() {
+    PageKind kind = {{P::template scores<1>, P::template scores<2>, P::template scores<3>,
+                      P::template scores<4>},
+                     {P::template add<1>, P::template add<2>, P::template add<3>, P::template add<4>},
+                     P::widen,
+                     nullptr,
+                     nullptr};
+    if constexpr (requires { P::prepare; }) {
+        kind.prepare = P::prepare;
+        kind.prepared_bytes = P::prepared_bytes;
+    }
+    return kind;
+}
+
+template <class V> constexpr PageKind raw_kinds[3] = {kind_of<RawPage<V, Dtype::float32>>(),
+                                                      kind_of<RawPage<V, Dtype::bfloat16>>(),
+                                                      kind_of<RawPage<V, Dtype::float16>>()};
+template <class V> constexpr PageKind record_kinds[4] = {
+    {}, kind_of<Bf16Page<V>>(), kind_of<Int8Page<V>>(), kind_of<Int4Page<V>>()};
+
+// A page as the rows of a tile see it. Column 0 stands at `position`.
+struct View {
+    const uint8_t* page;
+    const uint8_t* next; // what will be read after it
+    int64_t position;
+    int begin, end; // columns that any row may see
+    bool own, masked;
+};
+
+struct Columns {
+    int begin, end;
+};
+
+class Job {
+public:
+    const Call& call;
+    const Layer& layer;
+    const Item& item;
+    const Tile& tile;
+    const PageKind &raw_kind, &packed_kind;
+
+    int64_t first_position() const { return tile.chunk->first_position + tile.row; }
+    int64_t oldest(int row) const { // the last position that this row of the tile no longer sees
+        return layer.window ? first_position() + row - layer.window : INT64_MIN;
+    }
+    Columns columns(const View& view, int row) const {
+        const int64_t skipped = layer.window ? oldest(row) + 1 - view.position : 0;
+        const int begin = skipped > view.begin ? (int)(skipped < BLOCK ? skipped : BLOCK) : view.begin;
+        const int64_t seen = first_position() + row + 1 - view.position;
+        return {begin, view.own && seen < view.end ? (int)seen : view.end};
+    }
+    const PageKind& kind(const View& view) const { return view.own ? raw_kind : packed_kind; }
+
+    // All pages of the item that any of its rows sees.
+    template <class Visit> void pages(const Visit& visit) const {
+        const int64_t* entry = tile.chunk->entries + item.entry_begin * ENTRY_COLUMNS;
+        const int64_t* end = tile.chunk->entries + item.entry_end * ENTRY_COLUMNS;
+        for (; entry != end; entry += ENTRY_COLUMNS) {
+            const int64_t begin = entry[1], rows = entry[2], first = entry[3];
+            if (first + rows - 1 <= oldest(0))
+                continue;
+            const uint8_t* page = layer.packed + entry[0] * layer.packed_page_bytes;
+            const bool last = entry + ENTRY_COLUMNS == end;
+            visit(View{page,
+                       last ? page : layer.packed + entry[ENTRY_COLUMNS] * layer.packed_page_bytes,
+                       first - begin, (int)begin, (int)(begin + rows), false,
+                       rows != BLOCK || first <= oldest(tile.rows - 1)});
+        }
+        if (item.split + 1 == tile.splits) {
+            const int64_t own = tile.chunk->own_row + tile.row; // row of the own blocks, end to end
+            const uint8_t* page =
+                layer.raw + tile.chunk->own_pages[own / BLOCK] * layer.raw_page_bytes;
+            const int at = (int)(own % BLOCK);
+            View view = {page, page, first_position() - at, 0, at + tile.rows, true, true};
+            view.begin = columns(view, 0).begin;
+            visit(view);
+        }
+    }
+
+    Head head(const View& view, int kv_head) const {
+        const int64_t head_dim = layer.head_dim;
+        Head head = {nullptr, nullptr, 0, 0, layer.head_dim, view.begin, view.end, 0};
+        if (view.own || layer.codec == Codec::raw) {
+            const int64_t head_bytes = head_dim * (layer.dtype == Dtype::float32 ? 4 : 2);
+            head.row_bytes = 2 * layer.kv_heads * head_bytes;
+            head.keys = view.page + kv_head * head_bytes;
+            head.values = head.keys + layer.kv_heads * head_bytes;
+            head.keys_ahead = kv_head + 1 < tile.kv_end
+                                  ? head_bytes
+                                  : view.next + tile.kv_begin * head_bytes - head.keys;
+            head.values_ahead = head.keys_ahead;
+        } else {
+            const int64_t record_bytes = layer.packed_page_bytes / layer.kv_heads;
+            const int bits = layer.codec == Codec::bf16 ? 16 : layer.codec == Codec::int8 ? 8 : 4;
+            head.keys = view.page + kv_head * record_bytes;
+            head.keys_ahead = BLOCK * head_dim * bits / 8;
+            head.values = head.keys + head.keys_ahead;
+            const uint8_t* next = kv_head + 1 < tile.kv_end ? head.keys + record_bytes
+                                                            : view.next + tile.kv_begin * record_bytes;
+            head.values_ahead = next - head.values;
+        }
+        return head;
+    }
+
+    // Query row `n` of a key head: [rows, group] in this order, scaled for exponents of 2.
+    template <class V> void load_query(int kv_head, int n, float* to) const {
+        const int64_t token = tile.chunk->row_begin + tile.row + n / layer.group;
+        const int64_t at = token * call.query_token_stride +
+                           (kv_head * layer.group + n % layer.group) * call.query_head_stride;
+        const float scale = call.softcap > 0 ? call.scaling / call.softcap : call.scaling * LOG2E;
+        const int head_dim = layer.head_dim, stride = row_floats(head_dim);
+        for (int d = 0; d < stride; d += V::W) {
+            const int count = head_dim - d;
+            typename V::F x = V::zero();
+            if (count > 0)
+                x = call.query_dtype == Dtype::float32
+                        ? load_some<V, Dtype::float32>((const float*)call.query + at + d, count)
+                    : call.query_dtype == Dtype::bfloat16
+                        ? load_some<V, Dtype::bfloat16>((const uint16_t*)call.query + at + d, count)
+                        : load_some<V, Dtype::float16>((const uint16_t*)call.query + at + d, count);
+            V::store(to + d, V::mul(x, V::set1(scale)));
+        }
+    }
+};
+
+// Scores of one row [BLOCK] become weights relative to the running maximum; returns the factor
+// by which what was summed before must be multiplied.
+template <class V>
+float soften(float* scores, const Columns* columns, float softcap, float& top, float& total) {
+    using F = typename V::F;
+    constexpr int N = BLOCK / V::W;
+    F x[N];
+    if (columns) {
+        for (int t = 0; t < columns->begin; ++t)
+            scores[t] = -__builtin_inff();
+        for (int t = columns->end; t < BLOCK; ++t)
+            scores[t] = -__builtin_inff();
+    }
+    F peak = V::set1(-__builtin_inff());
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+        x[i] = V::load(scores + i * V::W);
+        if (softcap > 0) { // cap * tanh(x), tanh = 1 - 2 / (1 + e^2x); the mask stays below all
+            F e = V::exp2(V::mul(x[i], V::set1(2 * LOG2E)));
+            F y = V::sub(V::set1(1.f), V::div(V::set1(2.f), V::add(V::set1(1.f), e)));
+            y = V::mul(y, V::set1(softcap * LOG2E));
+            x[i] = V::if_below(x[i], NOTHING, x[i], y);
+        }
+        peak = V::max(peak, x[i]);
+    }
+    const float page_top = V::reduce_max(peak);
+    float factor = 1;
+    if (page_top > top) {
+        factor = V::first(V::exp2(V::set1(top - page_top)));
+        top = page_top;
+    }
+    const F base = V::set1(top);
+    F sum = V::zero();
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+        x[i] = V::exp2(V::sub(x[i], base));
+        sum = V::add(sum, x[i]);
+        V::store(scores + i * V::W, x[i]);
+    }
+    total = total * factor + V::reduce_add(sum);
+    return factor;
+}
+
+template <class V>
+void finish_row(const Job& job, const Result& result, int kv_head, int n, const float* sums,
+                float top, float total) {
+    const int row = n / job.layer.group, head = kv_head * job.layer.group + n % job.layer.group;
+    float* out = result.out + row * result.out_row + head * job.layer.head_dim;
+    const bool empty = top == NOTHING;
+    const float scale = empty ? 0.f : 1.f / total;
+    for (int d = 0; d < job.layer.head_dim; ++d)
+        out[d] = sums[d] * scale;
+    result.lse[row * result.lse_row + head] =
+        empty ? -__builtin_inff() : (top + __builtin_log2f(total)) * LN2;
+}
+
+inline uint8_t* take(uint8_t*& scratch, int64_t bytes) {
+    uint8_t* taken = scratch;
+    scratch += (bytes + 63) / 64 * 64;
+    return taken;
+}
+
+template <class V> void decode(const Job& job, const Result& result, uint8_t* scratch) {
+    const Layer& layer = job.layer;
+    const Tile& tile = job.tile;
+    const int head_dim = layer.head_dim, stride = row_floats(head_dim);
+    const int rows = tile.rows * layer.group;
+    const int all_rows = rows * (tile.kv_end - tile.kv_begin);
+    const bool prepares = job.packed_kind.prepare != nullptr;
+    const int prepared_bytes = prepares ? job.packed_kind.prepared_bytes(head_dim) : stride * 4;
+    float* query = (float*)take(scratch, all_rows * stride * 4);
+    uint8_t* prepared = (uint8_t*)query;
+    if (prepares)
+        prepared = take(scratch, all_rows * prepared_bytes);
+    float* sums = (float*)take(scratch, all_rows * stride * 4);
+    float* top = (float*)take(scratch, all_rows * 4);
+    float* total = (float*)take(scratch, all_rows * 4);
+    float* scores = (float*)take(scratch, rows * BLOCK * 4);
+    for (int i = 0; i < all_rows; ++i) {
+        job.load_query<V>(tile.kv_begin + i / rows, i % rows, query + i * stride);
+        if (prepares) {
+            float* rotated = sums; // not in use yet
+            for (int d = 0; d < stride; ++d)
+                rotated[d] = query[i * stride + d];
+            if (layer.codec == Codec::int4)
+                hadamard(rotated, head_dim);
+            job.packed_kind.prepare(rotated, head_dim, prepared + i * prepared_bytes);
+        }
+        top[i] = NOTHING;
+        total[i] = 0;
+    }
+    for (int i = 0; i < all_rows * stride; ++i)
+        sums[i] = 0;
+    job.pages([&](const View& view) {
+        const PageKind& kind = job.kind(view);
+        const uint8_t* queries = view.own ? (const uint8_t*)query : prepared;
+        const int query_bytes = view.own ? stride * 4 : prepared_bytes;
+        for (int kv_head = tile.kv_begin; kv_head < tile.kv_end; ++kv_head) {
+            const Head head = job.head(view, kv_head);
+            const int first = (kv_head - tile.kv_begin) * rows;
+            const int steps = (rows + IN_PLACE - 1) / IN_PLACE; // as even as they come
+            for (int step = 0; step < steps; ++step) {
+                const int begin = rows * step / steps, count = rows * (step + 1) / steps - begin;
+                kind.scores[count - 1](head, queries + (first + begin) * query_bytes,
+                                       scores + begin * BLOCK);
+            }
+            float factor[DECODE_ROWS];
+            for (int n = 0; n < rows; ++n) {
+                const Columns columns = job.columns(view, n / layer.group);
+                factor[n] = soften<V>(scores + n * BLOCK, view.masked ? &columns : nullptr,
+                                      job.call.softcap, top[first + n], total[first + n]);
+            }
+            for (int step = 0; step < steps; ++step) {
+                const int begin = rows * step / steps, count = rows * (step + 1) / steps - begin;
+                kind.add[count - 1](head, scores + begin * BLOCK, factor + begin,
+                                    sums + (first + begin) * stride);
+            }
+        }
+    });
+    for (int i = 0; i < all_rows; ++i)
+        finish_row<V>(job, result, tile.kv_begin + i / rows, i % rows, sums + i * stride, top[i],
+                      total[i]);
+}
+
+// Scores [M, BLOCK] of M packed query rows [head_dim, M] with `panels` of widened keys.
+template <class V, int M>
+void tile_scores(const float* query, const float* keys, int head_dim, int panels, float* scores) {
+    using F = typename V::F;
+    for (int panel = 0; panel < panels; ++panel) {
+        F acc[M][2];
+        for (auto& row : acc)
+            row[0] = row[1] = V::zero();
+        const float* key = keys + (int64_t)panel * head_dim * 2 * V::W;
+        for (int d = 0; d < head_dim; ++d, key += 2 * V::W) {
+            const F near = V::load(key), far = V::load(key + V::W);
+#pragma GCC unroll 16
+            for (int m = 0; m < M; ++m) {
+                const F q = V::set1(query[d * M + m]);
+                acc[m][0] = V::fma(q, near, acc[m][0]);
+                acc[m][1] = V::fma(q, far, acc[m][1]);
+            }
+        }
+        for (int m = 0; m < M; ++m) {
+            V::store(scores + m * BLOCK + panel * 2 * V::W, acc[m][0]);
+            V::store(scores + m * BLOCK + panel * 2 * V::W + V::W, acc[m][1]);
+        }
+    }
+}
+
+// sums [M, stride] = sums * factor + weights [M, BLOCK] of tokens begin to end times values.
+template <class V, int M>
+void tile_add(const float* weights, const float* values, int begin, int end, int stride,
+              const float* factor, float* sums) {
+    using F = typename V::F;
+    for (int d = 0; d < stride; d += 2 * V::W) {
+        F acc[M][2];
+        for (int m = 0; m < M; ++m) {
+            const F f = V::set1(factor[m]);
+            acc[m][0] = V::mul(V::load(sums + m * stride + d), f);
+            acc[m][1] = V::mul(V::load(sums + m * stride + d + V::W), f);
+        }
+        const float* value = values + (int64_t)d * BLOCK + begin * 2 * V::W;
+        for (int t = begin; t < end; ++t, value += 2 * V::W) {
+            const F near = V::load(value), far = V::load(value + V::W);
+#pragma GCC unroll 16
+            for (int m = 0; m < M; ++m) {
+                const F w = V::set1(weights[m * BLOCK + t]);
+                acc[m][0] = V::fma(w, near, acc[m][0]);
+                acc[m][1] = V::fma(w, far, acc[m][1]);
+            }
+        }
+        for (int m = 0; m < M; ++m) {
+            V::store(sums + m * stride + d, acc[m][0]);
+            V::store(sums + m * stride + d + V::W, acc[m][1]);
+        }
+    }
+}
+
+template <class V> void prefill(const Job& job, const Result& result, uint8_t* scratch) {
+    constexpr int M = V::TILE_BLOCK;
+    const Layer& layer = job.layer;
+    const Tile& tile = job.tile;
+    const int head_dim = layer.head_dim, stride = round_up(head_dim, 2 * V::W);
+    const int rows = tile.rows * layer.group, padded = round_up(rows, M);
+    const bool rotates = layer.codec == Codec::int4;
+    float* query = (float*)take(scratch, padded * head_dim * 4);
+    float* rotated = rotates ? (float*)take(scratch, padded * head_dim * 4) : query;
+    float* sums = (float*)take(scratch, padded * stride * 4);
+    float* top = (float*)take(scratch, padded * 4);
+    float* total = (float*)take(scratch, padded * 4);
+    float* keys = (float*)take(scratch, BLOCK * head_dim * 4);
+    float* values = (float*)take(scratch, BLOCK * stride * 4);
+    float* scores = (float*)take(scratch, M * BLOCK * 4);
+    float* row = (float*)take(scratch, row_floats(head_dim) * 4);
+    const int kv_head = tile.kv_begin;
+    for (int n = 0; n < padded; ++n) {
+        if (n < rows)
+            job.load_query<V>(kv_head, n, row);
+        else
+            for (int d = 0; d < head_dim; ++d)
+                row[d] = 0;
+        const int64_t at = (int64_t)(n / M) * M * head_dim + n % M;
+        for (int d = 0; d < head_dim; ++d)
+            query[at + d * M] = row[d];
+        if (rotates) {
+            hadamard(row, head_dim);
+            for (int d = 0; d < head_dim; ++d)
+                rotated[at + d * M] = row[d];
+        }
+        top[n] = NOTHING;
+        total[n] = 0;
+    }
+    for (int i = 0; i < padded * stride; ++i)
+        sums[i] = 0;
+    for (int i = 0; i < BLOCK * stride; ++i)
+        values[i] = 0; // columns beyond head_dim stay so
+    job.pages([&](const View& view) {
+        job.kind(view).widen(job.head(view, kv_head), keys, values);
+        for (int begin = 0; begin < rows; begin += M) {
+            const int last = min_of(begin + M, rows) - 1;
+            const int end = view.masked ? job.columns(view, last / layer.group).end : BLOCK;
+            const int panels = (end + 2 * V::W - 1) / (2 * V::W);
+            tile_scores<V, M>((view.own ? query : rotated) + begin * head_dim, keys, head_dim, panels,
+                              scores);
+            float factor[M];
+            for (int m = 0; m < M; ++m) {
+                const int n = min_of(begin + m, last);
+                const Columns columns = job.columns(view, n / layer.group);
+                factor[m] = soften<V>(scores + m * BLOCK, view.masked ? &columns : nullptr,
+                                      job.call.softcap, top[begin + m], total[begin + m]);
+            }
+            tile_add<V, M>(scores, values, view.begin, end, stride, factor, sums + begin * stride);
+        }
+    });
+    for (int n = 0; n < rows; ++n)
+        finish_row<V>(job, result, kv_head, n, sums + n * stride, top[n], total[n]);
+}
+
+template <class V> int64_t scratch_bytes(const Layer& layer) {
+    const int64_t stride = row_floats(layer.head_dim);
+    const int64_t decode_rows = DECODE_ROWS * layer.kv_heads;
+    const int64_t tile_rows = TILE_ROWS + V::TILE_BLOCK;
+    const int64_t decoding = decode_rows * (stride * 4 * 3 + 256 + 8) + DECODE_ROWS * BLOCK * 4;
+    const int64_t prefilling = tile_rows * (stride * 4 * 3 + 8) + BLOCK * stride * 4 * 2 +
+                               V::TILE_BLOCK * BLOCK * 4 + stride * 4;
+    return (decoding > prefilling ? decoding : prefilling) + 16 * 64; // and what alignment takes
+}
+
+template <class V>
+void run(const Call& call, const Item& item, const Result& result, uint8_t* scratch) {
+    const Layer& layer = *call.layer;
+    const PageKind& raw = raw_kinds<V>[(int)layer.dtype];
+    const PageKind& packed =
+        layer.codec == Codec::raw ? raw : record_kinds<V>[(int)layer.codec];
+    const Job job = {call, layer, item, *item.tile, raw, packed};
+    if (item.tile->rows * layer.group <= DECODE_ROWS)
+        decode<V>(job, result, scratch);
+    else
+        prefill<V>(job, result, scratch);
+}
+
+} // namespace

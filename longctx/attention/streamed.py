@@ -1,0 +1,136 @@
+"""Contexts larger than the device: any backend, and past blocks that pass through a few pages.
+
+A chunk's oldest blocks may be absent (`ChunkRows.absent_keys`). They are attended tile by tile:
+while one tile is attended in its half of the staging pages, a thread reads the next one into the
+other half. `merge` makes the union of all exact, so the answer is the one that a device large
+enough would give. Every step reads every absent block of every layer once: the price is the disk's.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+from torch import Tensor
+
+from compress.shape import BLOCK_TOKENS
+from longctx.attention.backend import (
+    ENTRY_COLUMNS,
+    FIRST_POSITION,
+    PAGE,
+    ROWS,
+    AttentionBackend,
+    AttentionPlan,
+    ChunkRows,
+)
+from longctx.attention.merge import merge
+from longctx.errors import BlocksLost
+from longctx.kv_memory import KVMemory
+from offload.key import BlockKey
+
+ReadPages = Callable[[int, Sequence[BlockKey], Sequence[int]], bool]
+"""(layer, keys, pages): fill these packed pages of the layer; called from a thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    keys: tuple[BlockKey, ...]
+    pages: list[int]
+    plan: AttentionPlan
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    present: AttentionPlan
+    tiles: tuple[_Tile, ...]
+
+
+class StreamedAttention:
+    def __init__(
+        self, inner: AttentionBackend, memory: KVMemory, staging: Sequence[int], read: ReadPages
+    ) -> None:
+        """`staging`: pages of the first group's packed pool that nothing else uses."""
+        self._inner = inner
+        self._memory = memory
+        self._read = read
+        half = len(staging) // 2
+        self._halves = (list(staging[:half]), list(staging[half : 2 * half]))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="longctx-stream")
+
+    def plan(self, chunks: Sequence[ChunkRows], group: int) -> AttentionPlan:
+        if self._memory.groups[group].window is not None or not any(c.absent_keys for c in chunks):
+            return self._inner.plan(chunks, group)
+        present = self._inner.plan([_present(chunk, group) for chunk in chunks], group)
+        tiles: list[_Tile] = []
+        for chunk in chunks:
+            for begin in range(0, len(chunk.absent_keys), len(self._halves[0])):
+                pages = self._halves[len(tiles) % 2]
+                keys = tuple(chunk.absent_keys[begin : begin + len(pages)])
+                tile = _tile(chunk, group, begin, pages[: len(keys)])
+                tiles.append(_Tile(keys, pages[: len(keys)], self._inner.plan([tile], group)))
+        return _Plan(present, tuple(tiles))
+
+    def seal(self, layer: int, raw: Tensor | slice, packed: Tensor | slice) -> None:
+        self._inner.seal(layer, raw, packed)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        plan: object,
+        *,
+        scaling: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        """As any backend's. Raises BlocksLost where an absent block cannot be read."""
+        if not isinstance(plan, _Plan):
+            inner = cast(AttentionPlan, plan)
+            return self._inner.attend(layer, query, inner, scaling=scaling, softcap=softcap)
+        reading = self._begin(layer, plan.tiles[0])
+        try:
+            out, lse = self._inner.attend(
+                layer, query, plan.present, scaling=scaling, softcap=softcap
+            )
+            for number, tile in enumerate(plan.tiles):
+                if not reading.result():
+                    raise BlocksLost("blocks of this context can no longer be read")
+                if number + 1 < len(plan.tiles):
+                    reading = self._begin(layer, plan.tiles[number + 1])
+                tile_out, tile_lse = self._inner.attend(
+                    layer, query, tile.plan, scaling=scaling, softcap=softcap
+                )
+                out, lse = merge(out, lse, tile_out, tile_lse)
+        finally:
+            reading.exception()  # nothing is read into pages that somebody else is given
+        return out, lse
+
+    def _begin(self, layer: int, tile: _Tile) -> "Future[bool]":
+        return self._thread.submit(self._read, layer, tile.keys, tile.pages)
+
+
+def _present(chunk: ChunkRows, group: int) -> ChunkRows:
+    """The chunk without its absent blocks."""
+    absent = len(chunk.absent_keys)
+    entries = tuple(
+        table[absent:] if index == group else table for index, table in enumerate(chunk.entries)
+    )
+    return replace(chunk, past_entries=chunk.past_entries - absent, entries=entries)
+
+
+def _tile(chunk: ChunkRows, group: int, begin: int, pages: list[int]) -> ChunkRows:
+    """The chunk's rows against absent blocks alone, which stand in `pages`."""
+    entries = np.zeros((len(pages), ENTRY_COLUMNS), dtype=np.int64)
+    entries[:, PAGE] = pages
+    entries[:, ROWS] = BLOCK_TOKENS
+    entries[:, FIRST_POSITION] = (begin + np.arange(len(pages))) * BLOCK_TOKENS
+    tables = tuple(
+        entries if index == group else table for index, table in enumerate(chunk.entries)
+    )
+    return replace(
+        chunk,
+        own_pages=chunk.own_pages[:0],
+        past_entries=len(pages),
+        entries=tables,
+        absent_keys=(),
+    )

@@ -1,0 +1,188 @@
+"""An engine with random KV at hand, that can tell where the time of its steps went."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+
+from compress.shape import BLOCK_TOKENS
+from longctx.attention.backend import AttentionBackend, AttentionPlan, ChunkRows
+from longctx.bench.random_pages import fill_pages
+from longctx.config import EngineConfig
+from longctx.engine import Engine
+from longctx.request import Request, RequestOutput, SamplingParams, Segment
+from longctx.sampler import SamplingState, sample
+from offload.key import chain_keys
+
+SAMPLE_TIMES = 9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shares:
+    """Of the time of some steps, together 1; `rest` is Python and the small operations."""
+
+    attention: float
+    linears: float
+    sampling: float
+
+    @property
+    def rest(self) -> float:
+        return max(0.0, 1.0 - self.attention - self.linears - self.sampling)
+
+    def flat(self) -> dict[str, str | int | float | bool | None]:
+        return {
+            "attention_share": round(self.attention, 4),
+            "linears_share": round(self.linears, 4),
+            "sampling_share": round(self.sampling, 4),
+            "rest_share": round(self.rest, 4),
+        }
+
+    def __str__(self) -> str:
+        parts = (self.attention, self.linears, self.sampling, self.rest)
+        return " ".join(f"{100 * part:.0f}" for part in parts)
+
+
+@dataclass(slots=True)
+class Profile:
+    """Seconds of the steps so far, and what of them went where."""
+
+    decode_only: bool
+    sampling_seconds: float  # of one step
+    steps: int = 0
+    seconds: float = 0.0
+    attention_seconds: float = 0.0
+    linear_seconds: float = 0.0
+    _open: list[float] = field(default_factory=list)
+
+    def shares(self) -> Shares:
+        assert self.steps, "nothing was computed"
+        return Shares(
+            attention=self.attention_seconds / self.seconds,
+            linears=self.linear_seconds / self.seconds,
+            sampling=self.steps * self.sampling_seconds / self.seconds,
+        )
+
+    def before(self, module: nn.Module, *_: object) -> None:
+        if _is_linear(module):
+            self._open.append(time.perf_counter())
+
+    def after(self, module: nn.Module, *_: object) -> None:
+        if _is_linear(module):
+            self.linear_seconds += time.perf_counter() - self._open.pop()
+
+
+class MeasuredEngine(Engine):
+    """An engine for one sequence at a time that nobody else uses."""
+
+    def __init__(self, config: EngineConfig, model_folder: Path) -> None:
+        super().__init__(config, model_folder)
+        self.batch_tokens = config.scheduler.batch_tokens(self._spec.device.type)
+        self._profile: Profile | None = None
+
+    def plant(self, token_ids: Sequence[int]) -> None:
+        """Make a prompt that begins with these tokens find all of their blocks; they are random.
+
+        Raises ContextTooLong where the pool cannot hold them.
+        """
+        request = Request(
+            request_id="planted",
+            segments=(Segment(token_ids=tuple(token_ids)),),
+            sampling=SamplingParams(max_tokens=0),
+        )
+        namespace = self._intake.sequence(request).namespace
+        ids = np.array(token_ids, dtype=np.int32)
+        ids = ids[: len(ids) // BLOCK_TOKENS * BLOCK_TOKENS]
+        keys = chain_keys(namespace, ids, first_position=0, block_tokens=BLOCK_TOKENS)
+        pages = [pool.allocate(len(keys)) for pool in self._memory.packed]
+        fill_pages(self._memory, pages)
+        for pool, numbers in zip(self._memory.packed, pages, strict=True):
+            for page, key in zip(numbers, keys, strict=True):
+                pool.publish(page, key)
+            pool.release(numbers)
+
+    def step(self) -> list[RequestOutput]:
+        profile = self._profile
+        if profile is None or (profile.decode_only and not self._decodes):
+            return super().step()
+        began = time.perf_counter()
+        hooks = (
+            register_module_forward_pre_hook(profile.before),
+            register_module_forward_hook(profile.after),
+        )
+        backend = self._runner.backend
+        self._runner.backend = _TimedAttention(backend, profile)
+        try:
+            outputs = super().step()
+        finally:
+            self._runner.backend = backend
+            for hook in hooks:
+                hook.remove()
+        profile.seconds += time.perf_counter() - began
+        profile.steps += 1
+        return outputs
+
+    @property
+    def _decodes(self) -> bool:
+        return any(sequence.answering for sequence in self._scheduler.running)
+
+    @contextmanager
+    def profile(self, *, decode_only: bool = False) -> Iterator[Profile]:
+        """What the steps within took; `decode_only`: those that compute one token."""
+        self._profile = Profile(decode_only, self._sampling_seconds())
+        try:
+            yield self._profile
+        finally:
+            self._profile = None
+
+    def _sampling_seconds(self) -> float:
+        """Of one greedy choice, by itself."""
+        logits = torch.randn(1, self._spec.vocab_size, device=self._spec.device)
+        state = SamplingState(
+            SamplingParams(temperature=0.0),
+            seed=0,
+            prompt_token_ids=lambda: np.empty(0, dtype=np.int32),
+        )
+        taken = []
+        for _ in range(SAMPLE_TIMES):
+            began = time.perf_counter()
+            sample(logits, [state])
+            taken.append(time.perf_counter() - began)
+        return median(taken)
+
+
+class _TimedAttention:
+    """A backend that counts the seconds of its work on keys and values."""
+
+    def __init__(self, backend: AttentionBackend, profile: Profile) -> None:
+        self._backend = backend
+        self._profile = profile
+
+    def plan(self, chunks: Sequence[ChunkRows], group: int) -> AttentionPlan:
+        return self._backend.plan(chunks, group)
+
+    def seal(self, layer: int, raw: Tensor | slice, packed: Tensor | slice) -> None:
+        began = time.perf_counter()
+        self._backend.seal(layer, raw, packed)
+        self._profile.attention_seconds += time.perf_counter() - began
+
+    def attend(self, layer: int, query: Tensor, plan: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        began = time.perf_counter()
+        result = self._backend.attend(layer, query, plan, **options)
+        self._profile.attention_seconds += time.perf_counter() - began
+        return result
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """torch's own and prepacked or quantized ones, which have other classes."""
+    return type(module).__name__.endswith("Linear")

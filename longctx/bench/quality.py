@@ -1,0 +1,170 @@
+"""What each codec costs a model, against `raw`: KL divergence, changed tokens, perplexity.
+
+The measurement is the quality gate's, through the cache that serves, and by default as long as at
+a start, but for all codecs and without a limit of time. Without --model it is the embedded
+`probe`, a language model with ordinary attention.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from compress.codec import CODECS
+from longctx.bench.config import BenchConfig, QualityConfig
+from longctx.bench.picture import Series, draw_bars
+from longctx.bench.report import Parameter, Report, Result
+from longctx.config import EngineConfig
+from longctx.embedded import model_path
+from longctx.errors import InvalidRequest
+from longctx.model import ModelSpec, load_model
+from longctx.quality.damage import Damage
+from longctx.quality.gate import PARTS, Verdict, bits_per_value, judge, refusal
+from longctx.quality.measure import EXACT, Workload, measure
+from longctx.quality.texts import TEXTS, Text
+from longctx.runner import BACKENDS
+from longctx.tokenizer import Tokenizer
+
+
+def run(
+    engine: EngineConfig,
+    bench: BenchConfig,
+    quality: QualityConfig,
+    *,
+    say: Callable[[str], None],
+) -> Report:
+    if engine.model.threads is not None:
+        torch.set_num_threads(engine.model.threads)
+    folder = engine.model.model or model_path("probe")
+    model, tokenizer = load_model(engine.model, folder), Tokenizer(folder)
+    texts = TEXTS if quality.text_file is None else (_read(quality.text_file),)
+    workload = Workload(
+        text_tokens=quality.text_tokens, own_tokens=quality.own_tokens, limit_seconds=None
+    )
+    verdicts: dict[str, Verdict] = {}
+    for codec in _codecs(engine.cache.kv_codec, model.spec, say):
+        say(f"{codec} against {EXACT}")
+        measured = measure(
+            model,
+            tokenizer,
+            BACKENDS[engine.model.attention_backend],
+            (codec,),
+            workload=workload,
+            texts=texts,
+            seed=bench.seed,
+        )
+        verdicts[codec] = judge(model.spec, codec, measured[codec])
+    parameters: dict[str, Parameter] = {
+        "model": model.spec.name,
+        "dtype": str(model.spec.dtype).removeprefix("torch."),
+        "device": str(model.spec.device),
+        "backend": engine.model.attention_backend,
+        "text": "built in" if quality.text_file is None else quality.text_file.name,
+    }
+    subtitle = ", ".join(str(parameters[name]) for name in ("model", "dtype", "backend", "text"))
+    rows = [
+        row
+        for codec, verdict in verdicts.items()
+        for row in _results(verdict, {**parameters, "codec": codec})
+    ]
+    return Report(
+        results=tuple(rows),
+        tables=(_table(verdicts, model.spec, subtitle),),
+        draw=partial(_draw, verdicts, subtitle),
+    )
+
+
+def _codecs(chosen: str, spec: ModelSpec, say: Callable[[str], None]) -> Iterator[str]:
+    """The one that was named, or every one that can hold the model's heads; `raw` never."""
+    if chosen not in ("auto", *CODECS) or chosen == EXACT:
+        known = ", ".join(name for name in CODECS if name != EXACT)
+        raise InvalidRequest(
+            f"kv_codec {chosen!r} cannot be compared with raw; choose from {known}"
+        )
+    for name in CODECS if chosen == "auto" else (chosen,):
+        reason = None if name == EXACT else refusal(spec, name)
+        if reason is not None:
+            say(f"{name} is left out: {reason}")
+        elif name != EXACT:
+            yield name
+
+
+def _read(file: Path) -> Text:
+    try:
+        body = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"cannot read {file} as UTF-8 text: {error}") from error
+    questions = ("Summarize this text.", "What is the most important point of this text?")
+    return Text(title=file.name, body=body, questions=questions)
+
+
+def _parts(verdict: Verdict) -> Iterator[tuple[str, Damage]]:
+    for part, damage in (("text", verdict.measured.text), ("own", verdict.measured.own)):
+        if damage is not None:
+            yield part, damage
+
+
+def _results(verdict: Verdict, parameters: Mapping[str, Parameter]) -> Iterator[Result]:
+    for part, damage in _parts(verdict):
+        at: dict[str, Parameter] = {**parameters, "part": part, "tokens": damage.rows}
+        for metric, value, error, unit in (
+            ("KL", damage.kl, damage.kl_error, "nats/token"),
+            ("flips", damage.flips, damage.flips_error, "share"),
+            ("nats more", damage.more_nats, damage.more_nats_error, "nats/token"),
+        ):
+            yield Result(metric=metric, value=value, unit=unit, parameters={**at, "error": error})
+        raw = damage.raw_perplexity
+        yield Result(
+            metric="perplexity",
+            value=raw * (1 + damage.perplexity_rise),
+            unit="",
+            parameters={**at, "raw": raw},
+        )
+    yield Result(
+        metric="passes the gate",
+        value=int(verdict.passed),
+        unit="",
+        parameters={**parameters, "why": verdict.reason},
+    )
+
+
+def _table(verdicts: Mapping[str, Verdict], spec: ModelSpec, subtitle: str) -> Table:
+    foreign = any(verdict.text_is_foreign for verdict in verdicts.values())
+    note = "; text that it predicts worse than by guessing is not judged" if foreign else ""
+    table = Table(title="What codecs cost", caption=f"{subtitle}; 95% intervals{note}")
+    for name in ("codec", "bits", "on", "tokens", "KL, nats", "flips", "perplexity"):
+        table.add_column(name, justify="right")
+    table.add_column("gate")
+    for codec, verdict in verdicts.items():
+        first = True
+        for part, damage in _parts(verdict):
+            table.add_row(
+                codec if first else "",
+                f"{bits_per_value(spec, codec):.2f}" if first else "",
+                part,
+                f"{damage.rows:,}",
+                f"{damage.kl:.1e} ± {damage.kl_error:.0e}",
+                f"{damage.flips:.1%} ± {damage.flips_error:.1%}",
+                f"{damage.raw_perplexity:.4g} {damage.perplexity_rise:+.2%}",
+                ("passes" if verdict.passed else "fails") if first else "",
+            )
+            first = False
+    return table
+
+
+def _draw(verdicts: Mapping[str, Verdict], subtitle: str, path: Path) -> None:
+    def values(part: str) -> Sequence[float | None]:
+        found = (dict(_parts(verdict)).get(part) for verdict in verdicts.values())
+        return [None if damage is None or not damage.kl else damage.kl for damage in found]
+
+    draw_bars(
+        path,
+        title="KL divergence from the exact cache",
+        subtitle=subtitle,
+        groups=list(verdicts),
+        series=[Series(label=label, values=values(part)) for part, label in PARTS.items()],
+        unit="nats",
+        logarithmic=True,
+    )

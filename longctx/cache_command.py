@@ -1,0 +1,246 @@
+"""`longctx cache ls|rm|verify|gc`: what the disk tier holds, seen and tidied without a server.
+
+Only one process may write to the tier's folder: while a server runs, `ls` and `verify` look, and
+`rm` and `gc` say that they cannot.
+"""
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from compress.shape import BLOCK_TOKENS
+from longctx.config import CacheConfig
+from longctx.errors import LongctxError
+from offload.disk import DiskEntry, DiskTier, FolderInUse, FolderRefused
+from offload.key import BlockKey
+from offload.policy import LRU
+
+GIB = 1 << 30
+DAY_SECONDS = 86_400.0
+SHORT_HEX = 12  # digits shown of a key
+LEAST_HEX = 4  # digits that `rm` asks for
+
+BOUNDS = {"gc": ("disk_cap_gib", "disk_free_gib", "disk_ttl_days")}  # options that an action takes
+
+Action = Callable[[argparse.Namespace, Path, CacheConfig], None]
+
+
+def cache_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """One subcommand per action; their parsers, which still lack the options of the folder."""
+    subparsers = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
+    parsers = {}
+    for name, (text, _) in ACTIONS.items():
+        parsers[name] = subparsers.add_parser(name, help=text, description=text)
+        parsers[name].set_defaults(action=name)
+    parsers["ls"].add_argument("--extents", action="store_true", help="a line for each extent")
+    parsers["rm"].add_argument(
+        "names", nargs="*", metavar="NAME", help="how a namespace or extent begins, as ls shows it"
+    )
+    parsers["rm"].add_argument("--all", action="store_true", help="delete everything")
+    return parsers
+
+
+def run_cache(arguments: argparse.Namespace, folder: Path, config: CacheConfig) -> None:
+    """Raises LongctxError where the folder cannot be opened, or is not as it should be."""
+    _, action = ACTIONS[arguments.action]
+    try:
+        action(arguments, folder.expanduser(), config)
+    except FolderRefused as error:
+        raise LongctxError(str(error)) from error
+    except OSError as error:
+        raise LongctxError(f"cannot use {folder}: {error.strerror}") from error
+
+
+def _ls(arguments: argparse.Namespace, folder: Path, config: CacheConfig) -> None:
+    with closing(_open(folder, read_only=True)) as tier:
+        entries = tier.entries()
+    table = extent_table(entries) if arguments.extents else namespace_table(entries)
+    table.title = str(folder)
+    table.caption = f"{len(entries):,} extents, {_bytes(sum(e.num_bytes for e in entries))}"
+    Console().print(table)
+
+
+def _rm(arguments: argparse.Namespace, folder: Path, config: CacheConfig) -> None:
+    if bool(arguments.names) == arguments.all:
+        raise LongctxError("rm needs the names of what to delete, or --all; ls shows them")
+    short = [name for name in arguments.names if len(name) < LEAST_HEX]
+    if short:
+        raise LongctxError(f"{short[0]!r} is too short; give at least {LEAST_HEX} digits")
+    with closing(_open(folder, read_only=False)) as tier:
+        entries = tier.entries()
+        keys = chosen(entries, [""] if arguments.all else arguments.names)
+        tier.drop(keys)
+        left = tier.entries()
+    freed = sum(e.num_bytes for e in entries) - sum(e.num_bytes for e in left)
+    _say(f"deleted {len(entries) - len(left):,} extents, {_bytes(freed)}; {len(left):,} are left")
+
+
+def _verify(arguments: argparse.Namespace, folder: Path, config: CacheConfig) -> None:
+    try:
+        tier = _open(folder, read_only=False)
+    except FolderInUse:
+        _say("a server is running: bad files are named, and left to it")
+        tier = _open(folder, read_only=True)
+    begin = time.monotonic()
+    with closing(tier):
+        found = tier.verify(_say)
+        quarantined = int(tier.stats()["quarantine_files"])
+    _say(
+        f"{found.extents:,} extents are whole, {_bytes(found.num_bytes)} read in "
+        f"{time.monotonic() - begin:.1f} s"
+    )
+    if found.corrupt:
+        raise LongctxError(
+            f"{found.corrupt:,} extents are not what was written, {quarantined:,} files are in "
+            "quarantine; their text is computed again when needed"
+        )
+
+
+def _gc(arguments: argparse.Namespace, folder: Path, config: CacheConfig) -> None:
+    before = _entries(folder)
+    cap_gib, ttl_days = config.disk_cap_gib, config.disk_ttl_days
+    with closing(
+        _open(
+            folder,
+            read_only=False,
+            cap_bytes=None if cap_gib is None else int(cap_gib * GIB),
+            ttl_seconds=None if ttl_days is None else ttl_days * DAY_SECONDS,
+            free_floor_bytes=int(config.disk_free_gib * GIB),
+        )
+    ) as tier:
+        tier.gc()
+        left, stats = tier.entries(), tier.stats()
+    freed = sum(e.num_bytes for e in before) - sum(e.num_bytes for e in left)
+    _say(
+        f"deleted {stats['evictions_ttl_total']:,.0f} extents for their age, "
+        f"{stats['evictions_cap_total']:,.0f} over the cap, "
+        f"{stats['evictions_space_total']:,.0f} for free space: {_bytes(freed)}; "
+        f"{len(left):,} are left"
+    )
+
+
+ACTIONS: dict[str, tuple[str, Action]] = {
+    "ls": ("list what is stored, by namespace: model, codec and tenant", _ls),
+    "rm": ("delete namespaces, or extents with all that follows them", _rm),
+    "verify": ("read and check every byte; put aside what is not as it was written", _verify),
+    "gc": ("delete what is too old or over the bounds, and what crashes have left", _gc),
+}
+
+
+def namespace_table(entries: Iterable[DiskEntry]) -> Table:
+    """A row for each namespace and layer group."""
+    rows: defaultdict[tuple[BlockKey, int], list[DiskEntry]] = defaultdict(list)
+    for entry in entries:
+        rows[entry.namespace, entry.group].append(entry)
+    table = _table("namespace", "group", "extents", "tokens", "bytes", "to compute", "retained")
+    table.add_column("last used", justify="right")
+    for (namespace, group), held in sorted(rows.items()):
+        table.add_row(
+            namespace.hex()[:SHORT_HEX],
+            str(group),
+            f"{len(held):,}",
+            f"{sum(e.num_blocks for e in held) * BLOCK_TOKENS:,}",
+            _bytes(sum(e.num_bytes for e in held)),
+            f"{sum(e.cost_seconds for e in held):,.1f} s",
+            f"{sum(e.retained for e in held):,}",
+            _ago(max(e.used_at for e in held)),
+        )
+    return table
+
+
+def extent_table(entries: Iterable[DiskEntry]) -> Table:
+    """A row for each extent, chain by chain."""
+    table = _table("extent", "namespace", "group", "first token", "tokens", "bytes", "to compute")
+    for name in ("retained", "written", "last used"):
+        table.add_column(name, justify="right")
+    for entry in entries:
+        table.add_row(
+            entry.name[:SHORT_HEX],
+            entry.namespace.hex()[:SHORT_HEX],
+            str(entry.group),
+            f"{entry.first_block * BLOCK_TOKENS:,}",
+            f"{entry.num_blocks * BLOCK_TOKENS:,}",
+            _bytes(entry.num_bytes),
+            f"{entry.cost_seconds:,.1f} s",
+            "yes" if entry.retained else "",
+            _ago(entry.created_at),
+            _ago(entry.used_at),
+        )
+    return table
+
+
+def chosen(entries: Sequence[DiskEntry], names: Sequence[str]) -> set[BlockKey]:
+    """The keys of the named namespaces and extents, and of what follows these in their chains.
+
+    Raises LongctxError for a name that nothing begins with.
+    """
+    keys: set[BlockKey] = set()
+    unused = set(names)
+    for entry in sorted(entries, key=lambda entry: entry.first_block):
+        own = (entry.namespace.hex(), entry.name)
+        matching = {name for name in names if any(text.startswith(name) for text in own)}
+        unused -= matching
+        if matching or entry.parent in keys or not keys.isdisjoint(entry.keys[:1]):
+            keys.update(entry.keys)
+    unused.discard("")  # everything, and there is nothing
+    if unused:
+        raise LongctxError(f"nothing is called {sorted(unused)[0]}; ls shows what there is")
+    return keys
+
+
+def _open(
+    folder: Path,
+    *,
+    read_only: bool,
+    cap_bytes: int | None = None,
+    ttl_seconds: float | None = None,
+    free_floor_bytes: int = 0,
+) -> DiskTier:
+    """Without bounds nothing leaves by being looked at."""
+    if not folder.is_dir():
+        raise LongctxError(f"{folder} is no folder: nothing was stored there; see --store-dir")
+    return DiskTier(
+        folder,
+        cap_bytes=cap_bytes,
+        ttl_seconds=ttl_seconds,
+        free_floor_bytes=free_floor_bytes,
+        policy=LRU[str](),
+        read_only=read_only,
+    )
+
+
+def _entries(folder: Path) -> list[DiskEntry]:
+    with closing(_open(folder, read_only=True)) as tier:
+        return tier.entries()
+
+
+def _table(*columns: str) -> Table:
+    table = Table(title_justify="left", caption_justify="left")
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GiB", GIB), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count} bytes"
+
+
+def _ago(moment: float) -> str:
+    seconds = max(time.time() - moment, 0.0)
+    for unit, size in (("d", DAY_SECONDS), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
+
+
+def _say(text: str) -> None:
+    Console(highlight=False, soft_wrap=True).print(text, markup=False)

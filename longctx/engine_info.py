@@ -1,0 +1,80 @@
+"""What a loaded engine says of itself."""
+
+from dataclasses import dataclass
+
+from compress.shape import BLOCK_TOKENS
+from longctx.kv_memory import KVMemory
+from longctx.limits import ContextLimits
+from longctx.model import ModelSpec
+from longctx.quality.gate import CodecChoice
+from offload.store import KVStore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    model_name: str
+    fingerprint: str
+    limits: ContextLimits
+    host_capacity_tokens: int  # about so many fit the RAM below it; 0 without
+    disk_capacity_tokens: int  # about so many fit the disk; 0 without
+    disk_capacity_bytes: int
+    disk_bytes: int  # stored there when the engine started, of any model
+    block_tokens: int
+    kv_block_bytes: int  # one block in all layers that see everything
+    kv_window_bytes: int  # what the layers with windows hold of a finished prompt
+    kv_codec: str
+    codec_choice: CodecChoice  # why that one
+    device: str
+    dtype: str
+    backend: str
+    vocab_size: int
+
+    @classmethod
+    def of(
+        cls,
+        spec: ModelSpec,
+        memory: KVMemory,
+        codec: CodecChoice,
+        store: KVStore | None,
+        *,
+        backend: str,
+    ) -> "EngineInfo":
+        stored = {} if store is None else store.stats()
+        host_bytes = int(stored.get("host_capacity_bytes", 0))
+        disk_bytes = int(stored.get("disk_capacity_bytes", 0))
+        return cls(
+            model_name=spec.name,
+            fingerprint=spec.fingerprint,
+            limits=ContextLimits.of(
+                spec.max_context,
+                memory,
+                below_tokens=memory.tokens_in(max(host_bytes, disk_bytes)),
+            ),
+            host_capacity_tokens=memory.tokens_in(host_bytes),
+            disk_capacity_tokens=memory.tokens_in(disk_bytes),
+            disk_capacity_bytes=disk_bytes,
+            disk_bytes=int(stored.get("disk_bytes", 0)),
+            block_tokens=BLOCK_TOKENS,
+            kv_block_bytes=memory.block_bytes,
+            kv_window_bytes=memory.window_bytes,
+            kv_codec=codec.codec,
+            codec_choice=codec,
+            device=str(spec.device),
+            dtype=str(spec.dtype).removeprefix("torch."),
+            backend=backend,
+            vocab_size=spec.vocab_size,
+        )
+
+    @property
+    def max_context_tokens(self) -> int:
+        return self.limits.max_context_tokens
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens of KV that the device pool holds."""
+        return self.limits.capacity_tokens
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Device memory of a computed prompt of that many tokens; open blocks do not count."""
+        blocks = tokens // self.block_tokens
+        return blocks * self.kv_block_bytes + (self.kv_window_bytes if blocks else 0)

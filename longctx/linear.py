@@ -1,0 +1,97 @@
+"""A model's linear layers, packed once at load for our own kernels (`attention/csrc/linear.h`).
+
+For models that compute in float32 on a CPU. The model stays transformers': each `nn.Linear` is
+replaced by a `PackedLinear`, which computes the same. Weights that are bfloat16 numbers, as those
+of most checkpoints are, stay 16 bits wide in memory and are widened in registers: exact, and half
+the bytes to read. `--weights int8` rounds them to 8 bits. Read `pack_linears`.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from longctx.attention import _kernels
+from longctx.config import Weights
+
+# Numbers that stand for them in csrc/linear_kernels.h.
+STORAGES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+INT8_MAX = 127
+
+
+class PackedLinear(nn.Module):
+    """A float32 `nn.Linear`, but that a row's result does not depend on the rows beside it."""
+
+    def __init__(self, linear: nn.Linear, weights: Weights, instruction_set: str) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight, scales = linear.weight.detach(), None
+        assert weight.dtype == torch.float32, "other types are left to torch"
+        if weights == "int8":
+            weight, scales = quantize_rows(weight)
+        elif torch.equal(narrow := weight.bfloat16(), weight):  # compares as float32
+            weight = narrow
+        weight = weight.contiguous()
+        bias = None if linear.bias is None else linear.bias.detach().contiguous()
+        self.stored = weight.dtype
+        self._packed = _kernels.PackedLinear(
+            weight.data_ptr(),
+            0 if scales is None else scales.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            self.out_features,
+            self.in_features,
+            STORAGES[weight.dtype],
+            instruction_set,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., in_features] -> [..., out_features], float32."""
+        assert x.shape[-1] == self.in_features and x.dtype == torch.float32
+        x = x.contiguous()
+        out = x.new_empty((*x.shape[:-1], self.out_features))
+        self._packed.forward(x.data_ptr(), x.numel() // self.in_features, out.data_ptr())
+        return out
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._packed.bytes
+
+    @property
+    def weight(self) -> Tensor:
+        """[out_features, in_features] float32, unpacked anew each time."""
+        weight = torch.empty(self.out_features, self.in_features)
+        self._packed.unpack(weight.data_ptr())
+        return weight
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {str(self.stored).removeprefix('torch.')}"
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`weight` [outputs, inputs] as int8 and one scale per output: symmetric, to nearest.
+
+    The error of a weight is at most half its row's scale, which is its largest magnitude / 127.
+    """
+    scales = weight.abs().amax(dim=1) / INT8_MAX
+    codes = (weight / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round()
+    return codes.to(torch.int8), scales
+
+
+def pack_linears(model: nn.Module, weights: Weights, *, instruction_set: str | None = None) -> int:
+    """Replace every float32 `nn.Linear` in `model`; returns the bytes of the packed weights.
+
+    One after another, so that no more than one weight is in memory twice. Subclasses stay: they
+    compute something else. `instruction_set`: one of `_kernels.instruction_sets()`; the fastest
+    if absent.
+    """
+    name = instruction_set or _kernels.instruction_sets()[-1]
+    places: dict[nn.Linear, list[str]] = {}  # a layer may stand in several
+    for path, module in model.named_modules(remove_duplicate=False):
+        if type(module) is nn.Linear and module.weight.dtype == torch.float32:
+            places.setdefault(module, []).append(path)
+    packed_bytes = 0
+    while places:
+        linear, paths = places.popitem()
+        packed = PackedLinear(linear, weights, name)
+        packed_bytes += packed.weight_bytes
+        for path in paths:
+            model.set_submodule(path, packed)
+    return packed_bytes

@@ -1,0 +1,87 @@
+"""The tiers below the device, as configured."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from longctx.config import CacheConfig
+from longctx.errors import LongctxError
+from longctx.kv_memory import KVMemory
+from offload.disk import DiskTier
+from offload.disk_folder import FolderRefused
+from offload.host import HostTier
+from offload.policy import POLICIES
+from offload.store import KVStore
+
+GIB = 1 << 30
+HOST_SHARE = 8  # of RAM, where a GPU needs room below its own
+READ_DEADLINE_SECONDS = 5.0
+OWNER_SECONDS = 10.0  # a process that was killed may hold the folder so long
+
+
+def open_store(config: CacheConfig, memory: KVMemory) -> KVStore | None:
+    """None where nothing is to be kept below the device. Raises LongctxError."""
+    host, disk = _host(config, memory), _disk(config)
+    if host is None and disk is None:
+        return None
+    return KVStore(disk=disk, host=host, read_deadline_seconds=READ_DEADLINE_SECONDS)
+
+
+def _host(config: CacheConfig, memory: KVMemory) -> HostTier | None:
+    cuda = memory.device.type == "cuda"
+    capacity = _ram_bytes() // HOST_SHARE if cuda else 0
+    if config.host_pool_gib is not None:
+        capacity = int(config.host_pool_gib * GIB)
+    if not capacity:
+        return None
+    page_bytes = [size for pool in memory.packed for size in pool.page_bytes]
+    policy = POLICIES[config.eviction_policy]()
+    if not cuda:
+        return HostTier(capacity_bytes=capacity, page_bytes=page_bytes, policy=policy)
+    return HostTier(capacity_bytes=capacity, page_bytes=page_bytes, policy=policy, allocate=_pinned)
+
+
+def _disk(config: CacheConfig) -> DiskTier | None:
+    if config.kv_dir is None:
+        return None
+    folder = config.kv_dir.expanduser()
+    deadline = time.monotonic() + OWNER_SECONDS
+    while True:
+        try:
+            return DiskTier(
+                folder,
+                cap_bytes=_cap_bytes(config, folder),
+                ttl_seconds=None if config.disk_ttl_days is None else config.disk_ttl_days * 86_400,
+                free_floor_bytes=int(config.disk_free_gib * GIB),
+                policy=POLICIES[config.eviction_policy](),
+            )
+        except FolderRefused as error:
+            if time.monotonic() > deadline:
+                raise LongctxError(str(error)) from error
+            time.sleep(0.1)
+        except OSError as error:
+            raise LongctxError(
+                f"cannot use {folder} for KV blocks: {error.strerror}; choose another --kv-dir"
+            ) from error
+
+
+def _cap_bytes(config: CacheConfig, folder: Path) -> int:
+    if config.disk_cap_gib is not None:
+        return int(config.disk_cap_gib * GIB)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    stored = sum(file.stat().st_size for file in folder.glob("*.kv"))
+    status = os.statvfs(folder)
+    return (status.f_bavail * status.f_frsize + stored) // 2
+
+
+def _ram_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _pinned(size_bytes: int) -> NDArray[np.uint8]:
+    arena: NDArray[np.uint8] = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+    return arena

@@ -1,0 +1,84 @@
+"""What a codec does to next-token distributions, summed up with its uncertainty."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SPAN_ROWS = 16  # neighbouring rows are alike: they count as one observation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damage:
+    """Means over rows; each `*_error` is half the width of the 95% interval of that mean.
+
+    `kl` is KL(raw || codec) in nats; `flips` the share of rows whose likeliest token changed;
+    `nats` what a token of the text costs with raw KV, `more_nats` how much more with the codec.
+    """
+
+    rows: int
+    kl: float
+    kl_error: float
+    flips: float
+    flips_error: float
+    nats: float
+    more_nats: float
+    more_nats_error: float
+
+    @property
+    def raw_perplexity(self) -> float:
+        return math.exp(min(self.nats, 700.0))
+
+    @property
+    def perplexity_rise(self) -> float:
+        """Perplexity with the codec over that with raw KV, less 1."""
+        return math.expm1(min(self.more_nats, 700.0))
+
+
+@dataclass(slots=True)
+class Tally:
+    """Collects rows, then gives their `Damage`."""
+
+    _spans: list[Tensor] = field(default_factory=list)  # each [rows, (kl, flip, nats, more nats)]
+
+    def add(self, rows: Tensor) -> None:
+        """Consecutive rows of one sequence, as `compare` gives them: [rows, 4]."""
+        self._spans += torch.split(rows, SPAN_ROWS)
+
+    def damage(self) -> Damage | None:
+        """None with fewer spans than an interval needs."""
+        if len(self._spans) < 2:
+            return None
+        rows = torch.cat(self._spans)
+        means = rows.mean(0)
+        errors = self._errors(means, len(rows))
+        return Damage(
+            rows=len(rows),
+            kl=float(means[0]),
+            kl_error=errors[0],
+            flips=float(means[1]),
+            flips_error=errors[1],
+            nats=float(means[2]),
+            more_nats=float(means[3]),
+            more_nats_error=errors[3],
+        )
+
+    def _errors(self, means: Tensor, rows: int) -> list[float]:
+        """1.96 cluster-robust standard errors, a span being a cluster."""
+        count = len(self._spans)
+        sums = torch.stack([(span - means).sum(0) for span in self._spans])
+        variance = sums.square().sum(0) * count / (count - 1)
+        errors: list[float] = (1.96 * variance.sqrt() / rows).tolist()
+        return errors
+
+
+def compare(exact: Tensor, coded: Tensor, targets: Tensor) -> Tensor:
+    """[rows, (KL, whether the likeliest token changed, nats of the target, how many more)]."""
+    exact, coded = exact.float().log_softmax(-1), coded.float().log_softmax(-1)
+    kl = F.kl_div(coded, exact, log_target=True, reduction="none").sum(-1).clamp_min(0)
+    flips = (exact.argmax(-1) != coded.argmax(-1)).float()
+    nats = -exact.gather(-1, targets[:, None])[:, 0]
+    more = -coded.gather(-1, targets[:, None])[:, 0] - nats
+    return torch.stack((kl, flips, nats, more), dim=-1).double().cpu()

@@ -1,0 +1,265 @@
+"""Codecs against `raw`, teacher-forced: the same tokens through one cache of each.
+
+Two kinds of rows are compared. *Text*: the built-in texts, computed in chunks as any document.
+*Own*: what the model goes on to say with raw KV (drawn at temperature 1, asked about the text
+where it has a chat template), computed token by token. Only rows that see a sealed block count:
+a row's own block is never encoded. Read `measure`.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.shape import BLOCK_TOKENS
+from longctx.attention.backend import AttentionBackend
+from longctx.errors import InvalidRequest
+from longctx.kv_memory import KVMemory
+from longctx.model import LoadedModel
+from longctx.prompt import ChatPrompts, FilePart, Message
+from longctx.quality.damage import Damage, Tally, compare
+from longctx.quality.replay import Replay
+from longctx.quality.texts import TEXTS, Text
+from longctx.request import SamplingParams
+from longctx.sampler import SamplingError, sample
+from longctx.sequence import Sequence as EngineSequence
+from longctx.tokenizer import Tokenizer
+
+EXACT = "raw"
+CHUNK_TOKENS = 2 * BLOCK_TOKENS
+READING_SHARE = 0.6  # of the time limit; the rest is for the answers
+
+Backend = Callable[[KVMemory], AttentionBackend]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """How much is computed for `raw` and for each codec, and when to stop if that takes longer."""
+
+    text_tokens: int = 320  # of each text
+    own_tokens: int = 32  # after each question
+    limit_seconds: float | None = 90.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What one codec does; a part is None where no row could be compared."""
+
+    text: Damage | None
+    own: Damage | None
+    seconds: float  # of the measurement, all of its codecs together
+
+
+def measure(
+    model: LoadedModel,
+    tokenizer: Tokenizer,
+    backend: Backend,
+    codecs: Sequence[str],
+    *,
+    workload: Workload,
+    texts: Sequence[Text] = TEXTS,
+    seed: int = 0,
+) -> dict[str, Measured]:
+    """What each of `codecs` does to the model; another `seed`, other answers.
+
+    Raises ValueError where a codec cannot hold the model's heads.
+    """
+    began = time.monotonic()
+    prompts = list(_prompts(model, tokenizer, workload, texts))
+    race = _Race(model, tokenizer, backend, codecs, prompts, workload, seed)
+
+    def late(share: float) -> bool:
+        limit = workload.limit_seconds
+        return limit is not None and time.monotonic() - began > share * limit
+
+    for prompt in prompts:
+        race.read(prompt)
+        if late(READING_SHARE):
+            break
+    race.answer(lambda: late(1.0))
+    seconds = time.monotonic() - began
+    return {
+        codec: Measured(
+            text=race.text[codec].damage(), own=race.own[codec].damage(), seconds=seconds
+        )
+        for codec in codecs
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """`text`: the places whose tokens are judged as text."""
+
+    token_ids: tuple[int, ...]
+    text: range
+
+
+def _prompts(
+    model: LoadedModel, tokenizer: Tokenizer, workload: Workload, texts: Sequence[Text]
+) -> Iterator[_Prompt]:
+    """Every text with its first question, then with its second: each counts if time is short.
+
+    A text is judged once, with its first question.
+    """
+    for number in range(max(len(text.questions) for text in texts)):
+        for text in texts:
+            if number >= len(text.questions):
+                continue
+            before, after = _frame(tokenizer, text, text.questions[number])
+            room = model.spec.max_context - workload.own_tokens - len(before) - len(after)
+            body = tokenizer.encode(text.body)[: min(workload.text_tokens, room)]
+            if room > 0 and body:
+                end = len(before) + len(body)
+                judged = range(len(before), end if number == 0 else len(before))
+                yield _Prompt((*before, *body, *after), judged)
+
+
+def _frame(
+    tokenizer: Tokenizer, text: Text, question: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tokens before and after the text: the question in the model's own form, if it has one."""
+    if tokenizer.has_chat_template:
+        message = Message("user", (FilePart(text.title, text.title), question))
+        try:
+            segments = ChatPrompts(tokenizer).render([message])
+        except InvalidRequest:  # the template wants another kind of conversation
+            return _plain_frame(tokenizer)
+        place = next(i for i, segment in enumerate(segments) if segment.document_id is not None)
+        before = [token for segment in segments[:place] for token in segment.token_ids]
+        after = [token for segment in segments[place + 1 :] for token in segment.token_ids]
+        return tuple(before), tuple(after)
+    return _plain_frame(tokenizer)
+
+
+def _plain_frame(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    bos = tokenizer.bos_token_id
+    return () if bos is None else (bos,), ()
+
+
+class _Race:
+    """The same sequences in one cache of each codec, in step."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        tokenizer: Tokenizer,
+        backend: Backend,
+        codecs: Sequence[str],
+        prompts: Sequence[_Prompt],
+        workload: Workload,
+        seed: int,
+    ) -> None:
+        self._seed = seed
+        self._own_tokens = workload.own_tokens
+        self._eos = tokenizer.eos_token_ids
+        self._caches = {
+            codec: Replay(
+                model,
+                tokenizer,
+                backend,
+                codec=codec,
+                blocks=_blocks(prompts, workload.own_tokens),
+                sequences=max(1, len(prompts)),
+                chunk_tokens=CHUNK_TOKENS,
+            )
+            for codec in (EXACT, *codecs)
+        }
+        self._coded = tuple(codecs)
+        self._lanes: list[_Lane] = []
+        self.text = {codec: Tally() for codec in codecs}
+        self.own = {codec: Tally() for codec in codecs}
+
+    def read(self, prompt: _Prompt) -> None:
+        """Compute a prompt chunk by chunk in every cache."""
+        sampling = SamplingParams(
+            max_tokens=self._own_tokens, temperature=1.0, seed=self._seed + len(self._lanes)
+        )
+        lane = _Lane(
+            {
+                codec: cache.admit(prompt.token_ids, sampling)
+                for codec, cache in self._caches.items()
+            }
+        )
+        while (remaining := lane.exact.remaining) > 0:
+            first = lane.exact.computed
+            count = min(remaining, CHUNK_TOKENS - first % BLOCK_TOKENS)
+            logits = self._feed([lane], count)
+            judged = range(
+                max(first, prompt.text.start, BLOCK_TOKENS),
+                min(first + count, prompt.text.stop - 1),
+            )
+            if judged:
+                rows = slice(judged.start - first, judged.stop - first)
+                targets = prompt.token_ids[judged.start + 1 : judged.stop + 1]
+                for codec in self._coded:
+                    self.text[codec].add(
+                        _compare(logits[EXACT][rows], logits[codec][rows], targets)
+                    )
+            lane.last = {codec: each[-1:] for codec, each in logits.items()}
+        self._lanes.append(lane)
+
+    def answer(self, late: Callable[[], bool]) -> None:
+        """Let the model speak with raw KV, and the others compute what it said."""
+        lanes = self._lanes
+        for step in range(self._own_tokens):
+            if not lanes or (step > 0 and late()):
+                break
+            exact = torch.cat([lane.last[EXACT] for lane in lanes])
+            drawn = sample(exact, [lane.exact.sampling for lane in lanes])
+            tokens = [_token(draw) for draw in drawn]
+            for codec in self._coded:
+                coded = torch.cat([lane.last[codec] for lane in lanes])
+                rows = _compare(exact, coded, tokens)
+                for lane, row in zip(lanes, rows[:, None].unbind(), strict=True):
+                    if lane.exact.computed > BLOCK_TOKENS:
+                        lane.own.setdefault(codec, []).append(row)
+            for lane, token in zip(lanes, tokens, strict=True):
+                lane.say(token)
+            lanes = [
+                lane for lane, token in zip(lanes, tokens, strict=True) if token not in self._eos
+            ]
+            if lanes and step + 1 < self._own_tokens:
+                logits = self._feed(lanes, 1)
+                for index, lane in enumerate(lanes):
+                    lane.last = {codec: each[index : index + 1] for codec, each in logits.items()}
+        for lane in self._lanes:
+            for codec, spoken in lane.own.items():
+                self.own[codec].add(torch.cat(spoken))
+
+    def _feed(self, lanes: "Sequence[_Lane]", count: int) -> dict[str, Tensor]:
+        return {
+            codec: cache.feed([lane.sequences[codec] for lane in lanes], count)
+            for codec, cache in self._caches.items()
+        }
+
+
+class _Lane:
+    """One prompt and its answer: a sequence per codec."""
+
+    def __init__(self, sequences: dict[str, EngineSequence]) -> None:
+        self.sequences = sequences
+        self.exact = sequences[EXACT]
+        self.last: dict[str, Tensor] = {}  # logits [1, vocab] after the latest token
+        self.own: dict[str, list[Tensor]] = {}
+
+    def say(self, token: int) -> None:
+        self.exact.sampling.observe(token)
+        for sequence in self.sequences.values():
+            sequence.tokens.append(token)
+
+
+def _blocks(prompts: Sequence[_Prompt], own_tokens: int) -> int:
+    """Enough for all; what the prompts of a text share is left over."""
+    return sum((len(prompt.token_ids) + own_tokens) // BLOCK_TOKENS + 2 for prompt in prompts)
+
+
+def _compare(exact: Tensor, coded: Tensor, targets: Sequence[int]) -> Tensor:
+    return compare(exact, coded, torch.tensor(targets, device=exact.device))
+
+
+def _token(draw: int | SamplingError) -> int:
+    if isinstance(draw, SamplingError):
+        raise draw
+    return draw

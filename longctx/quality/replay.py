@@ -1,0 +1,102 @@
+"""Given tokens through the cache that serves: real blocks, sealed by a codec, and real attention.
+
+Tokens come in chunks, long ones for a prompt and single ones for an answer. Unlike the engine's
+steps, these want the logits of every row.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.codec import CODECS
+from compress.shape import BLOCK_TOKENS, KVShape
+from longctx.attention.backend import AttentionBackend
+from longctx.batch import Batch
+from longctx.detokenizer import TextStream
+from longctx.kv_cache import KVCacheManager
+from longctx.kv_memory import KVMemory
+from longctx.limits import ContextLimits
+from longctx.model import LoadedModel
+from longctx.request import Request, SamplingParams, Segment
+from longctx.runner import ModelRunner
+from longctx.sampler import SamplingState
+from longctx.scheduler import Chunk
+from longctx.sequence import Sequence, TokenIds
+from longctx.tokenizer import Tokenizer
+from offload.key import namespace
+
+# Nobody else sees these blocks
+OWN_SPACE = namespace(fingerprint="", dtype="", rope="", codec="", codec_version=0, salt="")
+
+
+class Replay:
+    """A model with a small cache of its own. Sequences share blocks as they do when it serves."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        tokenizer: Tokenizer,
+        backend: Callable[[KVMemory], AttentionBackend],
+        *,
+        codec: str,
+        blocks: int,
+        sequences: int,
+        chunk_tokens: int,
+    ) -> None:
+        """`blocks` that fit; `sequences` at once; at most `chunk_tokens` of one of them a time."""
+        spec = model.spec
+        shapes = [
+            KVShape(kv_heads=layer.kv_heads, head_dim=layer.head_dim, dtype=spec.dtype)
+            for layer in spec.layers
+        ]
+        self._memory = KVMemory(
+            spec.layers,
+            dtype=spec.dtype,
+            device=spec.device,
+            codec=codec,
+            pool_bytes=(blocks + 2) * sum(CODECS[codec](shape).page_bytes for shape in shapes),
+            step_blocks=chunk_tokens // BLOCK_TOKENS + 1 + 2 * sequences,
+        )
+        self._cache = KVCacheManager(self._memory)
+        self._runner = ModelRunner(model, self._memory, backend(self._memory))
+        limits = ContextLimits.of(spec.max_context, self._memory)
+        self._intake = Intake(spec, self._cache, tokenizer, limits, max_sequences=sequences)
+
+    def admit(self, token_ids: Items[int], sampling: SamplingParams) -> Sequence:
+        """A sequence that begins so; `computed` tokens of it were in the cache already."""
+        ids = np.array(token_ids, dtype=np.int32)
+        segments = (Segment(token_ids=tuple(token_ids)),)
+        seed = sampling.seed or 0
+        self._admitted += 1
+        sequence = Sequence(
+            request=Request(request_id=f"{self._admitted}", segments=segments, sampling=sampling),
+            index=0,
+            arrival=self._admitted,
+            arrival_seconds=0.0,
+            tokens=TokenIds(ids, []),
+            prompt_tokens=len(ids),
+            sampling=SamplingState(sampling, seed=seed, prompt_token_ids=lambda: ids),
+            seed=seed,
+            text=TextStream(self._tokenizer, stop=()),
+            namespace=OWN_SPACE,
+        )
+        admitted = self._cache.admit(sequence, spare_blocks=0)
+        assert admitted, "the pool was made for these sequences"
+        return sequence
+
+    def feed(self, sequences: Items[Sequence], num_tokens: int) -> Tensor:
+        """Compute the next `num_tokens` of each: logits [sequences * num_tokens, vocab]."""
+        for sequence in sequences:
+            allocated = self._cache.allocate(sequence, num_tokens)
+            assert allocated, "the pool was made for these sequences"
+        chunks = [Chunk(sequence, num_tokens) for sequence in sequences]
+        batch = Batch.build(chunks, self._cache, device=self._memory.device)
+        every_row = torch.arange(len(batch.token_ids), device=self._memory.device)
+        logits = self._runner.run(replace(batch, logits_rows=every_row, last_chunks=batch.chunks))
+        for sequence in sequences:
+            self._cache.commit(sequence, num_tokens)
+        return logits

@@ -1,0 +1,99 @@
+"""Whole prompts that stay on the device while there is room: documents ready to be asked about.
+
+A prefix holds one reference to each of its blocks for all its users together. Those without users
+are let go, the longest unused first, when somebody needs their room.
+"""
+
+from compress.shape import BLOCK_TOKENS
+from longctx.attention.backend import PAGE
+from longctx.kv_memory import KVMemory
+from longctx.sequence import Sequence
+from prompt_cache.prefix import Prefix, PrefixIndex, PrefixName
+
+
+class ResidentPrefixes:
+    def __init__(self, memory: KVMemory, prefixes: PrefixIndex) -> None:
+        self._memory = memory
+        self._prefixes = prefixes
+        self.freed = 0  # prefixes that were let go, ever
+
+    def keep(self, sequence: Sequence) -> None:
+        """Hold everything up to the end of each document that has been computed."""
+        if sequence.tier.absent:
+            return
+        for end_tokens, name in sequence.document_ends:
+            blocks = end_tokens // BLOCK_TOKENS
+            if 0 < blocks <= sequence.computed // BLOCK_TOKENS and name not in self._prefixes:
+                self._hold(sequence, name, end_tokens)
+
+    def leave(self, sequence: Sequence) -> None:
+        prefix, sequence.prefix = sequence.prefix, None
+        if prefix is None:
+            return
+        prefix.users -= 1
+        if prefix.closed and prefix.users == 0:
+            self._free(prefix)
+
+    def close_document(self, document_id: str) -> None:
+        """Let go of the document's prefixes, each with its last user."""
+        for prefix in self._prefixes.pop_document(document_id):
+            prefix.closed = True
+            if prefix.users == 0:
+                self._free(prefix)
+
+    def clear(self) -> None:
+        """Let go of all prefixes without users."""
+        while (prefix := self._prefixes.pop_idle()) is not None:
+            self._free(prefix)
+
+    def make_room(self, blocks: int) -> bool:
+        """Let unused prefixes go until every group can give `blocks` pages.
+
+        None goes where that would not suffice: a document is not given up for nothing.
+        """
+        needed = [
+            self._memory.pages_needed(index, blocks) for index in range(len(self._memory.packed))
+        ]
+        for index, pool in enumerate(self._memory.packed):
+            missing = needed[index] - pool.available
+            if missing > 0 and missing > sum(
+                prefix.blocks - prefix.window_begin[index] for prefix in self._prefixes.idle()
+            ):
+                return False
+        while any(
+            pool.available < pages for pool, pages in zip(self._memory.packed, needed, strict=True)
+        ):
+            prefix = self._prefixes.pop_idle()
+            if prefix is None:
+                return False
+            self._free(prefix)
+        return True
+
+    def _hold(self, sequence: Sequence, name: PrefixName, end_tokens: int) -> None:
+        blocks = end_tokens // BLOCK_TOKENS
+        begins = [group.first_needed(blocks * BLOCK_TOKENS) for group in self._memory.groups]
+        for group, begin, live in zip(self._memory.groups, begins, sequence.live_from, strict=True):
+            if group.window is not None and begin < live:
+                return  # it went by without being computed here; its blocks have their keys
+        tables = tuple(table.entries[:blocks].copy() for table in sequence.tables)
+        for pool, entries, begin in zip(self._memory.packed, tables, begins, strict=True):
+            pool.acquire(entries[begin:, PAGE].tolist())
+        self._prefixes.add(
+            Prefix(
+                name=name,
+                token_ids=sequence.tokens.upto(end_tokens),
+                keys=tuple(sequence.key(block) for block in range(blocks)),
+                tables=tables,
+                window_begin=tuple(begins),
+            )
+        )
+
+    def _free(self, prefix: Prefix) -> None:
+        for pool, entries, begin in zip(
+            self._memory.packed, prefix.tables, prefix.window_begin, strict=True
+        ):
+            pages = entries[begin:, PAGE].tolist()
+            pool.release(pages)
+            if prefix.closed:
+                pool.forget(pages)
+        self.freed += 1

@@ -1,0 +1,33 @@
+"""What of one sequence is on its way between the tiers."""
+
+from dataclasses import dataclass, field
+
+from offload.key import BlockKey
+from offload.run import PageSlots
+
+
+@dataclass(slots=True, eq=False)
+class Load:
+    """Blocks on their way up for one waiting sequence."""
+
+    begin: int  # depth in blocks without them
+    held: list[list[int]]  # per group: pages that it will need too and that are there already
+    parts: list[tuple[int, tuple[BlockKey, ...], list[int], PageSlots]]  # group, keys, pages, slots
+    ended: bool = False  # or late: the sequence computes what is missing
+    arrived: bool = field(default=False, init=False)  # no thread writes into the pages any more
+    abandoned: bool = field(default=False, init=False)
+
+
+@dataclass(slots=True, eq=False)
+class TierState:
+    load: Load | None = None  # while waiting: blocks on their way up
+    loads: int = 0  # how often it has waited for some since it last ran
+    streams: bool = False  # its context is larger than the device: old blocks go and are not held
+    absent: int = 0  # blocks of layers that see everything, from the first on, that have gone
+    setbacks: int = 0  # how often absent blocks could not be read
+    store_until: int = 0  # blocks that are worth storing
+    stored: int = 0  # blocks that have been offered to the store
+    stored_seconds: float = 0.0  # when the last of them was
+    writing: int = 0  # runs of its blocks that are being written
+    window_budget: float = 0.0  # bytes that window checkpoints may still take in the store
+    prefill_seconds: float = 0.0  # time of the steps that computed what is not offered yet

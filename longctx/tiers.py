@@ -1,0 +1,282 @@
+"""What the engine and the lower tiers owe each other: blocks on their way down, and back up.
+
+Down: the blocks of documents and of long or repeated prompts are offered to the store as they are
+sealed, an extent at a time; windows at checkpoints. Up: what a waiting prompt lacks and a lower
+tier has is read into fresh pages, while others run. Pages are pinned as long as a transfer needs
+them. Nothing here waits: `poll` takes note, once a step, of what has happened meanwhile.
+"""
+
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+from compress.shape import BLOCK_TOKENS
+from longctx.kv_memory import KVMemory
+from longctx.sequence import Sequence
+from longctx.tier_state import Load
+from longctx.transfer import PageTransfer
+from offload.key import BlockKey
+from offload.run import EXTENT_BLOCKS, BlockRun, PageSlots
+from offload.store import KVStore, Late, Loaded, Written
+
+KEPT_PROMPT_TOKENS = 1024  # prompts from here on are stored at once, shorter ones when seen again
+OVERDUE_SECONDS = 2.0  # a slow prefill stores parts of extents: a crash loses at most so much
+WINDOW_SHARE = 0.1  # bytes that window checkpoints may add, beside those where a prompt ends
+
+
+@dataclass(slots=True, eq=False)
+class _Write:
+    sequence: Sequence
+    run: BlockRun
+    pages: list[int]
+    slots: PageSlots
+    ready: Callable[[], bool]
+    cost_seconds: float
+    retained: bool
+
+
+class Tiers:
+    def __init__(
+        self,
+        memory: KVMemory,
+        store: KVStore,
+        *,
+        staged: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`staged`: pages pass through copies, since threads cannot address the pool's memory."""
+        self.store = store
+        self._memory = memory
+        self._transfers = [PageTransfer(pool, staged=staged) for pool in memory.packed]
+        self._clock = clock
+        self._seconds_per_token: float | None = None  # of prefill, as measured lately
+        self._copying: list[_Write] = []  # to pinned memory, before they are offered
+        self._writes: dict[int, _Write] = {}
+        self._loads: dict[int, Load] = {}
+        self._closed: set[str] = set()  # documents that went while something of them was written
+
+    @property
+    def busy(self) -> bool:
+        """Transfers are under way, so `poll` will have something to tell."""
+        return bool(self._copying or self._writes or self._loads)
+
+    def poll(self) -> bool:
+        """Take note of what was transferred; whether pages were unpinned."""
+        self._offer_copied()
+        events = self.store.poll()
+        for event in events:
+            match event:
+                case Written():
+                    self._written(self._writes.pop(event.ticket))
+                case Loaded():
+                    self._loaded(self._loads.pop(event.ticket), event.found)
+                case Late():
+                    self._loads[event.ticket].ended = True
+        return bool(events)
+
+    def close(self, flush_seconds: float) -> None:
+        """Write what was offered, as long as that may take, and end all transfers."""
+        deadline = time.monotonic() + flush_seconds
+        while self._copying and time.monotonic() < deadline:
+            self._offer_copied()
+        self.store.flush(max(0.0, deadline - time.monotonic()))
+        self.store.close()
+
+    # -- down -----------------------------------------------------------------------------------
+
+    def admitted(self, sequence: Sequence, depth: int) -> None:
+        """Decide how much of the sequence is worth storing; `depth` blocks of it were found."""
+        prompt = sequence.prompt_tokens // BLOCK_TOKENS
+        documents = max((end for end, _ in sequence.document_ends), default=0)
+        own_tokens = sequence.prompt_tokens - documents
+        seen_again = prompt if own_tokens >= KEPT_PROMPT_TOKENS else min(depth, prompt)
+        sequence.tier.store_until = max(documents // BLOCK_TOKENS, seen_again)
+        if sequence.tier.streams:
+            sequence.tier.store_until = prompt
+        ingests = sequence.request.sampling.max_tokens == 0
+        known = 0 if sequence.prefix is None or ingests else sequence.prefix.blocks
+        known = max(known, sequence.tier.absent)
+        sequence.tier.stored = min(known, sequence.tier.store_until)
+        sequence.tier.stored_seconds = self._clock()
+
+    def computed(self, sequence: Sequence, num_tokens: int, seconds: float) -> None:
+        """Its next tokens took so long; to be called while the windows before them are held."""
+        sequence.tier.prefill_seconds += seconds
+        if num_tokens >= BLOCK_TOKENS and seconds:
+            before, now = self._seconds_per_token, seconds / num_tokens
+            self._seconds_per_token = now if before is None else 0.8 * before + 0.2 * now
+        self.sealed(sequence)
+
+    def sealed(self, sequence: Sequence, *, ends: bool = False) -> None:
+        """Offer the extents that are complete; with `ends`, whatever there is."""
+        limit = min(sequence.tier.store_until, sequence.computed // BLOCK_TOKENS)
+        if sequence.tier.stored >= limit:
+            return
+        marks = {end // BLOCK_TOKENS for end, _ in sequence.document_ends} | {
+            sequence.tier.store_until
+        }
+        overdue = self._clock() - sequence.tier.stored_seconds > OVERDUE_SECONDS
+        while sequence.tier.stored < limit:
+            begin = sequence.tier.stored
+            extent_end = (begin // EXTENT_BLOCKS + 1) * EXTENT_BLOCKS
+            end = min([limit, extent_end, *(mark for mark in marks if mark > begin)])
+            if end != extent_end and end not in marks and not overdue and not ends:
+                return
+            self._offer_blocks(sequence, begin, end)
+            at_mark = end in marks or (ends and end == limit)
+            self._offer_windows(sequence, end, always=at_mark)
+            sequence.tier.stored = end
+            sequence.tier.stored_seconds = self._clock()
+
+    def _offer_blocks(self, sequence: Sequence, begin: int, end: int) -> None:
+        for index, group in enumerate(self._memory.groups):
+            if group.window is None:
+                pages = sequence.tables[index].pages(begin, end)
+                self._offer(sequence, index, begin, pages)
+        sequence.tier.window_budget += WINDOW_SHARE * self._block_bytes() * (end - begin)
+
+    def _block_bytes(self) -> int:
+        """What one block costs all in all: the measure of what windows may add."""
+        return self._memory.block_bytes or sum(sum(p.page_bytes) for p in self._memory.packed)
+
+    def _offer_windows(self, sequence: Sequence, end: int, *, always: bool) -> None:
+        """The windows before block `end`, so that a prompt can go on there."""
+        checkpoint: list[tuple[int, int, list[int]]] = []
+        size_bytes = 0
+        for index, group in enumerate(self._memory.groups):
+            if group.window is None:
+                continue
+            begin = group.first_needed(end * BLOCK_TOKENS)
+            if begin < sequence.live_from[index]:
+                return  # it went by without being computed here
+            pages = sequence.tables[index].pages(begin, end)
+            size_bytes += len(pages) * sum(self._memory.packed[index].page_bytes)
+            checkpoint.append((index, begin, pages))
+        if always or size_bytes <= sequence.tier.window_budget:
+            sequence.tier.window_budget = max(0.0, sequence.tier.window_budget - size_bytes)
+            for index, begin, pages in checkpoint:
+                self._offer(sequence, index, begin, pages)
+
+    def _offer(self, sequence: Sequence, group: int, begin: int, pages: list[int]) -> None:
+        keys = tuple(sequence.key(block) for block in range(begin, begin + len(pages)))
+        if all(self.store.durable(group, key) for key in keys):
+            return
+        run = BlockRun(
+            namespace=sequence.namespace,
+            group=group,
+            first_block=begin,
+            parent=sequence.key(begin - 1) if begin else sequence.namespace,
+            keys=keys,
+        )
+        self._memory.packed[group].acquire(pages)
+        slots, ready = self._transfers[group].outgoing(pages)
+        cost, sequence.tier.prefill_seconds = sequence.tier.prefill_seconds, 0.0
+        retained = bool(sequence.document_ends)
+        sequence.tier.writing += 1
+        self._copying.append(_Write(sequence, run, pages, slots, ready, cost, retained))
+        self._offer_copied()
+
+    def _offer_copied(self) -> None:
+        while self._copying and self._copying[0].ready():
+            write = self._copying.pop(0)
+            ticket = self.store.offer(
+                write.run, write.slots, cost_seconds=write.cost_seconds, retained=write.retained
+            )
+            self._writes[ticket] = write
+
+    def _written(self, write: _Write) -> None:
+        pool = self._memory.packed[write.run.group]
+        pool.release(write.pages)
+        write.sequence.tier.writing -= 1
+        if not self._closed.isdisjoint(write.sequence.documents):
+            pool.forget(write.pages)
+        if not self._writes and not self._copying:
+            self._closed.clear()
+
+    def close_document(self, document_id: str) -> None:
+        """Its blocks leave every tier, except for those that something else retains."""
+        self.store.release(document_id, drop=True)
+        if self._writes or self._copying:
+            self._closed.add(document_id)
+
+    # -- up -------------------------------------------------------------------------------------
+
+    def load(
+        self,
+        sequence: Sequence,
+        depth: int,
+        target: int,
+        page_of: Callable[[Sequence, int, int], int | None],
+    ) -> bool:
+        """Begin to read what the sequence lacks between two depths, if that is worth the while.
+
+        `page_of(sequence, group, block)` is where the device has a block. There must be room.
+        """
+        wanted: list[tuple[int, list[BlockKey]]] = []
+        held: list[list[int]] = []
+        for index, group in enumerate(self._memory.groups):
+            begin = group.first_needed(target * BLOCK_TOKENS)
+            if group.window is None and sequence.tier.streams:
+                begin = target
+            elif group.window is None and sequence.prefix is not None:
+                begin = min(sequence.prefix.blocks, target)
+            pages = [page_of(sequence, index, block) for block in range(begin, target)]
+            held.append([page for page in pages if page is not None])
+            keys = [sequence.key(begin + i) for i, page in enumerate(pages) if page is None]
+            wanted.append((index, keys))
+        if not self._worth_loading(wanted, target - depth):
+            return False
+        for pool, there in zip(self._memory.packed, held, strict=True):
+            pool.acquire(there)  # first, or the fresh pages might be these
+        parts = []
+        for index, keys in wanted:
+            if keys:
+                pool = self._memory.packed[index]
+                fresh = pool.allocate(len(keys))
+                slots = self._transfers[index].incoming(fresh)
+                parts.append((index, tuple(keys), fresh, slots))
+        load = sequence.tier.load = Load(depth, held, parts)
+        sequence.tier.loads += 1
+        ticket = self.store.load([(group, keys, slots) for group, keys, _, slots in parts])
+        self._loads[ticket] = load
+        return True
+
+    def _worth_loading(self, wanted: Items[tuple[int, list[BlockKey]]], blocks: int) -> bool:
+        """Whether reading takes less time than computing."""
+        if self._seconds_per_token is None:
+            return True
+        pools = self._memory.packed
+        size_bytes = sum(len(keys) * sum(pools[group].page_bytes) for group, keys in wanted)
+        read_seconds = size_bytes / self.store.read_bytes_per_second
+        return read_seconds < blocks * BLOCK_TOKENS * self._seconds_per_token
+
+    def read_layer(self, layer: int, keys: Items[BlockKey], pages: Items[int]) -> bool:
+        """Fill packed pages of one layer that sees everything; blocks. Whether all were there."""
+        (slot,) = [i for i, own in enumerate(self._memory.groups[0].layers) if own == layer]
+        return self._transfers[0].fetch(
+            slot, pages, lambda slots: all(self.store.read(0, keys, slots))
+        )
+
+    def leave(self, load: Load) -> None:
+        """The sequence holds what it needs itself now, or needs it no more."""
+        load.abandoned = True
+        for pool, pages in zip(self._memory.packed, load.held, strict=True):
+            pool.release(pages)
+        if load.arrived:
+            self._release_parts(load)
+
+    def _loaded(self, load: Load, found: Items[Items[bool]]) -> None:
+        for (group, keys, pages, slots), there in zip(load.parts, found, strict=True):
+            self._transfers[group].arrived(slots, pages)
+            pool = self._memory.packed[group]
+            for key, page, is_there in zip(keys, pages, there, strict=True):
+                if is_there:
+                    pool.publish(page, key)
+        load.ended = load.arrived = True
+        if load.abandoned:
+            self._release_parts(load)
+
+    def _release_parts(self, load: Load) -> None:
+        for group, _, pages, _ in load.parts:
+            self._memory.packed[group].release(pages)

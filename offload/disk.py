@@ -1,0 +1,409 @@
+"""The tier that outlives the process: extent files in one folder, bounded, checked, evicted whole.
+
+A write is durable when it returns True: the file was synced under a temporary name, renamed, and
+its folder synced. A read checks each page, and what is not exactly what was written is a miss.
+Whatever the machine does, the worst that follows is that text is computed again: `write` and
+`read` raise nothing for it.
+
+One lock guards the index; files are read and written outside it. So a file may be evicted while
+somebody reads it: who has it open reads on, who comes too late has a miss.
+"""
+
+import contextlib
+import errno
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from offload import extent_file
+from offload.clocks import Clocks, seconds_since_boot
+from offload.disk_folder import TEMPORARY, DiskFolder, FolderInUse, FolderRefused
+from offload.disk_index import DiskEntry, DiskIndex, Extent
+from offload.disk_room import DiskBounds, DiskRoom
+from offload.disk_verify import DiskVerifier, Verified
+from offload.extent import ExtentUnreadable, file_name
+from offload.filesystem import FileSystem
+from offload.incidents import Incidents
+from offload.key import BlockKey
+from offload.policy import EvictionPolicy
+from offload.run import BlockRun, PageSlots
+from offload.shuffle import PageShuffle
+
+__all__ = ["Collected", "DiskEntry", "DiskTier", "FolderInUse", "FolderRefused", "Verified"]
+
+_REST_SECONDS = 30.0  # without writes after one failed
+_SLOW_READ_SECONDS = 5.0  # for one extent
+
+_INCIDENTS = (
+    "corrupt_files",  # and pages: one for each file
+    "other_versions",
+    "foreign_files",
+    "missing_files",
+    "layouts_differ",
+    "read_errors",
+    "slow_reads",
+    "write_errors",
+    "full_disks",
+    "refusals",  # for want of room within the bounds
+    "lost_folders",
+    "clock_jumps",
+)
+_COUNTS = (
+    "hits_total",
+    "misses_total",
+    "writes_total",
+    "read_seconds_total",
+    "read_bytes_total",
+    "write_seconds_total",
+    "write_bytes_total",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """What one `gc` removed, in files."""
+
+    expired: int
+    evicted: int
+    temporary: int
+
+
+class DiskTier:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        cap_bytes: int | None,
+        ttl_seconds: float | None,
+        free_floor_bytes: int,
+        policy: EvictionPolicy[str],
+        clock: Callable[[], float] = time.time,
+        steady_clock: Callable[[], float] = seconds_since_boot,
+        files: FileSystem | None = None,
+        read_only: bool = False,
+        compress: bool = False,
+    ) -> None:
+        """Opens `folder`, which is created; raises FolderRefused, OSError.
+
+        `cap_bytes` bounds all files together, at any moment; `ttl_seconds` counts from an extent's
+        last use; on the file system, `free_floor_bytes` stay free. `clock` may jump, `steady_clock`
+        never does. `read_only` needs no lock and changes nothing. `compress` is for pages of
+        16-bit floats: a quarter smaller, and several times slower to read.
+        """
+        self.read_only = read_only
+        self._bounds = DiskBounds(
+            cap_bytes=cap_bytes, ttl_seconds=ttl_seconds, free_floor_bytes=free_floor_bytes
+        )
+        self._files = files or FileSystem()
+        self._shuffle = PageShuffle()
+        self._compress = compress
+        self._writer = threading.Lock()  # one write at a time: room is made for one file
+        self._counts = dict.fromkeys(_COUNTS, 0.0)  # under the lock of the index
+        self._incidents = Incidents(_INCIDENTS, steady_clock)
+        self._clocks = Clocks(clock, steady_clock)
+        self._no_writes_until = -math.inf  # by the steady clock
+        self._index = DiskIndex(policy)
+        self._folder = DiskFolder(folder, self._files, self._incidents, read_only=read_only)
+        self._room = DiskRoom(self._bounds, self._index, self._folder, self._files, self._incidents)
+        try:
+            self._load()
+            if not read_only:
+                self.gc()
+        except BaseException:
+            self._folder.leave()
+            raise
+
+    # -- reading --------------------------------------------------------------------------------
+
+    def has(self, group: int, key: BlockKey) -> bool:
+        return self._index.holder((group, key)) is not None
+
+    def read(self, group: int, keys: Sequence[BlockKey], slots: PageSlots) -> list[bool]:
+        """Which of the keys' pages are in `slots` now; other rows of `slots` may hold garbage."""
+        assert len(keys) == len(slots.pages), (len(keys), len(slots.pages))
+        begin = time.perf_counter()
+        found = [False] * len(keys)
+        for extent, wanted in self._plan(group, keys):
+            rows = slots.pick(wanted)
+            here = self._read_extent(extent, [keys[i] for i in wanted], rows)
+            for i, whole in zip(wanted, here, strict=True):
+                found[i] = whole
+        hits = sum(found)
+        with self._index.lock:
+            self._counts["hits_total"] += hits
+            self._counts["misses_total"] += len(found) - hits
+            self._counts["read_bytes_total"] += hits * sum(a.shape[1] for a in slots.arrays)
+            self._counts["read_seconds_total"] += time.perf_counter() - begin
+        return found
+
+    def _plan(self, group: int, keys: Sequence[BlockKey]) -> list[tuple[Extent, list[int]]]:
+        """The extents that hold the keys, with the indices of those that each one holds."""
+        plan: dict[str, tuple[Extent, list[int]]] = {}
+        with self._index.lock:
+            now = self._now()
+            for i, key in enumerate(keys):
+                extent = self._index.holder((group, key))
+                if extent is not None and not self._room.is_expired(extent, now):
+                    plan.setdefault(extent.name, (extent, []))[1].append(i)
+            for extent, _ in plan.values():
+                self._index.use(extent, now)
+        return list(plan.values())
+
+    def _read_extent(
+        self, extent: Extent, keys: Sequence[BlockKey], slots: PageSlots
+    ) -> list[bool]:
+        begin = self._clocks.steady()
+        found = [False] * len(keys)
+        try:
+            descriptor = self._files.open(self._folder.file(extent.name))
+            try:
+                header = extent_file.read_header(self._files, descriptor)
+                if header.run != extent.run:
+                    raise ExtentUnreadable("holds other blocks than it did")
+                blocks = [extent.run.keys.index(key) for key in keys]
+                found = extent_file.read_pages(
+                    self._files, descriptor, header, blocks, slots, self._shuffle
+                )
+            finally:
+                self._files.close(descriptor)
+            if not all(found):
+                raise ExtentUnreadable("checksum of a page does not match")
+        except ExtentUnreadable as error:
+            if self._room.forget(extent, "corrupt"):
+                self._folder.quarantine(extent.name, "corrupt_files", str(error))
+        except FileNotFoundError:
+            if self._room.forget(extent, "deleted"):
+                self._incidents.report(
+                    "missing_files", f"{self._folder.file(extent.name)} was removed by somebody"
+                )
+        except extent_file.LayoutDiffers as error:
+            self._incidents.report("layouts_differ", f"{extent.name} does not fit: {error}")
+        except OSError as error:
+            self._incidents.report("read_errors", f"{extent.name} cannot be read: {error}")
+        seconds = self._clocks.steady() - begin
+        if seconds > _SLOW_READ_SECONDS:
+            self._incidents.report(
+                "slow_reads",
+                f"reading {extent.name} of {extent.file_bytes} bytes took {seconds:.1f} s",
+            )
+        return found
+
+    # -- writing --------------------------------------------------------------------------------
+
+    def write(
+        self, run: BlockRun, slots: PageSlots, *, cost_seconds: float, retained: bool
+    ) -> bool:
+        """True once the whole run is durable; False where it cannot be, now or ever."""
+        assert not self.read_only
+        with self._writer:
+            if self._clocks.steady() < self._no_writes_until:
+                return False
+            try:
+                return self._write(run, slots, cost_seconds=cost_seconds, retained=retained)
+            except (OSError, FolderRefused) as error:
+                self._writing_failed(error)
+                return False
+
+    def _write(
+        self, run: BlockRun, slots: PageSlots, *, cost_seconds: float, retained: bool
+    ) -> bool:
+        begin = time.perf_counter()
+        if not self._folder.is_ours():
+            self._enter_again()
+        if self._is_here(run, retained=retained):
+            return True
+        with self._index.lock:
+            now = self._now()
+        packed = extent_file.pack(
+            run,
+            slots,
+            cost_seconds=cost_seconds,
+            created_at=now,
+            retained=retained,
+            shuffle=self._shuffle if self._compress else None,
+        )
+        if not self._room.make(packed.header.file_bytes, run, retained=retained):
+            return False
+        name = file_name(run)
+        temporary = self._folder.file(name + TEMPORARY)
+        try:
+            extent_file.write(self._files, temporary, packed)
+            self._folder.publish(temporary, name)
+        except BaseException:
+            self._folder.discard(temporary)
+            raise
+        with self._index.lock:
+            self._index.add(Extent.of(packed.header, used_at=now), retained=retained)
+            self._counts["writes_total"] += 1
+            self._counts["write_bytes_total"] += packed.header.file_bytes
+            self._counts["write_seconds_total"] += time.perf_counter() - begin
+        return True
+
+    def _is_here(self, run: BlockRun, *, retained: bool) -> bool:
+        """Whether this very run has a file; it is used, and retained, like a new one."""
+        with self._index.lock:
+            extent = self._index.named(file_name(run))
+        if extent is None:
+            return False
+        try:
+            whole = self._files.status(self._folder.file(extent.name)).st_size == extent.file_bytes
+        except FileNotFoundError:
+            whole = False
+        if not whole:
+            self._room.forget(extent, "deleted")
+            return False
+        with self._index.lock:
+            if self._index.named(extent.name) is not extent:
+                return False
+            self._index.restore(extent)
+            self._index.use(extent, self._now())
+            if retained:
+                self._index.retain(run.keys)
+        return True
+
+    def _writing_failed(self, error: Exception) -> None:
+        self._no_writes_until = self._clocks.steady() + _REST_SECONDS
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        self._incidents.report(
+            "full_disks" if full else "write_errors",
+            f"cannot write to {self._folder.path}: {error}; nothing is stored there for "
+            f"{_REST_SECONDS:.0f} s" + ("; free some space or lower the cap" if full else ""),
+        )
+
+    def _enter_again(self) -> None:
+        """The folder was removed underneath: what it held is gone. Raises OSError."""
+        self._incidents.report(
+            "lost_folders",
+            f"{self._folder.path} was removed while in use; it is made again, empty",
+        )
+        with self._index.lock:
+            for extent in list(self._index):
+                self._index.remove(extent, "deleted")
+        self._folder.enter()
+        self._load()
+
+    # -- keeping --------------------------------------------------------------------------------
+
+    def retain(self, keys: Iterable[BlockKey]) -> None:
+        """What holds one of these keys is evicted only for the sake of what is retained too."""
+        with self._index.lock:
+            self._index.retain(keys)
+
+    def release(self, keys: Iterable[BlockKey]) -> None:
+        with self._index.lock:
+            self._index.release(keys)
+
+    def drop(self, keys: Iterable[BlockKey]) -> None:
+        """Hold these keys no longer, in any group; a file goes with the last of its blocks."""
+        assert not self.read_only
+        with self._writer:
+            with self._index.lock:
+                empty = self._index.drop(keys)
+            try:
+                for extent in empty:
+                    self._room.delete(extent, "deleted")
+                if empty:
+                    self._folder.sync()  # what was deleted does not come back
+            except OSError as error:
+                self._incidents.report(
+                    "write_errors", f"cannot delete from {self._folder.path}: {error}"
+                )
+
+    def gc(self) -> Collected:
+        """Remove what is too old or over the bounds, and what crashes have left behind."""
+        assert not self.read_only
+        expired = evicted = temporary = 0
+        with self._writer:
+            try:
+                temporary = self._folder.remove_temporary()
+                with self._index.lock:
+                    now = self._now()
+                expired = self._room.expire(now)
+                evicted = self._room.shrink()
+                self._save_uses()
+            except OSError as error:
+                self._incidents.report(
+                    "write_errors", f"cannot clean up {self._folder.path}: {error}"
+                )
+        return Collected(expired=expired, evicted=evicted, temporary=temporary)
+
+    def close(self) -> None:
+        """Another process may write from here on."""
+        with self._writer:
+            if not self.read_only:
+                with contextlib.suppress(OSError):
+                    self._save_uses()
+            self._folder.leave()
+
+    # -- looking --------------------------------------------------------------------------------
+
+    @property
+    def losses(self) -> int:
+        return self._index.removed
+
+    def explain(self, group: int, key: BlockKey) -> str | None:
+        """Why a block left: evicted, expired, corrupt or deleted; None if nothing is known."""
+        with self._index.lock:
+            return self._index.why_gone((group, key))
+
+    def entries(self) -> list[DiskEntry]:
+        """Chain by chain."""
+        with self._index.lock:
+            found = self._index.entries()
+        return sorted(found, key=lambda entry: (entry.namespace, entry.group, entry.first_block))
+
+    def verify(self, report: Callable[[str], None] = lambda line: None) -> Verified:
+        """Read and check every byte: bad files are quarantined, the index is made true again.
+
+        `report` is told of each file that is not as it should be.
+        """
+        return DiskVerifier(
+            self._files, self._folder, self._index, self._room, self._shuffle
+        ).verify(self._writer, self._now, report)
+
+    def stats(self) -> dict[str, float]:
+        with self._index.lock:
+            figures = {
+                "bytes": self._room.used_bytes,
+                "capacity_bytes": self._bounds.cap_bytes or math.inf,
+                "extents": len(self._index),
+                "blocks": self._index.num_blocks,
+                "quarantine_bytes": self._folder.quarantine_bytes,
+                "quarantine_files": self._folder.quarantine_files,
+                "writes_off": float(self._clocks.steady() < self._no_writes_until),
+                "evictions_cap_total": self._room.evicted_for_cap,
+                "evictions_space_total": self._room.evicted_for_space,
+                "evictions_ttl_total": self._room.expired,
+                **self._counts,
+            }
+        return {**figures, **self._incidents.totals()}
+
+    # -- the index ------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        """Fill the index from the headers, least recently used first."""
+        found = sorted(self._folder.scan(), key=lambda file: file[1])
+        with self._index.lock:
+            now = self._now()
+            for header, used_at in found:
+                extent = Extent.of(header, used_at=min(used_at, now))
+                self._index.add(extent, retained=header.retained)
+
+    def _now(self) -> float:
+        """The time of day; when it jumps, the index goes with it. The caller holds its lock."""
+        now, jump = self._clocks.now()
+        if jump:
+            self._index.shift(jump)
+            self._incidents.report("clock_jumps", f"the clock jumped by {jump:.0f} s")
+        return now
+
+    def _save_uses(self) -> None:
+        """Let the files know when they were last used: the next start reads it there."""
+        with self._index.lock:
+            uses = self._index.take_uses()
+        for name, used_at in uses:
+            with contextlib.suppress(FileNotFoundError):
+                self._files.touch(self._folder.file(name), used_at)

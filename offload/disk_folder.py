@@ -1,0 +1,224 @@
+"""The folder of a disk tier: its lock, its files by their names, its quarantine.
+
+lock                     held by the one process that writes
+KEY-GROUP-FIRST.kv       extents
+*.tmp                    extents being written; rubbish after a crash
+quarantine/              extents that could not be read, kept for whoever wants to know why
+"""
+
+import contextlib
+import os
+import re
+import stat
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+
+from offload import extent_file
+from offload.extent import ExtentHeader, ExtentUnreadable, OtherVersion, file_name
+from offload.filesystem import FileSystem
+from offload.incidents import Incidents
+
+LOCK = "lock"
+QUARANTINE = "quarantine"
+TEMPORARY = ".tmp"
+_EXTENT = re.compile(r"[0-9a-f]{64}-[0-9]+-[0-9]+\.kv")
+_QUARANTINE_FILES = 32
+_QUARANTINE_BYTES = 256 << 20
+
+
+class FolderRefused(Exception):
+    """The folder cannot serve as a disk tier; the message says why and what to do."""
+
+
+class FolderInUse(FolderRefused):
+    """Another process writes there."""
+
+
+class DiskFolder:
+    def __init__(
+        self, path: Path, files: FileSystem, incidents: Incidents, *, read_only: bool
+    ) -> None:
+        """Raises FolderRefused, OSError."""
+        self.path = path
+        self.read_only = read_only
+        self._files = files
+        self._incidents = incidents
+        self._lock: int | None = None  # descriptor
+        self._quarantine_lock = threading.Lock()
+        self._quarantine: OrderedDict[str, int] = OrderedDict()  # bytes by name, oldest first
+        self.enter()
+
+    @property
+    def quarantine_bytes(self) -> int:
+        return sum(tuple(self._quarantine.values()))
+
+    @property
+    def quarantine_files(self) -> int:
+        return len(self._quarantine)
+
+    def enter(self) -> None:
+        """Take the folder, again if it was removed meanwhile."""
+        self.leave()
+        if self.read_only:
+            if not self.path.is_dir():
+                raise FolderRefused(f"{self.path} is no folder; nothing was ever stored there")
+            return
+        self._files.make_folder(self.path)
+        self._close_to_others()
+        try:
+            self._lock = self._files.lock(self.path / LOCK)
+        except BlockingIOError:
+            raise FolderInUse(
+                f"{self.path} is in use by another longctx process, and only one may write there; "
+                "stop that process or choose another folder"
+            ) from None
+        self._files.make_folder(self.path / QUARANTINE)
+        found = [(name, self._files.status(self.path / QUARANTINE / name)) for name in self._held()]
+        found.sort(key=lambda file: file[1].st_mtime)
+        with self._quarantine_lock:
+            self._quarantine = OrderedDict((name, status.st_size) for name, status in found)
+
+    def leave(self) -> None:
+        if self._lock is not None:
+            self._files.close(self._lock)
+            self._lock = None
+
+    def is_ours(self) -> bool:
+        """False where the folder was removed or replaced since it was entered."""
+        if self._lock is None:
+            return False
+        try:
+            named = self._files.status(self.path / LOCK)
+        except FileNotFoundError:
+            return False
+        own = self._files.status(self._lock)
+        return (named.st_dev, named.st_ino) == (own.st_dev, own.st_ino)
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+    def names(self) -> list[str]:
+        """Of all files that are called like extents, in the order of their names."""
+        return sorted(name for name in self._files.names(self.path) if _EXTENT.fullmatch(name))
+
+    def scan(self) -> Iterator[tuple[ExtentHeader, float]]:
+        """Each extent's header and when it was last used; what cannot be read is quarantined."""
+        foreign = [name for name in self._files.names(self.path) if _is_foreign(name)]
+        if foreign:
+            self._incidents.report(
+                "foreign_files",
+                f"{self.path} holds {len(foreign)} files that are not of longctx, "
+                f"{sorted(foreign)[0]!r} among them; they are left alone and not counted",
+            )
+        for name in self.names():
+            found = self.read_header(name)
+            if found is not None:
+                yield found
+
+    def read_header(self, name: str) -> tuple[ExtentHeader, float] | None:
+        """The header and when the file was last used; None and quarantine if it is unreadable."""
+        try:
+            descriptor = self._files.open(self.file(name))
+            try:
+                header = extent_file.read_header(self._files, descriptor)
+                used_at = self._files.status(descriptor).st_mtime
+            finally:
+                self._files.close(descriptor)
+            if file_name(header.run) != name:
+                raise ExtentUnreadable(f"holds what belongs into {file_name(header.run)}")
+        except FileNotFoundError:
+            return None
+        except OtherVersion as error:
+            self.quarantine(name, "other_versions", str(error))
+        except ExtentUnreadable as error:
+            self.quarantine(name, "corrupt_files", str(error))
+        except OSError as error:
+            self.quarantine(name, "read_errors", str(error))
+        else:
+            return header, used_at
+        return None
+
+    def publish(self, temporary: Path, name: str) -> None:
+        """Give a finished file its name, durably. Raises OSError, and then it has not got it."""
+        self._files.rename(temporary, self.file(name))
+        try:
+            self._files.sync_folder(self.path)
+        except OSError:
+            self.discard(self.file(name))
+            raise
+
+    def remove(self, name: str) -> None:
+        """Raises OSError; a file that is gone already is none."""
+        with contextlib.suppress(FileNotFoundError):
+            self._files.remove(self.file(name))
+
+    def sync(self) -> None:
+        self._files.sync_folder(self.path)
+
+    def discard(self, path: Path) -> None:
+        """Remove what the next start would remove anyway, if it can be done."""
+        with contextlib.suppress(OSError):
+            self._files.remove(path)
+
+    def remove_temporary(self) -> int:
+        """How many there were; only while nothing is being written."""
+        found = [name for name in self._files.names(self.path) if name.endswith(TEMPORARY)]
+        for name in found:
+            self.discard(self.file(name))
+        return len(found)
+
+    def quarantine(self, name: str, kind: str, why: str) -> None:
+        """Take an extent out of use."""
+        self._incidents.report(
+            kind,
+            f"{self.file(name)} is not used: {why}; "
+            + ("" if self.read_only else f"moved to {QUARANTINE}/, ")
+            + "its text is computed again when needed",
+        )
+        if self.read_only:
+            return
+        target = self.path / QUARANTINE / name
+        with self._quarantine_lock:
+            try:
+                num_bytes = self._files.status(self.file(name)).st_size
+                self._files.rename(self.file(name), target)
+            except OSError:
+                self.discard(self.file(name))
+                return
+            self._quarantine.pop(name, None)
+            self._quarantine[name] = num_bytes
+        while (
+            self.quarantine_bytes > _QUARANTINE_BYTES or self.quarantine_files > _QUARANTINE_FILES
+        ):
+            self.forget_quarantined()
+
+    def forget_quarantined(self) -> bool:
+        """Remove what is in quarantine for longest; False if nothing is."""
+        with self._quarantine_lock:
+            if not self._quarantine:
+                return False
+            name, _ = self._quarantine.popitem(last=False)
+            self.discard(self.path / QUARANTINE / name)
+            return True
+
+    def _held(self) -> list[str]:
+        return self._files.names(self.path / QUARANTINE)
+
+    def _close_to_others(self) -> None:
+        """What documents say can be read from their keys and values: nobody else may."""
+        mode = self.path.stat().st_mode
+        if not mode & (stat.S_IRWXG | stat.S_IRWXO):
+            return
+        if any(_is_foreign(name) for name in self._files.names(self.path)):
+            raise FolderRefused(
+                f"{self.path} is open to other users (mode {stat.S_IMODE(mode):o}) and holds "
+                "other files; choose an empty folder, or close it with chmod 700"
+            )
+        os.chmod(self.path, stat.S_IRWXU)
+
+
+def _is_foreign(name: str) -> bool:
+    own = name in (LOCK, QUARANTINE) or name.endswith(TEMPORARY)
+    return not own and not _EXTENT.fullmatch(name)

@@ -1,0 +1,245 @@
+"""What the disk tier knows of its files without reading them: the index, a copy of their headers.
+
+Whoever calls it holds its lock; only `holder` may be asked without.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from offload.extent import ExtentHeader, file_name
+from offload.key import BlockKey
+from offload.policy import Block, Entry, EvictionPolicy
+from offload.run import BlockRun
+
+_REMEMBERED = 10_000  # blocks whose end `why_gone` knows
+
+
+@dataclass(slots=True, eq=False)
+class Extent:
+    """One file. Times in seconds since 1970; `dropped` are blocks that it holds in vain."""
+
+    name: str
+    run: BlockRun
+    file_bytes: int
+    cost_seconds: float
+    created_at: float
+    used_at: float
+    dropped: set[BlockKey] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, header: ExtentHeader, *, used_at: float) -> "Extent":
+        return cls(
+            name=file_name(header.run),
+            run=header.run,
+            file_bytes=header.file_bytes,
+            cost_seconds=header.cost_seconds,
+            created_at=header.created_at,
+            used_at=used_at,
+        )
+
+    def blocks(self) -> Iterator[Block]:
+        group = self.run.group
+        return ((group, key) for key in self.run.keys if key not in self.dropped)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskEntry:
+    """An extent as shown to people. Times in seconds since 1970."""
+
+    name: str
+    namespace: BlockKey
+    group: int
+    first_block: int
+    parent: BlockKey
+    keys: tuple[BlockKey, ...]
+    num_blocks: int
+    num_bytes: int
+    cost_seconds: float
+    created_at: float
+    used_at: float
+    retained: bool
+
+
+class DiskIndex:
+    """Extents by name and by block; who leaves is up to `policy`."""
+
+    def __init__(self, policy: EvictionPolicy[str]) -> None:
+        self.lock = threading.Lock()
+        self._policy = policy
+        self._by_name: dict[str, Extent] = {}
+        self._by_block: dict[Block, Extent] = {}
+        self._copies: dict[Block, list[Extent]] = {}  # where a block is in several files: all
+        self._groups: dict[int, int] = {}  # extents of each layer group
+        self._retained: set[BlockKey] = set()
+        self._gone: OrderedDict[Block, str] = OrderedDict()
+        self._used: set[str] = set()  # whose files do not know yet when that was
+        self.num_bytes = 0
+        self.removed = 0  # extents that left, ever
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def __iter__(self) -> Iterator[Extent]:
+        return iter(self._by_name.values())
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._by_block)
+
+    def named(self, name: str) -> Extent | None:
+        return self._by_name.get(name)
+
+    def holder(self, block: Block) -> Extent | None:
+        return self._by_block.get(block)
+
+    def add(self, extent: Extent, *, retained: bool) -> None:
+        """It counts as used now."""
+        assert extent.name not in self._by_name, f"added twice: {extent.name}"
+        run = extent.run
+        self._by_name[extent.name] = extent
+        self._groups[run.group] = self._groups.get(run.group, 0) + 1
+        self.num_bytes += extent.file_bytes
+        for block in extent.blocks():
+            self._point(block, extent)
+        if retained:
+            self._retained.update(run.keys)
+        parent = None if run.parent == run.namespace else (run.group, run.parent)
+        self._policy.added(
+            Entry(
+                name=extent.name,
+                size_bytes=extent.file_bytes,
+                cost_seconds=extent.cost_seconds,
+                blocks=tuple((run.group, key) for key in run.keys),
+                parent=parent,
+                retained=self.is_retained(extent),
+            )
+        )
+
+    def remove(self, extent: Extent, reason: str) -> None:
+        run = extent.run
+        self.removed += 1
+        del self._by_name[extent.name]
+        self._used.discard(extent.name)
+        self._groups[run.group] -= 1
+        if not self._groups[run.group]:
+            del self._groups[run.group]
+        self.num_bytes -= extent.file_bytes
+        for block in extent.blocks():
+            self._unpoint(block, extent, reason)
+        self._policy.removed(extent.name)
+        self._retained.difference_update(key for key in run.keys if not self._is_held(key))
+
+    def use(self, extent: Extent, now: float) -> None:
+        extent.used_at = now
+        self._used.add(extent.name)
+        self._policy.used(extent.name)
+
+    def shift(self, seconds: float) -> None:
+        """The clock jumped: nothing is older for that."""
+        for extent in self:
+            extent.used_at += seconds
+            self._used.add(extent.name)
+
+    def take_uses(self) -> list[tuple[str, float]]:
+        """(name, last use) of what was used since this was last asked."""
+        extents = [self._by_name[name] for name in self._used]
+        self._used.clear()
+        return [(extent.name, extent.used_at) for extent in extents]
+
+    def entries(self) -> list[DiskEntry]:
+        return [
+            DiskEntry(
+                name=extent.name,
+                namespace=extent.run.namespace,
+                group=extent.run.group,
+                first_block=extent.run.first_block,
+                parent=extent.run.parent,
+                keys=tuple(key for key in extent.run.keys if key not in extent.dropped),
+                num_blocks=len(extent.run.keys) - len(extent.dropped),
+                num_bytes=extent.file_bytes,
+                cost_seconds=extent.cost_seconds,
+                created_at=extent.created_at,
+                used_at=extent.used_at,
+                retained=self.is_retained(extent),
+            )
+            for extent in self
+        ]
+
+    def victim(self) -> Extent | None:
+        name = self._policy.victim()
+        return None if name is None else self._by_name[name]
+
+    def retain(self, keys: Iterable[BlockKey]) -> None:
+        for key in keys:
+            for extent in self._holding(key):
+                self._retained.add(key)
+                self._policy.retain(extent.name)
+
+    def release(self, keys: Iterable[BlockKey]) -> None:
+        released = [key for key in keys if key in self._retained]
+        self._retained.difference_update(released)
+        for key in released:
+            for extent in self._holding(key):
+                if not self.is_retained(extent):
+                    self._policy.release(extent.name)
+
+    def is_retained(self, extent: Extent) -> bool:
+        return not self._retained.isdisjoint(extent.run.keys)
+
+    def drop(self, keys: Iterable[BlockKey]) -> list[Extent]:
+        """Forget the keys; the extents that hold nothing any more, for the tier to remove."""
+        empty: list[Extent] = []
+        for key in keys:
+            for extent in self._holding(key):
+                self._unpoint((extent.run.group, key), extent, "deleted")
+                extent.dropped.add(key)
+                if len(extent.dropped) == len(set(extent.run.keys)):
+                    empty.append(extent)
+        return empty
+
+    def restore(self, extent: Extent) -> None:
+        """Its dropped blocks are wanted again: the file has them still."""
+        for key in list(extent.dropped):
+            extent.dropped.remove(key)
+            self._point((extent.run.group, key), extent)
+
+    def why_gone(self, block: Block) -> str | None:
+        return None if block in self._by_block else self._gone.get(block)
+
+    def remember(self, blocks: Iterable[Block], reason: str) -> None:
+        for block in blocks:
+            self._gone.pop(block, None)
+            self._gone[block] = reason
+        while len(self._gone) > _REMEMBERED:
+            self._gone.popitem(last=False)
+
+    def _holding(self, key: BlockKey) -> list[Extent]:
+        found: list[Extent] = []
+        for group in self._groups:
+            extent = self._by_block.get((group, key))
+            if extent is not None:
+                found.extend(self._copies.get((group, key), (extent,)))
+        return found
+
+    def _is_held(self, key: BlockKey) -> bool:
+        return any((group, key) in self._by_block for group in self._groups)
+
+    def _point(self, block: Block, extent: Extent) -> None:
+        before = self._by_block.get(block)
+        if before is not None:
+            self._copies.setdefault(block, [before]).append(extent)
+        self._by_block[block] = extent
+        self._gone.pop(block, None)
+
+    def _unpoint(self, block: Block, extent: Extent, reason: str) -> None:
+        copies = self._copies.pop(block, [extent])
+        copies.remove(extent)
+        if not copies:
+            del self._by_block[block]
+            self.remember((block,), reason)
+            return
+        self._by_block[block] = copies[-1]
+        if len(copies) > 1:
+            self._copies[block] = copies

@@ -1,0 +1,86 @@
+"""Reading every byte of a disk tier, and making its index true again."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from offload import extent_file
+from offload.disk_folder import DiskFolder
+from offload.disk_index import DiskIndex, Extent
+from offload.disk_room import DiskRoom
+from offload.extent import ExtentUnreadable
+from offload.filesystem import FileSystem
+from offload.shuffle import PageShuffle
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verified:
+    """What one `verify` found, in files; `num_bytes` are those of the good ones.
+
+    The `corrupt` ones are in quarantine now, `missing` ones were in the index only.
+    """
+
+    extents: int
+    num_bytes: int
+    corrupt: int
+    missing: int
+
+
+class DiskVerifier:
+    def __init__(
+        self,
+        files: FileSystem,
+        folder: DiskFolder,
+        index: DiskIndex,
+        room: DiskRoom,
+        shuffle: PageShuffle,
+    ) -> None:
+        self._files, self._folder, self._shuffle = files, folder, shuffle
+        self._index, self._room = index, room
+
+    def verify(self, writer: threading.Lock, now: Callable[[], float], report: Report) -> Verified:
+        """`writer` keeps files from being written or deleted; it is held for moments only."""
+        whole = corrupt = num_bytes = 0
+        for name in self._folder.names():
+            try:
+                header = extent_file.check(self._files, self._folder.file(name), self._shuffle)
+            except FileNotFoundError:
+                continue  # evicted meanwhile
+            except (ExtentUnreadable, OSError) as error:
+                corrupt += 1
+                self._expel(name, str(error))
+                report(f"{name}: {error}")
+            else:
+                whole += 1
+                num_bytes += header.file_bytes
+                with writer:
+                    self._adopt(name, now)
+        with writer:
+            missing = self._forget_missing()
+        for name in missing:
+            report(f"{name}: removed by somebody")
+        return Verified(extents=whole, num_bytes=num_bytes, corrupt=corrupt, missing=len(missing))
+
+    def _expel(self, name: str, why: str) -> None:
+        with self._index.lock:
+            extent = self._index.named(name)
+        if extent is not None:
+            self._room.forget(extent, "corrupt")
+        self._folder.quarantine(name, "corrupt_files", why)
+
+    def _adopt(self, name: str, now: Callable[[], float]) -> None:
+        """Take a good file into the index if it is not there."""
+        found = None if self._index.named(name) else self._folder.read_header(name)
+        if found is not None:
+            header, used_at = found
+            with self._index.lock:
+                extent = Extent.of(header, used_at=min(used_at, now()))
+                self._index.add(extent, retained=header.retained)
+
+    def _forget_missing(self) -> list[str]:
+        there = set(self._folder.names())
+        with self._index.lock:
+            missing = [extent for extent in self._index if extent.name not in there]
+        return [extent.name for extent in missing if self._room.forget(extent, "deleted")]

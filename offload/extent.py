@@ -1,0 +1,162 @@
+"""One extent as a file: who its blocks are, where each page lies, and how to tell that it is whole.
+
+    magic, version, header_bytes | namespace, parent, group, first_block, cost, created, retained
+    | keys | bytes of a page in each layer | per page: stored bytes, encoding, checksum
+    | zeros | checksum of all this                                        = header_bytes
+    | pages of layer 0, one per key | pages of layer 1 | ...
+
+The file describes itself: the index is only ever a copy of what headers say. It never changes; its
+name is that of its last block, which names all blocks before it too, so files of equal names are
+equal.
+
+Where the pages begin is not a multiple of 4,096, on purpose. Processors of the Zen 3 family copy
+from page cache to memory at an eighth of their speed where the target lies 8 to 31 bytes after the
+source, modulo 4,096, and that is where large allocations begin (16 bytes into a page).
+"""
+
+import math
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from offload.key import BlockKey
+from offload.run import BlockRun
+
+MAGIC = b"longctx\0"
+VERSION = 1
+SUFFIX = ".kv"
+
+RAW = 0
+SHUFFLED = 1  # zstd over the low bytes of all values, then the high ones: offload/shuffle.py
+
+PREFIX = struct.Struct("<8sII")  # magic, version, header_bytes: the same in every version
+_FIXED = struct.Struct("<32s32sIIIIQddQ")
+_CHECKSUM = struct.Struct("<Q")
+_PAGE = np.dtype([("stored_bytes", "<u4"), ("encoding", "<u4"), ("checksum", "<u8")])
+_KEY_BYTES = 32
+_ALIGNMENT = 4096
+_SKEW = 64
+_MAX_HEADER_BYTES = 64 << 20
+
+
+class ExtentUnreadable(Exception):
+    """The file is no extent, or no longer one; the message says what is wrong with it."""
+
+
+class OtherVersion(ExtentUnreadable):
+    """Written by another version of longctx."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExtentHeader:
+    """`pages` [layers, blocks]: (stored_bytes, encoding, checksum) of each page.
+
+    `created_at` in seconds since 1970; `cost_seconds` is what computing the blocks again takes.
+    """
+
+    run: BlockRun
+    page_bytes: tuple[int, ...]  # of each layer, decoded
+    pages: NDArray[np.void]
+    cost_seconds: float
+    created_at: float
+    retained: bool
+
+    @property
+    def header_bytes(self) -> int:
+        blocks, layers = len(self.run.keys), len(self.page_bytes)
+        tables = blocks * _KEY_BYTES + layers * 8 + layers * blocks * _PAGE.itemsize
+        used = PREFIX.size + _FIXED.size + tables + _CHECKSUM.size
+        return math.ceil((used - _SKEW) / _ALIGNMENT) * _ALIGNMENT + _SKEW
+
+    @property
+    def file_bytes(self) -> int:
+        return self.header_bytes + int(self.pages["stored_bytes"].sum(dtype=np.int64))
+
+    def offsets(self) -> NDArray[np.int64]:
+        """Where each page begins in the file, [layers, blocks]."""
+        stored = self.pages["stored_bytes"].astype(np.int64)
+        ends = np.cumsum(stored.reshape(-1)).reshape(stored.shape)
+        return self.header_bytes + ends - stored
+
+    def pack(self) -> bytes:
+        run = self.run
+        parts = (
+            PREFIX.pack(MAGIC, VERSION, self.header_bytes),
+            _FIXED.pack(
+                run.namespace,
+                run.parent,
+                run.group,
+                len(run.keys),
+                len(self.page_bytes),
+                int(self.retained),
+                run.first_block,
+                self.cost_seconds,
+                self.created_at,
+                int(self.pages["stored_bytes"].sum(dtype=np.int64)),
+            ),
+            *run.keys,
+            np.asarray(self.page_bytes, dtype="<u8").tobytes(),
+            self.pages.tobytes(),
+        )
+        body = b"".join(parts).ljust(self.header_bytes - _CHECKSUM.size, b"\0")
+        return body + _CHECKSUM.pack(checksum(body))
+
+
+def file_name(run: BlockRun) -> str:
+    return f"{run.keys[-1].hex()}-{run.group}-{run.first_block}{SUFFIX}"
+
+
+def checksum(data: bytes | memoryview) -> int:
+    return xxhash.xxh3_64_intdigest(data)
+
+
+def page_table(layers: int, blocks: int) -> NDArray[np.void]:
+    return np.zeros((layers, blocks), dtype=_PAGE)
+
+
+def header_bytes_of(prefix: bytes) -> int:
+    """How long the header is whose first `PREFIX.size` bytes these are. Raises ExtentUnreadable."""
+    if len(prefix) < PREFIX.size:
+        raise ExtentUnreadable("shorter than any header")
+    magic, version, header_bytes = PREFIX.unpack_from(prefix)
+    if magic != MAGIC:
+        raise ExtentUnreadable("not an extent file of longctx")
+    if version != VERSION:
+        raise OtherVersion(f"format version {version}; this longctx reads version {VERSION}")
+    if not PREFIX.size + _FIXED.size + _CHECKSUM.size <= header_bytes <= _MAX_HEADER_BYTES:
+        raise ExtentUnreadable(f"impossible header of {header_bytes} bytes")
+    return int(header_bytes)
+
+
+def parse(header: bytes, *, file_bytes: int) -> ExtentHeader:
+    """What `pack` packed, from a file of `file_bytes`. Raises ExtentUnreadable."""
+    expected = header_bytes_of(header)
+    if len(header) != expected:
+        raise ExtentUnreadable(f"header cut off after {len(header)} of {expected} bytes")
+    body, found = header[: -_CHECKSUM.size], header[-_CHECKSUM.size :]
+    if _CHECKSUM.pack(checksum(body)) != found:
+        raise ExtentUnreadable("checksum of the header does not match")
+    fields = _FIXED.unpack_from(body, PREFIX.size)
+    namespace, parent, group, blocks, layers, retained, first_block, cost, created, stored = fields
+    if expected + stored != file_bytes:
+        raise ExtentUnreadable(f"file of {file_bytes} bytes instead of {expected + stored}")
+    at = PREFIX.size + _FIXED.size
+    keys = tuple(
+        BlockKey(body[begin : begin + _KEY_BYTES])
+        for begin in range(at, at + blocks * _KEY_BYTES, _KEY_BYTES)
+    )
+    at += blocks * _KEY_BYTES
+    page_bytes = np.frombuffer(body, dtype="<u8", count=layers, offset=at)
+    at += layers * 8
+    pages = np.frombuffer(body, dtype=_PAGE, count=layers * blocks, offset=at)
+    return ExtentHeader(
+        run=BlockRun(BlockKey(namespace), group, first_block, BlockKey(parent), keys),
+        page_bytes=tuple(page_bytes.tolist()),
+        pages=pages.reshape(layers, blocks),
+        cost_seconds=cost,
+        created_at=created,
+        retained=bool(retained),
+    )

@@ -1,0 +1,220 @@
+"""The tier in host memory: one arena, bounded, faster than any disk, gone with the process.
+
+The arena is cut into equal units and a page takes as many as it needs, so that pages of different
+layers share the room without leaving gaps. On a CUDA machine it is pinned memory: the caller says
+how memory is allocated.
+"""
+
+import math
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offload.key import BlockKey
+from offload.policy import Block, Entry, EvictionPolicy
+from offload.run import PageSlots
+
+_UNITS_PER_PAGE = 16  # at most: each costs a call of its own
+_REMEMBERED = 10_000  # keys whose end `explain` knows
+
+
+def _paged(size_bytes: int) -> NDArray[np.uint8]:
+    return np.zeros(size_bytes, dtype=np.uint8)  # calloc: a unit costs memory once it is used
+
+
+class HostTier:
+    def __init__(
+        self,
+        *,
+        capacity_bytes: int,
+        page_bytes: Iterable[int],
+        policy: EvictionPolicy[Block],
+        allocate: Callable[[int], NDArray[np.uint8]] = _paged,
+    ) -> None:
+        """`page_bytes`: of the layers of all groups. `allocate` gives that many bytes, uint8."""
+        sizes = sorted(set(page_bytes))
+        self._unit_bytes = math.gcd(*sizes)
+        if self._unit_bytes * _UNITS_PER_PAGE < sizes[-1]:
+            self._unit_bytes = sizes[0]
+        self._num_units = capacity_bytes // self._unit_bytes
+        self.capacity_bytes = self._num_units * self._unit_bytes
+        arena = allocate(self.capacity_bytes)
+        self._arena = arena.reshape(self._num_units, self._unit_bytes)
+        self._policy = policy
+        self._lock = threading.Lock()
+        self._units: dict[Block, list[int]] = {}  # a block's units: layer by layer, in order
+        self._free: list[int] = []
+        self._never_used = 0  # units from here on were never given out
+        self._groups: dict[int, tuple[int, ...]] = {}  # page sizes of the layers of each
+        self._gone: OrderedDict[Block, str] = OrderedDict()
+        self._counts = dict.fromkeys(
+            (
+                "hits_total",
+                "misses_total",
+                "evictions_cap_total",
+                "read_seconds_total",
+                "read_bytes_total",
+                "write_seconds_total",
+                "write_bytes_total",
+            ),
+            0.0,
+        )
+
+    def has(self, group: int, key: BlockKey) -> bool:
+        return (group, key) in self._units  # without the lock, which copies may hold for long
+
+    def put(
+        self,
+        group: int,
+        keys: Sequence[BlockKey],
+        slots: PageSlots,
+        *,
+        parent: BlockKey | None,
+        cost_seconds: float,
+        retained: bool,
+    ) -> int:
+        """Copy consecutive blocks in; how many of them, from the first on, are here now.
+
+        `parent` is the key before the first one. Less than all fit only where they would have to
+        displace their own beginning. A block that is here already counts as used.
+        """
+        begin, count = time.perf_counter(), 0
+        with self._lock:
+            self._groups[group] = tuple(array.shape[1] for array in slots.arrays)
+            for row, key in zip(slots.pages, keys, strict=True):
+                if (group, key) in self._units:
+                    self._policy.used((group, key))
+                elif not self._store(
+                    (group, key),
+                    slots,
+                    row,
+                    parent=None if parent is None else (group, parent),
+                    cost_seconds=cost_seconds / len(keys),
+                    retained=retained,
+                ):
+                    break
+                parent = key
+                count += 1
+            self._counts["write_seconds_total"] += time.perf_counter() - begin
+        return count
+
+    def read(self, group: int, keys: Sequence[BlockKey], slots: PageSlots) -> list[bool]:
+        begin = time.perf_counter()
+        found = []
+        with self._lock:
+            for row, key in zip(slots.pages, keys, strict=True):
+                units = self._units.get((group, key))
+                found.append(units is not None)
+                if units is not None:
+                    before = self._groups[group][: slots.first_layer]
+                    skipped = sum(-(-size // self._unit_bytes) for size in before)
+                    for page, part in self._parts(slots.arrays, row, units[skipped:]):
+                        page[:] = part
+                    self._counts["read_bytes_total"] += slots.block_bytes
+                    self._policy.used((group, key))
+            hits = sum(found)
+            self._counts["hits_total"] += hits
+            self._counts["misses_total"] += len(found) - hits
+            self._counts["read_seconds_total"] += time.perf_counter() - begin
+        return found
+
+    def retain(self, keys: Iterable[BlockKey]) -> None:
+        with self._lock:
+            for block in self._held(keys):
+                self._policy.retain(block)
+
+    def release(self, keys: Iterable[BlockKey]) -> None:
+        with self._lock:
+            for block in self._held(keys):
+                self._policy.release(block)
+
+    def drop(self, keys: Iterable[BlockKey]) -> None:
+        with self._lock:
+            for block in self._held(keys):
+                self._remove(block, "deleted")
+
+    def clear(self) -> tuple[int, int]:
+        """Hold nothing any more; how many blocks and bytes that were."""
+        with self._lock:
+            blocks = list(self._units)
+            units = sum(len(held) for held in self._units.values())
+            for block in blocks:
+                self._remove(block, "flushed")
+            return len(blocks), units * self._unit_bytes
+
+    def explain(self, group: int, key: BlockKey) -> str | None:
+        return None if self.has(group, key) else self._gone.get((group, key))
+
+    def stats(self) -> dict[str, float]:
+        with self._lock:
+            used = self._never_used - len(self._free)
+            return {
+                "bytes": used * self._unit_bytes,
+                "capacity_bytes": self.capacity_bytes,
+                "blocks": len(self._units),
+                **self._counts,
+            }
+
+    def close(self) -> None:
+        """Nothing outlives the process."""
+
+    def _held(self, keys: Iterable[BlockKey]) -> list[Block]:
+        blocks = ((group, key) for key in keys for group in self._groups)
+        return [block for block in blocks if block in self._units]
+
+    def _store(
+        self,
+        block: Block,
+        slots: PageSlots,
+        row: int,
+        *,
+        parent: Block | None,
+        cost_seconds: float,
+        retained: bool,
+    ) -> bool:
+        wanted = sum(-(-array.shape[1] // self._unit_bytes) for array in slots.arrays)
+        while len(self._free) + self._num_units - self._never_used < wanted:
+            victim = self._policy.victim()
+            if victim is None or victim == parent:
+                return False
+            self._remove(victim, "evicted")
+            self._counts["evictions_cap_total"] += 1
+        units = self._take(wanted)
+        for page, part in self._parts(slots.arrays, row, units):
+            part[:] = page
+        self._counts["write_bytes_total"] += slots.block_bytes
+        self._policy.added(
+            Entry(block, slots.block_bytes, cost_seconds, (block,), parent, retained)
+        )
+        self._gone.pop(block, None)
+        self._units[block] = units  # last: `has` may be asked at any moment
+        return True
+
+    def _take(self, count: int) -> list[int]:
+        units = [self._free.pop() for _ in range(min(count, len(self._free)))]
+        fresh = count - len(units)
+        units.extend(range(self._never_used, self._never_used + fresh))
+        self._never_used += fresh
+        return units
+
+    def _remove(self, block: Block, reason: str) -> None:
+        self._free.extend(self._units.pop(block))
+        self._policy.removed(block)
+        self._gone[block] = reason
+        if len(self._gone) > _REMEMBERED:
+            self._gone.popitem(last=False)
+
+    def _parts(
+        self, arrays: Sequence[NDArray[np.uint8]], row: int, units: Iterable[int]
+    ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+        """(slice of a page, the same bytes in the arena), one pair for each unit."""
+        of_block = iter(units)
+        for array in arrays:
+            page = array[row]
+            for begin in range(0, len(page), self._unit_bytes):
+                piece = page[begin : begin + self._unit_bytes]
+                yield piece, self._arena[next(of_block), : len(piece)]

@@ -1,0 +1,224 @@
+"""The store's readers: threads that fill pages, extent by extent, and a deadline for each load.
+
+A load counts as late when it takes longer than its deadline allows, counted from its first read.
+What it still waits for is then taken from the queue, and its keys are avoided for a while. Loads
+that no reader is left for, since all hang in late ones, are late as well.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from offload.events import Late, Loaded, Mailbox
+from offload.key import BlockKey
+from offload.policy import Block
+from offload.run import EXTENT_BLOCKS, PageSlots
+from offload.tiers import Tiers
+
+log = logging.getLogger(__name__)
+
+SLOWEST_BYTES_PER_SECOND = 50e6  # a load may take its deadline, and its bytes at this speed
+AVOIDED_SECONDS = 60.0  # for which keys that failed or came late are not found
+
+Part = tuple[int, tuple[BlockKey, ...], PageSlots]  # group, consecutive keys of a chain, pages
+
+
+@dataclass(slots=True)
+class _Load:
+    ticket: int
+    size_bytes: int
+    found: list[list[bool]]
+    jobs_left: int = 0
+    started: float | None = None
+    late: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    """At most one extent of one part of a load."""
+
+    load: _Load
+    part: int
+    begin: int  # of its keys in the part
+    group: int
+    keys: tuple[BlockKey, ...]
+    parent: BlockKey | None  # the key before its first one, where known
+    slots: PageSlots
+
+
+class Reader:
+    def __init__(
+        self,
+        tiers: Tiers,
+        mailbox: Mailbox,
+        *,
+        threads: int,
+        deadline_seconds: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._tiers, self._mailbox, self._clock = tiers, mailbox, clock
+        self._deadline_seconds = deadline_seconds
+        self._lock = threading.Lock()
+        self._wanted = threading.Condition(self._lock)
+        self._jobs: deque[_Job] = deque()
+        self._running: set[_Job] = set()
+        self._loads: dict[int, _Load] = {}
+        self._avoided: dict[Block, float] = {}  # until when
+        self._closed = False
+        self.late = 0
+        self.failures = 0
+        # Daemons: a disk that hangs must not keep the process from ending
+        self._threads = [
+            threading.Thread(target=self._loop, name=f"longctx-read-{number}", daemon=True)
+            for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def __len__(self) -> int:
+        return len(self._loads)
+
+    def add(self, ticket: int, parts: Sequence[Part]) -> None:
+        size_bytes = sum(len(keys) * slots.block_bytes for _, keys, slots in parts)
+        load = _Load(ticket, size_bytes, [[False] * len(keys) for _, keys, _ in parts])
+        jobs = list(_jobs(load, parts))
+        load.jobs_left = len(jobs)
+        if not jobs:
+            self._mailbox.tell(Loaded(ticket, tuple(() for _ in parts)))
+            return
+        with self._lock:
+            assert not self._closed, "the store is closed"
+            self._loads[ticket] = load
+            self._jobs.extend(jobs)
+            self._wanted.notify(len(jobs))
+
+    def avoids(self, block: Block) -> bool:
+        until = self._avoided.get(block)
+        return until is not None and self._clock() < until
+
+    def find_late(self) -> None:
+        """Tell of the loads whose deadline has passed."""
+        if not self._loads:
+            return
+        with self._lock:
+            now = self._clock()
+            for load in list(self._loads.values()):
+                if not load.late and load.started is not None and now > self._last_moment(load):
+                    self._give_up(load, now)
+            if len(self._running) == len(self._threads):
+                hang = all(job.load.late for job in self._running)
+                for load in list(self._loads.values()) if hang else ():
+                    if not load.late:
+                        self._give_up(load, now)
+
+    def until_late(self) -> float:
+        """Seconds until the next load that is being read becomes late; at most a minute."""
+        with self._lock:
+            moments = [
+                self._last_moment(load)
+                for load in self._loads.values()
+                if load.started is not None and not load.late
+            ]
+        rest = min(moments, default=float("inf")) - self._clock()
+        return min(max(rest, 0.001), 60.0)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._wanted.notify_all()
+
+    def join(self, deadline_seconds: float) -> None:
+        end = self._clock() + deadline_seconds
+        for thread in self._threads:
+            thread.join(max(end - self._clock(), 0.0))
+
+    def _loop(self) -> None:
+        while True:
+            with self._lock:
+                while not self._jobs and not self._closed:
+                    self._wanted.wait()
+                if self._closed:
+                    return
+                job = self._jobs.popleft()
+                self._running.add(job)
+                starts = job.load.started is None
+                if starts:
+                    job.load.started = self._clock()
+            if starts:
+                self._mailbox.wake()  # whoever waits has a deadline now
+            found = self._read(job)
+            with self._lock:
+                failed = [
+                    (job.group, key)
+                    for key, here in zip(job.keys, found, strict=True)
+                    if not here and self._tiers.on_disk(job.group, key)
+                ]
+                if failed:  # unreadable, but still there
+                    self._avoid(failed, self._clock())
+                self._running.remove(job)
+                self._finish(job, found)
+
+    def _read(self, job: _Job) -> list[bool]:
+        try:
+            return self._tiers.read(job.group, job.keys, job.slots, job.parent)
+        except Exception:  # a thread that ended would keep all later loads waiting
+            log.exception("the KV store's reader failed; these blocks count as missing")
+            self.failures += 1
+            return [False] * len(job.keys)
+
+    # With the lock held
+
+    def _finish(self, job: _Job, found: Sequence[bool]) -> None:
+        load = job.load
+        load.found[job.part][job.begin : job.begin + len(job.keys)] = found
+        load.jobs_left -= 1
+        if not load.jobs_left:
+            del self._loads[load.ticket]
+            self._mailbox.tell(Loaded(load.ticket, tuple(map(tuple, load.found))))
+
+    def _give_up(self, load: _Load, now: float) -> None:
+        load.late = True
+        self.late += 1
+        log.warning(
+            "reading %.1f MB of KV blocks took longer than %.1f s; they are computed instead, "
+            "and not looked for on disk for %.0f s",
+            load.size_bytes / 1e6,
+            self._allowed_seconds(load),
+            AVOIDED_SECONDS,
+        )
+        self._mailbox.tell(Late(load.ticket))
+        waiting = [job for job in self._jobs if job.load is load]
+        running = [job for job in self._running if job.load is load]
+        self._avoid([(job.group, key) for job in waiting + running for key in job.keys], now)
+        self._jobs = deque(job for job in self._jobs if job.load is not load)
+        for job in waiting:
+            self._finish(job, [False] * len(job.keys))
+
+    def _last_moment(self, load: _Load) -> float:
+        assert load.started is not None
+        return load.started + self._allowed_seconds(load)
+
+    def _allowed_seconds(self, load: _Load) -> float:
+        return self._deadline_seconds + load.size_bytes / SLOWEST_BYTES_PER_SECOND
+
+    def _avoid(self, blocks: Iterable[Block], now: float) -> None:
+        kept = {block: until for block, until in self._avoided.items() if until > now}
+        self._avoided = kept | dict.fromkeys(blocks, now + AVOIDED_SECONDS)
+
+
+def _jobs(load: _Load, parts: Sequence[Part]) -> Iterator[_Job]:
+    for number, (group, keys, slots) in enumerate(parts):
+        assert len(keys) == len(slots.pages), (len(keys), len(slots.pages))
+        for begin in range(0, len(keys), EXTENT_BLOCKS):
+            end = min(begin + EXTENT_BLOCKS, len(keys))
+            yield _Job(
+                load=load,
+                part=number,
+                begin=begin,
+                group=group,
+                keys=keys[begin:end],
+                parent=keys[begin - 1] if begin else None,
+                slots=slots.rows(begin, end),
+            )

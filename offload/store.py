@@ -1,0 +1,213 @@
+"""The tiers below the device as the engine sees them: it asks, goes on, and is told later.
+
+    offer -> ... -> Written           the writer copies to host memory, then to disk
+    load -> ... [Late ...] -> Loaded  readers fill pages from host memory, then from disk
+
+Calls return at once, but for `wait`, `flush` and `close`. `poll` gives what happened since the
+last call; pages that were passed in belong to the store until then. All calls come from one
+thread, the engine's; `stats` and the two figures beside it may come from any.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+from offload.events import Event, Late, Loaded, Mailbox, Written
+from offload.host import HostTier
+from offload.key import BlockKey
+from offload.owners import Owners
+from offload.reader import Part, Reader
+from offload.run import BlockRun, PageSlots
+from offload.tier import DurableTier
+from offload.tiers import Tiers
+from offload.writer import Offer, Writer
+
+__all__ = ["Event", "KVStore", "Late", "Loaded", "Part", "Written"]
+
+
+class KVStore:
+    def __init__(
+        self,
+        *,
+        disk: DurableTier | None,
+        host: HostTier | None,
+        threads: int = 2,
+        read_deadline_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`disk` or `host` may be None, not both. `threads` read; one more writes."""
+        self._tiers = Tiers(disk=disk, host=host)
+        self._mailbox = Mailbox()
+        self._writer = Writer(self._tiers, self._mailbox)
+        self._reader = Reader(
+            self._tiers,
+            self._mailbox,
+            threads=threads,
+            deadline_seconds=read_deadline_seconds,
+            clock=clock,
+        )
+        self._owners = Owners()
+        self._dropping: set[BlockKey] = set()  # deleted, though the writer has not come to it
+        self._ticket = 0
+        self._closed = False
+
+    def offer(self, run: BlockRun, slots: PageSlots, *, cost_seconds: float, retained: bool) -> int:
+        """Write a run through to the tiers; the ticket that its `Written` will carry.
+
+        `cost_seconds`: what computing these blocks again would take. `retained`: to be kept even
+        while no owner has named its keys yet.
+        """
+        assert len(run.keys) == len(slots.pages), (len(run.keys), len(slots.pages))
+        self._ticket += 1
+        if all(self.durable(run.group, key) for key in run.keys):
+            self._mailbox.tell(Written(self._ticket, True))
+            return self._ticket
+
+        def is_retained() -> bool:
+            return retained or any(key in self._owners for key in run.keys)
+
+        self._writer.add(Offer(self._ticket, run, slots, cost_seconds, is_retained))
+        return self._ticket
+
+    def read(self, group: int, keys: Sequence[BlockKey], slots: PageSlots) -> list[bool]:
+        """Fill slots now, on the caller's thread: the one call that waits for a tier.
+
+        The slots may be of some layers only. Which of the keys arrived.
+        """
+        return self._tiers.read_layers(group, keys, slots)
+
+    def load(self, parts: Sequence[Part]) -> int:
+        """Fill pages from the tiers; the ticket that its `Loaded` will carry."""
+        self._ticket += 1
+        self._reader.add(self._ticket, parts)
+        return self._ticket
+
+    def poll(self) -> list[Event]:
+        """What happened since the last call, in order. Call it at each step."""
+        self._reader.find_late()
+        return self._mailbox.take() if self._mailbox else []
+
+    def wait(self, timeout_seconds: float) -> None:
+        """Return when `poll` has something to give, or after the timeout."""
+        end = time.monotonic() + timeout_seconds
+        while not self._closed:
+            version = self._mailbox.version
+            self._reader.find_late()
+            rest = end - time.monotonic()
+            if self._mailbox or rest <= 0:
+                return
+            self._mailbox.wait(version, min(rest, self._reader.until_late()))
+
+    def has(self, group: int, key: BlockKey) -> bool:
+        """Whether a load is likely to find the key."""
+        if key in self._dropping:
+            return False
+        if self._tiers.in_host(group, key):
+            return True
+        return self._tiers.on_disk(group, key) and not self._reader.avoids((group, key))
+
+    def durable(self, group: int, key: BlockKey) -> bool:
+        """Whether the key is on disk and will stay there, whatever happens to this process."""
+        return self._tiers.on_disk(group, key) and key not in self._dropping
+
+    def explain(self, group: int, key: BlockKey) -> str | None:
+        """Why a key is not found: evicted, expired, corrupt, deleted or slow.
+
+        None if it is found, if it was never here, or if nobody remembers.
+        """
+        if self.has(group, key):
+            return None
+        if key in self._dropping:
+            return "deleted"
+        if self._reader.avoids((group, key)):
+            return "slow"
+        return self._tiers.explain(group, key)
+
+    def tier_of(self, group: int, key: BlockKey) -> Literal["host", "disk"] | None:
+        """From where a load would take the key: host or disk."""
+        if not self.has(group, key):
+            return None
+        return "host" if self._tiers.in_host(group, key) else "disk"
+
+    @property
+    def lowest(self) -> Literal["host", "disk"]:
+        """The tier that a block leaves last."""
+        return self._tiers.lowest
+
+    @property
+    def has_host(self) -> bool:
+        return self._tiers.has_host
+
+    def clear_host(self) -> tuple[int, int]:
+        """Empty the host memory, not the disk; how many blocks and bytes that were."""
+        return self._tiers.clear_host()
+
+    def retain(self, owner: str, keys: Iterable[BlockKey]) -> None:
+        """Keep these keys, and those that the owner named before, until its `release`."""
+        first = self._owners.retain(owner, keys)
+        if first:
+            self._writer.add(lambda: self._tiers.retain(first))
+
+    def release(self, owner: str, *, drop: bool = False) -> None:
+        """The owner retains nothing any more; with `drop`, what nobody retains then is deleted.
+
+        Deleted keys are not found from now on. The writer deletes them after what was offered
+        before.
+        """
+        free = self._owners.release(owner)
+        if not free:
+            return
+        if drop:
+            self._dropping.update(free)
+        self._writer.add(lambda: self._let_go(free, drop))
+
+    @property
+    def queued_bytes(self) -> int:
+        """Offered and not yet written: the engine slows down when this grows."""
+        return self._writer.queued_bytes
+
+    @property
+    def read_bytes_per_second(self) -> float:
+        """Of the disk, as measured lately; that of a hard disk until something was read."""
+        return self._tiers.bandwidth.bytes_per_second
+
+    @property
+    def losses(self) -> int:
+        """Grows whenever something that was durable is so no more."""
+        return self._tiers.losses
+
+    def stats(self) -> dict[str, float]:
+        """Figures by name, with the name of their tier before it; counters end in `_total`."""
+        return self._tiers.stats() | {
+            "store_queue_bytes": self.queued_bytes,
+            "store_loads": len(self._reader),
+            "store_loads_late_total": self._reader.late,
+            "store_failures_total": self._reader.failures + self._writer.failures,
+            "store_read_bytes_per_second": self.read_bytes_per_second,
+        }
+
+    def flush(self, deadline_seconds: float) -> bool:
+        """Wait until all that was offered or released so far is done; False if time ran out."""
+        return self._writer.flush(deadline_seconds)
+
+    def close(self, deadline_seconds: float = 10.0) -> None:
+        """End the threads, then the tiers; what is still queued is not written (`flush` first).
+
+        A thread that hangs in a disk that does not answer is left behind after the deadline.
+        """
+        self._closed = True
+        self._writer.close()
+        self._reader.close()
+        end = time.monotonic() + deadline_seconds
+        self._writer.join(deadline_seconds)
+        self._reader.join(max(end - time.monotonic(), 0.0))
+        self._tiers.close()
+
+    def _let_go(self, keys: Sequence[BlockKey], drop: bool) -> None:
+        """On the writer's thread. Whoever retained some of the keys since keeps them."""
+        free = [key for key in keys if key not in self._owners]
+        if drop:
+            self._tiers.drop(free)
+            self._dropping.difference_update(keys)
+        else:
+            self._tiers.release(free)

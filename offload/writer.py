@@ -1,0 +1,117 @@
+"""The store's writer: one thread that carries out what it is given, in turn, and then tells."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from offload.events import Mailbox, Written
+from offload.run import BlockRun, PageSlots
+from offload.tiers import Tiers
+
+log = logging.getLogger(__name__)
+
+GC_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    ticket: int
+    run: BlockRun
+    slots: PageSlots
+    cost_seconds: float
+    retained: Callable[[], bool]  # asked when its turn comes
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.run.keys) * self.slots.block_bytes
+
+
+Order = Callable[[], None]  # anything else that has to happen in turn with the offers
+
+
+class Writer:
+    def __init__(self, tiers: Tiers, mailbox: Mailbox) -> None:
+        self._tiers, self._mailbox = tiers, mailbox
+        self._changed = threading.Condition()
+        self._queue: deque[Offer | Order] = deque()
+        self._accepted = self._done = 0
+        self._closed = False
+        self.queued_bytes = 0
+        self.failures = 0
+        # A daemon: a disk that hangs must not keep the process from ending
+        self._thread = threading.Thread(target=self._loop, name="longctx-write", daemon=True)
+        self._thread.start()
+
+    def add(self, work: Offer | Order) -> None:
+        with self._changed:
+            assert not self._closed, "the store is closed"
+            self._queue.append(work)
+            self._accepted += 1
+            if isinstance(work, Offer):
+                self.queued_bytes += work.size_bytes
+            self._changed.notify_all()
+
+    def flush(self, deadline_seconds: float) -> bool:
+        """Wait until all that was added so far is done; False if time ran out."""
+        with self._changed:
+            target = self._accepted
+            self._changed.wait_for(lambda: self._done >= target or self._closed, deadline_seconds)
+            return self._done >= target
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def join(self, deadline_seconds: float) -> None:
+        self._thread.join(deadline_seconds)
+
+    def _loop(self) -> None:
+        next_gc = time.monotonic() + GC_SECONDS
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._queue or self._closed, max(next_gc - time.monotonic(), 0.0)
+                )
+                if self._closed:
+                    return
+                work = self._queue.popleft() if self._queue else None
+            if work is not None:
+                self._do(work)
+            if time.monotonic() >= next_gc:
+                self._guarded(self._tiers.gc)
+                next_gc = time.monotonic() + GC_SECONDS
+
+    def _do(self, work: Offer | Order) -> None:
+        ok = False
+
+        def write(offer: Offer) -> None:
+            nonlocal ok
+            ok = self._tiers.write(
+                offer.run,
+                offer.slots,
+                cost_seconds=offer.cost_seconds,
+                retained=offer.retained(),
+            )
+
+        if isinstance(work, Offer):
+            self._guarded(lambda: write(work))
+            self._mailbox.tell(Written(work.ticket, ok))
+        else:
+            self._guarded(work)
+        with self._changed:
+            self._done += 1
+            if isinstance(work, Offer):
+                self.queued_bytes -= work.size_bytes
+            self._changed.notify_all()
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        """A thread that ended would keep the engine waiting for all later offers."""
+        try:
+            action()
+        except Exception:
+            log.exception("the KV store's writer failed; this write is not tried again")
+            self.failures += 1

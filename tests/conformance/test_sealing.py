@@ -1,0 +1,87 @@
+"""Every backend seals a block into the same bytes: those that the codec's `encode` gives."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from compress.codec import CODECS
+from compress.shape import KVShape
+from longctx.kv_memory import KVMemory
+from longctx.layer_attention import LayerSpec
+from longctx.runner import BACKENDS
+from tests.conformance.test_codecs import kinds, rows, shapes
+
+PAGES = 6
+
+
+def memory_of(codec: str, shape: KVShape) -> KVMemory:
+    spec = LayerSpec(
+        heads=shape.kv_heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim, window=None
+    )
+    return KVMemory(
+        [spec, spec],
+        dtype=shape.dtype,
+        device=torch.device("cpu"),
+        codec=codec,
+        pool_bytes=2 * PAGES * CODECS[codec](shape).page_bytes,
+        step_blocks=PAGES,
+    )
+
+
+def filled(memory: KVMemory, content: Tensor) -> None:
+    """Put two blocks of rows into raw pages 4 and 5 of layer 1."""
+    memory.raw.pages[1][4:6] = content.flatten(1).view(torch.uint8)
+
+
+def pages_of(numbers: tuple[int, ...]) -> Tensor | slice:
+    if numbers[1] == numbers[0] + 1:
+        return slice(numbers[0], numbers[1] + 1)
+    return torch.tensor(numbers)
+
+
+@pytest.mark.parametrize("name", sorted(BACKENDS))
+@settings(max_examples=60, deadline=None)
+@given(
+    codec=st.sampled_from(sorted(CODECS)),
+    shape=shapes(),
+    seed=st.integers(0, 1000),
+    oddities=kinds(),
+    packed=st.permutations(range(1, PAGES)).map(lambda pages: (pages[0], pages[1])),
+)
+def test_a_sealed_page_is_what_encode_gives(
+    name: str,
+    codec: str,
+    shape: KVShape,
+    seed: int,
+    oddities: list[str],
+    packed: tuple[int, int],
+) -> None:
+    memory = memory_of(codec, shape)
+    content = rows(shape, seed, *oddities)
+    filled(memory, content)
+    BACKENDS[name](memory).seal(1, slice(4, 6), pages_of(packed))
+    expected = torch.zeros_like(memory.packed_pages(1))
+    expected[list(packed)] = memory.codecs[1].encode(content)
+    assert torch.equal(memory.packed_pages(1), expected)
+    assert not memory.packed_pages(0).any()
+
+
+@pytest.mark.parametrize("name", sorted(BACKENDS))
+@pytest.mark.parametrize("codec", sorted(CODECS))
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf, 3e38], ids=str)
+def test_broken_rows_are_sealed_alike(name: str, codec: str, bad: float) -> None:
+    shape = KVShape(kv_heads=2, head_dim=80, dtype=torch.float32)
+    memory = memory_of(codec, shape)
+    content = rows(shape, 0)
+    content[:, ::7, :, :, 3] = bad
+    filled(memory, content)
+    BACKENDS[name](memory).seal(1, torch.tensor([5, 4]), slice(1, 3))
+    sealed = memory.packed_pages(1)[[2, 1]]
+    expected = memory.codecs[1].encode(content)
+    if codec == "bf16":  # a NaN may be written in several ways
+        got, wanted = sealed.view(torch.bfloat16), expected.view(torch.bfloat16)
+        torch.testing.assert_close(got, wanted, equal_nan=True, rtol=0, atol=0)
+    else:
+        assert torch.equal(sealed, expected)

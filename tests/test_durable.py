@@ -1,0 +1,64 @@
+"""Documents that outlive the engine: restored from disk, resumed, forgotten everywhere."""
+
+from pathlib import Path
+
+import pytest
+
+from longctx.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from longctx.llm import LLM
+from longctx.request import SamplingParams
+
+GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+TEXT = "The lighthouse keeper counts nine ships before breakfast and writes them down. " * 60
+
+
+def config(folder: Path, *, codec: str = "raw", pool_gib: float = 0.05) -> EngineConfig:
+    return EngineConfig(
+        model=ModelConfig(threads=1),
+        cache=CacheConfig(
+            kv_codec=codec,
+            force_codec=True,
+            kv_dir=folder,
+            device_pool_gib=pool_gib,
+            disk_cap_gib=1,
+        ),
+        scheduler=SchedulerConfig(max_sequences=8),
+    )
+
+
+@pytest.mark.parametrize("codec", ["raw", "bf16", "int8", "int4"])
+def test_a_document_is_restored_after_the_end_of_the_engine(tmp_path: Path, codec: str) -> None:
+    first = LLM(config=config(tmp_path, codec=codec))
+    document = first.document_from_text(TEXT)
+    cold = document.ask("How many ships?", GREEDY)
+    first.close()
+
+    second = LLM(config=config(tmp_path, codec=codec))
+    document = second.document_from_text(TEXT)
+    assert document.usage.computed_tokens == 0
+    restored = document.ask("How many ships?", GREEDY)
+    second.close()
+
+    assert restored.token_ids == cold.token_ids
+    assert restored.usage.computed_tokens < 128
+    assert restored.usage.cached_tokens >= document.tokens - 64
+
+
+def test_a_document_larger_than_others_leave_room_for_comes_back_when_it_is_asked(
+    tmp_path: Path,
+) -> None:
+    llm = LLM(config=config(tmp_path, pool_gib=0.01))
+    documents = [llm.document_from_text(f"{number} {TEXT}") for number in range(6)]
+    cold = [document.ask("How many ships?", GREEDY) for document in documents]
+    again = [document.ask("How many ships?", GREEDY) for document in documents]
+    assert llm.engine.stats()["disk_hits_total"] > 0
+    llm.close()
+    assert [answer.token_ids for answer in again] == [answer.token_ids for answer in cold]
+    assert all(answer.usage.computed_tokens < 128 for answer in again)
+
+
+def test_a_closed_document_leaves_nothing_on_disk(tmp_path: Path) -> None:
+    llm = LLM(config=config(tmp_path))
+    llm.document_from_text(TEXT).close()
+    llm.close()
+    assert not list(tmp_path.glob("*.kv"))

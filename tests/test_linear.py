@@ -1,0 +1,139 @@
+"""Packed linear layers against the obvious product in float64."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from longctx.config import ModelConfig, Weights
+from longctx.errors import ModelRefused
+from longctx.model import load_model
+from tests.tiny_models import write_model
+
+_kernels = pytest.importorskip("longctx.attention._kernels")
+
+from longctx.linear import PackedLinear, pack_linears, quantize_rows  # noqa: E402
+
+INSTRUCTION_SETS = _kernels.instruction_sets()
+
+
+def layer(inputs: int, outputs: int, *, bias: bool = False, bf16: bool = False) -> nn.Linear:
+    made = nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
+    made.weight.copy_(torch.randn(outputs, inputs))
+    if bf16:
+        made.weight.copy_(made.weight.bfloat16())
+    return made
+
+
+def plain(linear: nn.Linear | PackedLinear, bias: Tensor | None, x: Tensor) -> Tensor:
+    """The slow twin: float64, from the weights as they are stored."""
+    product = x.double() @ linear.weight.double().T
+    return product if bias is None else product + bias.double()
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(0, 30) | st.integers(90, 200),
+    inputs=st.integers(1, 70) | st.integers(380, 390) | st.integers(760, 800),
+    outputs=st.integers(1, 70) | st.integers(120, 140),
+    bias=st.booleans(),
+    kind=st.sampled_from(["float32", "bfloat16", "int8"]),
+    seed=st.integers(0, 1000),
+)
+def test_a_packed_layer_computes_what_the_plain_one_does(
+    instruction_set: str, rows: int, inputs: int, outputs: int, bias: bool, kind: str, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    linear = layer(inputs, outputs, bias=bias, bf16=kind == "bfloat16")
+    packed = PackedLinear(linear, "int8" if kind == "int8" else "auto", instruction_set)
+    x = torch.randn(rows, inputs)
+    wanted = plain(packed, linear.bias, x)
+    # One rounding per product and sum, of terms whose magnitudes add up to `terms`
+    terms = x.double().abs() @ packed.weight.double().abs().T + 1
+    bound = (inputs + 4) * torch.finfo(torch.float32).eps * terms
+    assert ((packed(x).double() - wanted).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("weights", ["auto", "int8"])
+def test_a_row_has_the_same_bits_in_every_batch(instruction_set: str, weights: Weights) -> None:
+    torch.manual_seed(0)
+    packed = PackedLinear(layer(900, 100, bias=True), weights, instruction_set)
+    x = torch.randn(301, 900)
+    whole = packed(x)
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 13, 96, 97, 200):
+        assert torch.equal(packed(x[:rows]), whole[:rows])
+        assert torch.equal(packed(x[-rows:]), whole[-rows:])
+
+
+@pytest.mark.parametrize(
+    ("bf16", "weights", "stored"),
+    [
+        (False, "auto", torch.float32),
+        (True, "auto", torch.bfloat16),
+        (True, "int8", torch.int8),
+        (False, "int8", torch.int8),
+    ],
+)
+def test_weights_are_kept_as_narrow_as_is_exact_or_was_asked(
+    bf16: bool, weights: Weights, stored: torch.dtype
+) -> None:
+    linear = layer(48, 33, bf16=bf16)
+    packed = PackedLinear(linear, weights, INSTRUCTION_SETS[-1])
+    assert packed.stored == stored
+    assert packed.weight_bytes == 48 * 48 * stored.itemsize  # outputs come by sixteens
+    if weights == "auto":
+        assert torch.equal(packed.weight, linear.weight)
+
+
+def test_int8_errs_by_at_most_half_a_step() -> None:
+    weight = torch.randn(20, 300)
+    weight[3] = 0
+    codes, scales = quantize_rows(weight)
+    error = (codes * scales[:, None] - weight).abs()
+    assert (error <= 0.501 * scales[:, None]).all()
+    assert int(codes.abs().max()) == 127
+
+
+def test_inputs_of_any_shape_and_stride_are_taken() -> None:
+    linear = layer(24, 10)
+    packed = PackedLinear(linear, "auto", INSTRUCTION_SETS[-1])
+    x = torch.randn(2, 24, 5).transpose(1, 2)
+    torch.testing.assert_close(packed(x), linear(x))
+    assert packed(torch.randn(24)).shape == (10,)
+
+
+def test_only_plain_float32_layers_are_replaced_and_a_shared_one_stays_shared() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    shared = layer(8, 8)
+    half = layer(8, 8).to(torch.float16)
+    model = nn.ModuleDict({"a": shared, "b": shared, "own": Doubled(8, 8), "halved": half})
+    assert pack_linears(model, "auto") == 16 * 8 * 4
+    assert isinstance(model["a"], PackedLinear)
+    assert model["a"] is model["b"]
+    assert type(model["own"]) is Doubled
+    assert type(model["halved"]) is nn.Linear
+
+
+def test_rounded_weights_are_another_model(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    exact, rounded = (
+        load_model(ModelConfig(weights=weights, device="cpu", dtype="float32"), folder).spec
+        for weights in ("auto", "int8")
+    )
+    assert exact.fingerprint != rounded.fingerprint
+    assert rounded.weight_bytes < exact.weight_bytes
+
+
+def test_int8_is_refused_where_it_would_not_be_used(tmp_path: Path) -> None:
+    with pytest.raises(ModelRefused, match="--dtype float32"):
+        load_model(
+            ModelConfig(weights="int8", device="cpu", dtype="bfloat16"), write_model(tmp_path)
+        )
