@@ -195,7 +195,7 @@ class Metrics:
         return Snapshot(figures, self.engine.state, documents, labels)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # a registry wants it hashable
 class Snapshot:
     """Everything at one moment, as a collector."""
 

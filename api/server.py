@@ -71,28 +71,33 @@ async def _serve(
         engine_config, config, keys=keys, folder=folder, tokenizer=tokenizer, parser=parser
     ) as application:
         info = application.engine.info
-        print(
-            f"longctx serves {info.model_name} on {info.device} in {info.dtype}: "
-            f"{info.capacity_tokens:,} tokens of {info.kv_codec} KV fit the device, "
-            f"a context has at most {info.max_context_tokens:,}{_below(info)}",
-            file=sys.stderr,
-        )
+        print(startup_line(info), file=sys.stderr)
         print(f"longctx stores KV as {info.codec_choice.reason}", file=sys.stderr)
+        wanted = engine_config.model.attention_backend
+        if wanted == "auto" and info.backend == "torch" and info.device == "cpu":
+            print(
+                "longctx computes attention with torch, slowly: its compiled kernels are not "
+                "installed; they need an x86-64 CPU with AVX2, and a C++ compiler while installing",
+                file=sys.stderr,
+            )
         server = Server(application, config)
         await server.serve([listener])
 
 
-def _below(info: EngineInfo) -> str:
-    """What the tiers below the device hold, for the start-up line."""
-    told = ""
+def startup_line(info: EngineInfo) -> str:
+    """What is served, and how many tokens each tier has room for."""
+    line = (
+        f"longctx serves {info.model_name} on {info.device} in {info.dtype}: "
+        f"{info.capacity_tokens:,} tokens of {info.kv_codec} KV fit the device"
+    )
     if info.host_capacity_tokens:
-        told += f"; about {info.host_capacity_tokens:,} more fit the host's RAM"
+        line += f", about {info.host_capacity_tokens:,} the host's RAM"
     if info.disk_capacity_tokens:
-        told += (
-            f"; about {info.disk_capacity_tokens:,} fit the disk, where "
-            f"{info.disk_bytes / 1e9:.1f} of {info.disk_capacity_bytes / 1e9:.1f} GB are used"
+        line += (
+            f", about {info.disk_capacity_tokens:,} the disk ({info.disk_bytes / 1e9:.1f} of "
+            f"{info.disk_capacity_bytes / 1e9:.1f} GB are used)"
         )
-    return told
+    return f"{line}; a context has at most {info.max_context_tokens:,}"
 
 
 class Server(uvicorn.Server):

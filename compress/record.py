@@ -72,7 +72,8 @@ def value_lanes(values: Tensor) -> Tensor:
 
 def keys_of(lanes: Tensor, kind: torch.dtype) -> Tensor:
     """The keys of `key_lanes`, numbers of this kind."""
-    return lanes.permute(0, 3, 1, 2).contiguous().view(kind)
+    rows = lanes.permute(0, 3, 1, 2)
+    return rows.flatten().view(kind).view(*rows.shape[:-1], -1)
 
 
 def values_of(lanes: Tensor) -> Tensor:

@@ -29,7 +29,9 @@ class ModelConfig:
         str | None, "JSON that replaces the model's rope parameters, such as a YaRN extension"
     ] = None
     threads: Annotated[int | None, "CPU threads of the engine; one per core if absent"] = None
-    attention_backend: Annotated[str, "reference or torch"] = "torch"
+    attention_backend: Annotated[
+        str, "reference, torch or cpu; auto: cpu, the compiled kernels, where they are; else torch"
+    ] = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,15 +1,13 @@
 """`make demo`: everything once, for real. A server process, the official client, a long document.
 
-A document is uploaded and read once; then it is asked. What that saves is measured against the
-same question on a document that nobody has read. The model only finds facts in text; expected
-and given answers stand side by side, right or wrong.
+A document is uploaded, read once and asked. Then the server is stopped and started again, and asked
+once more: what each took, cold, warm and restored, stands in one table. The model only finds facts
+in text; expected and given answers stand side by side, right or wrong.
 """
 
 import argparse
 import base64
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -23,20 +21,20 @@ from typing import Annotated, Any
 import openai
 import tokenizers
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from longctx.bench.haystack import document
+from longctx.demo_server import own_environment, running_server
 from longctx.embedded import model_path
 from longctx.embedded.generator import insert
 from longctx.options import add_options, read_options
 
 POLL_SECONDS = 0.1
-START_SECONDS = 120.0
-STOP_SECONDS = 30.0
 SYSTEM_TOKENS = 2000
 BAR_CELLS = 32
-
-READY = "longctx ready "
+TABLE_CELLS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +89,7 @@ class Said:
     first_token_seconds: float
     prompt_tokens: int
     cached_tokens: int
+    disk_tokens: int  # of those cached
 
 
 class Demo:
@@ -132,7 +131,7 @@ class Demo:
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
         text, first = "", 0.0
-        usage = None
+        usage, found = None, None
         began = time.perf_counter()
         for chunk in self.client.chat.completions.create(
             model=self.model,
@@ -141,17 +140,24 @@ class Demo:
             temperature=0,
             stream=True,
             stream_options={"include_usage": True},
+            extra_body={"cache_explain": True},
         ):
             usage = chunk.usage or usage
+            found = (chunk.model_extra or {}).get("cache_explain", found)
             piece = chunk.choices[0].delta.content if chunk.choices else None
             if piece:
                 first = first or time.perf_counter() - began
                 text += piece
                 if show:
                     self.console.print(piece, end="", style="bold", markup=False, highlight=False)
-        assert usage is not None and usage.prompt_tokens_details is not None
-        cached = usage.prompt_tokens_details.cached_tokens or 0
-        return Said(text, first or time.perf_counter() - began, usage.prompt_tokens, cached)
+        assert usage is not None and usage.prompt_tokens_details is not None and found is not None
+        return Said(
+            text,
+            first or time.perf_counter() - began,
+            usage.prompt_tokens,
+            usage.prompt_tokens_details.cached_tokens or 0,
+            found["matched_tokens"]["disk"],
+        )
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -170,7 +176,7 @@ def main(words: Sequence[str] | None = None) -> None:
     began = time.monotonic()
     try:
         with TemporaryDirectory(prefix="longctx-demo-") as store:
-            _with_server(console, config, folder, Path(store))
+            _story(console, config, folder, Path(store))
         _needle_grid(console, config, folder)
     except openai.OpenAIError as error:
         raise SystemExit(f"longctx demo: the server answered with an error: {error}") from error
@@ -179,24 +185,23 @@ def main(words: Sequence[str] | None = None) -> None:
     console.print(f"\n[bold]Done[/] in {time.monotonic() - began:.0f} s.")
 
 
-def _with_server(console: Console, config: DemoConfig, folder: Path, store: Path) -> None:
+def _story(console: Console, config: DemoConfig, folder: Path, store: Path) -> None:
     encode = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode
 
     def count(text: str) -> int:
         return len(encode(text, add_special_tokens=False).ids)
 
-    _section(console, "A server starts", "longctx serve, in a process of its own")
-    with _server(console, config, folder, store) as address:
-        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=600)
-        demo = Demo(console, client)
+    report = _written(config.document_tokens, FACTS, seed=1, count=count)
+    other = _written(config.document_tokens, (OTHER_FACT,), seed=2, count=count)
 
-        text = _written(config.document_tokens, FACTS, seed=1, count=count)
+    _section(console, "A server starts", "longctx serve, in a process of its own")
+    with _served(console, config, folder, store) as demo:
         _section(
             console,
             "A document is uploaded and read, once",
-            f"{count(text):,} tokens, {len(text) // 1000:,} kB of text with three facts in it",
+            f"{count(report):,} tokens, {len(report) // 1000:,} kB of text with three facts in it",
         )
-        file_id = demo.upload("report.txt", text)
+        file_id = demo.upload("report.txt", report)
 
         _section(console, "Three questions about it", "each computes no more than the question")
         for fact in FACTS:
@@ -204,16 +209,39 @@ def _with_server(console: Console, config: DemoConfig, folder: Path, store: Path
 
         _section(
             console,
-            "The same question, before and after the document was read",
-            "another document of that length, that the server has not seen",
+            "Another document, that the server has not seen",
+            "sent along with a question, twice: the first time it is read, the second time known",
         )
-        _cold_and_warm(
-            demo, _written(config.document_tokens, (OTHER_FACT,), seed=2, count=count), OTHER_FACT
-        )
+        cold, warm = (_about_text(demo, other, OTHER_FACT) for _ in range(2))
 
         _section(console, "A long system prompt, used by two chats", "nothing was set up for it")
         _shared_system_prompt(demo, document(SYSTEM_TOKENS, seed=3, count_tokens=count))
-        client.close()
+
+        _section(console, "The server is stopped, and started again", "all it has is on the disk")
+
+    with _served(console, config, folder, store) as demo:
+        console.print()
+        _question(demo, file_id, FACTS[-1])
+        restored = _about_text(demo, other, OTHER_FACT)
+        _section(
+            console,
+            "Time to the first token",
+            f"the same question about the other document: {OTHER_FACT.question}",
+        )
+        _compare(console, cold, warm, restored)
+        console.print()
+
+
+@contextmanager
+def _served(console: Console, config: DemoConfig, folder: Path, store: Path) -> Iterator[Demo]:
+    words = ["--store-dir", str(store / "store"), *_engine_options(config, folder)]
+    with (
+        running_server(console, words, errors=store / "errors.log") as address,
+        openai.OpenAI(
+            base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=600
+        ) as client,
+    ):
+        yield Demo(console, client)
 
 
 def _question(demo: Demo, file_id: str, fact: Fact) -> None:
@@ -230,30 +258,36 @@ def _question(demo: Demo, file_id: str, fact: Fact) -> None:
     )
 
 
-def _cold_and_warm(demo: Demo, text: str, fact: Fact) -> None:
-    # Sent along with the question, as a client does that knows nothing of uploads
+def _about_text(demo: Demo, text: str, fact: Fact) -> Said:
+    """The text sent along with the question, as a client does that knows nothing of uploads."""
     data = base64.b64encode(text.encode()).decode()
     file = {"filename": "other.txt", "file_data": f"data:text/plain;base64,{data}"}
-    demo.console.print(f"  [cyan]?[/] {fact.question}\n")
-    cold = demo.ask(_about(file, fact.question))
-    warm = demo.ask(_about(file, fact.question))
-    for label, said, colour, work in (
-        ("cold", cold, "yellow", f"{cold.prompt_tokens:,} tokens computed"),
-        (
-            "cached",
-            warm,
-            "cyan",
-            f"{warm.prompt_tokens - warm.cached_tokens:,} tokens computed",
-        ),
+    said = demo.ask(_about(file, fact.question))
+    demo.console.print(f"  [cyan]?[/] {fact.question}\n  [cyan]>[/] [bold]{said.text.strip()}[/]")
+    _verdict(demo.console, said.text, fact.answer)
+    return said
+
+
+def _compare(console: Console, cold: Said, warm: Said, restored: Said) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 2))
+    for heading in ("", "first token", "computed", "from memory", "from disk", "sooner", ""):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for label, said, colour in (
+        ("cold", cold, "yellow"),
+        ("warm", warm, "cyan"),
+        ("restored", restored, "green"),
     ):
-        cells = max(1, round(BAR_CELLS * said.first_token_seconds / cold.first_token_seconds))
-        bar = f"[{colour}]{'━' * cells}[/]{' ' * (BAR_CELLS - cells)}"
-        demo.console.print(
-            f"  {label:<7}{bar} {_duration(said.first_token_seconds):>8}  [dim]{work}[/]"
+        share = said.first_token_seconds / cold.first_token_seconds
+        table.add_row(
+            label,
+            _duration(said.first_token_seconds),
+            f"{said.prompt_tokens - said.cached_tokens:,}",
+            f"{said.cached_tokens - said.disk_tokens:,}",
+            f"{said.disk_tokens:,}",
+            f"{1 / share:,.0f} x",
+            f"[{colour}]{'━' * max(1, round(TABLE_CELLS * share))}[/]",
         )
-    ratio = cold.first_token_seconds / warm.first_token_seconds
-    demo.console.print(f"\n  The first token comes [bold]{ratio:,.0f} times[/] sooner.")
-    _verdict(demo.console, warm.text, fact.answer)
+    console.print(Padding(table, (0, 0, 0, 2)))
 
 
 def _shared_system_prompt(demo: Demo, system: str) -> None:
@@ -272,7 +306,7 @@ def _needle_grid(console: Console, config: DemoConfig, folder: Path) -> None:
     with console.status("  asking 60 questions", spinner_style="cyan"):
         bench = subprocess.run(
             [sys.executable, "-m", "longctx", "bench", "niah", *words],
-            env=_environment(),
+            env=own_environment(),
             capture_output=True,
             text=True,
         )
@@ -286,69 +320,6 @@ def _needle_grid(console: Console, config: DemoConfig, folder: Path) -> None:
         f"\n  [bold]{total['value']:.0%}[/] of {total['n']} found "
         f"(95% interval {total['low']:.0%} to {total['high']:.0%})"
     )
-
-
-@contextmanager
-def _server(console: Console, config: DemoConfig, folder: Path, store: Path) -> Iterator[str]:
-    """The address of a server that lives as long as the block; it ends by SIGTERM, on its own."""
-    errors = store / "errors.log"
-    began = time.monotonic()
-    words = ["--port", "0", "--store-dir", str(store / "store"), *_engine_options(config, folder)]
-    with (
-        errors.open("wb") as log,
-        subprocess.Popen(
-            [sys.executable, "-m", "longctx", "serve", *words],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=_environment(),
-            start_new_session=True,  # Ctrl-C is ours; the server is then told by SIGTERM
-        ) as process,
-    ):
-        try:
-            with console.status("  loading the model", spinner_style="cyan"):
-                address = _address(process, errors)
-            console.print(f"  ready at {address} after {time.monotonic() - began:.1f} s")
-            yield address
-        except BaseException:
-            _stop(process)
-            raise
-        _section(
-            console, "The server stops", "SIGTERM; an answer that runs would be finished first"
-        )
-        code = _stop(process)
-        console.print(f"  exit code {code}")
-        if code:
-            raise SystemExit(f"longctx demo: the server ended with code {code}")
-
-
-def _stop(process: subprocess.Popen[str]) -> int:
-    """Its exit code."""
-    process.send_signal(signal.SIGTERM)
-    try:
-        return process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
-
-
-def _address(process: subprocess.Popen[str], errors: Path) -> str:
-    """What the ready line says. Ends the demo when the server ends before it."""
-    assert process.stdout is not None
-    signal.signal(signal.SIGALRM, _too_slow)
-    signal.setitimer(signal.ITIMER_REAL, START_SECONDS)
-    try:
-        for line in process.stdout:
-            if line.startswith(READY):
-                return line.removeprefix(READY).strip()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    said = errors.read_text(encoding="utf-8").strip().splitlines()
-    raise SystemExit(f"longctx demo: the server did not start: {said[-1] if said else 'no reason'}")
-
-
-def _too_slow(number: int, frame: object) -> None:
-    raise SystemExit(f"longctx demo: the server was not ready after {START_SECONDS:.0f} s")
 
 
 def _written(tokens: int, facts: Sequence[Fact], *, seed: int, count: Callable[[str], int]) -> str:
@@ -385,11 +356,6 @@ def _duration(seconds: float) -> str:
 
 def _engine_options(config: DemoConfig, folder: Path) -> list[str]:
     return ["--model", str(folder), "--threads", str(config.threads)]
-
-
-def _environment() -> dict[str, str]:
-    """Ours, without longctx's options: the demo shows defaults."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("LONGCTX_")}
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from longctx.request import (
     Request,
     RequestOutput,
 )
-from longctx.runner import BACKENDS, ModelRunner
+from longctx.runner import BACKENDS, ModelRunner, backend_for
 from longctx.sampler import SamplingError, sample
 from longctx.scheduler import Scheduler, SchedulerOutput
 from longctx.sequence import Sequence
@@ -66,20 +66,20 @@ class Engine:
         """
         if config.model.threads is not None:
             torch.set_num_threads(config.model.threads)
-        _check_name("attention_backend", config.model.attention_backend, BACKENDS)
+        _check_name("attention_backend", config.model.attention_backend, ("auto", *BACKENDS))
         _check_name("eviction_policy", config.cache.eviction_policy, POLICIES)
         _check_name("kv_codec", config.cache.kv_codec, ("auto", *CODECS))
         self._config = config
         self.tokenizer = Tokenizer(model_folder)
         model = load_model(config.model, model_folder, cache_dir=cache_dir)
         self._spec = spec = model.spec
-        new_backend = BACKENDS[config.model.attention_backend]
+        backend_name = backend_for(config.model.attention_backend, spec.device)
+        new_backend = BACKENDS[backend_name]
         codec = choose_codec(
             config.cache,
             model,
             self.tokenizer,
             new_backend,
-            backend_name=config.model.attention_backend,
             cache_dir=cache_dir,
         )
         scheduler = config.scheduler
@@ -106,9 +106,7 @@ class Engine:
             staging = self._memory.reserve(STAGING_BLOCKS)
             backend = StreamedAttention(backend, self._memory, staging, self._tiers.read_layer)
         self._runner = ModelRunner(model, self._memory, backend)
-        self.info = EngineInfo.of(
-            spec, self._memory, codec, store, backend=config.model.attention_backend
-        )
+        self.info = EngineInfo.of(spec, self._memory, codec, store, backend=backend_name)
         self._intake = Intake(
             spec,
             self._cache,

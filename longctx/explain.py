@@ -29,21 +29,21 @@ SHOWN_TOKENS = 12  # of a divergence
 
 # Why the first block that was computed was not found; `{place}`: the tier that lost it.
 REASONS = {
-    "below_block": "everything was found; blocks have 64 tokens, and what fills none is always "
-    "computed, as is the block of the last token",
-    "never_seen": "this text, after the text before it, was never seen under this model, KV "
-    "codec and API key, or so long ago that nothing remembers it",
-    "other_prefix": "the document {place} is known after other text than it stands after here",
-    "other_codec": "this text is stored by the KV codec {place}, which is not the one in use",
-    "evicted": "it was known and left the {place} to make room",
-    "expired": "it was stored and not used for longer than --disk-ttl-days",
-    "corrupt": "it was stored, but what the {place} gave back was damaged",
-    "deleted": "it was deleted with its document, or its file was removed",
+    "below_block": "the rest fills no block of 64 tokens, or is the block of the last token, and "
+    "is computed always",
+    "never_seen": "what follows was never seen after the text before it, under this model, KV "
+    "codec and API key; or so long ago that nothing remembers it",
+    "other_prefix": "document {place} is known after other text than it stands after here",
+    "other_codec": "the text is stored by KV codec {place}, which is not the one in use",
+    "evicted": "the next block left the {place} to make room",
+    "expired": "the next block was stored and not used for longer than --disk-ttl-days",
+    "corrupt": "the next block was stored, but what the {place} gave back was damaged",
+    "deleted": "the next block was deleted with its document, or its file was removed",
     "flushed": "the {place} was emptied on request",
-    "slow": "it is stored, but the {place} has not answered in time lately",
-    "recomputed": "it is stored, but reading it would have taken longer than computing it",
+    "slow": "the next block is stored, but the {place} has not answered in time lately",
+    "recomputed": "reading the next blocks would have taken longer than computing them",
     "checkpoint": "layers with a sliding window keep their blocks only where prompts, documents "
-    "and extents end, and none ends here",
+    "and extents end, and none ends later that this prompt shares",
 }
 
 Piece = NDArray[np.int32]
@@ -121,7 +121,8 @@ class Explainer:
             disk_tokens=counts["disk"] * BLOCK_TOKENS,
             waited_tokens=waited * BLOCK_TOKENS,
             reason=reason,
-            detail=f"from token {depth * BLOCK_TOKENS} on: " + REASONS[reason].format(place=place),
+            detail=f"found up to token {depth * BLOCK_TOKENS}; "
+            + REASONS[reason].format(place=place),
             divergence=divergence,
         )
 
@@ -162,7 +163,7 @@ class Explainer:
                 return "recomputed", ""
             for group, block in missing:
                 reason = tiers.store.explain(group, sequence.key(block))
-                if reason is not None:
+                if reason in REASONS:
                     return reason, tiers.store.lowest
         if groups[0].window is None and all(group for group, _ in missing):
             return "checkpoint", ""

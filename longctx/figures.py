@@ -1,5 +1,6 @@
 """The engine's figures by flat names: gauges, and counters, which end in `_total`."""
 
+import operator
 from collections import Counter
 
 from longctx.kv_cache import KVCacheManager
@@ -26,6 +27,12 @@ class Figures:
 
     def read(self, scheduler: Scheduler, cache: KVCacheManager) -> dict[str, float]:
         memory = cache.memory
+        # Pages that no sequence gets are neither held nor room.
+        reserved = [memory.reserved_blocks] + [0] * (len(memory.packed) - 1)
+        held = [pool.held - kept for pool, kept in zip(memory.packed, reserved, strict=True)]
+        room = [pool.capacity - kept for pool, kept in zip(memory.packed, reserved, strict=True)]
+        full = [blocks + pool.cached for pool, blocks in zip(memory.packed, held, strict=True)]
+        sizes = [sum(pool.page_bytes) for pool in memory.packed]
         numbers: dict[str, float] = {
             "requests_running": len(scheduler.running),
             "requests_waiting": len(scheduler.waiting),
@@ -36,18 +43,14 @@ class Figures:
             "device_hits_total": cache.hits,
             "device_misses_total": cache.misses,
             "device_evictions_cap_total": sum(pool.evicted for pool in memory.packed),
-            "device_blocks": sum(pool.held + pool.cached for pool in memory.packed),
-            "device_blocks_held": sum(pool.held for pool in memory.packed),
-            "device_bytes": sum(
-                (pool.held + pool.cached) * sum(pool.page_bytes) for pool in memory.packed
-            ),
-            "device_capacity_bytes": sum(
-                pool.capacity * sum(pool.page_bytes) for pool in memory.packed
-            ),
+            "device_blocks": sum(full),
+            "device_blocks_held": sum(held),
+            "device_bytes": sum(map(operator.mul, full, sizes)),
+            "device_capacity_bytes": sum(map(operator.mul, room, sizes)),
         }
-        for index, pool in enumerate(memory.packed):
-            numbers[f"group{index}_capacity_blocks"] = pool.capacity
-            numbers[f"group{index}_blocks_held"] = pool.held
+        for index in range(len(memory.packed)):
+            numbers[f"group{index}_capacity_blocks"] = room[index]
+            numbers[f"group{index}_blocks_held"] = held[index]
         if cache.tiers is not None:
             numbers |= cache.tiers.store.stats()
         return numbers

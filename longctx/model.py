@@ -62,6 +62,12 @@ class LoadedModel:
         self.spec = spec
         self._model = model
 
+    @property
+    def linear_types(self) -> frozenset[type[nn.Module]]:
+        """The classes of its linear layers: torch's own and packed ones."""
+        types = {type(module) for module in self._model.modules()}
+        return frozenset(each for each in types if each.__name__.endswith("Linear"))
+
     @torch.inference_mode()
     def forward(
         self, token_ids: Tensor, positions: Tensor, attention: LayerAttention, logits_rows: Tensor
@@ -95,7 +101,7 @@ def load_model(config: ModelConfig, folder: Path, *, cache_dir: Path | None = No
     register_probe()
     model = _load_weights(model_class, settings, files, dtype)
     model.to(device).eval().requires_grad_(False)
-    packed_bytes = _pack_linears(model, config.weights, dtype, device)
+    packed_bytes = _use_kernels(model, config.weights, dtype, device)
     with torch.inference_mode():
         layers = probe_layers(
             model,
@@ -207,10 +213,10 @@ def computes_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _pack_linears(
+def _use_kernels(
     model: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.device
 ) -> int:
-    """The bytes of the linear layers that were packed; torch computes what was not."""
+    """Put our kernels in for linear layers and norms; returns the bytes of the packed weights."""
     if device.type != "cpu" or dtype != torch.float32:
         if weights != "auto":
             raise ModelRefused(
@@ -220,6 +226,7 @@ def _pack_linears(
         return 0
     try:
         linear = importlib.import_module("longctx.linear")
+        norm = importlib.import_module("longctx.norm")
     except ImportError as error:  # installed without a compiler
         if weights != "auto":
             raise ModelRefused(
@@ -227,6 +234,7 @@ def _pack_linears(
                 f"({error}); leave it out, or install longctx again where there is a C++ compiler"
             ) from error
         return 0
+    norm.fuse_rms_norms(model)
     packed_bytes: int = linear.pack_linears(model, weights)
     return packed_bytes
 

@@ -10,6 +10,7 @@ from longctx.attention.merge import merge_sink
 from longctx.attention.reference import ReferenceAttention
 from longctx.attention.torch_backend import TorchAttention
 from longctx.batch import Batch
+from longctx.errors import ModelRefused
 from longctx.kv_memory import KVMemory
 from longctx.model import LoadedModel
 
@@ -17,11 +18,29 @@ BACKENDS: dict[str, Callable[[KVMemory], AttentionBackend]] = {
     "reference": ReferenceAttention,
     "torch": TorchAttention,
 }
+try:  # compiled where there is a compiler, for x86-64
+    from longctx.attention.cpu_backend import CPUAttention
+except ImportError:
+    pass
+else:
+    BACKENDS["cpu"] = CPUAttention
+
+
+def backend_for(name: str, device: torch.device) -> str:
+    """The backend that a name stands for; `auto` is the fastest that this installation has.
+
+    Raises ModelRefused for one that does not work on the device.
+    """
+    if name == "cpu" and device.type != "cpu":
+        raise ModelRefused(f"attention_backend 'cpu' cannot work on {device}; use torch or auto")
+    if name != "auto":
+        return name
+    return "cpu" if device.type == "cpu" and "cpu" in BACKENDS else "torch"
 
 
 class ModelRunner:
     def __init__(self, model: LoadedModel, memory: KVMemory, backend: AttentionBackend) -> None:
-        self._model = model
+        self.model = model
         self._memory = memory
         self.backend = backend
         self.computed_tokens = 0  # rows that went through the model, ever
@@ -31,7 +50,7 @@ class ModelRunner:
         """Logits [drawing chunks, vocab], float32. The batch's KV is in the pools afterwards."""
         step = _StepAttention(batch, self._memory, self.backend)
         self._memory.clear_raw(batch.fresh_pages)
-        logits = self._model.forward(batch.token_ids, batch.positions, step, batch.logits_rows)
+        logits = self.model.forward(batch.token_ids, batch.positions, step, batch.logits_rows)
         self.computed_tokens += len(batch.token_ids)
         return logits
 

@@ -22,7 +22,7 @@ from offload.store import KVStore, Late, Loaded, Written
 
 KEPT_PROMPT_TOKENS = 1024  # prompts from here on are stored at once, shorter ones when seen again
 OVERDUE_SECONDS = 2.0  # a slow prefill stores parts of extents: a crash loses at most so much
-WINDOW_SHARE = 0.1  # bytes that window checkpoints may add, beside those where a prompt ends
+WINDOW_SHARE = 0.08  # bytes that window checkpoints may add, beside those where a prompt ends
 
 
 @dataclass(slots=True, eq=False)
@@ -87,6 +87,8 @@ class Tiers:
 
     def admitted(self, sequence: Sequence, depth: int) -> None:
         """Decide how much of the sequence is worth storing; `depth` blocks of it were found."""
+        for document_id in sequence.documents:
+            self.store.use(document_id)
         prompt = sequence.prompt_tokens // BLOCK_TOKENS
         documents = max((end for end, _ in sequence.document_ends), default=0)
         own_tokens = sequence.prompt_tokens - documents

@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from offload import extent_file
+from offload import disk_snapshot, extent_file
 from offload.clocks import Clocks, seconds_since_boot
 from offload.disk_folder import TEMPORARY, DiskFolder, FolderInUse, FolderRefused
 from offload.disk_index import DiskEntry, DiskIndex, Extent
 from offload.disk_room import DiskBounds, DiskRoom
+from offload.disk_snapshot import Remembered
 from offload.disk_verify import DiskVerifier, Verified
 from offload.extent import ExtentUnreadable, file_name
 from offload.filesystem import FileSystem
@@ -36,6 +37,7 @@ __all__ = ["Collected", "DiskEntry", "DiskTier", "FolderInUse", "FolderRefused",
 
 _REST_SECONDS = 30.0  # without writes after one failed
 _SLOW_READ_SECONDS = 5.0  # for one extent
+_FEW, _SHARE = 64, 16  # a crash costs asking so many extents, or that part of all, at the start
 
 _INCIDENTS = (
     "corrupt_files",  # and pages: one for each file
@@ -106,6 +108,7 @@ class DiskTier:
         self._clocks = Clocks(clock, steady_clock)
         self._no_writes_until = -math.inf  # by the steady clock
         self._index = DiskIndex(policy)
+        self._saved_changes = 0  # of the index, up to its latest copy
         self._folder = DiskFolder(folder, self._files, self._incidents, read_only=read_only)
         self._room = DiskRoom(self._bounds, self._index, self._folder, self._files, self._incidents)
         try:
@@ -173,7 +176,7 @@ class DiskTier:
                 raise ExtentUnreadable("checksum of a page does not match")
         except ExtentUnreadable as error:
             if self._room.forget(extent, "corrupt"):
-                self._folder.quarantine(extent.name, "corrupt_files", str(error))
+                self._folder.quarantine(extent.name, error)
         except FileNotFoundError:
             if self._room.forget(extent, "deleted"):
                 self._incidents.report(
@@ -236,7 +239,7 @@ class DiskTier:
             self._folder.discard(temporary)
             raise
         with self._index.lock:
-            self._index.add(Extent.of(packed.header, used_at=now), retained=retained)
+            self._index.add(Extent.described(packed.header, used_at=now), retained=retained)
             self._counts["writes_total"] += 1
             self._counts["write_bytes_total"] += packed.header.file_bytes
             self._counts["write_seconds_total"] += time.perf_counter() - begin
@@ -287,6 +290,12 @@ class DiskTier:
 
     # -- keeping --------------------------------------------------------------------------------
 
+    def use(self, keys: Iterable[BlockKey]) -> None:
+        with self._index.lock:
+            now = self._now()
+            for extent in self._index.holding(keys):
+                self._index.use(extent, now)
+
     def retain(self, keys: Iterable[BlockKey]) -> None:
         """What holds one of these keys is evicted only for the sake of what is retained too."""
         with self._index.lock:
@@ -299,14 +308,15 @@ class DiskTier:
     def drop(self, keys: Iterable[BlockKey]) -> None:
         """Hold these keys no longer, in any group; a file goes with the last of its blocks."""
         assert not self.read_only
+        gone = list(keys)
         with self._writer:
             with self._index.lock:
-                empty = self._index.drop(keys)
+                empty = self._index.drop(gone)
             try:
                 for extent in empty:
                     self._room.delete(extent, "deleted")
-                if empty:
-                    self._folder.sync()  # what was deleted does not come back
+                self._folder.forget_quarantined_of(gone)
+                self._folder.sync_removals()
             except OSError as error:
                 self._incidents.report(
                     "write_errors", f"cannot delete from {self._folder.path}: {error}"
@@ -323,7 +333,7 @@ class DiskTier:
                     now = self._now()
                 expired = self._room.expire(now)
                 evicted = self._room.shrink()
-                self._save_uses()
+                self._save(least_changes=max(_FEW, len(self._index) // _SHARE))
             except OSError as error:
                 self._incidents.report(
                     "write_errors", f"cannot clean up {self._folder.path}: {error}"
@@ -335,7 +345,7 @@ class DiskTier:
         with self._writer:
             if not self.read_only:
                 with contextlib.suppress(OSError):
-                    self._save_uses()
+                    self._save(least_changes=1)
             self._folder.leave()
 
     # -- looking --------------------------------------------------------------------------------
@@ -384,13 +394,29 @@ class DiskTier:
     # -- the index ------------------------------------------------------------------------------
 
     def _load(self) -> None:
-        """Fill the index from the headers, least recently used first."""
-        found = sorted(self._folder.scan(), key=lambda file: file[1])
+        """Fill the index, least recently used first, from its copy and the headers of the rest."""
+        self._folder.report_foreign()
+        names = self._folder.names()
+        there = set(names)
+        found = [
+            remembered
+            for remembered in disk_snapshot.parse(self._folder.read_index())
+            if remembered.extent.name in there
+        ]
+        there.difference_update(remembered.extent.name for remembered in found)
+        for name in names:
+            described = self._folder.read_header(name) if name in there else None
+            if described is not None:
+                header, used_at = described
+                extent = Extent.described(header, used_at=used_at)
+                found.append(Remembered(extent, header.retained))
+        found.sort(key=lambda remembered: remembered.extent.used_at)
         with self._index.lock:
             now = self._now()
-            for header, used_at in found:
-                extent = Extent.of(header, used_at=min(used_at, now))
-                self._index.add(extent, retained=header.retained)
+            for remembered in found:
+                remembered.extent.used_at = min(remembered.extent.used_at, now)
+                self._index.add(remembered.extent, retained=remembered.retained)
+            self._saved_changes = self._index.changes - len(there)
 
     def _now(self) -> float:
         """The time of day; when it jumps, the index goes with it. The caller holds its lock."""
@@ -400,10 +426,19 @@ class DiskTier:
             self._incidents.report("clock_jumps", f"the clock jumped by {jump:.0f} s")
         return now
 
-    def _save_uses(self) -> None:
-        """Let the files know when they were last used: the next start reads it there."""
+    def _save(self, *, least_changes: int) -> None:
+        """Let the files and the copy of the index know what happened. Raises OSError."""
         with self._index.lock:
             uses = self._index.take_uses()
+            changes = self._index.changes - self._saved_changes
+            copied: list[Remembered] | None = None
+            if changes >= least_changes:
+                copied = [
+                    Remembered(extent, self._index.is_retained(extent)) for extent in self._index
+                ]
         for name, used_at in uses:
             with contextlib.suppress(FileNotFoundError):
                 self._files.touch(self._folder.file(name), used_at)
+        if copied is not None:
+            self._folder.save_index(disk_snapshot.pack(copied))
+            self._saved_changes += changes

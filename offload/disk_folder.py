@@ -12,16 +12,18 @@ import re
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from offload import extent_file
 from offload.extent import ExtentHeader, ExtentUnreadable, OtherVersion, file_name
 from offload.filesystem import FileSystem
 from offload.incidents import Incidents
+from offload.key import BlockKey
 
 LOCK = "lock"
 QUARANTINE = "quarantine"
+INDEX = "index"
 TEMPORARY = ".tmp"
 _EXTENT = re.compile(r"[0-9a-f]{64}-[0-9]+-[0-9]+\.kv")
 _QUARANTINE_FILES = 32
@@ -46,6 +48,7 @@ class DiskFolder:
         self._files = files
         self._incidents = incidents
         self._lock: int | None = None  # descriptor
+        self._removals = False  # since the folder was synced
         self._quarantine_lock = threading.Lock()
         self._quarantine: OrderedDict[str, int] = OrderedDict()  # bytes by name, oldest first
         self.enter()
@@ -101,21 +104,43 @@ class DiskFolder:
 
     def names(self) -> list[str]:
         """Of all files that are called like extents, in the order of their names."""
-        return sorted(name for name in self._files.names(self.path) if _EXTENT.fullmatch(name))
+        try:
+            found = self._files.names(self.path)
+        except FileNotFoundError:
+            return []  # removed underneath
+        return sorted(name for name in found if _EXTENT.fullmatch(name))
 
-    def scan(self) -> Iterator[tuple[ExtentHeader, float]]:
-        """Each extent's header and when it was last used; what cannot be read is quarantined."""
-        foreign = [name for name in self._files.names(self.path) if _is_foreign(name)]
+    def report_foreign(self) -> None:
+        foreign = sorted(name for name in self._files.names(self.path) if _is_foreign(name))
         if foreign:
             self._incidents.report(
                 "foreign_files",
                 f"{self.path} holds {len(foreign)} files that are not of longctx, "
-                f"{sorted(foreign)[0]!r} among them; they are left alone and not counted",
+                f"{foreign[0]!r} among them; they are left alone and not counted",
             )
-        for name in self.names():
-            found = self.read_header(name)
-            if found is not None:
-                yield found
+
+    def read_index(self) -> bytes:
+        """What `save_index` wrote last; empty if that is not to be had."""
+        try:
+            descriptor = self._files.open(self.file(INDEX))
+            try:
+                buffer = bytearray(self._files.status(descriptor).st_size)
+                self._files.read(descriptor, [memoryview(buffer)], 0)
+                return bytes(buffer)
+            finally:
+                self._files.close(descriptor)
+        except OSError:
+            return b""
+
+    def save_index(self, data: bytes) -> None:
+        """Not synced: it can be done without. Raises OSError."""
+        temporary = self.file(INDEX + TEMPORARY)
+        descriptor = self._files.create(temporary)
+        try:
+            self._files.write(descriptor, [memoryview(data)], 0)
+        finally:
+            self._files.close(descriptor)
+        self._files.rename(temporary, self.file(INDEX))
 
     def read_header(self, name: str) -> tuple[ExtentHeader, float] | None:
         """The header and when the file was last used; None and quarantine if it is unreadable."""
@@ -130,21 +155,16 @@ class DiskFolder:
                 raise ExtentUnreadable(f"holds what belongs into {file_name(header.run)}")
         except FileNotFoundError:
             return None
-        except OtherVersion as error:
-            self.quarantine(name, "other_versions", str(error))
-        except ExtentUnreadable as error:
-            self.quarantine(name, "corrupt_files", str(error))
-        except OSError as error:
-            self.quarantine(name, "read_errors", str(error))
-        else:
-            return header, used_at
-        return None
+        except (ExtentUnreadable, OSError) as error:
+            self.quarantine(name, error)
+            return None
+        return header, used_at
 
     def publish(self, temporary: Path, name: str) -> None:
         """Give a finished file its name, durably. Raises OSError, and then it has not got it."""
         self._files.rename(temporary, self.file(name))
         try:
-            self._files.sync_folder(self.path)
+            self.sync()
         except OSError:
             self.discard(self.file(name))
             raise
@@ -153,9 +173,16 @@ class DiskFolder:
         """Raises OSError; a file that is gone already is none."""
         with contextlib.suppress(FileNotFoundError):
             self._files.remove(self.file(name))
+            self._removals = True
 
     def sync(self) -> None:
         self._files.sync_folder(self.path)
+        self._removals = False
+
+    def sync_removals(self) -> None:
+        """What was removed does not come back. Raises OSError."""
+        if self._removals:
+            self.sync()
 
     def discard(self, path: Path) -> None:
         """Remove what the next start would remove anyway, if it can be done."""
@@ -169,17 +196,18 @@ class DiskFolder:
             self.discard(self.file(name))
         return len(found)
 
-    def quarantine(self, name: str, kind: str, why: str) -> None:
+    def quarantine(self, name: str, error: ExtentUnreadable | OSError) -> None:
         """Take an extent out of use."""
         self._incidents.report(
-            kind,
-            f"{self.file(name)} is not used: {why}; "
+            _kind(error),
+            f"{self.file(name)} is not used: {error}; "
             + ("" if self.read_only else f"moved to {QUARANTINE}/, ")
             + "its text is computed again when needed",
         )
         if self.read_only:
             return
         target = self.path / QUARANTINE / name
+        self._removals = True
         with self._quarantine_lock:
             try:
                 num_bytes = self._files.status(self.file(name)).st_size
@@ -203,6 +231,17 @@ class DiskFolder:
             self.discard(self.path / QUARANTINE / name)
             return True
 
+    def forget_quarantined_of(self, keys: Iterable[BlockKey]) -> None:
+        """Remove those whose last block is one of these, for good. Raises OSError."""
+        ends = {key.hex() for key in keys}
+        with self._quarantine_lock:
+            found = [name for name in self._quarantine if name.partition("-")[0] in ends]
+            for name in found:
+                self.discard(self.path / QUARANTINE / name)
+                del self._quarantine[name]
+        if found:
+            self._files.sync_folder(self.path / QUARANTINE)
+
     def _held(self) -> list[str]:
         return self._files.names(self.path / QUARANTINE)
 
@@ -220,5 +259,11 @@ class DiskFolder:
 
 
 def _is_foreign(name: str) -> bool:
-    own = name in (LOCK, QUARANTINE) or name.endswith(TEMPORARY)
+    own = name in (LOCK, QUARANTINE, INDEX) or name.endswith(TEMPORARY)
     return not own and not _EXTENT.fullmatch(name)
+
+
+def _kind(error: ExtentUnreadable | OSError) -> str:
+    if isinstance(error, OSError):
+        return "read_errors"
+    return "other_versions" if isinstance(error, OtherVersion) else "corrupt_files"

@@ -18,10 +18,11 @@ _REMEMBERED = 10_000  # blocks whose end `why_gone` knows
 
 @dataclass(slots=True, eq=False)
 class Extent:
-    """One file. Times in seconds since 1970; `dropped` are blocks that it holds in vain."""
+    """One file. Times in seconds since 1970; `dropped` are keys that it holds in vain."""
 
     name: str
     run: BlockRun
+    blocks: tuple[Block, ...]
     file_bytes: int
     cost_seconds: float
     created_at: float
@@ -29,19 +30,40 @@ class Extent:
     dropped: set[BlockKey] = field(default_factory=set)
 
     @classmethod
-    def of(cls, header: ExtentHeader, *, used_at: float) -> "Extent":
+    def of(
+        cls,
+        run: BlockRun,
+        *,
+        file_bytes: int,
+        cost_seconds: float,
+        created_at: float,
+        used_at: float,
+    ) -> "Extent":
         return cls(
-            name=file_name(header.run),
-            run=header.run,
+            name=file_name(run),
+            run=run,
+            blocks=tuple([(run.group, key) for key in run.keys]),
+            file_bytes=file_bytes,
+            cost_seconds=cost_seconds,
+            created_at=created_at,
+            used_at=used_at,
+        )
+
+    @classmethod
+    def described(cls, header: ExtentHeader, *, used_at: float) -> "Extent":
+        return cls.of(
+            header.run,
             file_bytes=header.file_bytes,
             cost_seconds=header.cost_seconds,
             created_at=header.created_at,
             used_at=used_at,
         )
 
-    def blocks(self) -> Iterator[Block]:
-        group = self.run.group
-        return ((group, key) for key in self.run.keys if key not in self.dropped)
+    def live(self) -> Iterable[Block]:
+        """Without those in vain."""
+        if not self.dropped:
+            return self.blocks
+        return [block for block in self.blocks if block[1] not in self.dropped]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +98,7 @@ class DiskIndex:
         self._gone: OrderedDict[Block, str] = OrderedDict()
         self._used: set[str] = set()  # whose files do not know yet when that was
         self.num_bytes = 0
+        self.changes = 0  # extents that came or left, ever
         self.removed = 0  # extents that left, ever
 
     def __len__(self) -> int:
@@ -99,9 +122,10 @@ class DiskIndex:
         assert extent.name not in self._by_name, f"added twice: {extent.name}"
         run = extent.run
         self._by_name[extent.name] = extent
+        self.changes += 1
         self._groups[run.group] = self._groups.get(run.group, 0) + 1
         self.num_bytes += extent.file_bytes
-        for block in extent.blocks():
+        for block in extent.live():
             self._point(block, extent)
         if retained:
             self._retained.update(run.keys)
@@ -111,7 +135,7 @@ class DiskIndex:
                 name=extent.name,
                 size_bytes=extent.file_bytes,
                 cost_seconds=extent.cost_seconds,
-                blocks=tuple((run.group, key) for key in run.keys),
+                blocks=extent.blocks,
                 parent=parent,
                 retained=self.is_retained(extent),
             )
@@ -120,13 +144,14 @@ class DiskIndex:
     def remove(self, extent: Extent, reason: str) -> None:
         run = extent.run
         self.removed += 1
+        self.changes += 1
         del self._by_name[extent.name]
         self._used.discard(extent.name)
         self._groups[run.group] -= 1
         if not self._groups[run.group]:
             del self._groups[run.group]
         self.num_bytes -= extent.file_bytes
-        for block in extent.blocks():
+        for block in extent.live():
             self._unpoint(block, extent, reason)
         self._policy.removed(extent.name)
         self._retained.difference_update(key for key in run.keys if not self._is_held(key))
@@ -166,6 +191,10 @@ class DiskIndex:
             )
             for extent in self
         ]
+
+    def holding(self, keys: Iterable[BlockKey]) -> Iterable[Extent]:
+        """Each extent that has one of the keys, in any group, once."""
+        return dict.fromkeys(extent for key in keys for extent in self._holding(key))
 
     def victim(self) -> Extent | None:
         name = self._policy.victim()
@@ -231,7 +260,8 @@ class DiskIndex:
         if before is not None:
             self._copies.setdefault(block, [before]).append(extent)
         self._by_block[block] = extent
-        self._gone.pop(block, None)
+        if self._gone:
+            self._gone.pop(block, None)
 
     def _unpoint(self, block: Block, extent: Extent, reason: str) -> None:
         copies = self._copies.pop(block, [extent])

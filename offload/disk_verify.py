@@ -50,7 +50,7 @@ class DiskVerifier:
                 continue  # evicted meanwhile
             except (ExtentUnreadable, OSError) as error:
                 corrupt += 1
-                self._expel(name, str(error))
+                self._expel(name, error)
                 report(f"{name}: {error}")
             else:
                 whole += 1
@@ -63,12 +63,12 @@ class DiskVerifier:
             report(f"{name}: removed by somebody")
         return Verified(extents=whole, num_bytes=num_bytes, corrupt=corrupt, missing=len(missing))
 
-    def _expel(self, name: str, why: str) -> None:
+    def _expel(self, name: str, error: ExtentUnreadable | OSError) -> None:
         with self._index.lock:
             extent = self._index.named(name)
         if extent is not None:
             self._room.forget(extent, "corrupt")
-        self._folder.quarantine(name, "corrupt_files", why)
+        self._folder.quarantine(name, error)
 
     def _adopt(self, name: str, now: Callable[[], float]) -> None:
         """Take a good file into the index if it is not there."""
@@ -76,7 +76,7 @@ class DiskVerifier:
         if found is not None:
             header, used_at = found
             with self._index.lock:
-                extent = Extent.of(header, used_at=min(used_at, now()))
+                extent = Extent.described(header, used_at=min(used_at, now()))
                 self._index.add(extent, retained=header.retained)
 
     def _forget_missing(self) -> list[str]:

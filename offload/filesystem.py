@@ -1,7 +1,7 @@
 """What the disk tier asks of the operating system: the seam below which tests inject faults.
 
-Every call may raise OSError. Only `sync` and `sync_folder` make anything durable: until then a
-loss of power may undo each write, rename and removal on its own.
+Every call may raise OSError. Only `sync`, `sync_folder` and `make_folder` make anything durable:
+until then a loss of power may undo each write, rename and removal on its own.
 """
 
 import fcntl
@@ -18,7 +18,11 @@ class FileSystem:
     """The real one."""
 
     def make_folder(self, folder: Path) -> None:
-        folder.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
+        """With those above it; durable when this returns."""
+        if not folder.is_dir():
+            self.make_folder(folder.parent)
+            folder.mkdir(mode=_FOLDER_MODE, exist_ok=True)
+            self.sync_folder(folder.parent)
 
     def names(self, folder: Path) -> list[str]:
         return os.listdir(folder)

@@ -122,6 +122,11 @@ class HostTier:
             self._counts["read_seconds_total"] += time.perf_counter() - begin
         return found
 
+    def use(self, keys: Iterable[BlockKey]) -> None:
+        with self._lock:
+            for block in self._held(keys):
+                self._policy.used(block)
+
     def retain(self, keys: Iterable[BlockKey]) -> None:
         with self._lock:
             for block in self._held(keys):

@@ -23,6 +23,9 @@ class Owners:
             self._counts[key] = self._counts.get(key, 0) + 1
         return first
 
+    def keys(self, owner: str) -> list[BlockKey]:
+        return list(self._keys.get(owner, ()))
+
     def release(self, owner: str) -> list[BlockKey]:
         """All that the owner retained; those keys that nobody retains any more."""
         free = []

@@ -139,6 +139,6 @@ class BlockPool:
 
 def _zeros(num_pages: int, page_bytes: int, device: torch.device) -> Tensor:
     if device.type == "cpu":
-        # calloc: a page costs memory only once it is used
+        # calloc: a page costs memory only once it is used; numpy asks for huge pages
         return torch.from_numpy(np.zeros((num_pages, page_bytes), dtype=np.uint8))
     return torch.zeros(num_pages, page_bytes, dtype=torch.uint8, device=device)

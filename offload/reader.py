@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 SLOWEST_BYTES_PER_SECOND = 50e6  # a load may take its deadline, and its bytes at this speed
 AVOIDED_SECONDS = 60.0  # for which keys that failed or came late are not found
 
-Part = tuple[int, tuple[BlockKey, ...], PageSlots]  # group, consecutive keys of a chain, pages
+Part = tuple[int, tuple[BlockKey, ...], PageSlots]  # group, keys of one chain in order, pages
 
 
 @dataclass(slots=True)

@@ -24,6 +24,8 @@ from offload.writer import Offer, Writer
 
 __all__ = ["Event", "KVStore", "Late", "Loaded", "Part", "Written"]
 
+USED_SECONDS = 60.0
+
 
 class KVStore:
     def __init__(
@@ -47,6 +49,8 @@ class KVStore:
             clock=clock,
         )
         self._owners = Owners()
+        self._used: dict[str, float] = {}  # owners, and when their keys were last said to be used
+        self._clock = clock
         self._dropping: set[BlockKey] = set()  # deleted, though the writer has not come to it
         self._ticket = 0
         self._closed = False
@@ -148,12 +152,25 @@ class KVStore:
         if first:
             self._writer.add(lambda: self._tiers.retain(first))
 
+    def use(self, owner: str) -> None:
+        """What the owner retains is in use, though the device spares the tiers being read.
+
+        For their policies and ages; once a minute is enough, so more calls cost nothing.
+        """
+        now = self._clock()
+        if now - self._used.get(owner, -USED_SECONDS) >= USED_SECONDS:
+            keys = self._owners.keys(owner)
+            if keys:
+                self._used[owner] = now
+                self._writer.add(lambda: self._tiers.use(keys))
+
     def release(self, owner: str, *, drop: bool = False) -> None:
         """The owner retains nothing any more; with `drop`, what nobody retains then is deleted.
 
         Deleted keys are not found from now on. The writer deletes them after what was offered
         before.
         """
+        self._used.pop(owner, None)
         free = self._owners.release(owner)
         if not free:
             return

@@ -21,6 +21,10 @@ class Tier(Protocol):
         """Copy pages into `slots`; which of the keys arrived. Other rows may hold garbage."""
         ...
 
+    def use(self, keys: Iterable[BlockKey]) -> None:
+        """As if these keys had been read: what holds them, in any group, was used now."""
+        ...
+
     def retain(self, keys: Iterable[BlockKey]) -> None:
         """Evict what holds these keys, in any group, only when nothing else is left."""
         ...

@@ -73,7 +73,7 @@ class Tiers:
     ) -> list[bool]:
         """Fill the slots; which keys arrived. What comes from disk is in host memory afterwards.
 
-        `keys` are consecutive blocks; `parent` is the one before them, where known.
+        `keys` are blocks of one chain in order; `parent` is one before them, where known.
         """
         in_host = [self.in_host(group, key) for key in keys]
         found = self.read_layers(group, keys, slots)
@@ -91,6 +91,9 @@ class Tiers:
         for begin, end in _stretches(missing):
             found[begin:end] = self._read_disk(group, keys[begin:end], slots.rows(begin, end))
         return found
+
+    def use(self, keys: Iterable[BlockKey]) -> None:
+        self._lowest.use(keys)
 
     def retain(self, keys: Iterable[BlockKey]) -> None:
         self._lowest.retain(keys)

@@ -168,7 +168,7 @@ class RecordedEngine(Engine):
 def engine_config(
     *,
     codec: str = "raw",
-    backend: str = "torch",
+    backend: str = "auto",
     max_batch_tokens: int = 512,
     max_sequences: int = 8,
     max_waiting: int = 1024,

@@ -146,7 +146,8 @@ def test_a_codec_that_changes_nothing_costs_nothing(llama: Path) -> None:
     # Only the order of sums differs: a lossless codec lets a chunk read its own blocks at once
     assert max(measured.text.kl, measured.own.kl) < 1e-6
     assert measured.own.rows == 2 * len(TEXTS) * SHORT.own_tokens
-    assert measured.text.rows == len(TEXTS) * (SHORT.text_tokens - BLOCK_TOKENS - 1)
+    read = SHORT.text_tokens - BLOCK_TOKENS
+    assert len(TEXTS) * (read - 1) <= measured.text.rows <= len(TEXTS) * (read + 4)
 
 
 @pytest.mark.usefixtures("more_codecs")
@@ -179,14 +180,19 @@ def test_short_contexts_are_measured_as_far_as_they_go(max_context: int, llama: 
     assert measured.own is not None and measured.own.kl > 0
 
 
-def test_time_that_is_up_leaves_the_first_text(llama: Path) -> None:
-    hurried = replace(SHORT, limit_seconds=0.0)
+def test_time_that_is_up_leaves_enough_to_judge(llama: Path) -> None:
+    hurried = replace(SHORT, own_tokens=48, limit_seconds=0.0)
     measured = measure(*loaded(llama), TorchAttention, ["int8"], workload=hurried)["int8"]
-    assert measured.text is not None
-    assert measured.text.rows == SHORT.text_tokens - BLOCK_TOKENS - 1
+    assert measured.text is not None and measured.own is not None
+    assert measured.text.rows < SHORT.text_tokens
+    assert measured.own.rows == 32
 
 
 # -- the choice -----------------------------------------------------------------------------------
+
+
+class Kernels(TorchAttention):
+    """Stands for a backend that reads packed pages as they lie."""
 
 
 def choice(
@@ -194,15 +200,13 @@ def choice(
     codec: str,
     *,
     force: bool = False,
-    backend_name: str = "ours",
-    backend: Callable[[KVMemory], TorchAttention] = TorchAttention,
+    backend: Callable[[KVMemory], TorchAttention] | None = None,
     cache_dir: Path | None = None,
 ) -> CodecChoice:
     return choose_codec(
         CacheConfig(kv_codec=codec, force_codec=force),
         *loaded(folder),
-        backend,
-        backend_name=backend_name,
+        backend or Kernels,
         cache_dir=cache_dir,
         workload=SHORT,
     )
@@ -235,8 +239,8 @@ def test_auto_stays_raw_for_heads_that_int8_cannot_hold(tmp_path: Path) -> None:
 
 
 def test_auto_stays_raw_where_the_backend_would_unpack_pages(llama: Path) -> None:
-    found = choice(llama, "auto", backend_name="torch")
-    assert found.reason == "raw, since the torch backend would unpack other pages for every token"
+    found = choice(llama, "auto", backend=TorchAttention)
+    assert found.codec == "raw" and "unpacked for every token" in found.reason
 
 
 def test_auto_stays_raw_where_nothing_can_be_told(tmp_path: Path) -> None:
@@ -266,18 +270,22 @@ def test_an_exact_codec_is_not_measured(llama: Path) -> None:
 def test_a_verdict_is_remembered_until_something_changes(llama: Path, tmp_path: Path) -> None:
     made: list[KVMemory] = []
 
-    def counted(memory: KVMemory) -> TorchAttention:
-        made.append(memory)
-        return TorchAttention(memory)
+    class Counted(Kernels):
+        def __init__(self, memory: KVMemory) -> None:
+            super().__init__(memory)
+            made.append(memory)
 
-    def choices(name: str = "ours") -> CodecChoice:
+    class Other(Counted):
+        pass
+
+    def choices(backend: type[Counted] = Counted) -> CodecChoice:
         made.clear()
-        return choice(llama, "auto", cache_dir=tmp_path, backend=counted, backend_name=name)
+        return choice(llama, "auto", cache_dir=tmp_path, backend=backend)
 
     first = choices()
     assert made
     assert choices() == first and not made
-    choices("other")
+    choices(Other)
     assert made
     for file in (tmp_path / "quality").iterdir():
         file.write_text("{", encoding="ascii")

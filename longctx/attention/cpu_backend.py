@@ -14,6 +14,9 @@ from longctx.attention import _kernels
 from longctx.attention.backend import ChunkRows
 from longctx.kv_memory import KVMemory
 
+if not _kernels.instruction_sets():
+    raise ImportError("this CPU has none of the instruction sets that the kernels are compiled for")
+
 # Numbers that stand for them in csrc/attend.h.
 CODECS = {"raw": 0, "bf16": 1, "int8": 2, "int4": 3}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -14,6 +14,7 @@ from longctx.bench.config import (
     KernelsConfig,
     NiahConfig,
     QualityConfig,
+    RestartConfig,
     RoundsConfig,
 )
 from longctx.config import EngineConfig
@@ -38,6 +39,11 @@ BENCHES: dict[str, Bench] = {
         "what a question on a document costs, before and after it was read",
         "longctx.bench.document",
         (EngineConfig, BenchConfig, RoundsConfig, DocumentConfig),
+    ),
+    "restart": Bench(
+        "what a document costs after a restart, read back from disk",
+        "longctx.bench.restart",
+        (EngineConfig, BenchConfig, RoundsConfig, DocumentConfig, RestartConfig),
     ),
     "quality": Bench(
         "what each codec costs a model: KL divergence, changed tokens, perplexity",

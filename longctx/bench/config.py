@@ -71,6 +71,13 @@ class DocumentConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RestartConfig:
+    random_model: Annotated[
+        Literal["100m", "213m"] | None, "a model of random weights of that size; else as told"
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QualityConfig:
     # By default as at a start, so that the verdicts are the same
     text_tokens: Annotated[int, "tokens read of each text"] = 320

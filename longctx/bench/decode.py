@@ -142,7 +142,7 @@ def _depths(
             runs.answer(context, PROFILED_TOKENS)
         yield Depth(
             context=context,
-            prefill_seconds=_summed(context, chunk, seconds),
+            prefill_seconds=summed(context, chunk, seconds),
             token_seconds=token_seconds,
             prefill_shares=shares[max(0, context - chunk), min(chunk, context)],
             decode_shares=profile.shares(),
@@ -178,7 +178,7 @@ class _Runs:
         return self._stopwatch.ask((Segment(token_ids=prompt),), sampling)
 
 
-def _summed(context: int, chunk: int, seconds: Mapping[tuple[int, int], float]) -> float:
+def summed(context: int, chunk: int, seconds: Mapping[tuple[int, int], float]) -> float:
     """Seconds for a whole prompt: chunk by chunk, between measured places in proportion."""
     if (0, context) in seconds:
         return seconds[0, context]

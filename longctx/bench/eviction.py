@@ -228,9 +228,9 @@ def _draw(rows: list[Result], subtitle: str, path: Path) -> None:
         series=[
             Series(
                 label=name,
-                values=[row.value for row in times if row.parameters["policy"] == name],
+                values=[row.value / 3600 for row in times if row.parameters["policy"] == name],
             )
             for name in sorted(POLICIES, key=lambda name: name != BASELINE)
         ],
-        unit="s",
+        unit="h",
     )

@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,10 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 
 from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import AttentionBackend, AttentionPlan, ChunkRows
@@ -63,7 +59,6 @@ class Profile:
     seconds: float = 0.0
     attention_seconds: float = 0.0
     linear_seconds: float = 0.0
-    _open: list[float] = field(default_factory=list)
 
     def shares(self) -> Shares:
         assert self.steps, "nothing was computed"
@@ -72,14 +67,6 @@ class Profile:
             linears=self.linear_seconds / self.seconds,
             sampling=self.steps * self.sampling_seconds / self.seconds,
         )
-
-    def before(self, module: nn.Module, *_: object) -> None:
-        if _is_linear(module):
-            self._open.append(time.perf_counter())
-
-    def after(self, module: nn.Module, *_: object) -> None:
-        if _is_linear(module):
-            self.linear_seconds += time.perf_counter() - self._open.pop()
 
 
 class MeasuredEngine(Engine):
@@ -116,18 +103,15 @@ class MeasuredEngine(Engine):
         if profile is None or (profile.decode_only and not self._decodes):
             return super().step()
         began = time.perf_counter()
-        hooks = (
-            register_module_forward_pre_hook(profile.before),
-            register_module_forward_hook(profile.after),
-        )
         backend = self._runner.backend
         self._runner.backend = _TimedAttention(backend, profile)
         try:
-            outputs = super().step()
+            with ExitStack() as stack:
+                for linear in self._runner.model.linear_types:
+                    stack.enter_context(_timed_calls(linear, profile))
+                outputs = super().step()
         finally:
             self._runner.backend = backend
-            for hook in hooks:
-                hook.remove()
         profile.seconds += time.perf_counter() - began
         profile.steps += 1
         return outputs
@@ -183,6 +167,22 @@ class _TimedAttention:
         return result
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """torch's own and prepacked or quantized ones, which have other classes."""
-    return type(module).__name__.endswith("Linear")
+@contextmanager
+def _timed_calls(linear: type[nn.Module], profile: Profile) -> Iterator[None]:
+    """Count the seconds of all calls of modules of this class, in this process."""
+    call, inherited = linear.__call__, "__call__" not in vars(linear)
+
+    def timed(module: nn.Module, *inputs: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        result = call(module, *inputs, **options)
+        profile.linear_seconds += time.perf_counter() - began
+        return result
+
+    setattr(linear, "__call__", timed)  # noqa: B010
+    try:
+        yield
+    finally:
+        if inherited:
+            delattr(linear, "__call__")
+        else:
+            setattr(linear, "__call__", call)  # noqa: B010

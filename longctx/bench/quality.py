@@ -24,7 +24,7 @@ from longctx.quality.damage import Damage
 from longctx.quality.gate import PARTS, Verdict, bits_per_value, judge, refusal
 from longctx.quality.measure import EXACT, Workload, measure
 from longctx.quality.texts import TEXTS, Text
-from longctx.runner import BACKENDS
+from longctx.runner import BACKENDS, backend_for
 from longctx.tokenizer import Tokenizer
 
 
@@ -43,13 +43,14 @@ def run(
     workload = Workload(
         text_tokens=quality.text_tokens, own_tokens=quality.own_tokens, limit_seconds=None
     )
+    backend = backend_for(engine.model.attention_backend, model.spec.device)
     verdicts: dict[str, Verdict] = {}
     for codec in _codecs(engine.cache.kv_codec, model.spec, say):
         say(f"{codec} against {EXACT}")
         measured = measure(
             model,
             tokenizer,
-            BACKENDS[engine.model.attention_backend],
+            BACKENDS[backend],
             (codec,),
             workload=workload,
             texts=texts,
@@ -60,7 +61,7 @@ def run(
         "model": model.spec.name,
         "dtype": str(model.spec.dtype).removeprefix("torch."),
         "device": str(model.spec.device),
-        "backend": engine.model.attention_backend,
+        "backend": backend,
         "text": "built in" if quality.text_file is None else quality.text_file.name,
     }
     subtitle = ", ".join(str(parameters[name]) for name in ("model", "dtype", "backend", "text"))

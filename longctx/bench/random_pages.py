@@ -32,20 +32,26 @@ def fill_pages(memory: KVMemory, pages: Sequence[Sequence[int]], *, seed: int = 
 
 
 def random_chunk(memory: KVMemory, *, past_blocks: int, rows: int) -> ChunkRows:
-    """`rows` new tokens after `past_blocks` of random KV; their own blocks are random as well."""
+    """`rows` new tokens after `past_blocks` of random KV, all written, the full blocks sealed."""
     own_blocks = (rows - 1) // BLOCK_TOKENS + 1
     pages = [pool.allocate(past_blocks + own_blocks) for pool in memory.packed]
     fill_pages(memory, pages)
-    own_pages = memory.raw.allocate(own_blocks)
-    for pool, codec in zip(memory.raw.pages, memory.codecs, strict=True):
+    own_pages = torch.tensor(memory.raw.allocate(own_blocks), device=memory.device)
+    sealed = rows // BLOCK_TOKENS
+    for layer, codec in enumerate(memory.codecs):
         own = torch.randn(own_blocks, *codec.shape.rows).to(codec.shape.dtype)
-        pool[own_pages] = own.view(own_blocks, -1).view(torch.uint8).to(memory.device)
+        memory.raw.pages[layer][own_pages] = (
+            own.view(own_blocks, -1).view(torch.uint8).to(memory.device)
+        )
+        numbers = pages[memory.group_of[layer]][past_blocks : past_blocks + sealed]
+        if sealed:
+            memory.seal(layer, own_pages[:sealed], torch.tensor(numbers, device=memory.device))
     return ChunkRows(
         row_begin=0,
         rows=rows,
         first_position=past_blocks * BLOCK_TOKENS,
         own_row=0,
-        own_pages=np.array(own_pages, dtype=np.int64),
+        own_pages=own_pages.cpu().numpy(),
         past_entries=past_blocks,
         entries=tuple(_entries(numbers) for numbers in pages),
     )

@@ -7,6 +7,7 @@ Filler comes from a token array; spans that drew attention come back more often 
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +24,8 @@ HIDDEN = -1e9
 SPAN_TOKENS = 48
 FACTS_PER_ROW = (3, 4, 5, 6, 7)
 SIBLINGS = (0, 0, 1, 3, 8)  # further facts of the same attribute
+POINTED = 0.06  # values with a full stop inside are rare, and only their ends are hard
+INNER_POINT = re.compile(r"\d\.\d")
 LINE_ENDS = ("\n", "\n", "\n\n", "\n    ", "\n\n    ", "\n        ", "\n\n\n")
 INSTRUCTIONS = (
     "You are a helpful assistant.",
@@ -179,13 +182,18 @@ class Batches:
         sibling: Needle | None = None,
         near: bool = False,
     ) -> Placed:
+        pointed = not sibling and rng.random() < POINTED
         while True:
             kind, attribute, key = "any", "", None
+            if pointed:
+                kind = rng.choice(("number", "code"))
             if sibling:
                 kind = sibling.kind
                 attribute = "" if kind == "ruler" else sibling.attribute
                 key = generator.similar(rng, self.words, sibling.key) if near else None
             needle = generator.make(rng, self.words, kind=kind, key=key, attribute=attribute)
+            if pointed and not INNER_POINT.search(needle.answer):
+                continue
             identity = (needle.attribute.lower(), needle.key.lower())
             if identity not in taken and len(needle.statement) < 260:
                 taken.add(identity)
@@ -276,7 +284,7 @@ class Batches:
         marker = [self.user] if rng.random() < 0.85 else []
         targets: list[tuple[int, int, int]] = []
         while True:
-            if rng.random() < 0.07 or not facts:
+            if rng.random() < 0.04 or not facts:
                 sibling = rng.choice(facts).needle if facts and rng.random() < 0.6 else None
                 absent = self._fact(rng, taken, sibling, near=rng.random() < 0.5)
                 question, answer, place = absent.needle.question, self.not_mentioned, -1

@@ -19,6 +19,8 @@ import torch
 import longctx
 from compress.codec import CODECS, Codec
 from compress.shape import KVShape, ShapeRefused
+from longctx.attention.reference import ReferenceAttention
+from longctx.attention.torch_backend import TorchAttention
 from longctx.config import CacheConfig
 from longctx.errors import ModelRefused
 from longctx.model import LoadedModel, ModelSpec
@@ -28,7 +30,8 @@ from longctx.quality.texts import TEXTS
 from longctx.tokenizer import Tokenizer
 
 AUTO = ("int8",)  # what `auto` may choose, best first
-UNPACKING = ("reference", "torch")  # backends that decode pages anew for each row that reads them
+# They decode pages anew in every step that reads them; kernels read them as they lie.
+UNPACKING = (ReferenceAttention, TorchAttention)
 AT_START = Workload()
 MIN_ROWS = 16  # of a part, or it is not judged
 
@@ -97,7 +100,6 @@ def choose_codec(
     tokenizer: Tokenizer,
     backend: Backend,
     *,
-    backend_name: str,
     cache_dir: Path | None,
     workload: Workload = AT_START,
 ) -> CodecChoice:
@@ -106,7 +108,7 @@ def choose_codec(
     `cache_dir` keeps figures between starts; None: they are taken each time.
     """
     spec = model.spec
-    gate = Gate(model, tokenizer, backend, backend_name, cache_dir, workload)
+    gate = Gate(model, tokenizer, backend, cache_dir, workload)
     if config.kv_codec == "auto":
         return _automatic(gate, spec)
     name = config.kv_codec
@@ -133,8 +135,8 @@ def choose_codec(
 
 
 def _automatic(gate: "Gate", spec: ModelSpec) -> CodecChoice:
-    if gate.backend_name in UNPACKING:
-        why = f"the {gate.backend_name} backend would unpack other pages for every token"
+    if gate.backend in UNPACKING:
+        why = "without compiled kernels other pages would be unpacked for every token"
         return CodecChoice(codec=EXACT, reason=f"{EXACT}, since {why}")
     why_not = ""
     for name in AUTO:
@@ -159,14 +161,12 @@ class Gate:
         model: LoadedModel,
         tokenizer: Tokenizer,
         backend: Backend,
-        backend_name: str,
         cache_dir: Path | None,
         workload: Workload,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        self._backend = backend
-        self.backend_name = backend_name
+        self.backend = backend
         self._workload = workload
         self._folder = None if cache_dir is None else cache_dir / "quality"
 
@@ -177,7 +177,7 @@ class Gate:
         measured = self._recall(name)
         if measured is None:
             found = measure(
-                self._model, self._tokenizer, self._backend, (name,), workload=self._workload
+                self._model, self._tokenizer, self.backend, (name,), workload=self._workload
             )
             measured = found[name]
             if self._model.spec.device.type == "cuda":
@@ -197,7 +197,7 @@ class Gate:
             spec.rope_identity,
             str(spec.dtype),
             spec.device.type,
-            self.backend_name,
+            self.backend.__qualname__,
             sorted(versions),
             self._workload,
             TEXTS,

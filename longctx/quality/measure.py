@@ -19,7 +19,7 @@ from longctx.errors import InvalidRequest
 from longctx.kv_memory import KVMemory
 from longctx.model import LoadedModel
 from longctx.prompt import ChatPrompts, FilePart, Message
-from longctx.quality.damage import Damage, Tally, compare
+from longctx.quality.damage import SPAN_ROWS, Damage, Tally, compare
 from longctx.quality.replay import Replay
 from longctx.quality.texts import TEXTS, Text
 from longctx.request import SamplingParams
@@ -204,7 +204,8 @@ class _Race:
         """Let the model speak with raw KV, and the others compute what it said."""
         lanes = self._lanes
         for step in range(self._own_tokens):
-            if not lanes or (step > 0 and late()):
+            enough = step * len(self._lanes) >= 2 * SPAN_ROWS  # for an interval
+            if not lanes or (enough and late()):
                 break
             exact = torch.cat([lane.last[EXACT] for lane in lanes])
             drawn = sample(exact, [lane.exact.sampling for lane in lanes])

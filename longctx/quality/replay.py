@@ -19,7 +19,6 @@ from longctx.batch import Batch
 from longctx.detokenizer import TextStream
 from longctx.kv_cache import KVCacheManager
 from longctx.kv_memory import KVMemory
-from longctx.limits import ContextLimits
 from longctx.model import LoadedModel
 from longctx.request import Request, SamplingParams, Segment
 from longctx.runner import ModelRunner
@@ -63,8 +62,8 @@ class Replay:
         )
         self._cache = KVCacheManager(self._memory)
         self._runner = ModelRunner(model, self._memory, backend(self._memory))
-        limits = ContextLimits.of(spec.max_context, self._memory)
-        self._intake = Intake(spec, self._cache, tokenizer, limits, max_sequences=sequences)
+        self._tokenizer = tokenizer
+        self._admitted = 0
 
     def admit(self, token_ids: Items[int], sampling: SamplingParams) -> Sequence:
         """A sequence that begins so; `computed` tokens of it were in the cache already."""

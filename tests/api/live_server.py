@@ -38,7 +38,7 @@ class LiveServer:
         """`cache` and `settings`: fields of `CacheConfig` and `ServerConfig`."""
         self.engine_config = EngineConfig(
             model=ModelConfig(model=model_folder, device="cpu", threads=1),
-            cache=CacheConfig(**{"device_pool_gib": 0.1, **(cache or {})}),
+            cache=CacheConfig(**{"kv_codec": "raw", "device_pool_gib": 0.1, **(cache or {})}),
             scheduler=SchedulerConfig(max_batch_tokens=512, max_sequences=max_sequences),
         )
         self.config = ServerConfig(

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+from api.server import startup_line
 from tests.api.live_server import MODEL, LiveServer
 from tests.api.test_files import ask, cached_tokens, upload, wait_until_settled
 
@@ -80,6 +81,20 @@ def test_the_tiers_and_documents_are_listed(tiered: LiveServer, document: str) -
     assert listed["tokens"] == listed["durable_tokens"] > 1000
 
 
+def test_capacity_is_told_in_tokens(server: LiveServer, tiered: LiveServer) -> None:
+    info = tiered.application.engine.info
+    (model,) = tiered.http.get("/v1/models").json()["data"]
+    capacity = model["longctx"]["capacity_tokens"]
+    assert capacity == {
+        tier: described["capacity_tokens"] for tier, described in cache_of(tiered)["tiers"].items()
+    }
+    assert 0 < capacity["host"] < capacity["device"] < capacity["disk"]
+    assert capacity["disk"] * info.kv_block_bytes / 64 == pytest.approx(0.5 * 2**30, rel=0.01)
+    line = startup_line(info)
+    assert f"{capacity['disk']:,} the disk (0.0 of 0.5 GB are used)" in line
+    assert "disk" not in startup_line(server.application.engine.info)
+
+
 def test_what_was_flushed_is_read_back_when_it_is_asked_for(
     tiered: LiveServer, document: str
 ) -> None:
@@ -98,6 +113,7 @@ def test_what_was_flushed_is_read_back_when_it_is_asked_for(
 
 def test_the_explanation_names_the_tier_that_had_it(tiered: LiveServer, document: str) -> None:
     whole = len(tiered.tokenizer.encode(STORY)) // 64 * 64
+    ask(tiered, document, question="Where?")
     for lost, place in ((None, "device"), ("device", "host"), ("all", "disk")):
         if lost is not None:
             flush(tiered, tier=lost)
@@ -154,10 +170,9 @@ def test_in_a_stream_the_explanation_comes_with_the_usage(tiered: LiveServer) ->
 
 
 def test_the_first_token_that_differs_is_shown_with_both_texts(tiered: LiveServer) -> None:
-    known = "The harbour master wrote the names of all ships in a long green book. " * 12
-    complete(tiered, known)
-    changed = known.replace("green book", "BLUE book", 2).replace("BLUE book", "green book", 1)
-    told = explained(tiered, changed)
+    sentence = "The harbour master wrote the names of all ships in a long green book. "
+    complete(tiered, sentence * 12)
+    told = explained(tiered, sentence * 6 + sentence.replace("green", "BLUE") + sentence * 5)
     assert told["reason"] == "never_seen"
     difference = told["first_divergent_token"]
     assert difference["known"] == "prompt"

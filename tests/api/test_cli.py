@@ -12,7 +12,7 @@ import pytest
 
 from longctx.cli import main
 
-OPTIONS = ("--device-pool-gib", "0.1", "--threads", "1", "--device", "cpu")
+OPTIONS = ("--device-pool-gib", "0.1", "--threads", "1", "--device", "cpu", "--kv-codec", "raw")
 
 
 def longctx(*words: str | Path, **how: Any) -> subprocess.Popen[str]:
@@ -59,7 +59,9 @@ def test_serve_says_where_finishes_what_runs_and_leaves_nothing(
     assert reasons[-1] == "length"
     output, errors = server.communicate(timeout=30)
     assert (server.returncode, output) == (0, "")
-    assert re.fullmatch(r"longctx serves .* tokens of raw KV fit the device, .*\n", errors)
+    serves, stores = errors.splitlines()
+    assert re.fullmatch(r"longctx serves .* tokens of raw KV fit the device, .*", serves)
+    assert stores == "longctx stores KV as raw, as asked; it is exact"
     assert not any(Path(f"/proc/{process}").exists() for process in processes)
 
 

@@ -101,6 +101,37 @@ def test_a_model_that_is_refused_is_the_reason_given(model_folder: Path, tmp_pat
         pass
 
 
+@pytest.mark.slow
+def test_a_codec_that_does_damage_needs_force_and_is_called_forced(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    codec: dict[str, Any] = {"kv_codec": "int4"}  # random weights this large do not bear it
+    with (
+        pytest.raises(ModelRefused, match=r"int4 does not pass .* the limit .*--force-codec"),
+        LiveServer(model_folder, tmp_path, cache=codec),
+    ):
+        pass
+    with LiveServer(model_folder, tmp_path, cache={**codec, "force_codec": True}) as server:
+        (model,) = server.http.get("/v1/models").json()["data"]
+    assert model["longctx"]["kv_codec"] == "int4" and model["longctx"]["kv_codec_forced"]
+    assert "forced" in model["longctx"]["kv_codec_reason"]
+
+
+@pytest.mark.slow
+def test_without_a_choice_the_codec_is_measured_and_the_figures_are_told(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    for _ in range(2):  # the second time they are remembered
+        with LiveServer(model_folder, tmp_path, cache={"kv_codec": "auto"}) as server:
+            (model,) = server.http.get("/v1/models").json()["data"]
+        told = model["longctx"]
+        assert told["kv_codec_reason"].startswith(told["kv_codec"])
+        quality = told["kv_codec_quality"]
+        assert (quality is None) == (told["kv_codec"] == "raw")
+        if quality is not None:
+            assert quality["own"]["kl"] <= 1e-3 and quality["own"]["tokens"] > 0
+
+
 def test_a_store_serves_one_server_at_a_time(tmp_path: Path) -> None:
     first = StoreDir(tmp_path)
     with pytest.raises(LongctxError, match="in use by another server"):

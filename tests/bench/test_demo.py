@@ -22,6 +22,12 @@ def test_it_shows_everything_and_stops_cleanly(model: Path, tmp_path: Path) -> N
     )
     assert demo.returncode == 0, demo.stderr
     # A random model finds nothing, and the demo says so
-    assert demo.stdout.count("as expected") + demo.stdout.count("wrong") == 4
-    assert "times sooner" in demo.stdout and "exit code 0" in demo.stdout
+    assert demo.stdout.count("as expected") + demo.stdout.count("wrong") == 7
+    rows = [line.split() for line in demo.stdout.splitlines()]
+    (cold,), (warm,), (restored,) = (
+        [row for row in rows if row[:1] == [label]] for label in ("cold", "warm", "restored")
+    )
+    assert warm[3] == restored[3] != cold[3]  # computed
+    assert warm[4] == restored[5] and cold[5] == warm[5] == restored[4] == "0"  # memory, disk
+    assert demo.stdout.count("exit code 0") == 2
     assert (tmp_path / "niah.png").read_bytes().startswith(b"\x89PNG")

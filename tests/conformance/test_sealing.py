@@ -8,6 +8,7 @@ from torch import Tensor
 
 from compress.codec import CODECS
 from compress.shape import KVShape
+from longctx.errors import ModelRefused
 from longctx.kv_memory import KVMemory
 from longctx.layer_attention import LayerSpec
 from longctx.runner import BACKENDS
@@ -85,3 +86,18 @@ def test_broken_rows_are_sealed_alike(name: str, codec: str, bad: float) -> None
         torch.testing.assert_close(got, wanted, equal_nan=True, rtol=0, atol=0)
     else:
         assert torch.equal(sealed, expected)
+
+
+def test_a_model_whose_head_dim_a_codec_has_no_layout_for_is_refused() -> None:
+    shape = KVShape(kv_heads=2, head_dim=20, dtype=torch.float32)
+    assert memory_of("raw", shape).capacity_tokens > 0
+    spec = LayerSpec(heads=2, kv_heads=2, head_dim=20, window=None)
+    with pytest.raises(ModelRefused, match=r"head_dim=20 does not fit .* use --kv-codec raw"):
+        KVMemory(
+            [spec],
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            codec="int8",
+            pool_bytes=1 << 20,
+            step_blocks=2,
+        )

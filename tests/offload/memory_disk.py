@@ -47,6 +47,7 @@ class MemoryDisk:
         self.blocks: dict[tuple[int, BlockKey], list[bytes]] = {}
         self.runs: list[BlockRun] = []  # as written
         self.reads: list[tuple[BlockKey, ...]] = []
+        self.used: list[set[BlockKey]] = []
         self.retained: set[BlockKey] = set()
         self.full = False
         self.losses = 0
@@ -92,6 +93,9 @@ class MemoryDisk:
             for array, raw in zip(slots.arrays, page or (), strict=page is not None):
                 array[row] = np.frombuffer(raw, dtype=np.uint8)
         return found
+
+    def use(self, keys: Iterable[BlockKey]) -> None:
+        self.used.append(set(keys))
 
     def retain(self, keys: Iterable[BlockKey]) -> None:
         self.retained.update(keys)

@@ -69,6 +69,15 @@ def test_the_least_recently_used_leaf_makes_room() -> None:
     assert host.stats()["evictions_cap_total"] == 1
 
 
+def test_what_was_said_to_be_used_stays() -> None:
+    host = host_tier(2)
+    for number in (1, 11):
+        put(host, BlockRun(key(0), 0, 0, key(0), (key(number),)))
+    host.use([key(1), key(99)])
+    put(host, BlockRun(key(0), 0, 0, key(0), (key(21),)))
+    assert held(host, range(1, 30)) == [1, 21]
+
+
 def test_a_chain_larger_than_the_tier_does_not_displace_its_own_beginning() -> None:
     host = host_tier(4)
     assert put(host, chain(1, 7)) == 4

@@ -385,6 +385,17 @@ def test_the_tiers_know_what_is_retained(store: KVStore, disk: MemoryDisk) -> No
     assert key(7) in disk.retained
 
 
+def test_a_document_that_the_device_answers_counts_as_used_below(
+    store: KVStore, disk: MemoryDisk, clock: Clock
+) -> None:
+    store.retain("it", [key(1), key(2)])
+    for seconds in (0, 1, 58, 1, 1):
+        clock.now += seconds
+        store.use("it")
+    assert store.flush(10)
+    assert disk.used == [{key(1), key(2)}] * 2
+
+
 def test_retaining_a_million_tokens_takes_milliseconds(store: KVStore) -> None:
     keys = [key(number) for number in range(16_000)]
     begin = time.process_time()

@@ -87,6 +87,30 @@ def test_a_flipped_bit_is_a_miss_and_the_block_can_be_written_again(
         assert pages(slots) == right
 
 
+def test_a_document_in_use_does_not_grow_old(tmp_path: Path) -> None:
+    now = [1000.0]  # the time of day, with which the steady clock agrees
+    disk = DiskTier(
+        tmp_path,
+        cap_bytes=None,
+        ttl_seconds=100.0,
+        free_floor_bytes=0,
+        policy=LRU[str](),
+        clock=lambda: now[0],
+        steady_clock=lambda: now[0],
+    )
+    with closing(KVStore(disk=disk, host=None, read_deadline_seconds=30.0)) as store:
+        store.retain("used", chain(1, 20).keys)
+        for first, count in ((1, 16), (17, 4), (500, 16)):
+            write(store, chain(first, count))
+        now[0] += 80
+        store.use("used")
+        assert store.flush(30)
+        now[0] += 80
+        disk.gc()
+        assert [store.has(0, key(number)) for number in (1, 20, 500)] == [True, True, False]
+        assert store.explain(0, key(500)) == "expired"
+
+
 def test_a_deleted_document_leaves_no_file(open_store: OpenStore, folder: Path) -> None:
     with closing(open_store(host_blocks=50)) as store:
         store.retain("document", chain(1, 40).keys)

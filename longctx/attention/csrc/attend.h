@@ -19,7 +19,7 @@ enum class Dtype : int { float32, bfloat16, float16 };
 // Consecutive rows of one sequence and what they see: `ChunkRows` in backend.py.
 struct Chunk {
     int64_t row_begin, rows, first_position, own_row, past_entries;
-    const int64_t* own_pages;
+    const int64_t* own_pages; // null: all rows see `past_entries` entries and nothing else
     const int64_t* entries;
     int64_t first_entry; // the first one that any row still sees through its window
 };

@@ -13,6 +13,9 @@ struct Avx2 {
     static constexpr int W = 8;         // floats, and quads of bytes, of a vector
     static constexpr int TILE_BLOCK = 6; // query rows whose scores stay in registers
 
+    // Keeps a sum in its register: left alone, gcc moves some of them through the stack.
+    static void pin(F& x) { asm volatile("" : "+x"(x)); }
+    static void pin(I& x) { asm volatile("" : "+x"(x)); }
     static F zero() { return _mm256_setzero_ps(); }
     static F set1(float x) { return _mm256_set1_ps(x); }
     static F load(const float* p) { return _mm256_loadu_ps(p); }

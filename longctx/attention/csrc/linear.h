@@ -50,4 +50,8 @@ private:
     Floats scales_, bias_;               // [panels * PANEL] or null
 };
 
+// `x` [rows, width] -> `y`: x / sqrt(mean(x^2) + epsilon) * weight, each row by itself.
+void rms_norm(const float* x, int64_t rows, int64_t width, const float* weight, float epsilon,
+              float* y);
+
 } // namespace longctx

@@ -33,4 +33,11 @@ void bind_linear(nb::module_& m) {
             [](const PackedLinear& self, uintptr_t weight) { self.unpack((float*)weight); },
             nb::arg("weight"), nb::call_guard<nb::gil_scoped_release>())
         .def_prop_ro("bytes", &PackedLinear::bytes);
+    m.def(
+        "rms_norm",
+        [](uintptr_t x, int64_t rows, int64_t width, uintptr_t weight, float epsilon, uintptr_t y) {
+            rms_norm((const float*)x, rows, width, (const float*)weight, epsilon, (float*)y);
+        },
+        nb::arg("x"), nb::arg("rows"), nb::arg("width"), nb::arg("weight"), nb::arg("epsilon"),
+        nb::arg("y"), nb::call_guard<nb::gil_scoped_release>());
 }

@@ -26,9 +26,11 @@ public:
 
     void add(int64_t row_begin, int64_t rows, int64_t first_position, int64_t own_row,
              int64_t past_entries, const Pages& own_pages, const Entries& entries) {
-        const int64_t entry_end = past_entries + (own_row + rows - 1) / BLOCK;
+        const bool owns = own_pages.shape(0) > 0;
+        const int64_t own_blocks = (own_row + rows - 1) / BLOCK; // before the last row's
+        const int64_t entry_end = past_entries + (owns ? own_blocks : 0);
         if (rows < 1 || entry_end > int64_t(entries.shape(0)) ||
-            (own_row + rows - 1) / BLOCK >= int64_t(own_pages.shape(0)))
+            (owns && own_blocks >= int64_t(own_pages.shape(0))))
             throw std::invalid_argument("the chunk's rows lie beyond its pages or entries");
         int64_t first = 0;
         if (window_) { // what the first row no longer sees, no later row does
@@ -38,7 +40,7 @@ public:
                 ++first, entry += ENTRY_COLUMNS;
         }
         chunks_.push_back({row_begin, rows, first_position, own_row, past_entries,
-                           own_pages.data(), entries.data(), first});
+                           owns ? own_pages.data() : nullptr, entries.data(), first});
         pages_.push_back(own_pages);
         entries_.push_back(entries);
     }

@@ -1,7 +1,8 @@
 // Pages of integer codes: `int8` and `int4` records, multiplied without widening them to floats.
 //
 // Queries, and softmax weights times the scales of the values, are rounded to integers relative to
-// the largest of their row: 16 bits for int8 codes, two planes of 7 bits for int4 codes.
+// the largest of their row. For int8 codes both have 16 bits. For int4 codes, whose own error is far
+// larger, queries have 8 bits and weights two planes of 7.
 #pragma once
 
 #include "pages_float.h"
@@ -178,8 +179,7 @@ template <class V> struct Int4Page {
     using F = typename V::F;
     using I = typename V::I;
     static constexpr int W = V::W;
-    // Numbers are 128 * high + low, with both in [-127, 127].
-    static constexpr float TOP = 127.f * 128;
+    static constexpr float TOP = 127.f * 128; // of a weight, in two planes: 128 * high + low
 
     struct Scales {
         const uint16_t *key, *key_minimum, *value, *value_minimum;
@@ -190,44 +190,48 @@ template <class V> struct Int4Page {
         return {p, p + count, p + 2 * count, p + 3 * count};
     }
 
-    // A prepared row: high parts, low parts, then the unit, then the sum of each group in units.
-    static int prepared_bytes(int head_dim) { return round_up(2 * head_dim, 64) + 192; }
-    static const float* floats_of(const uint8_t* prepared, int head_dim) {
-        return (const float*)(prepared + round_up(2 * head_dim, 64));
+    // A prepared row: its bytes, then the unit that they count, then the sum of each group of them.
+    static int prepared_bytes(int head_dim) { return round_up(head_dim, 64) + 192; }
+    static float* floats_of(const void* prepared, int head_dim) {
+        return (float*)((uint8_t*)prepared + round_up(head_dim, 64));
     }
-    static void split(int number, int8_t* high, int8_t* low) {
-        const int upper = (number + 64) >> 7;
-        *high = (int8_t)upper;
-        *low = (int8_t)(number - 128 * upper);
+    static float unit_of(const float* query, int head_dim) {
+        return V::first(largest<V>(query, row_floats(head_dim))) / 127.f;
     }
     static void prepare(const float* query, int head_dim, uint8_t* to) {
         const int group = int4_group(head_dim);
-        const float top = V::first(largest<V>(query, row_floats(head_dim)));
-        const float inverse = top > 0 ? TOP / top : 0.f;
-        float* floats = (float*)floats_of(to, head_dim);
-        floats[0] = top / TOP;
+        float* floats = floats_of(to, head_dim);
+        const float unit = floats[0] = unit_of(query, head_dim);
         for (int begin = 0; begin < head_dim; begin += group) {
             int sum = 0;
-            for (int d = begin; d < begin + group; ++d) {
-                const int number = (int)__builtin_rintf(query[d] * inverse);
-                split(number, (int8_t*)to + d, (int8_t*)to + head_dim + d);
-                sum += number;
-            }
+            for (int d = begin; d < begin + group; ++d)
+                sum += (int8_t)(to[d] = (uint8_t)(int8_t)rounded(query[d], unit));
             floats[1 + begin / group] = (float)sum;
         }
     }
+    static int rounded(float x, float unit) {
+        return unit > 0 ? (int)__builtin_rintf(x / unit) : 0;
+    }
+    // The query as `prepare` rounds it: prefill uses the same, so that a row has the same result
+    // whether it was computed among many or alone.
+    static void round_query(float* query, int head_dim) {
+        const float unit = unit_of(query, head_dim);
+        for (int d = 0; d < head_dim; ++d)
+            query[d] = rounded(query[d], unit) * unit;
+    }
 
-    // `rows`: high parts of R rows, `stride` apart; low parts lie `low` bytes behind them.
-    template <int R>
+    // `rows`: R rows of bytes, `stride` apart; of two planes, the low one lies `low` bytes behind.
+    template <int R, int PLANES>
     static void dot(const uint8_t* p, int64_t step, int steps, int lanes, const uint8_t* rows,
                     int stride, int low, int64_t ahead, bool fetch, F (&sums)[R]) {
         I wide[R];
         for (auto& sum : wide)
             sum = V::izero();
         for (int begin = 0; begin < steps; begin += 4) {
-            I high_sums[R], low_sums[R];
-            for (int r = 0; r < R; ++r)
-                high_sums[r] = low_sums[r] = V::izero();
+            I narrow[PLANES][R];
+            for (auto& plane : narrow)
+                for (auto& sum : plane)
+                    sum = V::izero();
             const int end = min_of(begin + 4, steps);
             for (int j = begin; j < end; ++j, p += step) {
                 if (fetch)
@@ -235,16 +239,21 @@ template <class V> struct Int4Page {
                 I x = lanes < W ? V::iload_lanes(p, lanes) : V::iload(p);
                 I first = V::low_nibbles(x), second = V::high_nibbles(x);
 #pragma GCC unroll 4
-                for (int r = 0; r < R; ++r) {
-                    const uint8_t* at = rows + r * stride + 8 * j;
-                    high_sums[r] = V::dot_u8s8(high_sums[r], first, V::quad8(at));
-                    high_sums[r] = V::dot_u8s8(high_sums[r], second, V::quad8(at + 4));
-                    low_sums[r] = V::dot_u8s8(low_sums[r], first, V::quad8(at + low));
-                    low_sums[r] = V::dot_u8s8(low_sums[r], second, V::quad8(at + low + 4));
-                }
+                for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+                    for (int plane = 0; plane < PLANES; ++plane) {
+                        const uint8_t* at = rows + r * stride + plane * low + 8 * j;
+                        I& sum = narrow[plane][r];
+                        sum = V::dot_u8s8(sum, first, V::quad8(at));
+                        sum = V::dot_u8s8(sum, second, V::quad8(at + 4));
+                        V::pin(sum);
+                    }
             }
-            for (int r = 0; r < R; ++r)
-                wide[r] = V::flush(V::flush(wide[r], high_sums[r], 128), low_sums[r], 1);
+            for (int r = 0; r < R; ++r) {
+                wide[r] = V::flush(wide[r], narrow[0][r], PLANES == 1 ? 1 : 128);
+                if (PLANES == 2)
+                    wide[r] = V::flush(wide[r], narrow[PLANES - 1][r], 1);
+            }
         }
         for (int r = 0; r < R; ++r)
             sums[r] = V::to_float(wide[r]);
@@ -258,8 +267,8 @@ template <class V> struct Int4Page {
         for (int t = 0; t < BLOCK; t += W)
             for (int g = 0; g < head_dim / group; ++g) {
                 F sums[R];
-                dot<R>(head.keys + (g * group / 8 * BLOCK + t) * 4, 4 * BLOCK, group / 8, W,
-                       query + g * group, stride, head_dim, head.keys_ahead, t * 4 % 64 == 0, sums);
+                dot<R, 1>(head.keys + (g * group / 8 * BLOCK + t) * 4, 4 * BLOCK, group / 8, W,
+                          query + g * group, stride, 0, head.keys_ahead, t * 4 % 64 == 0, sums);
                 const F scale = V::load_bf16(scales.key + g * BLOCK + t);
                 const F minimum = V::load_bf16(scales.key_minimum + g * BLOCK + t);
                 for (int r = 0; r < R; ++r) {
@@ -306,8 +315,8 @@ template <class V> struct Int4Page {
             for (int d = g * group; d < (g + 1) * group; d += W) {
                 const int lanes = min_of(W, (g + 1) * group - d);
                 F sums[R];
-                dot<R>(head.values + d * 4, 4 * head_dim, BLOCK / 8, lanes, parts, BLOCK,
-                       R * BLOCK, head.values_ahead, d * 4 % 64 == 0, sums);
+                dot<R, 2>(head.values + d * 4, 4 * head_dim, BLOCK / 8, lanes, parts, BLOCK,
+                          R * BLOCK, head.values_ahead, d * 4 % 64 == 0, sums);
                 for (int r = 0; r < R; ++r) {
                     float* to = out + r * stride + d;
                     F kept = V::fma(V::load(to), V::set1(factor[r]), V::set1(minimums[r]));

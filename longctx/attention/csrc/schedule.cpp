@@ -50,11 +50,14 @@ void Workspace::plan(const Layer& layer, const std::vector<Chunk>& chunks, int t
     };
     for (const Chunk& chunk : chunks) {
         for (int64_t row = 0; row < chunk.rows;) {
-            const int64_t own = chunk.own_row + row;
-            const int rows =
-                int(std::min({BLOCK - own % BLOCK, chunk.rows - row, most_rows}));
-            Tile tile = {&chunk, row, chunk.past_entries + own / BLOCK, rows, 0, layer.kv_heads,
-                         1, 1, 0};
+            int64_t rows = std::min(chunk.rows - row, most_rows), own_blocks = 0;
+            if (chunk.own_pages) { // rows of one own block see the same entries
+                const int64_t own = chunk.own_row + row;
+                rows = std::min(rows, BLOCK - own % BLOCK);
+                own_blocks = own / BLOCK;
+            }
+            Tile tile = {&chunk, row, chunk.past_entries + own_blocks, int(rows), 0,
+                         layer.kv_heads, 1, 1, 0};
             total += cost_of(tile);
             if (rows * layer.group <= DECODE_ROWS)
                 tiles_.push_back(tile); // all heads by one thread: memory is read in its order

@@ -86,7 +86,7 @@ public:
                        first - begin, (int)begin, (int)(begin + rows), false,
                        rows != BLOCK || first <= oldest(tile.rows - 1)});
         }
-        if (item.split + 1 == tile.splits) {
+        if (item.split + 1 == tile.splits && tile.chunk->own_pages) {
             const int64_t own = tile.chunk->own_row + tile.row; // row of the own blocks, end to end
             const uint8_t* page =
                 layer.raw + tile.chunk->own_pages[own / BLOCK] * layer.raw_page_bytes;
@@ -349,6 +349,7 @@ template <class V> void prefill(const Job& job, const Result& result, uint8_t* s
             query[at + d * M] = row[d];
         if (rotates) {
             hadamard(row, head_dim);
+            Int4Page<V>::round_query(row, head_dim);
             for (int d = 0; d < head_dim; ++d)
                 rotated[at + d * M] = row[d];
         }
