@@ -269,7 +269,7 @@ def _about_text(demo: Demo, text: str, fact: Fact) -> Said:
 
 
 def _compare(console: Console, cold: Said, warm: Said, restored: Said) -> None:
-    table = Table(box=None, pad_edge=False, padding=(0, 2))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("", "first token", "computed", "from memory", "from disk", "sooner", ""):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for label, said, colour in (
@@ -285,7 +285,7 @@ def _compare(console: Console, cold: Said, warm: Said, restored: Said) -> None:
             f"{said.cached_tokens - said.disk_tokens:,}",
             f"{said.disk_tokens:,}",
             f"{1 / share:,.0f} x",
-            f"[{colour}]{'━' * max(1, round(TABLE_CELLS * share))}[/]",
+            f"[{colour}]{'━' * min(max(1, round(TABLE_CELLS * share)), TABLE_CELLS)}[/]",
         )
     console.print(Padding(table, (0, 0, 0, 2)))
 

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from longctx.attention import _kernels
 from longctx.config import Weights
 
+if not _kernels.instruction_sets():
+    raise ImportError("this CPU has none of the instruction sets that the kernels are compiled for")
+
 # Numbers that stand for them in csrc/linear_kernels.h.
 STORAGES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 INT8_MAX = 127
@@ -30,6 +33,7 @@ class PackedLinear(nn.Module):
         elif torch.equal(narrow := weight.bfloat16(), weight):  # compares as float32
             weight = narrow
         weight = weight.contiguous()
+        self.bias = linear.bias  # as `weight`, for those that look at it
         bias = None if linear.bias is None else linear.bias.detach().contiguous()
         self.stored = weight.dtype
         self._packed = _kernels.PackedLinear(

@@ -15,15 +15,14 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from offload import disk_snapshot, extent_file
+from offload import extent_file
 from offload.clocks import Clocks, seconds_since_boot
 from offload.disk_folder import TEMPORARY, DiskFolder, FolderInUse, FolderRefused
 from offload.disk_index import DiskEntry, DiskIndex, Extent
-from offload.disk_room import DiskBounds, DiskRoom
-from offload.disk_snapshot import Remembered
+from offload.disk_keeper import IndexKeeper
+from offload.disk_room import Collected, DiskBounds, DiskRoom
 from offload.disk_verify import DiskVerifier, Verified
 from offload.extent import ExtentUnreadable, file_name
 from offload.filesystem import FileSystem
@@ -37,7 +36,6 @@ __all__ = ["Collected", "DiskEntry", "DiskTier", "FolderInUse", "FolderRefused",
 
 _REST_SECONDS = 30.0  # without writes after one failed
 _SLOW_READ_SECONDS = 5.0  # for one extent
-_FEW, _SHARE = 64, 16  # a crash costs asking so many extents, or that part of all, at the start
 
 _INCIDENTS = (
     "corrupt_files",  # and pages: one for each file
@@ -64,15 +62,6 @@ _COUNTS = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Collected:
-    """What one `gc` removed, in files."""
-
-    expired: int
-    evicted: int
-    temporary: int
-
-
 class DiskTier:
     def __init__(
         self,
@@ -90,10 +79,11 @@ class DiskTier:
     ) -> None:
         """Opens `folder`, which is created; raises FolderRefused, OSError.
 
-        `cap_bytes` bounds all files together, at any moment; `ttl_seconds` counts from an extent's
-        last use; on the file system, `free_floor_bytes` stay free. `clock` may jump, `steady_clock`
-        never does. `read_only` needs no lock and changes nothing. `compress` is for pages of
-        16-bit floats: a quarter smaller, and several times slower to read.
+        `cap_bytes` bounds all extents together at any moment, damaged ones too; a copy of the index
+        comes on top, 0.6 KB for each. `ttl_seconds` counts from an extent's last use; on the file
+        system, `free_floor_bytes` stay free. `clock` may jump, `steady_clock` never does.
+        `read_only` needs no lock and changes nothing. `compress` is for pages of 16-bit floats: a
+        quarter smaller, and several times slower to read.
         """
         self.read_only = read_only
         self._bounds = DiskBounds(
@@ -108,11 +98,11 @@ class DiskTier:
         self._clocks = Clocks(clock, steady_clock)
         self._no_writes_until = -math.inf  # by the steady clock
         self._index = DiskIndex(policy)
-        self._saved_changes = 0  # of the index, up to its latest copy
         self._folder = DiskFolder(folder, self._files, self._incidents, read_only=read_only)
+        self._keeper = IndexKeeper(self._index, self._folder)
         self._room = DiskRoom(self._bounds, self._index, self._folder, self._files, self._incidents)
         try:
-            self._load()
+            self._keeper.load(self._now)
             if not read_only:
                 self.gc()
         except BaseException:
@@ -286,7 +276,7 @@ class DiskTier:
             for extent in list(self._index):
                 self._index.remove(extent, "deleted")
         self._folder.enter()
-        self._load()
+        self._keeper.load(self._now)
 
     # -- keeping --------------------------------------------------------------------------------
 
@@ -333,7 +323,7 @@ class DiskTier:
                     now = self._now()
                 expired = self._room.expire(now)
                 evicted = self._room.shrink()
-                self._save(least_changes=max(_FEW, len(self._index) // _SHARE))
+                self._keeper.save_many()
             except OSError as error:
                 self._incidents.report(
                     "write_errors", f"cannot clean up {self._folder.path}: {error}"
@@ -345,7 +335,7 @@ class DiskTier:
         with self._writer:
             if not self.read_only:
                 with contextlib.suppress(OSError):
-                    self._save(least_changes=1)
+                    self._keeper.save()
             self._folder.leave()
 
     # -- looking --------------------------------------------------------------------------------
@@ -378,7 +368,6 @@ class DiskTier:
         with self._index.lock:
             figures = {
                 "bytes": self._room.used_bytes,
-                "capacity_bytes": self._bounds.cap_bytes or math.inf,
                 "extents": len(self._index),
                 "blocks": self._index.num_blocks,
                 "quarantine_bytes": self._folder.quarantine_bytes,
@@ -389,34 +378,11 @@ class DiskTier:
                 "evictions_ttl_total": self._room.expired,
                 **self._counts,
             }
+        if self._bounds.cap_bytes is not None:
+            figures["capacity_bytes"] = self._bounds.cap_bytes
         return {**figures, **self._incidents.totals()}
 
     # -- the index ------------------------------------------------------------------------------
-
-    def _load(self) -> None:
-        """Fill the index, least recently used first, from its copy and the headers of the rest."""
-        self._folder.report_foreign()
-        names = self._folder.names()
-        there = set(names)
-        found = [
-            remembered
-            for remembered in disk_snapshot.parse(self._folder.read_index())
-            if remembered.extent.name in there
-        ]
-        there.difference_update(remembered.extent.name for remembered in found)
-        for name in names:
-            described = self._folder.read_header(name) if name in there else None
-            if described is not None:
-                header, used_at = described
-                extent = Extent.described(header, used_at=used_at)
-                found.append(Remembered(extent, header.retained))
-        found.sort(key=lambda remembered: remembered.extent.used_at)
-        with self._index.lock:
-            now = self._now()
-            for remembered in found:
-                remembered.extent.used_at = min(remembered.extent.used_at, now)
-                self._index.add(remembered.extent, retained=remembered.retained)
-            self._saved_changes = self._index.changes - len(there)
 
     def _now(self) -> float:
         """The time of day; when it jumps, the index goes with it. The caller holds its lock."""
@@ -425,20 +391,3 @@ class DiskTier:
             self._index.shift(jump)
             self._incidents.report("clock_jumps", f"the clock jumped by {jump:.0f} s")
         return now
-
-    def _save(self, *, least_changes: int) -> None:
-        """Let the files and the copy of the index know what happened. Raises OSError."""
-        with self._index.lock:
-            uses = self._index.take_uses()
-            changes = self._index.changes - self._saved_changes
-            copied: list[Remembered] | None = None
-            if changes >= least_changes:
-                copied = [
-                    Remembered(extent, self._index.is_retained(extent)) for extent in self._index
-                ]
-        for name, used_at in uses:
-            with contextlib.suppress(FileNotFoundError):
-                self._files.touch(self._folder.file(name), used_at)
-        if copied is not None:
-            self._folder.save_index(disk_snapshot.pack(copied))
-            self._saved_changes += changes

@@ -160,6 +160,11 @@ class DiskFolder:
             return None
         return header, used_at
 
+    def touch(self, name: str, seconds: float) -> None:
+        """Let a file know of its last use. Raises OSError; a file that is gone needs not."""
+        with contextlib.suppress(FileNotFoundError):
+            self._files.touch(self.file(name), seconds)
+
     def publish(self, temporary: Path, name: str) -> None:
         """Give a finished file its name, durably. Raises OSError, and then it has not got it."""
         self._files.rename(temporary, self.file(name))

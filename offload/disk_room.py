@@ -24,6 +24,15 @@ class DiskBounds:
     free_floor_bytes: int  # what stays free on the file system
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """What one `gc` removed, in files."""
+
+    expired: int
+    evicted: int
+    temporary: int
+
+
 class DiskRoom:
     def __init__(
         self,

@@ -71,6 +71,7 @@ def test_no_import_is_relative() -> None:
         ("longctx.llm", ("fastapi", "uvicorn", "api")),
         ("longctx.worker", ("fastapi", "uvicorn", "api")),
         ("offload.key", ("torch",)),
+        ("offload.disk", ("torch",)),
         ("offload.store", ("torch", "zstandard")),
         ("offload.disk", ("torch",)),
     ],

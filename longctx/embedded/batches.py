@@ -23,7 +23,7 @@ from longctx.embedded.values import Words
 HIDDEN = -1e9
 SPAN_TOKENS = 48
 FACTS_PER_ROW = (3, 4, 5, 6, 7)
-SIBLINGS = (0, 0, 1, 3, 8)  # further facts of the same attribute
+SIBLINGS = (0, 1, 3, 8, 8)  # further facts of the same attribute
 POINTED = 0.06  # values with a full stop inside are rare, and only their ends are hard
 INNER_POINT = re.compile(r"\d\.\d")
 LINE_ENDS = ("\n", "\n", "\n\n", "\n    ", "\n\n    ", "\n        ", "\n\n\n")
@@ -165,12 +165,12 @@ class Batches:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _family(self, rng: random.Random, taken: set[tuple[str, str]]) -> list[Placed]:
-        """A fact and up to eight of the same attribute, every other one with nearly its key."""
+        """A fact and up to eight of the same attribute, two in three with nearly its key."""
         first = self._fact(rng, taken)
         return [
             first,
             *(
-                self._fact(rng, taken, first.needle, i % 2 == 1)
+                self._fact(rng, taken, first.needle, i % 3 > 0)
                 for i in range(rng.choice(SIBLINGS))
             ),
         ]

@@ -25,6 +25,7 @@ from longctx.embedded import corpus, model_path
 from longctx.embedded.muon import Muon
 from longctx.embedded.rounding import CODECS
 from longctx.embedded.tokenizer import BOS, EOS, PAD, SPECIALS
+from longctx.quality.damage import Damage, Tally, compare
 
 SEQUENCE_TOKENS = 384
 ROWS = 5
@@ -187,48 +188,29 @@ def score(folder: Path, *, rows: int = 64, tokens: int = 512) -> ProbeScore:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Damage:
-    """What a codec does to the next-token distribution, against exact keys and values.
-
-    Means over sequences; `*_error` is 1.96 standard errors of that mean.
-    """
-
-    codec: str
-    kl: float
-    kl_error: float
-    flips: float
-    flips_error: float
-
-
 @torch.no_grad()
-def damage(folder: Path, *, rows: int = 24, tokens: int = 512) -> list[Damage]:
-    """int8, int4 and a bad 2-bit codec, all keys and values rounded, on unseen text."""
+def damage(folder: Path, *, rows: int = 24, tokens: int = 512) -> dict[str, Damage]:
+    """int8, int4 and a bad 2-bit codec, all keys and values rounded, on unseen text.
+
+    Unlike the quality gate this needs no engine, and it rounds a row's own block too.
+    """
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    ids = tokenizer.encode(corpus.stdlib_text(2, rows * tokens * 4), add_special_tokens=False).ids
+    count = rows * tokens + 1
+    ids = tokenizer.encode(corpus.stdlib_text(2, 4 * count), add_special_tokens=False).ids
     inputs = torch.tensor(ids[: rows * tokens]).view(rows, tokens)
+    targets = torch.tensor(ids[1:count]).view(rows, tokens)
     inputs[:, 0] = SPECIALS.index(BOS)
     exact = _logits(folder, "raw", inputs)
-    found = []
-    for codec in ("int8", "int4", "int2"):
-        rounded = _logits(folder, codec, inputs)
-        kl = F.kl_div(rounded, exact, log_target=True, reduction="none").sum(-1).mean(1)
-        flips = (rounded.argmax(-1) != exact.argmax(-1)).float().mean(1)
-        error = 1.96 / rows**0.5
-        found.append(
-            Damage(
-                codec=codec,
-                kl=float(kl.mean()),
-                kl_error=float(kl.std()) * error,
-                flips=float(flips.mean()),
-                flips_error=float(flips.std()) * error,
-            )
-        )
-    return found
+    tallies = {codec: Tally() for codec in ("int8", "int4", "int2")}
+    for codec, tally in tallies.items():
+        for of_row in zip(exact, _logits(folder, codec, inputs), targets, strict=True):
+            tally.add(compare(*of_row))
+    found = {codec: tally.damage() for codec, tally in tallies.items()}
+    return {codec: each for codec, each in found.items() if each is not None}
 
 
 def _logits(folder: Path, codec: str, inputs: Tensor) -> Tensor:
-    """Log-probabilities [rows, tokens, vocabulary] with every key and value rounded by `codec`."""
+    """Logits [rows, tokens, vocabulary] with every key and value rounded by `codec`."""
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any
@@ -241,11 +223,11 @@ def _logits(folder: Path, codec: str, inputs: Tensor) -> Tensor:
     model = LlamaForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=f"rounded_{codec}"
     )
-    return torch.cat([model(row[None]).logits.log_softmax(-1) for row in inputs])
+    return torch.cat([model(row[None]).logits for row in inputs])
 
 
 if __name__ == "__main__":
     probe = model_path("probe")
     print(score(probe))
-    for item in damage(probe):
-        print(item)
+    for codec, cost in damage(probe).items():
+        print(codec, cost)

@@ -17,6 +17,10 @@ from longctx.layer_attention import LayerSpec
 from longctx.runner import BACKENDS
 
 TOLERANCE = 2e-5  # float32 sums of up to 2,000 terms in another order
+# Compiled kernels round queries and weights to multiply integers: to 16 bits for int8 pages, for
+# int4 pages queries to 8 bits. At scores as steep as here, 5 nats and more apart, that shows; the
+# codecs themselves lose 30 times as much.
+INTEGER_TOLERANCES = {"int8": 1e-3, "int4": 0.4}
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,13 @@ def cases() -> st.SearchStrategy[Case]:
     )
 
 
-def build(case: Case) -> tuple[KVMemory, tuple[ChunkRows, ...], torch.Tensor]:
+def tolerance(backend: str, case: Case) -> float:
+    return INTEGER_TOLERANCES.get(case.codec, TOLERANCE) if backend == "cpu" else TOLERANCE
+
+
+def build(
+    case: Case, dtype: torch.dtype = torch.float32
+) -> tuple[KVMemory, tuple[ChunkRows, ...], torch.Tensor]:
     """Pools full of random pages, and the rows of a step over them."""
     generator = torch.Generator().manual_seed(case.seed)
     spec = LayerSpec(
@@ -61,7 +71,7 @@ def build(case: Case) -> tuple[KVMemory, tuple[ChunkRows, ...], torch.Tensor]:
     own_blocks = sum(new // BLOCK_TOKENS + 2 for _, new in case.chunks)
     memory = KVMemory(
         [spec],
-        dtype=torch.float32,
+        dtype=dtype,
         device=torch.device("cpu"),
         codec=case.codec,
         pool_bytes=(blocks + 4) * 4 * BLOCK_TOKENS * 2 * case.kv_heads * case.head_dim,
@@ -77,7 +87,7 @@ def build(case: Case) -> tuple[KVMemory, tuple[ChunkRows, ...], torch.Tensor]:
         random.shuffle(raw_pages)
     for page in pages.tolist():
         content = torch.randn(1, *memory.codecs[0].shape.rows, generator=generator) * 2
-        memory.packed_pages(0)[page] = memory.codecs[0].encode(content)[0]
+        memory.packed_pages(0)[page] = memory.codecs[0].encode(content.to(dtype))[0]
     chunks, row_begin, page_at, raw_at = [], 0, 0, 0
     for past, new in case.chunks:
         first, own_row = divmod(past, BLOCK_TOKENS)
@@ -118,8 +128,9 @@ def test_backend_equals_reference(name: str, case: Case) -> None:
         plan = backend.plan(chunks, 0)
         results.append(backend.attend(0, query, plan, scaling=0.3, softcap=case.softcap))
     (out, lse), (expected_out, expected_lse) = results
-    torch.testing.assert_close(lse, expected_lse, atol=TOLERANCE, rtol=TOLERANCE)
-    torch.testing.assert_close(out, expected_out, atol=TOLERANCE, rtol=TOLERANCE)
+    allowed = tolerance(name, case)
+    torch.testing.assert_close(lse, expected_lse, atol=allowed, rtol=allowed)
+    torch.testing.assert_close(out, expected_out, atol=allowed, rtol=allowed)
 
 
 @pytest.mark.parametrize("name", sorted(BACKENDS))

@@ -273,7 +273,7 @@ def test_the_probe_models_text_below_two_bits_a_character_and_copies() -> None:
 
 
 def test_the_probe_tells_codecs_apart() -> None:
-    int8, int4, int2 = damage(model_path("probe"), rows=8, tokens=256)
+    int8, int4, int2 = damage(model_path("probe"), rows=8, tokens=256).values()
     assert int8.kl + int8.kl_error < int4.kl - int4.kl_error
     assert int4.kl + int4.kl_error < int2.kl - int2.kl_error
     assert int8.flips < int4.flips < int2.flips

@@ -22,13 +22,14 @@ class WatchedFiles(FileSystem):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.peak_bytes = 0
+        self.peak_bytes = self.index_bytes = 0
 
     def sync(self, descriptor: int) -> None:
         """Not to the disk: this is no test of durability, and 4,000 waits take half a minute."""
         with os.scandir(self.folder) as found:
-            sizes = [entry.stat().st_size for entry in found if entry.is_file()]
-        self.peak_bytes = max(self.peak_bytes, sum(sizes))
+            sizes = {entry.name: entry.stat().st_size for entry in found if entry.is_file()}
+        self.index_bytes = max(self.index_bytes, sizes.pop("index", 0))
+        self.peak_bytes = max(self.peak_bytes, sum(sizes.values()))
 
     def sync_folder(self, folder: Path) -> None:
         pass
@@ -60,5 +61,6 @@ def test_a_small_cap_holds_for_a_long_time(tmp_path: Path) -> None:
         assert stats["evictions_cap_total"] > 0.8 * WRITES
         assert stats["corrupt_files_total"] == stats["missing_files_total"] == 0
     assert 0.9 * CAP_BYTES < files.peak_bytes <= CAP_BYTES
+    assert 0 < files.index_bytes < 1000 * CAP_BYTES // FILE_BYTES
     assert len(os.listdir("/proc/self/fd")) <= descriptors
     assert memory_bytes() - memory < LEAK_BYTES

@@ -2,13 +2,8 @@
 // products are summed by the instruction that makes them.
 #pragma once
 
-#ifdef LONGCTX_SIMDE // software instead of instructions: slow, for testing on any CPU
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/x86/avx512.h>
-#include <simde/x86/f16c.h>
-#include <simde/x86/fma.h>
-#undef _mm512_madd_epi16 // an alias of another function's arguments in SIMDe 0.7
-#define _mm512_madd_epi16 simde_mm512_madd_epi16
+#ifdef LONGCTX_SIMDE
+#include "simde.h"
 #else
 #include <immintrin.h>
 #endif
@@ -31,8 +26,12 @@ template <bool VNNI> struct Avx512 {
     static F set1(float x) { return _mm512_set1_ps(x); }
     static F load(const float* p) { return _mm512_loadu_ps(p); }
     static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+    // 16 lanes or 8: head_dim and groups are multiples of 8.
     static void store_lanes(float* p, F x, int lanes) {
-        _mm512_mask_storeu_ps(p, (__mmask16)((1u << lanes) - 1), x);
+        if (lanes >= W)
+            store(p, x);
+        else
+            _mm256_storeu_ps(p, lower(x));
     }
     static F set_halves(float low, float high) {
         return _mm512_mask_blend_ps((__mmask16)0xff00, set1(low), set1(high));
@@ -101,7 +100,7 @@ template <bool VNNI> struct Avx512 {
     static I iload_lanes(const void* p, int lanes) {
         if (lanes >= W)
             return iload(p);
-        return _mm512_maskz_loadu_epi8(((__mmask64)1 << 4 * lanes) - 1, p);
+        return _mm512_inserti64x4(izero(), _mm256_loadu_si256((const __m256i*)p), 0);
     }
     static F even_bf16(I x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
     static F odd_bf16(I x) {

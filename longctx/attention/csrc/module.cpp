@@ -54,35 +54,40 @@ private:
     std::vector<Entries> entries_;
 };
 
-const std::vector<const Kernels*>& known_kernels() {
-    static const std::vector<const Kernels*> known = {
-        &avx2_kernels,
-    };
-    return known;
+bool runs_here(const std::string& name) {
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
+#ifdef LONGCTX_SIMDE // the others are software
+    return avx2;
+#endif
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (name == "avx512_vnni")
+        return avx2 && avx512 && __builtin_cpu_supports("avx512vnni");
+    return name == "avx512" ? avx2 && avx512 : avx2;
 }
 
-bool runs_here(const Kernels& kernels) {
-    __builtin_cpu_init();
-    const std::string name = kernels.name;
-    if (name == "avx2")
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-               __builtin_cpu_supports("f16c");
-    return false;
+std::vector<const Kernels*> kernels_here() {
+    std::vector<const Kernels*> found;
+    for (const Kernels* kernels : {&avx2_kernels, &avx512_kernels, &avx512_vnni_kernels})
+        if (runs_here(kernels->name))
+            found.push_back(kernels);
+    return found;
 }
 
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> names;
-    for (const Kernels* kernels : known_kernels())
-        if (runs_here(*kernels))
-            names.emplace_back(kernels->name);
+    for (const Kernels* kernels : kernels_here())
+        names.emplace_back(kernels->name);
     return names;
 }
 
 class Attention {
 public:
     explicit Attention(const std::string& instruction_set) {
-        for (const Kernels* kernels : known_kernels())
-            if (instruction_set == kernels->name && runs_here(*kernels))
+        for (const Kernels* kernels : kernels_here())
+            if (instruction_set == kernels->name)
                 kernels_ = kernels;
         if (!kernels_)
             throw std::invalid_argument("this CPU does not have " + instruction_set);

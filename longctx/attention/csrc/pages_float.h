@@ -12,7 +12,7 @@ namespace {
 using namespace longctx;
 
 constexpr int min_of(int a, int b) { return a < b ? a : b; }
-inline int max_of(int a, int b) { return a < b ? b : a; }
+constexpr int max_of(int a, int b) { return a < b ? b : a; }
 inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
 constexpr int LANES_MAX = 16;
 constexpr int PANELS = 2 * LANES_MAX; // tiles are padded to whole panels of any vector width
@@ -183,14 +183,14 @@ template <class V> struct Bf16Page {
     // acc[r][n] += sum over `pairs` of weights[r][2 j, 2 j + 1] times the pairs in the lanes.
     template <int R, int N>
     static void dot(const uint8_t* p, int64_t step, int pairs, int lanes, const float* weights,
-                    int stride, int64_t ahead, F (&acc)[R][N]) {
-        for (int j = 0; j < pairs; ++j, p += step) {
+                    int stride, const uint8_t* ahead, F (&acc)[R][N]) {
+        for (int j = 0; j < pairs; ++j, p += step, ahead += N * 4 * W) {
             I x[N];
             F lanes_of[N];
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) {
                 if (n * 4 * W % 64 == 0)
-                    prefetch(p + ahead + n * 4 * W);
+                    prefetch(ahead + n * 4 * W);
                 x[n] = lanes < W ? V::iload_lanes(p, lanes) : V::iload(p + n * 4 * W);
                 lanes_of[n] = V::even_bf16(x[n]);
             }
@@ -225,7 +225,7 @@ template <class V> struct Bf16Page {
                 for (auto& sum : row)
                     sum = V::zero();
             dot<R, N>(head.keys + t * 4, 4 * BLOCK, head.head_dim / 2, W, query, stride,
-                      head.keys_ahead, acc);
+                      head.keys + head.keys_ahead + t * 2 * head.head_dim, acc);
             for (int r = 0; r < R; ++r)
                 for (int n = 0; n < N; ++n)
                     V::store(out + r * BLOCK + t + n * W, acc[r][n]);
@@ -241,7 +241,7 @@ template <class V> struct Bf16Page {
             for (int n = 0; n < N; ++n)
                 acc[r][n] = V::mul(V::load(out + r * stride + d + n * W), V::set1(factor[r]));
         dot<R, N>(head.values + d * 4, 4 * head.head_dim, BLOCK / 2, lanes, weights, BLOCK,
-                  head.values_ahead, acc);
+                  head.values + head.values_ahead + d * 2 * BLOCK, acc);
         for (int r = 0; r < R; ++r)
             for (int n = 0; n < N; ++n)
                 V::store(out + r * stride + d + n * W, acc[r][n]);

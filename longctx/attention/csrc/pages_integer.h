@@ -42,7 +42,8 @@ template <class V> struct Int8Page {
 
     template <int R, int N>
     static void dot(const uint8_t* p, int64_t step, int steps, bool half, const int16_t* rows,
-                    int stride, int64_t ahead, bool fetch, F (&sums)[R][N]) {
+                    int stride, const uint8_t* ahead, bool fetch, F (&sums)[R][N]) {
+        constexpr int LINES = max_of(64, 4 * W * N);
         I acc[R][2 * N];
         for (auto& row : acc)
             for (auto& sum : row)
@@ -50,7 +51,7 @@ template <class V> struct Int8Page {
         for (int j = 0; j < steps; ++j, p += step) {
             if (fetch)
                 for (int byte = 0; byte < 4 * W * N; byte += 64)
-                    prefetch(p + ahead + byte);
+                    prefetch(ahead + j * LINES + byte);
             I codes[2 * N];
 #pragma GCC unroll 8
             for (int n = 0; n < 2 * N; ++n)
@@ -76,7 +77,8 @@ template <class V> struct Int8Page {
         for (int t = 0; t < BLOCK; t += N * W) {
             F sums[R][N];
             dot<R, N>(head.keys + t * 4, 4 * BLOCK, head_dim / 4, false, (const int16_t*)query,
-                      stride / 2, head.keys_ahead, t * 4 % 64 == 0, sums);
+                      stride / 2, head.keys + head.keys_ahead + t * head_dim,
+                      t * 4 % 64 == 0, sums);
             for (int r = 0; r < R; ++r)
                 for (int n = 0; n < N; ++n) {
                     F unit = V::set1(unit_of((uint8_t*)query + r * stride, head_dim));
@@ -92,7 +94,7 @@ template <class V> struct Int8Page {
         const int stride = row_floats(head.head_dim);
         F sums[R][N];
         dot<R, N>(head.values + d * 4, 4 * head.head_dim, BLOCK / 4, half, weights, BLOCK,
-                  head.values_ahead, d * 4 % 64 == 0, sums);
+                  head.values + head.values_ahead + d * BLOCK, d * 4 % 64 == 0, sums);
         for (int r = 0; r < R; ++r)
             for (int n = 0; n < N; ++n) {
                 float* to = out + r * stride + d + n * W;
@@ -223,7 +225,7 @@ template <class V> struct Int4Page {
     // `rows`: R rows of bytes, `stride` apart; of two planes, the low one lies `low` bytes behind.
     template <int R, int PLANES>
     static void dot(const uint8_t* p, int64_t step, int steps, int lanes, const uint8_t* rows,
-                    int stride, int low, int64_t ahead, bool fetch, F (&sums)[R]) {
+                    int stride, int low, const uint8_t* ahead, bool fetch, F (&sums)[R]) {
         I wide[R];
         for (auto& sum : wide)
             sum = V::izero();
@@ -235,7 +237,7 @@ template <class V> struct Int4Page {
             const int end = min_of(begin + 4, steps);
             for (int j = begin; j < end; ++j, p += step) {
                 if (fetch)
-                    prefetch(p + ahead);
+                    prefetch(ahead + j * 64);
                 I x = lanes < W ? V::iload_lanes(p, lanes) : V::iload(p);
                 I first = V::low_nibbles(x), second = V::high_nibbles(x);
 #pragma GCC unroll 4
@@ -268,7 +270,9 @@ template <class V> struct Int4Page {
             for (int g = 0; g < head_dim / group; ++g) {
                 F sums[R];
                 dot<R, 1>(head.keys + (g * group / 8 * BLOCK + t) * 4, 4 * BLOCK, group / 8, W,
-                          query + g * group, stride, 0, head.keys_ahead, t * 4 % 64 == 0, sums);
+                          query + g * group, stride, 0,
+                          head.keys + head.keys_ahead + t * head_dim / 2 + g * group * 8,
+                          t * 4 % 64 == 0, sums);
                 const F scale = V::load_bf16(scales.key + g * BLOCK + t);
                 const F minimum = V::load_bf16(scales.key_minimum + g * BLOCK + t);
                 for (int r = 0; r < R; ++r) {
@@ -316,7 +320,8 @@ template <class V> struct Int4Page {
                 const int lanes = min_of(W, (g + 1) * group - d);
                 F sums[R];
                 dot<R, 2>(head.values + d * 4, 4 * head_dim, BLOCK / 8, lanes, parts, BLOCK,
-                          R * BLOCK, head.values_ahead, d * 4 % 64 == 0, sums);
+                          R * BLOCK, head.values + head.values_ahead + d * BLOCK / 2, d * 4 % 64 == 0,
+                          sums);
                 for (int r = 0; r < R; ++r) {
                     float* to = out + r * stride + d;
                     F kept = V::fma(V::load(to), V::set1(factor[r]), V::set1(minimums[r]));

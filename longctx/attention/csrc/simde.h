@@ -1,0 +1,56 @@
+// AVX-512 in software (SIMDe), so that any CPU can test what is written for it. For test builds.
+#pragma once
+
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
+#include <simde/x86/fma.h>
+
+// What SIMDe 0.7 lacks, by halves; and an alias that it gives the arguments of another function.
+namespace {
+
+template <class From, class To, To (*HALF)(From)> simde__m512i by_halves(simde__m512i x) {
+    alignas(64) From in[2];
+    alignas(64) To out[2];
+    static_assert(sizeof in == sizeof x && sizeof out == sizeof x);
+    simde_mm512_store_si512(in, x);
+    out[0] = HALF(in[0]), out[1] = HALF(in[1]);
+    return simde_mm512_load_si512(out);
+}
+inline simde__m512 software_cvtepi32_ps(simde__m512i x) {
+    simde__m512i y = by_halves<__m256i, __m256, _mm256_cvtepi32_ps>(x);
+    return simde_mm512_castsi512_ps(y);
+}
+inline simde__m512i software_cvtps_epi32(simde__m512 x) {
+    return by_halves<__m256, __m256i, _mm256_cvtps_epi32>(simde_mm512_castps_si512(x));
+}
+inline simde__m512i software_cvtepu16_epi32(__m256i x) {
+    alignas(64) __m256i out[2] = {_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)),
+                                  _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1))};
+    return simde_mm512_load_si512(out);
+}
+inline simde__m512i software_srai_epi32(simde__m512i x, int count) {
+    alignas(64) int32_t lanes[16];
+    simde_mm512_store_si512(lanes, x);
+    for (int32_t& lane : lanes)
+        lane >>= count;
+    return simde_mm512_load_si512(lanes);
+}
+inline __m128i software_cvtepi32_epi8(simde__m512i x) {
+    alignas(64) int32_t lanes[16];
+    alignas(16) int8_t bytes[16];
+    simde_mm512_store_si512(lanes, x);
+    for (int i = 0; i < 16; ++i)
+        bytes[i] = (int8_t)lanes[i];
+    return _mm_load_si128((const __m128i*)bytes);
+}
+
+} // namespace
+
+#define _mm512_cvtepi32_ps software_cvtepi32_ps
+#define _mm512_cvtps_epi32 software_cvtps_epi32
+#define _mm512_cvtepu16_epi32 software_cvtepu16_epi32
+#define _mm512_srai_epi32 software_srai_epi32
+#define _mm512_cvtepi32_epi8 software_cvtepi32_epi8
+#undef _mm512_madd_epi16
+#define _mm512_madd_epi16 simde_mm512_madd_epi16
