@@ -13,7 +13,7 @@ GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 
 
 def config(
-    kv_dir: Path | None, *, pool_gib: float, model: Path | None, codec: str, backend: str = "torch"
+    kv_dir: Path | None, *, pool_gib: float, model: Path | None, codec: str, backend: str = "auto"
 ) -> EngineConfig:
     return EngineConfig(
         model=ModelConfig(model=model, threads=1, attention_backend=backend),

@@ -9,7 +9,6 @@ enough would give. Every step reads every absent block of every layer once: the 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import cast
 
 import numpy as np
 from torch import Tensor
@@ -85,8 +84,7 @@ class StreamedAttention:
     ) -> tuple[Tensor, Tensor]:
         """As any backend's. Raises BlocksLost where an absent block cannot be read."""
         if not isinstance(plan, _Plan):
-            inner = cast(AttentionPlan, plan)
-            return self._inner.attend(layer, query, inner, scaling=scaling, softcap=softcap)
+            return self._inner.attend(layer, query, plan, scaling=scaling, softcap=softcap)
         reading = self._begin(layer, plan.tiles[0])
         try:
             out, lse = self._inner.attend(

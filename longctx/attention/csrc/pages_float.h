@@ -30,12 +30,14 @@ inline float bf16_to_float(uint16_t x) {
 struct Head {
     const uint8_t* keys;
     const uint8_t* values;
-    int64_t keys_ahead, values_ahead; // from what is read to what is to be fetched meanwhile
+    int64_t keys_ahead, values_ahead; // from keys and values to what is to be fetched meanwhile
     int head_dim, begin, end;
     int64_t row_bytes; // raw only: from token to token
 };
 
+// What is computed on takes long enough to fetch as many bytes, one after another in memory.
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); } // a whole raw page ahead
 
 template <class V, Dtype D> struct Value;
 template <class V> struct Value<V, Dtype::float32> {
@@ -65,6 +67,7 @@ template <class V, Dtype D> struct RawPage {
     using F = typename V::F;
     using T = typename Value<V, D>::type;
     static constexpr int W = V::W;
+    static constexpr int VECTOR_BYTES = W * sizeof(T);
     static const T* row(const uint8_t* rows, const Head& head, int token) {
         return (const T*)(rows + token * head.row_bytes);
     }
@@ -73,6 +76,7 @@ template <class V, Dtype D> struct RawPage {
         const float* query = (const float*)prepared;
         constexpr int TOKENS = R == 1 ? 8 : R == 2 ? 4 : 2; // up to 8 sums at once
         const int stride = row_floats(head.head_dim);
+        const uint8_t* ahead = head.keys + head.keys_ahead;
         for (int t = head.begin; t < head.end; t += TOKENS) {
             const T* key[TOKENS];
             for (int i = 0; i < TOKENS; ++i)
@@ -85,9 +89,11 @@ template <class V, Dtype D> struct RawPage {
                 F k[TOKENS];
 #pragma GCC unroll 8
                 for (int i = 0; i < TOKENS; ++i) {
-                    prefetch((const uint8_t*)(key[i] + d) + head.keys_ahead);
+                    if (i * VECTOR_BYTES % 64 == 0)
+                        prefetch_far(ahead + i * VECTOR_BYTES);
                     k[i] = Value<V, D>::load(key[i] + d);
                 }
+                ahead += TOKENS * VECTOR_BYTES;
 #pragma GCC unroll 4
                 for (int r = 0; r < R; ++r) {
                     F q = V::load(query + r * stride + d);
@@ -121,12 +127,14 @@ template <class V, Dtype D> struct RawPage {
         for (int r = 0; r < R; ++r)
             for (int n = 0; n < N; ++n)
                 acc[r][n] = V::mul(V::load(out + r * stride + d + n * W), V::set1(factor[r]));
-        for (int t = head.begin; t < head.end; ++t) {
+        const uint8_t* ahead = head.values + head.values_ahead + d * BLOCK * sizeof(T);
+        for (int t = head.begin; t < head.end; ++t, ahead += N * VECTOR_BYTES) {
             const T* value = row(head.values, head, t) + d;
             F v[N];
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) {
-                prefetch((const uint8_t*)(value + n * W) + head.values_ahead);
+                if (n * VECTOR_BYTES % 64 == 0)
+                    prefetch_far(ahead + n * VECTOR_BYTES);
                 v[n] = count < W ? load_some<V, D>(value, count) : Value<V, D>::load(value + n * W);
             }
 #pragma GCC unroll 4

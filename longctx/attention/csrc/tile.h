@@ -105,10 +105,10 @@ public:
             head.row_bytes = 2 * layer.kv_heads * head_bytes;
             head.keys = view.page + kv_head * head_bytes;
             head.values = head.keys + layer.kv_heads * head_bytes;
-            head.keys_ahead = kv_head + 1 < tile.kv_end
-                                  ? head_bytes
-                                  : view.next + tile.kv_begin * head_bytes - head.keys;
-            head.values_ahead = head.keys_ahead;
+            // Heads lie side by side in each row: each fetches its share of the next page.
+            const uint8_t* next = view.next + 2 * kv_head * BLOCK * head_bytes;
+            head.keys_ahead = next - head.keys;
+            head.values_ahead = next + BLOCK * head_bytes - head.values;
         } else {
             const int64_t record_bytes = layer.packed_page_bytes / layer.kv_heads;
             const int bits = layer.codec == Codec::bf16 ? 16 : layer.codec == Codec::int8 ? 8 : 4;
