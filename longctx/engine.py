@@ -32,6 +32,7 @@ from longctx.ingestion import Ingestion
 from longctx.intake import Intake
 from longctx.kv_cache import KVCacheManager
 from longctx.kv_memory import KVMemory, pool_bytes
+from longctx.migration import Migration
 from longctx.model import load_model
 from longctx.open_store import open_store
 from longctx.quality.gate import choose_codec
@@ -44,7 +45,6 @@ from longctx.runner import BACKENDS, ModelRunner, backend_for
 from longctx.sampler import SamplingError, sample
 from longctx.scheduler import Scheduler, SchedulerOutput
 from longctx.sequence import Sequence
-from longctx.tiers import Tiers
 from longctx.tokenizer import Tokenizer
 from offload.policy import POLICIES
 
@@ -93,18 +93,18 @@ class Engine:
             step_blocks=batch_tokens // BLOCK_TOKENS + 1 + 2 * scheduler.max_sequences,
         )
         store = open_store(config.cache, self._memory)
-        self._tiers = None
+        self._migration = None
         self._ingestion = None
         if store is not None:
-            self._tiers = Tiers(self._memory, store, staged=spec.device.type != "cpu")
-        self._cache = KVCacheManager(self._memory, self._tiers)
+            self._migration = Migration(self._memory, store, staged=spec.device.type != "cpu")
+        self._cache = KVCacheManager(self._memory, self._migration)
         if store is not None:
             self._ingestion = Ingestion(self._cache, store)
         self._scheduler = Scheduler(scheduler, self._cache, batch_tokens=batch_tokens)
         backend = new_backend(self._memory)
-        if self._tiers is not None and self._cache.can_stream:
+        if self._migration is not None and self._cache.can_stream:
             staging = self._memory.reserve(STAGING_BLOCKS)
-            backend = StreamedAttention(backend, self._memory, staging, self._tiers.read_layer)
+            backend = StreamedAttention(backend, self._memory, staging, self._migration.read_layer)
         self._runner = ModelRunner(model, self._memory, backend)
         self.info = EngineInfo.of(spec, self._memory, codec, store, backend=backend_name)
         self._intake = Intake(
@@ -131,7 +131,7 @@ class Engine:
     @property
     def is_writing(self) -> bool:
         """Blocks are on their way to or from a lower tier: `step` takes note when they arrive."""
-        return self._tiers is not None and self._tiers.busy
+        return self._migration is not None and self._migration.busy
 
     def submit(self, request: Request) -> None:
         """Queue a request.
@@ -178,8 +178,8 @@ class Engine:
         """End what runs, and let what it has sealed be written as long as that may take."""
         for request_id in list(self._requests):
             self.abort(request_id)
-        if self._tiers is not None:
-            self._tiers.close(flush_seconds)
+        if self._migration is not None:
+            self._migration.close(flush_seconds)
 
     def _forget_blocks(self, document_id: str) -> None:
         for answers in self._requests.values():
@@ -195,7 +195,7 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Compute one batch; the outputs that it, or calls since the last one, brought about."""
         outputs, self._early = self._early, []
-        transferred = self._cache.poll_tiers()
+        transferred = self._cache.poll_migration()
         if self._ingestion is not None:
             for sequence in self._ingestion.settled(transferred=transferred):
                 outputs += self._finish(sequence, FinishReason.LENGTH)
@@ -217,8 +217,8 @@ class Engine:
             for chunk in scheduled.chunks:
                 if chunk.sequence.remaining == 0 and chunk.sequence.finish_reason is None:
                     outputs += self._prefilled(chunk.sequence)
-        elif not outputs and self._tiers is not None and self._tiers.busy:
-            self._tiers.store.wait(IDLE_SECONDS)
+        elif not outputs and self._migration is not None and self._migration.busy:
+            self._migration.store.wait(IDLE_SECONDS)
         return outputs
 
     def _prefilled(self, sequence: Sequence) -> list[RequestOutput]:
@@ -368,7 +368,7 @@ class Engine:
 
         Documents stay on disk, and known. Raises InvalidRequest for a tier that there is not.
         """
-        store = None if self._tiers is None else self._tiers.store
+        store = None if self._migration is None else self._migration.store
         freed: dict[str, float] = {}
         for tier in tiers:
             if tier == "device":

@@ -157,14 +157,14 @@ class Explainer:
             for group, block in needed
             if self._cache.place(sequence, group, block) is None
         ]
-        tiers = self._cache.tiers
-        if tiers is not None:
+        migration = self._cache.migration
+        if migration is not None:
             if not missing:
                 return "recomputed", ""
             for group, block in missing:
-                reason = tiers.store.explain(group, sequence.key(block))
+                reason = migration.store.explain(group, sequence.key(block))
                 if reason in REASONS:
-                    return reason, tiers.store.lowest
+                    return reason, migration.store.lowest
         if groups[0].window is None and all(group for group, _ in missing):
             return "checkpoint", ""
         if covered_tokens >= position:
@@ -184,7 +184,7 @@ class Explainer:
 
     def _other_codec(self, sequence: Sequence) -> str | None:
         """The codec by which the prompt's first block is stored."""
-        if self._cache.tiers is None:
+        if self._cache.migration is None:
             return None
         used = self._cache.memory.codecs[0]
         token_ids = sequence.tokens.slice(0, BLOCK_TOKENS)
@@ -195,7 +195,7 @@ class Explainer:
                 continue
             root = self._namespace_of(sequence.request.salt, codec)
             (key,) = chain_keys(root, token_ids, first_position=0, block_tokens=BLOCK_TOKENS)
-            if codec.name != used.name and self._cache.tiers.store.has(0, key):
+            if codec.name != used.name and self._cache.migration.store.has(0, key):
                 return name
         return None
 

@@ -12,9 +12,9 @@ from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import PAGE, ChunkRows
 from longctx.kv_memory import KVMemory
 from longctx.match import Available, deepest
+from longctx.migration import Migration
 from longctx.residents import ResidentPrefixes
 from longctx.sequence import BlockTable, Sequence, full_blocks
-from longctx.tiers import Tiers
 from longctx.trace import Place
 from offload.key import BlockKey
 from offload.run import EXTENT_BLOCKS
@@ -24,9 +24,9 @@ MAX_LOADS = 2  # a tier that lists what it cannot read makes nobody wait for eve
 
 
 class KVCacheManager:
-    def __init__(self, memory: KVMemory, tiers: Tiers | None = None) -> None:
+    def __init__(self, memory: KVMemory, migration: Migration | None = None) -> None:
         self.memory = memory
-        self.tiers = tiers
+        self.migration = migration
         self.prefixes = PrefixIndex()
         self.residents = ResidentPrefixes(memory, self.prefixes)
         self._pending: dict[BlockKey, Sequence] = {}
@@ -41,7 +41,7 @@ class KVCacheManager:
     @property
     def can_stream(self) -> bool:
         """Whether contexts may be larger than the device: their old blocks are in a lower tier."""
-        return self.tiers is not None and self.memory.groups[0].window is None
+        return self.migration is not None and self.memory.groups[0].window is None
 
     # -- admission ------------------------------------------------------------------------------
 
@@ -78,8 +78,8 @@ class KVCacheManager:
             self._pending[sequence.key(block)] = sequence
         if self._restore(sequence, depth):
             return False
-        if self.tiers is not None:
-            self.tiers.admitted(sequence, depth)
+        if self.migration is not None:
+            self.migration.admitted(sequence, depth)
         self.residents.keep(sequence)
         found = depth if load is None else load.begin
         self.hits += found
@@ -139,7 +139,7 @@ class KVCacheManager:
         return available
 
     def _is_stored(self, sequence: Sequence, block: int) -> bool:
-        return self.tiers is not None and self.tiers.store.has(0, sequence.key(block))
+        return self.migration is not None and self.migration.store.has(0, sequence.key(block))
 
     def _most_held(self, sequence: Sequence) -> int:
         """Blocks that the sequence has to hold at once for as long as it is computed."""
@@ -156,7 +156,11 @@ class KVCacheManager:
         """The best tier that has a block of the sequence's prompt."""
         if self._page(sequence, group, block) is not None:
             return "device"
-        return None if self.tiers is None else self.tiers.store.tier_of(group, sequence.key(block))
+        return (
+            None
+            if self.migration is None
+            else self.migration.store.tier_of(group, sequence.key(block))
+        )
 
     def _attach(self, sequence: Sequence, depth: int) -> None:
         """Make the first `depth` blocks the sequence's own past."""
@@ -187,9 +191,9 @@ class KVCacheManager:
 
     # -- lower tiers ------------------------------------------------------------------------------
 
-    def poll_tiers(self) -> bool:
+    def poll_migration(self) -> bool:
         """Take note of what has come up from the lower tiers; whether anything was transferred."""
-        changed = self.tiers is not None and self.tiers.poll()
+        changed = self.migration is not None and self.migration.poll()
         self._releases += changed
         return changed
 
@@ -199,10 +203,10 @@ class KVCacheManager:
         It was just attached at `depth`; if it waits it keeps only what the load holds for it, and
         its place as the one who provides its blocks.
         """
-        if self.tiers is None or sequence.tier.loads == MAX_LOADS:
+        if self.migration is None or sequence.tier.loads == MAX_LOADS:
             return False
         target = self._depth(sequence, self._anywhere(sequence))
-        if target == depth or not self.tiers.load(sequence, depth, target, self._page):
+        if target == depth or not self.migration.load(sequence, depth, target, self._page):
             return False
         self._let_go(sequence)
         return True
@@ -210,15 +214,15 @@ class KVCacheManager:
     def leave_load(self, sequence: Sequence) -> None:
         """The sequence has got what was on its way up for it, or goes: then others will find it."""
         load = sequence.tier.load
-        if self.tiers is not None and load is not None:
+        if self.migration is not None and load is not None:
             sequence.tier.load = None
             self._no_longer_pending(sequence, load.begin)
-            self.tiers.leave(load)
+            self.migration.leave(load)
             self._releases += 1
 
     def _anywhere(self, sequence: Sequence) -> Available:
-        assert self.tiers is not None
-        store = self.tiers.store
+        assert self.migration is not None
+        store = self.migration.store
 
         def available(group: int, block: int) -> bool:
             there = self._page(sequence, group, block) is not None
@@ -292,8 +296,8 @@ class KVCacheManager:
             if self._pending.get(key) is sequence:
                 del self._pending[key]
         self.residents.keep(sequence)
-        if self.tiers is not None:
-            self.tiers.computed(sequence, num_tokens, seconds)
+        if self.migration is not None:
+            self.migration.computed(sequence, num_tokens, seconds)
         self._slide_windows(sequence)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
@@ -315,8 +319,8 @@ class KVCacheManager:
 
     def release(self, sequence: Sequence) -> None:
         """Let go of all memory. Sealed blocks stay cached, so it may be admitted again."""
-        if self.tiers is not None:
-            self.tiers.sealed(sequence, ends=True)
+        if self.migration is not None:
+            self.migration.sealed(sequence, ends=True)
             sequence.tier.loads = 0
         self._detach(sequence)
         self._releases += 1
@@ -343,8 +347,8 @@ class KVCacheManager:
 
     def close_document(self, document_id: str) -> None:
         """Free what only prompts with this document use; running ones keep it until they end."""
-        if self.tiers is not None:
-            self.tiers.close_document(document_id)
+        if self.migration is not None:
+            self.migration.close_document(document_id)
         self.residents.close_document(document_id)
 
     def clear(self) -> list[int]:

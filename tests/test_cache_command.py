@@ -10,6 +10,7 @@ import pytest
 
 from longctx.cli import main
 from offload.disk import DiskTier
+from offload.disk_folder import INDEX
 from offload.policy import LRU
 from offload.run import BlockRun
 from tests.offload.memory_disk import chain, filled_slots, key
@@ -138,6 +139,7 @@ def test_gc_enforces_age_and_cap(store_dir: Path, capsys: pytest.CaptureFixture[
     assert not (store_dir / "kv" / "left.kv.tmp").exists()
     long_ago = time.time() - 3 * 86_400
     os.utime(files[-1], (long_ago, long_ago))
+    (store_dir / "kv" / INDEX).unlink()  # which knows when each was used
     cache(store_dir, "gc", "--disk-free-gib", "0", "--disk-ttl-days", "2")
     assert stored(store_dir) == 3
     assert "deleted 1 extents for their age" in capsys.readouterr().out

@@ -168,7 +168,10 @@ def test_the_way_to_a_result_does_not_show_in_it(codec: str, llama: Path) -> Non
     With one exception: a key or value whose last bits differ may lie on the edge between two
     codes; among the 60,000 values of such a prompt a few do for bfloat16, and one now and then for
     int8. Then one value moves by one step, where the codec moves them all by up to half a step.
+    int4's steps are larger, and where few rows are computed the kernel for CPUs rounds queries to
+    8 bits.
     """
+    limit = 1e-3 if codec == "int4" else 1e-4  # nats
     differences, losses = [], []
     for seed in range(PROMPTS):
         rows, answer = logits_by_way(llama, codec, seed, (512, 0, (), 200))
@@ -181,6 +184,7 @@ def test_the_way_to_a_result_does_not_show_in_it(codec: str, llama: Path) -> Non
             same = 1 + sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
             differences.append(float((other_rows[:same] - rows[:same]).abs().max()))
             logs, other_logs = rows[:same].log_softmax(-1), other_rows[:same].log_softmax(-1)
-            assert (logs.exp() * (logs - other_logs)).sum(-1).max() < 1e-4  # nats
+            assert (logs.exp() * (logs - other_logs)).sum(-1).max() < limit
     assert max(differences) < (1e-4 if codec == "raw" else statistics.median(losses))
-    assert statistics.median(differences) < (1e-3 if codec == "bf16" else 1e-4)
+    usual = {"bf16": 1e-3, "int4": statistics.median(losses) / 4}
+    assert statistics.median(differences) < usual.get(codec, 1e-4)

@@ -22,6 +22,7 @@ from longctx.embedded.values import Words
 
 HIDDEN = -1e9
 SPAN_TOKENS = 48
+BAIT_TOKENS = 24
 FACTS_PER_ROW = (3, 4, 5, 6, 7)
 SIBLINGS = (0, 1, 3, 8, 8)  # further facts of the same attribute
 POINTED = 0.06  # values with a full stop inside are rare, and only their ends are hard
@@ -169,10 +170,7 @@ class Batches:
         first = self._fact(rng, taken)
         return [
             first,
-            *(
-                self._fact(rng, taken, first.needle, i % 3 > 0)
-                for i in range(rng.choice(SIBLINGS))
-            ),
+            *(self._fact(rng, taken, first.needle, i % 3 > 0) for i in range(rng.choice(SIBLINGS))),
         ]
 
     def _fact(
@@ -215,6 +213,19 @@ class Batches:
         start = rng.randrange(len(self.filler) - count)
         return self.filler[start : start + count]
 
+    def _bait(self, rng: random.Random, facts: list[Placed], count: int) -> np.ndarray:
+        """Filler with pieces of the answers in it: a long text has "t" followed by anything."""
+        spans: list[np.ndarray] = []
+        for _ in range(count // BAIT_TOKENS + 1):
+            pieces = self._encode(" " + rng.choice(facts).needle.answer)
+            begin = rng.randrange(max(1, len(self.filler) - 100_000))
+            here = self.filler[begin : begin + 100_000]
+            (hits,) = np.nonzero(here == rng.choice(pieces[:-1] or pieces))
+            at = int(rng.choice(hits)) if len(hits) else rng.randrange(len(here))
+            start = min(max(at - BAIT_TOKENS // 2, 0), len(here) - BAIT_TOKENS)
+            spans.append(here[start : start + BAIT_TOKENS])
+        return np.concatenate(spans)[:count]
+
     def _document(
         self, rng: random.Random, facts: list[Placed], tokens: int, first: bool
     ) -> tuple[np.ndarray, np.ndarray, list[Placed]]:
@@ -232,7 +243,9 @@ class Batches:
             if used > tokens - 16:
                 facts = facts[:at]
                 break
-        filler = self.tokenizer.decode(self._filler(rng, tokens).tolist())
+        baited = facts and rng.random() < 0.5
+        chosen = self._bait(rng, facts, tokens) if baited else self._filler(rng, tokens)
+        filler = self.tokenizer.decode(chosen.tolist())
         share = max(0.1, (tokens - used) / tokens)
         depths = [rng.random() * share for _ in facts]
         if rng.random() < 0.75:
@@ -298,7 +311,7 @@ class Batches:
                 question = question.lower()
             # Finding the value is hard, copying the rest of it is not: often only the first token
             # is asked for, so that a row holds more questions.
-            whole = [*answer, self.eos] if rng.random() < 0.6 else []
+            whole = [*answer, self.eos] if rng.random() < 0.7 else []
             turn = [*marker, *self._encode(question), self.assistant, *whole]
             if len(ids) + len(turn) > tokens:
                 if targets:

@@ -159,8 +159,9 @@ def train_needle(args: argparse.Namespace) -> None:
         with torch.autocast(args.device, torch.bfloat16, enabled=half):
             scores = forward(model, batch, noise_steps=noise_steps)
         first = batch.questions[batch.answer_row, batch.answer_column] == batches.assistant
-        last = batch.answer_token == batches.eos
-        weight = 1.0 + 2.0 * first.float() + last.float()
+        before = batch.questions[batch.answer_row, (batch.answer_column - 1).clamp_min(0)]
+        second, last = before == batches.assistant, batch.answer_token == batches.eos
+        weight = 1.0 + 2.0 * first.float() + 1.5 * second.float() + last.float()
         weight = weight / weight.sum()
         wrong = F.cross_entropy(scores.logits.float(), batch.answer_token, reduction="none")
         # Where to look is known, and saying so teaches it long before the right tokens do. Half

@@ -16,7 +16,7 @@ from longctx.kv_memory import KVMemory
 from longctx.layer_attention import LayerSpec
 from longctx.runner import BACKENDS
 
-TOLERANCE = 2e-5  # float32 sums of up to 2,000 terms in another order
+TOLERANCE = 4e-5  # float32 sums of up to 2,000 terms in another order, of scores up to 30
 # Compiled kernels round queries and weights to multiply integers: to 16 bits for int8 pages, for
 # int4 pages queries to 8 bits. At scores as steep as here, 5 nats and more apart, that shows; the
 # codecs themselves lose 30 times as much.

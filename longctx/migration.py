@@ -36,7 +36,7 @@ class _Write:
     retained: bool
 
 
-class Tiers:
+class Migration:
     def __init__(
         self,
         memory: KVMemory,

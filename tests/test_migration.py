@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from compress.shape import BLOCK_TOKENS
 from longctx.kv_cache import KVCacheManager
 from longctx.layer_attention import LayerSpec
+from longctx.migration import Migration
 from longctx.scheduler import SchedulerOutput
 from longctx.sequence import Sequence
-from longctx.tiers import Tiers
 from longctx.tokenizer import Tokenizer
 from offload.host import HostTier
 from offload.key import BlockKey
@@ -57,10 +57,10 @@ class TieredBench(Bench):
         return sequence
 
     def settle(self) -> None:
-        assert self.cache.tiers is not None
+        assert self.cache.migration is not None
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while self.scheduler.running or self.scheduler.waiting or self.cache.tiers.busy:
-            self.cache.poll_tiers()
+        while self.scheduler.running or self.scheduler.waiting or self.cache.migration.busy:
+            self.cache.poll_migration()
             self.step()
             assert time.monotonic() < deadline, "it does not come to an end"
 
@@ -87,15 +87,15 @@ def tiered(
     page_bytes = [size for pool in memory.packed for size in pool.page_bytes]
     host = HostTier(capacity_bytes=host_bytes, page_bytes=page_bytes, policy=LRU())
     store = KVStore(disk=None, host=host, read_deadline_seconds=5.0)
-    return TieredBench(tokenizer, KVCacheManager(memory, Tiers(memory, store, staged=staged)))
+    return TieredBench(tokenizer, KVCacheManager(memory, Migration(memory, store, staged=staged)))
 
 
 @pytest.fixture
 def bench(tokenizer: Tokenizer) -> Iterator[TieredBench]:
     bench = tiered(tokenizer)
     yield bench
-    assert bench.cache.tiers is not None
-    bench.cache.tiers.close(0.0)
+    assert bench.cache.migration is not None
+    bench.cache.migration.close(0.0)
 
 
 def assert_marked(bench: TieredBench, token_ids: list[int]) -> int:
@@ -115,7 +115,7 @@ def assert_marked(bench: TieredBench, token_ids: list[int]) -> int:
 
 
 def assert_nothing_is_pinned(bench: TieredBench) -> None:
-    assert bench.cache.tiers is not None and not bench.cache.tiers.busy
+    assert bench.cache.migration is not None and not bench.cache.migration.busy
     assert bench.cache.memory.raw.held == 0
     for pool in bench.cache.memory.packed:
         assert pool.held == 0
@@ -183,23 +183,23 @@ def test_a_question_that_is_withdrawn_while_it_loads_leaves_nothing_pinned(
 
 
 def test_short_prompts_are_stored_when_they_are_seen_again(bench: TieredBench) -> None:
-    assert bench.cache.tiers is not None
+    assert bench.cache.migration is not None
     short, long = numbers(300), numbers(1100, 5000)
     bench.run(short)
-    assert bench.cache.tiers.store.stats()["host_bytes"] == 0
+    assert bench.cache.migration.store.stats()["host_bytes"] == 0
     bench.run(long)
-    stored = bench.cache.tiers.store.stats()["host_bytes"]
+    stored = bench.cache.migration.store.stats()["host_bytes"]
     page_bytes = bench.cache.memory.packed[0].page_bytes[0]
     assert stored == 1100 // BLOCK_TOKENS * page_bytes
     bench.run(short)
-    assert bench.cache.tiers.store.stats()["host_bytes"] == stored + 4 * page_bytes
+    assert bench.cache.migration.store.stats()["host_bytes"] == stored + 4 * page_bytes
 
 
 def test_answers_are_not_stored(bench: TieredBench) -> None:
-    assert bench.cache.tiers is not None
+    assert bench.cache.migration is not None
     bench.run(numbers(1024), max_tokens=200)
     page_bytes = bench.cache.memory.packed[0].page_bytes[0]
-    assert bench.cache.tiers.store.stats()["host_bytes"] == 16 * page_bytes
+    assert bench.cache.migration.store.stats()["host_bytes"] == 16 * page_bytes
 
 
 def test_a_cancelled_prefill_goes_on_where_it_stood(bench: TieredBench) -> None:
@@ -221,9 +221,9 @@ def test_windows_take_a_bounded_share_of_what_is_stored(tokenizer: Tokenizer) ->
     )
     text = blocks(480)
     bench.run(text, document=("report", len(text)))
-    assert bench.cache.tiers is not None
+    assert bench.cache.migration is not None
     page_bytes = bench.cache.memory.packed[0].page_bytes[0]
-    stored = bench.cache.tiers.store.stats()["host_bytes"]
+    stored = bench.cache.migration.store.stats()["host_bytes"]
     assert 480 * page_bytes < stored <= 1.1 * 480 * page_bytes
 
 
@@ -240,14 +240,14 @@ def test_whatever_is_left_of_a_prompt_serves_another(
 ) -> None:
     layers = (GLOBAL,) if window is None else (GLOBAL, window_of(window))
     bench = tiered(tokenizer, layers=layers, blocks=120)
-    assert bench.cache.tiers is not None
+    assert bench.cache.migration is not None
     text = numbers(first)
     stored = bench.run(text, document=("report", len(text)))
     bench.empty_device()
     keys = [stored.key(block) for block in lost if block < stored.known_keys]
-    bench.cache.tiers.store.retain("lost", keys)
-    bench.cache.tiers.store.release("lost", drop=True)
-    bench.cache.tiers.store.flush(PATIENCE_SECONDS)
+    bench.cache.migration.store.retain("lost", keys)
+    bench.cache.migration.store.release("lost", drop=True)
+    bench.cache.migration.store.flush(PATIENCE_SECONDS)
 
     prompt = [*text[:shared], *numbers(second, 50_000)]
     before = bench.computed_blocks
@@ -259,17 +259,17 @@ def test_whatever_is_left_of_a_prompt_serves_another(
     assert_marked(bench, prompt)
     bench.empty_device()
     assert_nothing_is_pinned(bench)
-    bench.cache.tiers.close(0.0)
+    bench.cache.migration.close(0.0)
 
 
 def test_pages_of_a_deleted_document_leave_every_tier(bench: TieredBench) -> None:
-    assert bench.cache.tiers is not None
+    assert bench.cache.migration is not None
     text = blocks(32)
     sequence = bench.run(text, document=("report", len(text)))
-    bench.cache.tiers.store.retain("report", sequence.base_keys + tuple(sequence.tail_keys))
+    bench.cache.migration.store.retain("report", sequence.base_keys + tuple(sequence.tail_keys))
     bench.cache.close_document("report")
-    bench.cache.tiers.store.flush(PATIENCE_SECONDS)
+    bench.cache.migration.store.flush(PATIENCE_SECONDS)
     bench.settle()
-    assert bench.cache.tiers.store.stats()["host_bytes"] == 0
+    assert bench.cache.migration.store.stats()["host_bytes"] == 0
     assert bench.cache.memory.packed[0].available == bench.cache.memory.packed[0].capacity
     assert bench.run(text, document=("report", len(text))).cached_tokens == 0
