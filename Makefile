@@ -28,7 +28,9 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/longctx bench niah --out out/bench
 	$(BIN)/longctx bench document --out out/bench
-	$(BIN)/longctx bench decode --out out/bench
+	$(BIN)/longctx bench decode --against transformers --out out/bench
+	$(BIN)/longctx bench restart --out out/bench
+	$(BIN)/longctx bench quality --out out/bench
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -116,7 +116,7 @@ class _Restarts:
         warm: list[float] = []
         for number in range(rounds):
             turns = [(plain, cold_without), (self._config, cold)]
-            for config, found in turns if number % 2 else reversed(turns):
+            for config, found in reversed(turns) if number % 2 else turns:
                 self._forget()
                 with _opened(config) as llm:
                     llm.generate("a", FIRST_TOKEN)  # the first answer is slow on its own account

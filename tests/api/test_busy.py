@@ -68,6 +68,16 @@ def state_of(client: httpx.Client, file_id: str) -> dict[str, Any]:
     return state
 
 
+def upload(client: httpx.Client, text: str) -> str:
+    sent = client.post(
+        "/v1/files",
+        files={"file": ("large.txt", text.encode())},
+        data={"purpose": "user_data"},
+    )
+    file_id: str = sent.raise_for_status().json()["id"]
+    return file_id
+
+
 @pytest.mark.slow
 def test_answers_and_health_hardly_notice_a_large_upload(tmp_path: Path) -> None:
     sentence = "The committee met on a grey morning and wrote down what each of them had seen. "
@@ -80,19 +90,21 @@ def test_answers_and_health_hardly_notice_a_large_upload(tmp_path: Path) -> None
         probe = threading.Thread(target=health_seconds, args=(url, stop, health))
         probe.start()
         busy: dict[str, list[float]] = {"parsing": [], "reading": []}
-        upload = {"file": ("large.txt", text.encode())}
-        sent = client.post("/v1/files", files=upload, data={"purpose": "user_data"})
-        file_id = sent.raise_for_status().json()["id"]
+        prefilled = 0
         try:
-            while len(busy["reading"]) < 2 * ANSWERS:
-                phase = "parsing" if state_of(client, file_id)["tokens"] is None else "reading"
-                number = 1000 + sum(map(len, busy.values()))
-                busy[phase].append(seconds_per_token(client, number))
+            # Parsing is over after an answer or two, so it takes several uploads to judge it.
+            while min(map(len, busy.values())) < ANSWERS:
+                file_id = upload(client, text)
+                enough = len(busy["reading"]) + 2
+                while len(busy["reading"]) < enough:
+                    phase = "parsing" if state_of(client, file_id)["tokens"] is None else "reading"
+                    number = 1000 + sum(map(len, busy.values()))
+                    busy[phase].append(seconds_per_token(client, number))
+                prefilled += state_of(client, file_id)["prefilled_tokens"]
+                client.delete(f"/v1/files/{file_id}").raise_for_status()
         finally:
             stop.set()
             probe.join()
-        prefilled = state_of(client, file_id)["prefilled_tokens"]
-        client.delete(f"/v1/files/{file_id}").raise_for_status()
         quiet += [seconds_per_token(client, 2000 + number) for number in range(ANSWERS)]
     p99 = quantiles(health, n=100)[98]
     slowdowns = {phase: median(times) / median(quiet) for phase, times in busy.items()}

@@ -20,7 +20,7 @@ from longctx.bench.haystack import document
 from longctx.embedded import model_path
 from longctx.tokenizer import Tokenizer
 
-KILLS = 4
+KILLS = 30
 DOCUMENTS = 4
 DOCUMENT_TOKENS = 6_000
 START_SECONDS = 90.0
