@@ -199,6 +199,8 @@ class Engine:
         if self._ingestion is not None:
             for sequence in self._ingestion.settled(transferred=transferred):
                 outputs += self._finish(sequence, FinishReason.LENGTH)
+        for sequence in self._scheduler.failed():
+            outputs += self._finish(sequence, FinishReason.ERROR, error=sequence.tier.failure)
         scheduled = self._scheduler.schedule()
         if scheduled.chunks:
             self._steps += 1
@@ -207,7 +209,8 @@ class Engine:
             try:
                 drawn = self._compute(scheduled)
             except BlocksLost as error:
-                return outputs + self._set_back(scheduled, str(error))
+                self._set_back(scheduled, str(error))
+                return outputs
             except Exception as error:  # of whatever kind: it ends these requests, not the engine
                 return outputs + self._fail(scheduled, f"{type(error).__name__}: {error}")
             for answers in self._requests.values():
@@ -342,16 +345,14 @@ class Engine:
             for index in indices
         ]
 
-    def _set_back(self, scheduled: SchedulerOutput, message: str) -> list[RequestOutput]:
+    def _set_back(self, scheduled: SchedulerOutput, message: str) -> None:
         """A tier has lost what some of these sequences need: they begin again with what is left."""
-        outputs: list[RequestOutput] = []
         for chunk in scheduled.chunks:
-            sequence = chunk.sequence
-            self._scheduler.preempt(sequence)
-            sequence.tier.setbacks += sequence.tier.streams
-            if sequence.tier.setbacks > MAX_SETBACKS:
-                outputs += self._finish(sequence, FinishReason.ERROR, error=message)
-        return outputs
+            self._scheduler.preempt(chunk.sequence)
+            tier = chunk.sequence.tier
+            tier.setbacks += tier.streams
+            if tier.setbacks > MAX_SETBACKS:
+                tier.failure = message
 
     def _fail(self, scheduled: SchedulerOutput, message: str) -> list[RequestOutput]:
         """A step broke: its requests end, the others go on."""

@@ -22,6 +22,11 @@ from prompt_cache.prefix import PrefixIndex
 
 MAX_LOADS = 2  # a tier that lists what it cannot read makes nobody wait for ever
 
+NO_ROOM_BELOW = (
+    "this context is larger than the device, and the tiers below it take no more of it; see "
+    "--disk-cap-gib, --disk-free-gib and the space on the disk"
+)
+
 
 class KVCacheManager:
     def __init__(self, memory: KVMemory, migration: Migration | None = None) -> None:
@@ -252,14 +257,20 @@ class KVCacheManager:
 
     def _stream_out(self, sequence: Sequence, blocks: int) -> None:
         """Let go of the oldest blocks of a sequence that streams, as far as they are stored."""
-        if not sequence.tier.streams:
+        tier = sequence.tier
+        if not tier.streams:
             return
-        begin = sequence.tier.absent
-        end = min(begin + blocks, sequence.computed // BLOCK_TOKENS)
-        while sequence.tier.absent < end and self._is_stored(sequence, sequence.tier.absent):
-            sequence.tier.absent += 1
-        self.memory.packed[0].release(sequence.tables[0].pages(begin, sequence.tier.absent))
-        sequence.live_from[0] = sequence.tier.absent
+        begin = tier.absent
+        end = min(begin + blocks, tier.store_until, sequence.computed // BLOCK_TOKENS)
+        while tier.absent < end and self._is_stored(sequence, tier.absent):
+            tier.absent += 1
+        self.memory.packed[0].release(sequence.tables[0].pages(begin, tier.absent))
+        sequence.live_from[0] = tier.absent
+        if begin == tier.absent < end and not tier.writing:
+            assert self.migration is not None
+            self.migration.sealed(sequence, ends=True)  # its extent was not complete
+            if not tier.writing:
+                tier.failure = NO_ROOM_BELOW
 
     def chunk_rows(self, sequence: Sequence, num_tokens: int, *, row_begin: int) -> ChunkRows:
         """What the sequence's next `num_tokens` tokens see, for the batch."""

@@ -130,6 +130,10 @@ class Scheduler:
             self._cache.leave_load(sequence)
         sequence.state = SequenceState.FINISHED
 
+    def failed(self) -> list[Sequence]:
+        """Those that the lower tiers cannot serve, to be ended."""
+        return [s for s in (*self.running, *self.waiting) if s.tier.failure is not None]
+
     def schedule(self) -> SchedulerOutput:
         answers = self._answers()
         prompts: list[Chunk] = []

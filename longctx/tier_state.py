@@ -25,6 +25,7 @@ class TierState:
     streams: bool = False  # its context is larger than the device: old blocks go and are not held
     absent: int = 0  # blocks of layers that see everything, from the first on, that have gone
     setbacks: int = 0  # how often absent blocks could not be read
+    failure: str | None = None  # why the tiers cannot serve it, which ends it
     store_until: int = 0  # blocks that are worth storing
     stored: int = 0  # blocks that have been offered to the store
     stored_seconds: float = 0.0  # when the last of them was

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from longctx.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
-from longctx.errors import ContextTooLong
+from longctx.errors import ContextTooLong, LongctxError
 from longctx.llm import LLM
 from longctx.request import SamplingParams
 
@@ -13,16 +13,17 @@ GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 
 
 def config(
-    kv_dir: Path | None, *, pool_gib: float, model: Path | None, codec: str, backend: str = "auto"
+    kv_dir: Path | None, *, pool_gib: float, model: Path, codec: str, disk_free_gib: float = 0.0
 ) -> EngineConfig:
     return EngineConfig(
-        model=ModelConfig(model=model, threads=1, attention_backend=backend),
+        model=ModelConfig(model=model, threads=1),
         cache=CacheConfig(
             kv_codec=codec,
             force_codec=True,
             kv_dir=kv_dir,
             device_pool_gib=pool_gib,
             disk_cap_gib=1,
+            disk_free_gib=disk_free_gib,
         ),
         scheduler=SchedulerConfig(max_batch_tokens=256, max_sequences=4),
     )
@@ -31,12 +32,22 @@ def config(
 TEXT = "".join(f"Ship {number} came in on day {number * 7 % 31}. " for number in range(96))
 
 
-def llm_with(model: Path, kv_dir: Path | None, *, blocks: int, codec: str) -> LLM:
+def llm_with(
+    model: Path, kv_dir: Path | None, *, blocks: int, codec: str, disk_free_gib: float = 0.0
+) -> LLM:
     """An engine whose device holds about that many blocks."""
     with LLM(config=config(None, pool_gib=0.05, model=model, codec=codec)) as large:
         info = large.engine.info
     pool_bytes = blocks * info.kv_block_bytes * (2 if info.kv_window_bytes else 1)
-    return LLM(config=config(kv_dir, pool_gib=pool_bytes / (1 << 30), model=model, codec=codec))
+    return LLM(
+        config=config(
+            kv_dir,
+            pool_gib=pool_bytes / (1 << 30),
+            model=model,
+            codec=codec,
+            disk_free_gib=disk_free_gib,
+        )
+    )
 
 
 @pytest.mark.parametrize("codec", ["raw", "int8"])
@@ -81,3 +92,11 @@ def test_what_the_disk_loses_under_a_running_answer_is_computed_again(
         assert again.token_ids == expected.token_ids
         assert again.usage.computed_tokens > 128
         assert document.ask("When?", GREEDY).token_ids == expected.token_ids
+
+
+def test_a_context_that_no_tier_takes_ends_with_an_error(tmp_path: Path, llama: Path) -> None:
+    with llm_with(llama, tmp_path, blocks=22, codec="raw", disk_free_gib=1e6) as small:
+        with pytest.raises(LongctxError, match="disk-free-gib"):
+            small.document_from_text(TEXT)
+        (other,) = small.generate("The sea", GREEDY)
+        assert len(other.token_ids) == 12
