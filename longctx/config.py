@@ -60,6 +60,10 @@ class CacheConfig:
     disk_ttl_days: Annotated[
         float | None, "stored blocks that nobody used for so long are deleted; kept if absent"
     ] = None
+    disk_compress: Annotated[
+        bool,
+        "compress blocks on the disk where that saves 15%: pays for bf16, on a slow or small disk",
+    ] = False
     eviction_policy: Annotated[str, "who leaves a full tier: lru or gdsf"] = "gdsf"
 
     def __post_init__(self) -> None:

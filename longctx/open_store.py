@@ -58,6 +58,7 @@ def _disk(config: CacheConfig) -> DiskTier | None:
                 ttl_seconds=None if config.disk_ttl_days is None else config.disk_ttl_days * 86_400,
                 free_floor_bytes=int(config.disk_free_gib * GIB),
                 policy=POLICIES[config.eviction_policy](),
+                compress=config.disk_compress,
             )
         except FolderRefused as error:
             if time.monotonic() > deadline:

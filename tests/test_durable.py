@@ -12,7 +12,9 @@ GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 TEXT = "The lighthouse keeper counts nine ships before breakfast and writes them down. " * 60
 
 
-def config(folder: Path, *, codec: str = "raw", pool_gib: float = 0.05) -> EngineConfig:
+def config(
+    folder: Path, *, codec: str = "raw", pool_gib: float = 0.05, compress: bool = False
+) -> EngineConfig:
     return EngineConfig(
         model=ModelConfig(threads=1),
         cache=CacheConfig(
@@ -21,6 +23,7 @@ def config(folder: Path, *, codec: str = "raw", pool_gib: float = 0.05) -> Engin
             kv_dir=folder,
             device_pool_gib=pool_gib,
             disk_cap_gib=1,
+            disk_compress=compress,
         ),
         scheduler=SchedulerConfig(max_sequences=8),
     )
@@ -55,6 +58,19 @@ def test_a_document_larger_than_others_leave_room_for_comes_back_when_it_is_aske
     llm.close()
     assert [answer.token_ids for answer in again] == [answer.token_ids for answer in cold]
     assert all(answer.usage.computed_tokens < 128 for answer in again)
+
+
+def test_compressed_blocks_take_less_room_and_give_the_same_answers(tmp_path: Path) -> None:
+    sizes, answers = [], []
+    for compress in (False, True):
+        folder = tmp_path / f"{compress}"
+        for _ in range(2):  # computes, then restores
+            llm = LLM(config=config(folder, codec="bf16", compress=compress))
+            answers.append(llm.document_from_text(TEXT).ask("How many ships?", GREEDY).token_ids)
+            llm.close()
+        sizes.append(sum(file.stat().st_size for file in folder.glob("*.kv")))
+    assert sizes[1] < 0.85 * sizes[0]
+    assert len(set(answers)) == 1
 
 
 def test_a_closed_document_leaves_nothing_on_disk(tmp_path: Path) -> None:
