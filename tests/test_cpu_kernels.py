@@ -4,6 +4,8 @@ Slow ones build the extension again, with AVX-512 in software and with sanitizer
 others there.
 """
 
+import ctypes
+import gc
 import subprocess
 import sys
 from dataclasses import replace
@@ -202,6 +204,41 @@ def test_a_plan_beyond_its_pages_is_refused() -> None:
         CPUAttention(memory).plan((replace(chunk, rows=200),), 0)
 
 
+class _Heap(ctypes.Structure):
+    """glibc's `struct mallinfo2`; `uordblks` and `hblkhd` are the bytes in use."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks ford top".split()
+    ]
+
+
+def heap_bytes() -> int:
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        pytest.skip("this C library does not tell what is allocated")
+    libc.mallinfo2.restype = _Heap
+    heap = libc.mallinfo2()
+    return int(heap.uordblks + heap.hblkhd)
+
+
+@pytest.mark.parametrize("codec", ["raw", "int4"])
+def test_nothing_is_leaked(codec: str) -> None:
+    case = Case(codec, None, 8, 2, 64, ((900, 90), (300, 1)), True, None, 1)
+    memory, chunks, query = build(case)
+
+    def work() -> None:
+        for _ in range(50):  # each with a plan, a layer and scratch of its own
+            attend(memory, chunks, query)
+            CPUAttention(memory).seal(0, torch.tensor([1, 2]), torch.tensor([1, 2]))
+
+    work()  # what is allocated once
+    before = heap_bytes()
+    work()
+    assert heap_bytes() - before < 50 * 64  # a lost plan alone would be 100 bytes each time
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("codec", ["raw", "bf16", "int8", "int4"])
 def test_a_hundred_thousand_tokens_equal_reference(codec: str) -> None:
@@ -270,7 +307,7 @@ def test_other_builds_pass_too(kind: str, tmp_path: Path) -> None:
         "LD_PRELOAD": " ".join(map(str.strip, libraries)),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaks at its end
     }
-    tests = [str(ROOT / "tests" / name) for name in ("test_cpu_kernels.py",)]
+    tests = [str(ROOT / "tests" / name) for name in ("test_cpu_kernels.py", "test_linear.py")]
     repeated = subprocess.run(
         [sys.executable, "-c", REPEAT, str(module), *tests],
         env=environment,

@@ -1,5 +1,9 @@
 // Linear layers with AVX-512: PANEL floats are one register of the 32.
+#ifdef LONGCTX_SIMDE
+#include "simde.h"
+#else
 #include <immintrin.h>
+#endif
 
 #include "linear_tile.h"
 
