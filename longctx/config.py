@@ -96,7 +96,31 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RingConfig:
+    ranks: Annotated[int, "processes that share each prompt, with its KV blocks"] = 1
+    head: Annotated[
+        str | None,
+        "HOST:PORT where to wait for ranks that torchrun starts, on any machines; else they are "
+        "started here",
+    ] = None
+    head_secret: Annotated[
+        Path | None,
+        "file that ranks of other machines must know, made if absent; ring-secret in store-dir "
+        "when serving",
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1:
+            raise ValueError(f"ranks={self.ranks} must be at least 1")
+        if self.head is not None and self.ranks < 2:
+            raise ValueError(f"head={self.head} waits for ranks; say by ranks how many, 2 or more")
+        if self.head is not None and not self.head.rpartition(":")[2].isdigit():
+            raise ValueError(f"head={self.head} must be HOST:PORT")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    ring: RingConfig = field(default_factory=RingConfig)

@@ -15,9 +15,9 @@ from compress.shape import BLOCK_TOKENS
 from longctx.kv_memory import KVMemory
 from longctx.sequence import Sequence
 from longctx.tier_state import Load
-from longctx.transfer import PageTransfer
+from longctx.transfer import PageTransfer, Transfer
 from offload.key import BlockKey
-from offload.run import EXTENT_BLOCKS, BlockRun, PageSlots
+from offload.run import EXTENT_BLOCKS, BlockRun, Slots
 from offload.store import KVStore, Late, Loaded, Written
 
 KEPT_PROMPT_TOKENS = 1024  # prompts from here on are stored at once, shorter ones when seen again
@@ -30,7 +30,7 @@ class _Write:
     sequence: Sequence
     run: BlockRun
     pages: list[int]
-    slots: PageSlots
+    slots: Slots
     ready: Callable[[], bool]
     cost_seconds: float
     retained: bool
@@ -43,12 +43,16 @@ class Migration:
         store: KVStore,
         *,
         staged: bool,
+        transfers: Items[Transfer] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`staged`: pages pass through copies, since threads cannot address the pool's memory."""
+        """`staged`: pages pass through copies, since threads cannot address the pool's memory.
+
+        `transfers`: one of each group, where the pages do not all lie in this process.
+        """
         self.store = store
         self._memory = memory
-        self._transfers = [PageTransfer(pool, staged=staged) for pool in memory.packed]
+        self._transfers = transfers or [PageTransfer(pool, staged=staged) for pool in memory.packed]
         self._clock = clock
         self._seconds_per_token: float | None = None  # of prefill, as measured lately
         self._copying: list[_Write] = []  # to pinned memory, before they are offered
@@ -231,7 +235,7 @@ class Migration:
             return False
         for pool, there in zip(self._memory.packed, held, strict=True):
             pool.acquire(there)  # first, or the fresh pages might be these
-        parts = []
+        parts: list[tuple[int, tuple[BlockKey, ...], list[int], Slots]] = []
         for index, keys in wanted:
             if keys:
                 pool = self._memory.packed[index]
