@@ -54,8 +54,13 @@ class KVMemory:
         codec: str,
         pool_bytes: int,
         step_blocks: int,
+        ranks: int = 1,
+        staging_blocks: int = 0,
     ) -> None:
         """`step_blocks`: the most blocks that grow at once; the raw pool holds as many.
+
+        `ranks`: whose books are kept for layers that see everything. `staging_blocks`: pages of
+        theirs through which other ranks' blocks pass.
 
         Raises ModelRefused where the codec has no page layout for a layer's shape.
         """
@@ -82,6 +87,8 @@ class KVMemory:
                 page_bytes=[self.codecs[layer].page_bytes for layer in group.layers],
                 num_pages=count + 1,
                 device=device,
+                ranks=ranks if group.window is None else 1,
+                staging_pages=staging_blocks if group.window is None else 0,
             )
             for group, count in zip(self.groups, pages, strict=True)
         )
@@ -131,12 +138,18 @@ class KVMemory:
         block_bytes = self.block_bytes or sum(sum(pool.page_bytes) for pool in self.packed)
         return size_bytes // block_bytes * BLOCK_TOKENS
 
-    def pages_needed(self, group: int, blocks: int) -> int:
-        """Pages that `blocks` more blocks of one sequence take of a group at any one time."""
-        window = self.groups[group].window
-        if window is None:
+    def pages_needed(self, blocks: range, spare: int = 0) -> list[list[int]]:
+        """Pages that more blocks of one sequence take at any one time: by group, then by rank."""
+        return [[self._most_pages(group, len(blocks) + spare)] for group in self.groups]
+
+    def _most_pages(self, group: LayerGroup, blocks: int) -> int:
+        if group.window is None:
             return blocks
-        return min(blocks, window // BLOCK_TOKENS + 2 + self.step_blocks)
+        return min(blocks, group.window // BLOCK_TOKENS + 2 + self.step_blocks)
+
+    def allocate(self, group: int, blocks: Sequence[int]) -> list[int]:
+        """A page for each of these blocks of a sequence, given by their numbers in it."""
+        return self.packed[group].allocate(len(blocks))
 
     def raw_rows(self, layer: int) -> Tensor:
         """The raw pool, row by row: [raw pages * block_tokens, 2, kv_heads, head_dim]."""
@@ -171,7 +184,8 @@ class KVMemory:
         for pool in self.raw.pages:
             pool[pages] = 0
 
-    def copy_raw(self, source: int, target: int) -> None:
+    def copy_raw(self, block: int, source: int, target: int) -> None:
+        """Copy the raw page of a sequence's open block, which is number `block` in it."""
         for pool in self.raw.pages:
             pool[target] = pool[source]
 

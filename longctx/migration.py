@@ -219,7 +219,7 @@ class Migration:
 
         `page_of(sequence, group, block)` is where the device has a block. There must be room.
         """
-        wanted: list[tuple[int, list[BlockKey]]] = []
+        wanted: list[tuple[int, list[int]]] = []
         held: list[list[int]] = []
         for index, group in enumerate(self._memory.groups):
             begin = group.first_needed(target * BLOCK_TOKENS)
@@ -229,31 +229,31 @@ class Migration:
                 begin = min(sequence.prefix.blocks, target)
             pages = [page_of(sequence, index, block) for block in range(begin, target)]
             held.append([page for page in pages if page is not None])
-            keys = [sequence.key(begin + i) for i, page in enumerate(pages) if page is None]
-            wanted.append((index, keys))
+            missing = [block for block, page in enumerate(pages, begin) if page is None]
+            wanted.append((index, missing))
         if not self._worth_loading(wanted, target - depth):
             return False
         for pool, there in zip(self._memory.packed, held, strict=True):
             pool.acquire(there)  # first, or the fresh pages might be these
         parts: list[tuple[int, tuple[BlockKey, ...], list[int], Slots]] = []
-        for index, keys in wanted:
-            if keys:
-                pool = self._memory.packed[index]
-                fresh = pool.allocate(len(keys))
+        for index, missing in wanted:
+            if missing:
+                fresh = self._memory.allocate(index, missing)
                 slots = self._transfers[index].incoming(fresh)
-                parts.append((index, tuple(keys), fresh, slots))
+                keys = tuple(sequence.key(block) for block in missing)
+                parts.append((index, keys, fresh, slots))
         load = sequence.tier.load = Load(depth, held, parts)
         sequence.tier.loads += 1
         ticket = self.store.load([(group, keys, slots) for group, keys, _, slots in parts])
         self._loads[ticket] = load
         return True
 
-    def _worth_loading(self, wanted: Items[tuple[int, list[BlockKey]]], blocks: int) -> bool:
+    def _worth_loading(self, wanted: Items[tuple[int, list[int]]], blocks: int) -> bool:
         """Whether reading takes less time than computing."""
         if self._seconds_per_token is None:
             return True
         pools = self._memory.packed
-        size_bytes = sum(len(keys) * sum(pools[group].page_bytes) for group, keys in wanted)
+        size_bytes = sum(len(lacks) * sum(pools[group].page_bytes) for group, lacks in wanted)
         read_seconds = size_bytes / self.store.read_bytes_per_second
         return read_seconds < blocks * BLOCK_TOKENS * self._seconds_per_token
 
