@@ -76,7 +76,8 @@ class CacheConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     max_batch_tokens: Annotated[
-        int | None, "tokens computed per step, prompts and answers; 512 on a CPU, 4096 on a GPU"
+        int | None, "tokens computed per step, prompts and answers; 512 on a CPU, 4096 on a GPU, "
+        "more with many ranks"
     ] = None
     max_sequences: Annotated[int, "sequences running at once"] = 64
     max_waiting: Annotated[int, "requests that may wait; more are refused with 429"] = 1024
@@ -88,11 +89,15 @@ class SchedulerConfig:
                 f"max_sequences={self.max_sequences}; raise the first or lower the second"
             )
 
-    def batch_tokens(self, device_type: str) -> int:
-        """As told, or enough to keep such a device busy without making answers wait."""
+    def batch_tokens(self, device_type: str, *, ranks: int = 1) -> int:
+        """As told, or enough to keep such devices busy without making answers wait.
+
+        Each of many ranks needs a few blocks of its own.
+        """
         if self.max_batch_tokens is not None:
             return self.max_batch_tokens
-        return max(512 if device_type == "cpu" else 4096, self.max_sequences)
+        enough = max(512, 256 * ranks) if device_type == "cpu" else 4096 * ranks
+        return max(enough, self.max_sequences)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

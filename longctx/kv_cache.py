@@ -46,7 +46,7 @@ class KVCacheManager:
     @property
     def can_stream(self) -> bool:
         """Whether contexts may be larger than the device: their old blocks are in a lower tier."""
-        return self.migration is not None and self.memory.groups[0].window is None
+        return self.migration is not None and self.memory.can_stream
 
     # -- admission ------------------------------------------------------------------------------
 

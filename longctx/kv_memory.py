@@ -112,6 +112,11 @@ class KVMemory:
     def capacity_blocks(self) -> int:
         return self.packed[0].capacity - self.reserved_blocks
 
+    @property
+    def can_stream(self) -> bool:
+        """Whether blocks may be used that no page holds: those of layers that see everything."""
+        return self.groups[0].window is None and self.packed[0].ranks == 1
+
     def reserve(self, blocks: int) -> list[int]:
         """Packed pages of the first group that no sequence gets: so many, or an eighth of all."""
         pages = self.packed[0].allocate(min(blocks, self.packed[0].capacity // 8) // 2 * 2)

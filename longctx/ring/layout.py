@@ -1,15 +1,17 @@
 """Who keeps which blocks of a sequence, and who computes which rows of a chunk.
 
-Blocks that every later row sees stay for good on the rank that owns their extent. Extents go to the
-ranks to and fro (0 1 2 3 3 2 1 0 0 ...): early extents are attended by more rows than late ones, and
-so each rank has as many of both. A chunk with enough new blocks is cut into 2R runs; rank r computes
-runs r and 2R-1-r, because late rows see more keys than early ones. Otherwise, as in decode, rows are
-computed where their blocks will stay. The block that is still open is always filled there.
+Blocks that every later row sees stay for good on the rank that owns their extent. Extents go to
+the ranks to and fro (0 1 2 3 3 2 1 0 0 ...): early extents are seen by more rows than late ones,
+and so each rank has as many of both. A chunk with enough new blocks is cut into 2R runs; rank r
+computes runs r and 2R-1-r, because late rows see more keys than early ones. Otherwise, as in
+decode, rows are computed where their blocks will stay. A block that is still open is always filled
+there.
 
 Source of the pairing: zigzag ring attention, https://arxiv.org/abs/2411.01783 section 3.2
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,9 +34,7 @@ def owner(block: int, ranks: int) -> int:
 
 def owned(first: int, end: int, ranks: int) -> list[int]:
     """How many of the blocks from `first` to before `end` each rank keeps."""
-    counts: list[int] = np.bincount(
-        owners(np.arange(first, end), ranks), minlength=ranks
-    ).tolist()
+    counts: list[int] = np.bincount(owners(np.arange(first, end), ranks), minlength=ranks).tolist()
     return counts
 
 
@@ -77,15 +77,15 @@ def parts(begin: int, end: int, ranks: int) -> list[Part]:
     # Runs differ by a block where they must; which ones have it changes from chunk to chunk.
     phase = first % runs
     borders = [first + (blocks * run + phase) // runs for run in range(runs + 1)]
-    for run, (run_begin, run_end) in enumerate(zip(borders, borders[1:], strict=False)):
+    for run, (run_begin, run_end) in enumerate(pairwise(borders)):
         rank = min(run, runs - 1 - run)
         cut.append(Part(rank, run_begin * BLOCK_TOKENS, run_end * BLOCK_TOKENS))
     return cut + _by_owner(last * BLOCK_TOKENS, end, ranks)
 
 
-def is_spread(cut: list[Part], ranks: int) -> bool:
-    """Whether every rank computes a share of these rows."""
-    return len(cut) >= 2 * ranks and {part.rank for part in cut} == set(range(ranks))
+def is_zigzag(cut: list[Part], ranks: int) -> bool:
+    """Whether rows are spread over all ranks, not computed where their blocks stay."""
+    return len(cut) >= 2 * ranks
 
 
 def _by_owner(begin: int, end: int, ranks: int) -> list[Part]:

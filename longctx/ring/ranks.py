@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from longctx.model import LoadedModel
 from longctx.ring.pages import RankPages
 from longctx.ring.rank import RingMemory
 from longctx.ring.step import RankStep
@@ -20,8 +21,11 @@ class Ranks(Protocol):
         """The leader's own end."""
         ...
 
-    def open(self, memory: RingMemory) -> None:
-        """Let all ranks make their pools; returns when they are ready for steps."""
+    def open(self, memory: RingMemory, model: LoadedModel) -> None:
+        """Let all ranks become a `Rank` with such pools, while the leader does so too.
+
+        `model`: the leader's, for ranks that can share it.
+        """
         ...
 
     def start(self, steps: Sequence[RankStep]) -> None:
@@ -33,5 +37,5 @@ class Ranks(Protocol):
         ...
 
     def pages(self, rank: int) -> RankPages:
-        """For the tiers: any rank's pages, the leader's too."""
+        """For the tiers: the pages of a rank other than the leader."""
         ...

@@ -6,12 +6,16 @@ engine does on many ranks without having them.
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from longctx.errors import PeerLost
+
+LOOK_SECONDS = 0.1  # between two looks whether another rank has ended
 
 
 class Transfer(Protocol):
@@ -63,6 +67,7 @@ class VirtualLinks:
 class VirtualTransport:
     def __init__(self, links: VirtualLinks, rank: int) -> None:
         self._links = links
+        self._expected: list[deque[_Receive]] = [deque() for _ in range(links.size)]
         self.rank = rank
         self.size = links.size
         self.bytes_sent = 0
@@ -74,28 +79,42 @@ class VirtualTransport:
             assert target != self.rank and tensor.is_contiguous()
             self._links.between(self.rank, target).put(tensor.clone())
             self.bytes_sent += tensor.nbytes
-        return _VirtualTransfer(self._links, self.rank, receives)
+        begun = [_Receive(source, into) for source, into in receives]
+        for receive in begun:
+            self._expected[receive.source].append(receive)
+        return _VirtualTransfer(self, begun)
 
-
-class _VirtualTransfer:
-    def __init__(
-        self, links: VirtualLinks, rank: int, receives: Sequence[tuple[int, Tensor]]
-    ) -> None:
-        self._links = links
-        self._rank = rank
-        self._receives = receives
-
-    def wait(self) -> None:
-        for source, into in self._receives:
-            into.copy_(self._next(source).view(into.shape))
-        self._receives = ()
+    def complete(self, receive: "_Receive") -> None:
+        """Receive everything up to this one, in order."""
+        while not receive.is_there:
+            first = self._expected[receive.source].popleft()
+            arrived = self._next(receive.source)
+            assert arrived.nbytes == first.into.nbytes and arrived.dtype == first.into.dtype
+            first.into.copy_(arrived.view(first.into.shape))
+            first.is_there = True
 
     def _next(self, source: int) -> Tensor:
-        arrived = self._links.between(source, self._rank)
+        arrived = self._links.between(source, self.rank)
         while not self._links.lost.is_set():
             try:
-                return arrived.get(timeout=0.1)
+                return arrived.get(timeout=LOOK_SECONDS)
             except queue.Empty:
                 continue
         raise PeerLost("another rank has ended")
 
+
+@dataclass(slots=True)
+class _Receive:
+    source: int
+    into: Tensor
+    is_there: bool = False
+
+
+class _VirtualTransfer:
+    def __init__(self, transport: VirtualTransport, receives: Sequence[_Receive]) -> None:
+        self._transport = transport
+        self._receives = receives
+
+    def wait(self) -> None:
+        for receive in self._receives:
+            self._transport.complete(receive)
