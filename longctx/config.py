@@ -76,8 +76,9 @@ class CacheConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     max_batch_tokens: Annotated[
-        int | None, "tokens computed per step, prompts and answers; 512 on a CPU, 4096 on a GPU, "
-        "more with many ranks"
+        int | None,
+        "tokens computed per step, prompts and answers; 512 on a CPU, 4096 on a GPU, "
+        "more with many ranks",
     ] = None
     max_sequences: Annotated[int, "sequences running at once"] = 64
     max_waiting: Annotated[int, "requests that may wait; more are refused with 429"] = 1024
