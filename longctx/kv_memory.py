@@ -42,6 +42,19 @@ def layer_groups(layers: Sequence[LayerSpec]) -> tuple[LayerGroup, ...]:
     )
 
 
+def layer_codecs(
+    layers: Sequence[LayerSpec], *, dtype: torch.dtype, codec: str
+) -> tuple[Codec, ...]:
+    """Raises ModelRefused where the codec has no page layout for a layer's shape."""
+    shapes = [
+        KVShape(kv_heads=each.kv_heads, head_dim=each.head_dim, dtype=dtype) for each in layers
+    ]
+    try:
+        return tuple(CODECS[codec](shape) for shape in shapes)
+    except ShapeRefused as error:
+        raise ModelRefused(str(error)) from error
+
+
 class KVMemory:
     """`raw` and `packed[group]` pools, and the codec of each layer."""
 
@@ -68,20 +81,18 @@ class KVMemory:
         self.reserved_blocks = 0  # pages of the first packed pool that no sequence gets
         self.step_blocks = step_blocks
         self.device = device
-        shapes = [
-            KVShape(kv_heads=spec.kv_heads, head_dim=spec.head_dim, dtype=dtype) for spec in layers
-        ]
-        try:
-            self.codecs: tuple[Codec, ...] = tuple(CODECS[codec](shape) for shape in shapes)
-        except ShapeRefused as error:
-            raise ModelRefused(str(error)) from error
-        self._shapes = shapes
+        self.codecs = layer_codecs(layers, dtype=dtype, codec=codec)
+        self._shapes = shapes = [each.shape for each in self.codecs]
         self.raw = BlockPool(
             page_bytes=[shape.values_per_page * dtype.itemsize for shape in shapes],
             num_pages=step_blocks + 1,
             device=device,
         )
-        pages = _pages_per_group(self.groups, self.codecs, pool_bytes, step_blocks)
+        staging_bytes = staging_blocks * sum(
+            self.codecs[layer].page_bytes for layer in self.groups[0].layers
+        )
+        left_bytes = max(pool_bytes - staging_bytes, pool_bytes // 2)
+        pages = _pages_per_group(self.groups, self.codecs, left_bytes, step_blocks)
         self.packed = tuple(
             BlockPool(
                 page_bytes=[self.codecs[layer].page_bytes for layer in group.layers],

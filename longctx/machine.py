@@ -24,7 +24,6 @@ from longctx.scheduler import Chunk
 from offload.store import KVStore
 
 STAGING_BLOCKS = 64  # of the device's, at most an eighth of them, where absent blocks pass through
-TILE_BLOCKS = 64  # that travel between ranks at once; at most a thirty-second of a rank's
 
 
 class Runner(Protocol):
@@ -81,14 +80,14 @@ class Machine:
         """The same with other ranks, which are told what they need."""
         spec = model.spec
         batch_tokens = config.scheduler.batch_tokens(spec.device.type, ranks=ranks.size)
-        ring = RingMemory(
+        ring = RingMemory.of(
+            spec,
             ranks=ranks.size,
             codec=codec,
             backend=backend,
             pool_bytes=pool_bytes(config.cache.device_pool_gib, spec.device),
             step_blocks=_step_blocks(config.scheduler, batch_tokens),
-            own_blocks=2 * (batch_tokens // BLOCK_TOKENS) // ranks.size,
-            tile_blocks=TILE_BLOCKS,
+            batch_blocks=batch_tokens // BLOCK_TOKENS,
         )
         memory = LeaderMemory(spec, ring)
         runner = RingRunner(model, memory, ranks)

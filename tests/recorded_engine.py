@@ -88,18 +88,18 @@ class RecordingRunner:
     """A `ModelRunner` that keeps the last step's logits, and fails when it is told to."""
 
     def __init__(self, runner: Runner) -> None:
-        self._runner = runner
+        self.inner = runner
         self.logits: Tensor | None = None
         self.failures: list[Exception] = []
 
     @property
     def computed_tokens(self) -> int:
-        return self._runner.computed_tokens
+        return self.inner.computed_tokens
 
     def run_chunks(self, chunks: Sequence[Chunk], cache: KVCacheManager) -> Tensor:
         if self.failures:
             raise self.failures.pop()
-        self.logits = self._runner.run_chunks(chunks, cache)
+        self.logits = self.inner.run_chunks(chunks, cache)
         return self.logits
 
 

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from longctx.kv_memory import KVMemory
+from longctx.kv_memory import KVMemory, layer_codecs
 from longctx.model import LoadedModel, ModelSpec
 from longctx.ring.attention import LayerCall, RankAttention
 from longctx.ring.link import measure
@@ -16,6 +16,7 @@ from longctx.ring.transport import Transport
 from longctx.runner import BACKENDS
 
 LEADER = 0
+MOST_TILE_BLOCKS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,32 @@ class RingMemory:
     step_blocks: int
     own_blocks: int  # of one step, that a rank computes for others to keep
     tile_blocks: int  # that travel at once
+
+    @classmethod
+    def of(
+        cls,
+        spec: ModelSpec,
+        *,
+        ranks: int,
+        codec: str,
+        backend: str,
+        pool_bytes: int,
+        step_blocks: int,
+        batch_blocks: int,
+    ) -> "RingMemory":
+        """`batch_blocks`: the most that a step computes from their first row to their last."""
+        codecs = layer_codecs(spec.layers, dtype=spec.dtype, codec=codec)
+        block_bytes = sum(each.page_bytes for each in codecs)
+        return cls(
+            ranks=ranks,
+            codec=codec,
+            backend=backend,
+            pool_bytes=pool_bytes,
+            step_blocks=step_blocks,
+            # Of B blocks a rank computes two runs of at most B / 2R, rounded up, and B >= 2R.
+            own_blocks=2 * batch_blocks // ranks,
+            tile_blocks=max(1, min(MOST_TILE_BLOCKS, pool_bytes // block_bytes // 32)),
+        )
 
     @property
     def staging_blocks(self) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import queue
 import threading
+import weakref
 from collections.abc import Sequence
 
 from longctx.errors import PeerLost
@@ -25,7 +26,9 @@ class VirtualRanks:
     def open(self, memory: RingMemory, model: LoadedModel) -> None:
         for rank in range(1, self.size):
             transport = VirtualTransport(self._links, rank)
-            self.members.append(VirtualRank(model, memory, transport, self._links))
+            member = VirtualRank(model, memory, transport, self._links)
+            self.members.append(member)
+            weakref.finalize(self, member.stop)
 
     def start(self, steps: Sequence[RankStep]) -> None:
         for member, step in zip(self.members, steps[1:], strict=True):
@@ -39,10 +42,6 @@ class VirtualRanks:
 
     def pages(self, rank: int) -> RankPages:
         return LocalPages(self.members[rank - 1].rank.memory)
-
-    def close(self) -> None:
-        for member in self.members:
-            member.steps.put(None)
 
 
 class VirtualRank:
@@ -60,10 +59,17 @@ class VirtualRank:
         self.done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self._links = links
         self._made: queue.SimpleQueue[Rank] = queue.SimpleQueue()
-        thread = threading.Thread(target=self._live, args=(model, memory), daemon=True)
-        thread.name = f"longctx-rank-{transport.rank}"
-        thread.start()
         self._rank: Rank | None = None
+        name = f"longctx-rank-{transport.rank}"
+        self._thread = threading.Thread(
+            target=self._live, args=(model, memory), name=name, daemon=True
+        )
+        self._thread.start()
+
+    def stop(self) -> None:
+        self.steps.put(None)
+        self._links.lost.set()
+        self._thread.join()
 
     @property
     def rank(self) -> Rank:
