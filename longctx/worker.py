@@ -139,7 +139,7 @@ def _run(
         return True
     channel.send(encode(Loaded(engine.info)))
     try:
-        return _serve(engine, channel, commands)
+        return _serve(engine, channel, commands, ranks)
     finally:
         if not isinstance(sys.exception(), PeerLost) or ranks is None:
             engine.close(flush_seconds=FLUSH_SECONDS)
@@ -158,14 +158,19 @@ def _commands(channel: Channel) -> "queue.SimpleQueue[Command | None]":
     return commands
 
 
-def _serve(engine: Engine, channel: Channel, commands: "queue.SimpleQueue[Command | None]") -> bool:
+def _serve(
+    engine: Engine,
+    channel: Channel,
+    commands: "queue.SimpleQueue[Command | None]",
+    ranks: ProcessRanks | None,
+) -> bool:
     """Whether it was told to end."""
     while True:
         while not (engine.has_work or engine.is_writing) or not commands.empty():
             command = commands.get()
             if command is None or isinstance(command, Stop):
                 return command is not None
-            event = _obey(engine, command)
+            event = _obey(engine, command, ranks)
             if event is not None:
                 channel.send(encode(event))
         outputs = engine.step()
@@ -176,7 +181,7 @@ def _serve(engine: Engine, channel: Channel, commands: "queue.SimpleQueue[Comman
             channel.send(encode(Outputs(outputs)))
 
 
-def _obey(engine: Engine, command: Command) -> Event | None:
+def _obey(engine: Engine, command: Command, ranks: ProcessRanks | None) -> Event | None:
     try:
         match command:
             case Submit():
@@ -190,7 +195,8 @@ def _obey(engine: Engine, command: Command) -> Event | None:
                 engine.close_document(command.document_id)
                 return Done(command.ticket)
             case GetStats():
-                return Done(command.ticket, stats=engine.stats())
+                more = {} if ranks is None else ranks.stats()
+                return Done(command.ticket, stats=engine.stats() | more)
             case Clear():
                 return Done(command.ticket, stats=engine.clear(command.tiers))
     except LongctxError as error:

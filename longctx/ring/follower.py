@@ -109,11 +109,12 @@ class _Follower:
             try:
                 self._rank.run(RankStep.decode(step.body))
             except Exception as error:  # of whatever kind: the leader says what it means
-                self._channel.send(encode(Stepped(f"{type(error).__name__}: {error}")))
+                reason = f"{type(error).__name__}: {error}"
+                self._channel.send(encode(Stepped(self._rank.transport.bytes_sent, reason)))
                 if isinstance(error, PeerLost):
                     continue  # the leader knows better than this rank who is lost
                 raise
-            self._channel.send(encode(Stepped()))
+            self._channel.send(encode(Stepped(self._rank.transport.bytes_sent)))
 
     def _receive(self) -> None:
         while (body := self._channel.receive()) is not None:

@@ -50,8 +50,9 @@ class Step(Message, frozen=True):
 
 
 class Stepped(Message, frozen=True):
-    """`failure`: what the step died of, and the rank with it."""
+    """`sent_bytes`: to other ranks, ever. `failure`: what step and rank have died of."""
 
+    sent_bytes: int
     failure: str | None = None
 
 

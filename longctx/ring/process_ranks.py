@@ -77,11 +77,17 @@ class ProcessRanks:
     def finish(self) -> None:
         for member in self._members:
             stepped = member.stepped.get()
+            member.sent_bytes = stepped.sent_bytes
             if stepped.failure is not None:
                 raise PeerLost(f"rank {member.rank} failed: {stepped.failure}")
 
     def pages(self, rank: int) -> RankPages:
         return self._members[rank - 1]
+
+    def stats(self) -> dict[str, float]:
+        """As `Engine.stats`."""
+        sent_bytes = self.transport.bytes_sent + sum(each.sent_bytes for each in self._members)
+        return {"ring_sent_bytes_total": sent_bytes}
 
     def close(self) -> None:
         """Let the other ranks end, and leave the process group."""
@@ -101,6 +107,7 @@ class _Member:
         self.ready: queue.SimpleQueue[Ready] = queue.SimpleQueue()
         self.stepped: queue.SimpleQueue[Stepped] = queue.SimpleQueue()
         self.gone = threading.Event()
+        self.sent_bytes = 0
         self._lost = lost
         self._leaving = False
         self._tickets = itertools.count()
