@@ -130,3 +130,10 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     ring: RingConfig = field(default_factory=RingConfig)
+
+    def __post_init__(self) -> None:
+        if self.ring.ranks > 1 and self.cache.host_pool_gib:
+            raise ValueError(
+                f"host_pool_gib={self.cache.host_pool_gib} is for one rank; with "
+                f"ranks={self.ring.ranks} blocks go from the devices to kv_dir at once"
+            )

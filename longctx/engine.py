@@ -64,6 +64,12 @@ class Engine:
         `ranks`: further ones, which share the work and keep a part of the KV blocks each.
         Raises ModelRefused, also for a codec that costs the model too much.
         """
+        if ranks is None and config.ring.ranks > 1:
+            raise InvalidRequest(
+                f"ranks={config.ring.ranks} are processes that only longctx serve starts; leave "
+                "it out here",
+                param="ranks",
+            )
         if config.model.threads is not None:
             torch.set_num_threads(config.model.threads)
         _check_name("attention_backend", config.model.attention_backend, ("auto", *BACKENDS))

@@ -96,7 +96,11 @@ class Ring:
         if address is None:
             self._folder = Path(tempfile.mkdtemp(prefix="longctx-"))
             address = f"unix:{self._folder}/head"
-        self._secret = config.ring.head_secret or (self._folder or Path.cwd()) / "ring-secret"
+            self._secret = self._folder / "secret"
+        elif config.ring.head_secret is not None:
+            self._secret = config.ring.head_secret
+        else:
+            raise LongctxError("ranks that call a head need a secret; name its file by head_secret")
         secret = make_secret(self._secret)
         try:
             self._head = Head(address, secret, self._ranks)
