@@ -43,6 +43,9 @@ PLAIN = {
     "documents_open": ("documents_open", "Documents that the engine knows"),
     "prefixes_held": ("prefixes_held", "Documents, each after its prompt, whole on the device"),
     "raw_blocks_held": ("raw_blocks_in_use", "Blocks that are being filled"),
+    "ranks": ("ranks", "Processes that share each prompt"),
+    "engine_restarts_total": ("engine_restarts_total", "Times that the engine was lost"),
+    "ring_sent_bytes_total": ("ring_sent_bytes_total", "Bytes that ranks sent to each other"),
     "store_queue_bytes": ("kv_write_queue_bytes", "On their way to host memory and disk"),
     "store_loads": ("kv_loads_running", "Prompts that are read from host memory or disk"),
     "store_loads_late_total": ("kv_loads_late_total", "Reads that were given up for their time"),
@@ -192,6 +195,8 @@ class Metrics:
             "dtype": info.dtype,
             "attention_backend": info.backend,
         }
+        figures["ranks"] = self.engine.config.ring.ranks
+        figures["engine_restarts_total"] = self.engine.restarts
         return Snapshot(figures, self.engine.state, documents, labels)
 
 

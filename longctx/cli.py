@@ -50,6 +50,9 @@ def _serve(arguments: argparse.Namespace) -> None:
     server = _read(arguments, ServerConfig)
     if engine.cache.kv_dir is None:
         engine = replace(engine, cache=replace(engine.cache, kv_dir=server.folder / "kv"))
+    if engine.ring.head_secret is None:
+        secret = server.folder / "ring-secret"
+        engine = replace(engine, ring=replace(engine.ring, head_secret=secret))
     serve(engine, folder, server)
 
 

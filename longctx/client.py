@@ -7,9 +7,6 @@ ends with an error, and a new process is started; nobody waits for ever.
 import asyncio
 import contextlib
 import itertools
-import socket
-import subprocess
-import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Literal
@@ -19,9 +16,11 @@ from longctx.embedded import model_path
 from longctx.engine import CACHE_DIR
 from longctx.engine_info import EngineInfo
 from longctx.errors import EngineDied, InvalidRequest, LongctxError
+from longctx.launch import engine_processes
 from longctx.protocol import (
     HEADER,
     Abort,
+    Beat,
     Clear,
     CloseDocument,
     Command,
@@ -29,7 +28,9 @@ from longctx.protocol import (
     Durable,
     Event,
     GetStats,
+    Joined,
     Loaded,
+    Lost,
     OpenDocument,
     Outputs,
     Rejected,
@@ -40,8 +41,10 @@ from longctx.protocol import (
     read_event,
 )
 from longctx.request import FinishReason, Request, RequestOutput
+from longctx.ring.heartbeat import LOADING_SILENCE_SECONDS, SILENCE_SECONDS
 
-STOP_SECONDS = 10.0  # a process that was told to stop and has not done so by then is killed
+RESTARTS = 3  # in a row that may fail, where ranks start together
+LOOK_SECONDS = 0.5
 
 State = Literal["starting", "ready", "restarting", "draining", "stopped"]
 
@@ -55,7 +58,13 @@ class EngineClient:
         self.on_restart: Callable[[], Awaitable[None]] | None = None
         self.durable_tokens: dict[str, int] = {}  # of each document, on stable storage
         self._info: EngineInfo | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self.restarts = 0
+        self.processes = engine_processes(config)
+        self._started = False
+        self._heard = 0.0  # when the engine said something, by the loop's clock
+        self._silence_seconds = LOADING_SILENCE_SECONDS
+        self._lost: str | None = None  # why the ranks are about to end, in their words
+        self._watching: asyncio.Task[None] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self._restarted: asyncio.Future[None] | None = None  # held, or it might be collected
@@ -77,6 +86,8 @@ class EngineClient:
 
         Raises ModelRefused, or EngineDied if the process ends before it is ready.
         """
+        if self.config.ring.ranks > 1:
+            self._watching = asyncio.create_task(self._watch())
         reader = await self._spawn()
         self._reading = asyncio.create_task(self._read(reader))
         self.state = "ready"
@@ -140,15 +151,19 @@ class EngineClient:
     async def stop(self) -> None:
         """End the process now; requests that still run end with an error."""
         self.state = "stopped"
-        if self._process is None:
+        if not self._started:
             return
+        self._started = False
         self._end_all("the server is shutting down")
         self._send(Stop())
-        if self._reading is not None:
-            self._reading.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._reading
-        await self._reap()
+        for task in (self._reading, self._watching):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+        if self._writer is not None:
+            self._writer.close()
+        await self.processes.stop()
 
     def _check_ready(self) -> None:
         if self.state != "ready":
@@ -175,33 +190,33 @@ class EngineClient:
     async def _spawn(self) -> asyncio.StreamReader:
         """A new engine process with its model loaded."""
         self.durable_tokens.clear()
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "longctx.worker", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # a terminal's Ctrl-C is for the server alone
-            )
-        reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._started, self._lost = True, None
+        self._silence_seconds = LOADING_SILENCE_SECONDS
+        reader, self._writer = await asyncio.open_connection(sock=await self.processes.open())
         self._send(Start(self.config, str(self.model_folder), str(self.cache_dir)))
         loaded = await self._next_event(reader)
+        while isinstance(loaded, Beat):
+            loaded = await self._next_event(reader)
+        if isinstance(loaded, Lost):
+            await self._reap()
+            raise EngineDied(f"{loaded.reason}, while loading the model")
         if loaded is None:
-            code = await self._reap()
-            raise EngineDied(f"the engine process ended with code {code} while loading the model")
+            raise EngineDied(f"{await self._reap()} while loading the model")
         assert isinstance(loaded, Loaded), loaded
         if loaded.fault is not None:
             await self._reap()
             raise loaded.fault.error()
         self._info = loaded.info
+        self._silence_seconds = SILENCE_SECONDS
         return reader
 
-    @staticmethod
-    async def _next_event(reader: asyncio.StreamReader) -> Event | None:
+    async def _next_event(self, reader: asyncio.StreamReader) -> Event | None:
         """None when the process is gone."""
         try:
             header = await reader.readexactly(HEADER.size)
-            return read_event(await reader.readexactly(*HEADER.unpack(header)))
+            body = await reader.readexactly(*HEADER.unpack(header))
+            self._heard = asyncio.get_running_loop().time()
+            return read_event(body)
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
 
@@ -213,10 +228,10 @@ class EngineClient:
                 self._hand_out(event)
                 continue
             self.state = "restarting"
-            code = await self._reap()
-            self._end_all(f"the engine process ended with code {code} and is being restarted")
+            ended = await self._reap()
+            self._end_all(f"{self._lost or ended}; it is being restarted")
             try:
-                reader = await self._spawn()
+                reader = await self._restart()
             except LongctxError as error:
                 self.state = "stopped"
                 self._end_all(f"the engine process could not be restarted: {error}")
@@ -225,6 +240,29 @@ class EngineClient:
             if self.on_restart is not None:
                 # In a task of its own: it calls the engine, whose answers are read here.
                 self._restarted = asyncio.ensure_future(self.on_restart())
+
+    async def _restart(self) -> asyncio.StreamReader:
+        """Ranks that start together may lose one again: a few times that is tried once more."""
+        self.restarts += 1
+        for _ in range(RESTARTS if self.config.ring.ranks > 1 else 0):
+            with contextlib.suppress(EngineDied):
+                return await self._spawn()
+        return await self._spawn()
+
+    async def _watch(self) -> None:
+        """A process that hangs keeps its connection: only its silence gives it away."""
+        loop = asyncio.get_running_loop()
+        looked = self._heard = loop.time()
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            now = loop.time()
+            if now - looked > 4 * LOOK_SECONDS or self._writer is None:
+                self._heard = now  # this process was stopped itself, or there is no engine yet
+            looked = now
+            if now - self._heard > self._silence_seconds:
+                self._heard = now
+                self._lost = "rank 0 of the engine does not answer"
+                self.processes.hangs()
 
     def _hand_out(self, event: Event) -> None:
         match event:
@@ -241,8 +279,12 @@ class EngineClient:
                 future = self._calls.get(event.ticket)
                 if future is not None and not future.done():
                     future.set_result(event)
-            case Loaded():
-                raise AssertionError("loaded twice")
+            case Lost():
+                self._lost = event.reason
+            case Beat():
+                pass
+            case Loaded() | Joined():
+                raise AssertionError(f"a second {type(event).__name__}")
 
     def _end_all(self, reason: str) -> None:
         for request_id, outputs in self._requests.items():
@@ -258,14 +300,9 @@ class EngineClient:
             if not future.done():
                 future.set_exception(EngineDied(reason))
 
-    async def _reap(self) -> int:
-        """Wait for the process to end, by force if need be; its exit code."""
+    async def _reap(self) -> str:
+        """After the engine was lost: which process ended, in words."""
         if self._writer is not None:
             self._writer.close()
-        process = self._process
-        assert process is not None
-        try:
-            return await asyncio.to_thread(process.wait, STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return await asyncio.to_thread(process.wait)
+            self._writer = None
+        return await self.processes.ended()

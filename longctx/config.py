@@ -80,7 +80,9 @@ class CacheConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     max_batch_tokens: Annotated[
-        int | None, "tokens computed per step, prompts and answers; 512 on a CPU, 4096 on a GPU"
+        int | None,
+        "tokens computed per step, prompts and answers; 512 on a CPU, 4096 on a GPU, "
+        "more with many ranks",
     ] = None
     max_sequences: Annotated[int, "sequences running at once"] = 64
     max_waiting: Annotated[int, "requests that may wait; more are refused with 429"] = 1024
@@ -92,11 +94,38 @@ class SchedulerConfig:
                 f"max_sequences={self.max_sequences}; raise the first or lower the second"
             )
 
-    def batch_tokens(self, device_type: str) -> int:
-        """As told, or enough to keep such a device busy without making answers wait."""
+    def batch_tokens(self, device_type: str, *, ranks: int = 1) -> int:
+        """As told, or enough to keep such devices busy without making answers wait.
+
+        Each of many ranks needs a few blocks of its own.
+        """
         if self.max_batch_tokens is not None:
             return self.max_batch_tokens
-        return max(512 if device_type == "cpu" else 4096, self.max_sequences)
+        enough = max(512, 256 * ranks) if device_type == "cpu" else 4096 * ranks
+        return max(enough, self.max_sequences)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RingConfig:
+    ranks: Annotated[int, "processes that share each prompt, with its KV blocks"] = 1
+    head: Annotated[
+        str | None,
+        "HOST:PORT where to wait for ranks that torchrun starts, on any machines; else they are "
+        "started here",
+    ] = None
+    head_secret: Annotated[
+        Path | None,
+        "file that ranks of other machines must know, made if absent; ring-secret in store-dir "
+        "when serving",
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1:
+            raise ValueError(f"ranks={self.ranks} must be at least 1")
+        if self.head is not None and self.ranks < 2:
+            raise ValueError(f"head={self.head} waits for ranks; say by ranks how many, 2 or more")
+        if self.head is not None and not self.head.rpartition(":")[2].isdigit():
+            raise ValueError(f"head={self.head} must be HOST:PORT")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,3 +133,11 @@ class EngineConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    ring: RingConfig = field(default_factory=RingConfig)
+
+    def __post_init__(self) -> None:
+        if self.ring.ranks > 1 and self.cache.host_pool_gib:
+            raise ValueError(
+                f"host_pool_gib={self.cache.host_pool_gib} is for one rank; with "
+                f"ranks={self.ring.ranks} blocks go from the devices to kv_dir at once"
+            )

@@ -18,30 +18,25 @@ import torch
 from numpy.typing import NDArray
 
 from compress.codec import CODECS
-from compress.shape import BLOCK_TOKENS
 from longctx.answers import Answers
-from longctx.attention.streamed import StreamedAttention
-from longctx.batch import Batch
 from longctx.config import EngineConfig
 from longctx.detokenizer import TextStream
 from longctx.engine_info import EngineInfo
-from longctx.errors import BlocksLost, InvalidRequest, ModelRefused
+from longctx.errors import BlocksLost, InvalidRequest, ModelRefused, PeerLost
 from longctx.explain import Explainer
 from longctx.figures import Figures
 from longctx.ingestion import Ingestion
 from longctx.intake import Intake
-from longctx.kv_cache import KVCacheManager
-from longctx.kv_memory import KVMemory, pool_bytes
-from longctx.migration import Migration
+from longctx.machine import Machine
 from longctx.model import load_model
-from longctx.open_store import open_store
 from longctx.quality.gate import choose_codec
 from longctx.request import (
     FinishReason,
     Request,
     RequestOutput,
 )
-from longctx.runner import BACKENDS, ModelRunner, backend_for
+from longctx.ring.ranks import Ranks
+from longctx.runner import BACKENDS, backend_for
 from longctx.sampler import SamplingError, sample
 from longctx.scheduler import Scheduler, SchedulerOutput
 from longctx.sequence import Sequence
@@ -49,7 +44,6 @@ from longctx.tokenizer import Tokenizer
 from offload.policy import POLICIES
 
 MAX_SETBACKS = 3  # of one sequence, before it ends: its context does not stay in any tier
-STAGING_BLOCKS = 64  # of the device's, at most an eighth of them, where absent blocks pass through
 IDLE_SECONDS = 0.005  # a step that can only wait for a lower tier waits at most so long
 
 # What is worth keeping between starts: checksums of weights, and what codecs cost a model.
@@ -58,12 +52,24 @@ CACHE_DIR = Path.home() / ".cache" / "longctx"
 
 class Engine:
     def __init__(
-        self, config: EngineConfig, model_folder: Path, *, cache_dir: Path = CACHE_DIR
+        self,
+        config: EngineConfig,
+        model_folder: Path,
+        *,
+        cache_dir: Path = CACHE_DIR,
+        ranks: Ranks | None = None,
     ) -> None:
         """Loads the model and settles its codec. `config.model.model` may differ from the folder.
 
+        `ranks`: further ones, which share the work and keep a part of the KV blocks each.
         Raises ModelRefused, also for a codec that costs the model too much.
         """
+        if ranks is None and config.ring.ranks > 1:
+            raise InvalidRequest(
+                f"ranks={config.ring.ranks} are processes that only longctx serve starts; leave "
+                "it out here",
+                param="ranks",
+            )
         if config.model.threads is not None:
             torch.set_num_threads(config.model.threads)
         _check_name("attention_backend", config.model.attention_backend, ("auto", *BACKENDS))
@@ -82,31 +88,17 @@ class Engine:
             new_backend,
             cache_dir=cache_dir,
         )
-        scheduler = config.scheduler
-        batch_tokens = scheduler.batch_tokens(spec.device.type)
-        self._memory = KVMemory(
-            spec.layers,
-            dtype=spec.dtype,
-            device=spec.device,
-            codec=codec.codec,
-            pool_bytes=pool_bytes(config.cache.device_pool_gib, spec.device),
-            step_blocks=batch_tokens // BLOCK_TOKENS + 1 + 2 * scheduler.max_sequences,
+        machine = (
+            Machine.alone(config, model, codec=codec.codec, backend=backend_name)
+            if ranks is None
+            else Machine.over_ranks(config, model, ranks, codec=codec.codec, backend=backend_name)
         )
-        store = open_store(config.cache, self._memory)
-        self._migration = None
-        self._ingestion = None
-        if store is not None:
-            self._migration = Migration(self._memory, store, staged=spec.device.type != "cpu")
-        self._cache = KVCacheManager(self._memory, self._migration)
-        if store is not None:
-            self._ingestion = Ingestion(self._cache, store)
-        self._scheduler = Scheduler(scheduler, self._cache, batch_tokens=batch_tokens)
-        backend = new_backend(self._memory)
-        if self._migration is not None and self._cache.can_stream:
-            staging = self._memory.reserve(STAGING_BLOCKS)
-            backend = StreamedAttention(backend, self._memory, staging, self._migration.read_layer)
-        self._runner = ModelRunner(model, self._memory, backend)
-        self.info = EngineInfo.of(spec, self._memory, codec, store, backend=backend_name)
+        self._memory, self._cache = machine.memory, machine.cache
+        self._migration, self._runner = machine.migration, machine.runner
+        self._ingestion = None if machine.store is None else Ingestion(machine.cache, machine.store)
+        scheduler = config.scheduler
+        self._scheduler = Scheduler(scheduler, self._cache, batch_tokens=machine.batch_tokens)
+        self.info = EngineInfo.of(spec, self._memory, codec, machine.store, backend=backend_name)
         self._intake = Intake(
             spec,
             self._cache,
@@ -208,6 +200,8 @@ class Engine:
                 self._explainer.explain(chunk.sequence, self._scheduler.running)
             try:
                 drawn = self._compute(scheduled)
+            except PeerLost:
+                raise
             except BlocksLost as error:
                 self._set_back(scheduled, str(error))
                 return outputs
@@ -236,8 +230,7 @@ class Engine:
         """Run the batch; each sequence that is to go on, with its next token."""
         began = time.perf_counter()
         drawing = [chunk.sequence for chunk in scheduled.chunks if chunk.draws]
-        batch = Batch.build(scheduled.chunks, self._cache, device=self._memory.device)
-        logits = self._runner.run(batch)
+        logits = self._runner.run_chunks(scheduled.chunks, self._cache)
         self._scheduler.update(scheduled, time.perf_counter() - began)
         # The choices of a request part here: they share the prompt and draw from the same row.
         families = [[sequence, *self._fork(sequence)] for sequence in drawing]

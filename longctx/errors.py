@@ -41,3 +41,7 @@ class EngineDied(LongctxError):
 
 class BlocksLost(LongctxError):
     """Blocks that a running sequence needs are in no tier any more; it has to be computed again."""
+
+
+class PeerLost(LongctxError):
+    """Another rank ended or hangs: what was shared with it is gone, and all ranks start again."""

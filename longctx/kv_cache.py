@@ -46,7 +46,7 @@ class KVCacheManager:
     @property
     def can_stream(self) -> bool:
         """Whether contexts may be larger than the device: their old blocks are in a lower tier."""
-        return self.migration is not None and self.memory.groups[0].window is None
+        return self.migration is not None and self.memory.can_stream
 
     # -- admission ------------------------------------------------------------------------------
 
@@ -74,8 +74,8 @@ class KVCacheManager:
             return False
         self._attach(sequence, depth)
         self.leave_load(sequence)
-        wanted = min(limit - depth, self._most_held(sequence)) + spare_blocks
-        if not self.residents.make_room(wanted):
+        wanted = range(depth, min(limit, depth + self._most_held(sequence)))
+        if not self.residents.make_room(self.memory.pages_needed(wanted, spare_blocks)):
             self._detach(sequence)
             sequence.tried_at = self._changes
             return False
@@ -242,18 +242,23 @@ class KVCacheManager:
         first = sequence.computed // BLOCK_TOKENS
         end = sequence.computed + num_tokens
         sealed = range(first, end // BLOCK_TOKENS)
-        if not self.residents.make_room(len(sealed)):
-            self._stream_out(sequence, len(sealed))
-            if not self.residents.make_room(len(sealed)):
-                return False
-        for pool, table in zip(self.memory.packed, sequence.tables, strict=True):
-            for block, page in zip(sealed, pool.allocate(len(sealed)), strict=True):
+        if sealed and not self._make_room(sequence, sealed):
+            return False
+        for group, table in enumerate(sequence.tables):
+            for block, page in zip(sealed, self.memory.allocate(group, sealed), strict=True):
                 table.append(page, rows=BLOCK_TOKENS, first_position=block * BLOCK_TOKENS)
         touched = range(first, (end - 1) // BLOCK_TOKENS + 1)
         new = [block for block in touched if block not in sequence.own_pages]
         # The raw pool holds the largest possible batch, so this cannot fail.
         sequence.own_pages.update(zip(new, self.memory.raw.allocate(len(new)), strict=True))
         return True
+
+    def _make_room(self, sequence: Sequence, sealed: range) -> bool:
+        needed = self.memory.pages_needed(sealed)
+        if self.residents.make_room(needed):
+            return True
+        self._stream_out(sequence, len(sealed))
+        return self.residents.make_room(needed)
 
     def _stream_out(self, sequence: Sequence, blocks: int) -> None:
         """Let go of the oldest blocks of a sequence that streams, as far as they are stored."""
@@ -325,7 +330,7 @@ class KVCacheManager:
             child.prefix = parent.prefix
         for block, page in parent.own_pages.items():
             (copy,) = self.memory.raw.allocate(1)
-            self.memory.copy_raw(page, copy)
+            self.memory.copy_raw(block, page, copy)
             child.own_pages[block] = copy
 
     def release(self, sequence: Sequence) -> None:

@@ -42,6 +42,19 @@ def layer_groups(layers: Sequence[LayerSpec]) -> tuple[LayerGroup, ...]:
     )
 
 
+def layer_codecs(
+    layers: Sequence[LayerSpec], *, dtype: torch.dtype, codec: str
+) -> tuple[Codec, ...]:
+    """Raises ModelRefused where the codec has no page layout for a layer's shape."""
+    shapes = [
+        KVShape(kv_heads=each.kv_heads, head_dim=each.head_dim, dtype=dtype) for each in layers
+    ]
+    try:
+        return tuple(CODECS[codec](shape) for shape in shapes)
+    except ShapeRefused as error:
+        raise ModelRefused(str(error)) from error
+
+
 class KVMemory:
     """`raw` and `packed[group]` pools, and the codec of each layer."""
 
@@ -54,8 +67,13 @@ class KVMemory:
         codec: str,
         pool_bytes: int,
         step_blocks: int,
+        ranks: int = 1,
+        staging_blocks: int = 0,
     ) -> None:
         """`step_blocks`: the most blocks that grow at once; the raw pool holds as many.
+
+        `ranks`: whose books are kept for layers that see everything. `staging_blocks`: pages of
+        theirs through which other ranks' blocks pass.
 
         Raises ModelRefused where the codec has no page layout for a layer's shape.
         """
@@ -63,25 +81,25 @@ class KVMemory:
         self.reserved_blocks = 0  # pages of the first packed pool that no sequence gets
         self.step_blocks = step_blocks
         self.device = device
-        shapes = [
-            KVShape(kv_heads=spec.kv_heads, head_dim=spec.head_dim, dtype=dtype) for spec in layers
-        ]
-        try:
-            self.codecs: tuple[Codec, ...] = tuple(CODECS[codec](shape) for shape in shapes)
-        except ShapeRefused as error:
-            raise ModelRefused(str(error)) from error
-        self._shapes = shapes
+        self.codecs = layer_codecs(layers, dtype=dtype, codec=codec)
+        self._shapes = shapes = [each.shape for each in self.codecs]
         self.raw = BlockPool(
             page_bytes=[shape.values_per_page * dtype.itemsize for shape in shapes],
             num_pages=step_blocks + 1,
             device=device,
         )
-        pages = _pages_per_group(self.groups, self.codecs, pool_bytes, step_blocks)
+        staging_bytes = staging_blocks * sum(
+            self.codecs[layer].page_bytes for layer in self.groups[0].layers
+        )
+        left_bytes = max(pool_bytes - staging_bytes, pool_bytes // 2)
+        pages = _pages_per_group(self.groups, self.codecs, left_bytes, step_blocks)
         self.packed = tuple(
             BlockPool(
                 page_bytes=[self.codecs[layer].page_bytes for layer in group.layers],
                 num_pages=count + 1,
                 device=device,
+                ranks=ranks if group.window is None else 1,
+                staging_pages=staging_blocks if group.window is None else 0,
             )
             for group, count in zip(self.groups, pages, strict=True)
         )
@@ -104,6 +122,11 @@ class KVMemory:
     @property
     def capacity_blocks(self) -> int:
         return self.packed[0].capacity - self.reserved_blocks
+
+    @property
+    def can_stream(self) -> bool:
+        """Whether blocks may be used that no page holds: those of layers that see everything."""
+        return self.groups[0].window is None and self.packed[0].ranks == 1
 
     def reserve(self, blocks: int) -> list[int]:
         """Packed pages of the first group that no sequence gets: so many, or an eighth of all."""
@@ -131,12 +154,18 @@ class KVMemory:
         block_bytes = self.block_bytes or sum(sum(pool.page_bytes) for pool in self.packed)
         return size_bytes // block_bytes * BLOCK_TOKENS
 
-    def pages_needed(self, group: int, blocks: int) -> int:
-        """Pages that `blocks` more blocks of one sequence take of a group at any one time."""
-        window = self.groups[group].window
-        if window is None:
+    def pages_needed(self, blocks: range, spare: int = 0) -> list[list[int]]:
+        """Pages that more blocks of one sequence take at any one time: by group, then by rank."""
+        return [[self._most_pages(group, len(blocks) + spare)] for group in self.groups]
+
+    def _most_pages(self, group: LayerGroup, blocks: int) -> int:
+        if group.window is None:
             return blocks
-        return min(blocks, window // BLOCK_TOKENS + 2 + self.step_blocks)
+        return min(blocks, group.window // BLOCK_TOKENS + 2 + self.step_blocks)
+
+    def allocate(self, group: int, blocks: Sequence[int]) -> list[int]:
+        """A page for each of these blocks of a sequence, given by their numbers in it."""
+        return self.packed[group].allocate(len(blocks))
 
     def raw_rows(self, layer: int) -> Tensor:
         """The raw pool, row by row: [raw pages * block_tokens, 2, kv_heads, head_dim]."""
@@ -171,7 +200,8 @@ class KVMemory:
         for pool in self.raw.pages:
             pool[pages] = 0
 
-    def copy_raw(self, source: int, target: int) -> None:
+    def copy_raw(self, block: int, source: int, target: int) -> None:
+        """Copy the raw page of a sequence's open block, which is number `block` in it."""
         for pool in self.raw.pages:
             pool[target] = pool[source]
 

@@ -19,7 +19,7 @@ class ContextLimits:
     ) -> "ContextLimits":
         """`below_tokens`: what the largest tier below the device holds."""
         capacity = held = memory.capacity_tokens
-        if memory.groups[0].window is None:  # else nothing is streamed
+        if memory.can_stream:
             held = max(capacity, below_tokens)
         return cls(
             max_context_tokens=max_context_tokens,

@@ -15,9 +15,9 @@ from compress.shape import BLOCK_TOKENS
 from longctx.kv_memory import KVMemory
 from longctx.sequence import Sequence
 from longctx.tier_state import Load
-from longctx.transfer import PageTransfer
+from longctx.transfer import PageTransfer, Transfer
 from offload.key import BlockKey
-from offload.run import EXTENT_BLOCKS, BlockRun, PageSlots
+from offload.run import EXTENT_BLOCKS, BlockRun, Slots
 from offload.store import KVStore, Late, Loaded, Written
 
 KEPT_PROMPT_TOKENS = 1024  # prompts from here on are stored at once, shorter ones when seen again
@@ -30,7 +30,7 @@ class _Write:
     sequence: Sequence
     run: BlockRun
     pages: list[int]
-    slots: PageSlots
+    slots: Slots
     ready: Callable[[], bool]
     cost_seconds: float
     retained: bool
@@ -43,12 +43,16 @@ class Migration:
         store: KVStore,
         *,
         staged: bool,
+        transfers: Items[Transfer] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`staged`: pages pass through copies, since threads cannot address the pool's memory."""
+        """`staged`: pages pass through copies, since threads cannot address the pool's memory.
+
+        `transfers`: one of each group, where the pages do not all lie in this process.
+        """
         self.store = store
         self._memory = memory
-        self._transfers = [PageTransfer(pool, staged=staged) for pool in memory.packed]
+        self._transfers = transfers or [PageTransfer(pool, staged=staged) for pool in memory.packed]
         self._clock = clock
         self._seconds_per_token: float | None = None  # of prefill, as measured lately
         self._copying: list[_Write] = []  # to pinned memory, before they are offered
@@ -215,7 +219,7 @@ class Migration:
 
         `page_of(sequence, group, block)` is where the device has a block. There must be room.
         """
-        wanted: list[tuple[int, list[BlockKey]]] = []
+        wanted: list[tuple[int, list[int]]] = []
         held: list[list[int]] = []
         for index, group in enumerate(self._memory.groups):
             begin = group.first_needed(target * BLOCK_TOKENS)
@@ -225,31 +229,31 @@ class Migration:
                 begin = min(sequence.prefix.blocks, target)
             pages = [page_of(sequence, index, block) for block in range(begin, target)]
             held.append([page for page in pages if page is not None])
-            keys = [sequence.key(begin + i) for i, page in enumerate(pages) if page is None]
-            wanted.append((index, keys))
+            missing = [block for block, page in enumerate(pages, begin) if page is None]
+            wanted.append((index, missing))
         if not self._worth_loading(wanted, target - depth):
             return False
         for pool, there in zip(self._memory.packed, held, strict=True):
             pool.acquire(there)  # first, or the fresh pages might be these
-        parts = []
-        for index, keys in wanted:
-            if keys:
-                pool = self._memory.packed[index]
-                fresh = pool.allocate(len(keys))
+        parts: list[tuple[int, tuple[BlockKey, ...], list[int], Slots]] = []
+        for index, missing in wanted:
+            if missing:
+                fresh = self._memory.allocate(index, missing)
                 slots = self._transfers[index].incoming(fresh)
-                parts.append((index, tuple(keys), fresh, slots))
+                keys = tuple(sequence.key(block) for block in missing)
+                parts.append((index, keys, fresh, slots))
         load = sequence.tier.load = Load(depth, held, parts)
         sequence.tier.loads += 1
         ticket = self.store.load([(group, keys, slots) for group, keys, _, slots in parts])
         self._loads[ticket] = load
         return True
 
-    def _worth_loading(self, wanted: Items[tuple[int, list[BlockKey]]], blocks: int) -> bool:
+    def _worth_loading(self, wanted: Items[tuple[int, list[int]]], blocks: int) -> bool:
         """Whether reading takes less time than computing."""
         if self._seconds_per_token is None:
             return True
         pools = self._memory.packed
-        size_bytes = sum(len(keys) * sum(pools[group].page_bytes) for group, keys in wanted)
+        size_bytes = sum(len(lacks) * sum(pools[group].page_bytes) for group, lacks in wanted)
         read_seconds = size_bytes / self.store.read_bytes_per_second
         return read_seconds < blocks * BLOCK_TOKENS * self._seconds_per_token
 

@@ -13,6 +13,7 @@ from longctx.errors import LongctxError
 from longctx.kv_memory import KVMemory
 from offload.disk import DiskTier
 from offload.disk_folder import FolderRefused
+from offload.extent_io import ExtentIO
 from offload.host import HostTier
 from offload.policy import POLICIES
 from offload.store import KVStore
@@ -23,9 +24,15 @@ READ_DEADLINE_SECONDS = 5.0
 OWNER_SECONDS = 10.0  # a process that was killed may hold the folder so long
 
 
-def open_store(config: CacheConfig, memory: KVMemory) -> KVStore | None:
-    """None where nothing is to be kept below the device. Raises LongctxError."""
-    host, disk = _host(config, memory), _disk(config)
+def open_store(
+    config: CacheConfig, memory: KVMemory, *, extents: ExtentIO | None = None
+) -> KVStore | None:
+    """None where nothing is to be kept below the device. Raises LongctxError.
+
+    `extents` moves the bytes of pages that do not all lie in this process.
+    """
+    host = _host(config, memory) if extents is None else None
+    disk = _disk(config, extents)
     if host is None and disk is None:
         return None
     return KVStore(disk=disk, host=host, read_deadline_seconds=READ_DEADLINE_SECONDS)
@@ -45,7 +52,7 @@ def _host(config: CacheConfig, memory: KVMemory) -> HostTier | None:
     return HostTier(capacity_bytes=capacity, page_bytes=page_bytes, policy=policy, allocate=_pinned)
 
 
-def _disk(config: CacheConfig) -> DiskTier | None:
+def _disk(config: CacheConfig, extents: ExtentIO | None) -> DiskTier | None:
     if config.kv_dir is None:
         return None
     folder = config.kv_dir.expanduser()
@@ -59,6 +66,7 @@ def _disk(config: CacheConfig) -> DiskTier | None:
                 free_floor_bytes=int(config.disk_free_gib * GIB),
                 policy=POLICIES[config.eviction_policy](),
                 compress=config.disk_compress,
+                extents=extents,
             )
         except FolderRefused as error:
             if time.monotonic() > deadline:

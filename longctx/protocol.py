@@ -20,6 +20,7 @@ from longctx.errors import (
     LongctxError,
     ModelRefused,
     Overloaded,
+    PeerLost,
 )
 from longctx.request import Request, RequestOutput
 
@@ -30,7 +31,47 @@ class Message(msgspec.Struct, frozen=True, tag=True):
     """Any message; its class name travels with it."""
 
 
+class Fault(msgspec.Struct, frozen=True):
+    """A `LongctxError` on the wire."""
+
+    kind: str
+    message: str
+    param: str | None = None
+
+    @classmethod
+    def of(cls, error: LongctxError) -> "Fault":
+        param = error.param if isinstance(error, InvalidRequest) else None
+        return cls(type(error).__name__, str(error), param)
+
+    def error(self) -> LongctxError:
+        kind = _FAULTS.get(self.kind, LongctxError)
+        if issubclass(kind, InvalidRequest):
+            return kind(self.message, param=self.param)
+        return kind(self.message)
+
+
+class Joined(Message, frozen=True):
+    """The first word of a rank that was started by a launcher.
+
+    `address`: where rank 0 waits for the others. `pid`: where it can be killed.
+    """
+
+    rank: int
+    ranks: int
+    pid: int
+    address: str = ""
+
+
+class Leader(Message, frozen=True):
+    """The answer to `Joined` of another rank than 0: where rank 0 is; or why not."""
+
+    address: str
+    fault: Fault | None = None
+
+
 class Start(Message, frozen=True):
+    """The answer to `Joined` of rank 0, and the first word to an engine that is alone."""
+
     config: EngineConfig
     model_folder: str
     cache_dir: str
@@ -70,25 +111,6 @@ class Stop(Message, frozen=True):
     """End the process; whoever still waits has been told."""
 
 
-class Fault(msgspec.Struct, frozen=True):
-    """A `LongctxError` on the wire."""
-
-    kind: str
-    message: str
-    param: str | None = None
-
-    @classmethod
-    def of(cls, error: LongctxError) -> "Fault":
-        param = error.param if isinstance(error, InvalidRequest) else None
-        return cls(type(error).__name__, str(error), param)
-
-    def error(self) -> LongctxError:
-        kind = _FAULTS.get(self.kind, LongctxError)
-        if issubclass(kind, InvalidRequest):
-            return kind(self.message, param=self.param)
-        return kind(self.message)
-
-
 class Loaded(Message, frozen=True):
     """Answer to `Start`: ready, or why not."""
 
@@ -113,14 +135,24 @@ class Durable(Message, frozen=True):
     documents: dict[str, int]
 
 
+class Beat(Message, frozen=True):
+    """A rank that computes for long is still there."""
+
+
+class Lost(Message, frozen=True):
+    """Why the ranks are about to end and to be started again."""
+
+    reason: str
+
+
 class Done(Message, frozen=True):
     ticket: int
     fault: Fault | None = None
     stats: dict[str, float] | None = None
 
 
-Command = Start | Submit | Abort | OpenDocument | CloseDocument | GetStats | Clear | Stop
-Event = Loaded | Rejected | Outputs | Durable | Done
+Command = Leader | Start | Submit | Abort | OpenDocument | CloseDocument | GetStats | Clear | Stop
+Event = Joined | Beat | Lost | Loaded | Rejected | Outputs | Durable | Done
 
 _FAULTS: dict[str, type[LongctxError]] = {
     kind.__name__: kind
@@ -131,29 +163,36 @@ _FAULTS: dict[str, type[LongctxError]] = {
         InvalidRequest,
         ModelRefused,
         Overloaded,
+        PeerLost,
     )
 }
 
 
-def _plain(value: Any) -> Any:
+def encode_hook(value: Any) -> Any:
+    """For msgspec: what a message may hold beside plain types."""
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"{type(value).__name__} cannot be sent")
 
 
-def _rich(kind: type, value: Any) -> Any:
+def decode_hook(kind: type, value: Any) -> Any:
+    """The inverse of `encode_hook`."""
     if issubclass(kind, Path):
         return kind(value)
     raise TypeError(f"{kind.__name__} cannot be received")
 
 
-_ENCODER = msgspec.msgpack.Encoder(enc_hook=_plain)
-_COMMANDS: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command, dec_hook=_rich)
-_EVENTS: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event, dec_hook=_rich)
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=encode_hook)
+_COMMANDS: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command, dec_hook=decode_hook)
+_EVENTS: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event, dec_hook=decode_hook)
+
+
+def encode(message: Command | Event) -> bytes:
+    return _ENCODER.encode(message)
 
 
 def frame(message: Command | Event) -> bytes:
-    body = _ENCODER.encode(message)
+    body = encode(message)
     return HEADER.pack(len(body)) + body
 
 

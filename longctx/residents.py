@@ -4,6 +4,10 @@ A prefix holds one reference to each of its blocks for all its users together. T
 are let go, the longest unused first, when somebody needs their room.
 """
 
+from collections.abc import Sequence as Items
+
+import numpy as np
+
 from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import PAGE
 from longctx.kv_memory import KVMemory
@@ -46,28 +50,38 @@ class ResidentPrefixes:
         while (prefix := self._prefixes.pop_idle()) is not None:
             self._free(prefix)
 
-    def make_room(self, blocks: int) -> bool:
-        """Let unused prefixes go until every group can give `blocks` pages.
+    def make_room(self, needed: Items[Items[int]]) -> bool:
+        """Let unused prefixes go until there are so many pages, by group and rank.
 
         None goes where that would not suffice: a document is not given up for nothing.
         """
-        needed = [
-            self._memory.pages_needed(index, blocks) for index in range(len(self._memory.packed))
-        ]
         for index, pool in enumerate(self._memory.packed):
-            missing = needed[index] - pool.available
-            if missing > 0 and missing > sum(
-                prefix.blocks - prefix.window_begin[index] for prefix in self._prefixes.idle()
+            missing = [pages - room for pages, room in zip(needed[index], pool.room, strict=True)]
+            if max(missing) > 0 and any(
+                pages > idle for pages, idle in zip(missing, self._idle_pages(index), strict=True)
             ):
                 return False
         while any(
-            pool.available < pages for pool, pages in zip(self._memory.packed, needed, strict=True)
+            room < pages
+            for pool, wanted in zip(self._memory.packed, needed, strict=True)
+            for room, pages in zip(pool.room, wanted, strict=True)
         ):
             prefix = self._prefixes.pop_idle()
             if prefix is None:
                 return False
             self._free(prefix)
         return True
+
+    def _idle_pages(self, group: int) -> list[int]:
+        """Pages of each rank that unused prefixes hold."""
+        pool = self._memory.packed[group]
+        pages = [
+            prefix.tables[group][prefix.window_begin[group] :, PAGE]
+            for prefix in self._prefixes.idle()
+        ]
+        ranks = np.concatenate([np.empty(0, dtype=np.int64), *pages]) // pool.pages_per_rank
+        counts: list[int] = np.bincount(ranks, minlength=pool.ranks).tolist()
+        return counts
 
     def _hold(self, sequence: Sequence, name: PrefixName, end_tokens: int) -> None:
         blocks = end_tokens // BLOCK_TOKENS

@@ -1,6 +1,7 @@
 """One forward pass: the model computes, we hold the keys and values and do the attention."""
 
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 
 import torch
 from torch import Tensor
@@ -11,8 +12,10 @@ from longctx.attention.reference import ReferenceAttention
 from longctx.attention.torch_backend import TorchAttention
 from longctx.batch import Batch
 from longctx.errors import ModelRefused
+from longctx.kv_cache import KVCacheManager
 from longctx.kv_memory import KVMemory
 from longctx.model import LoadedModel
+from longctx.scheduler import Chunk
 
 BACKENDS: dict[str, Callable[[KVMemory], AttentionBackend]] = {
     "reference": ReferenceAttention,
@@ -44,6 +47,10 @@ class ModelRunner:
         self._memory = memory
         self.backend = backend
         self.computed_tokens = 0  # rows that went through the model, ever
+
+    def run_chunks(self, chunks: Items[Chunk], cache: KVCacheManager) -> Tensor:
+        """`run` for chunks whose pages have been allocated."""
+        return self.run(Batch.build(chunks, cache, device=self._memory.device))
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:

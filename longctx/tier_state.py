@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from offload.key import BlockKey
-from offload.run import PageSlots
+from offload.run import Slots
 
 
 @dataclass(slots=True, eq=False)
@@ -12,7 +12,7 @@ class Load:
 
     begin: int  # depth in blocks without them
     held: list[list[int]]  # per group: pages that it will need too and that are there already
-    parts: list[tuple[int, tuple[BlockKey, ...], list[int], PageSlots]]  # group, keys, pages, slots
+    parts: list[tuple[int, tuple[BlockKey, ...], list[int], Slots]]  # group, keys, pages, slots
     ended: bool = False  # or late: the sequence computes what is missing
     arrived: bool = field(default=False, init=False)  # no thread writes into the pages any more
     abandoned: bool = field(default=False, init=False)

@@ -6,6 +6,7 @@ wrote is complete before it is copied out, what is copied in is there before a s
 """
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,11 +14,31 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offload.pool import BlockPool
-from offload.run import PageSlots
+from offload.run import PageSlots, Slots
+
+
+class Transfer(Protocol):
+    """Pages of one layer group on their way to or from the tiers."""
+
+    def outgoing(self, pages: Sequence[int]) -> tuple[Slots, Callable[[], bool]]:
+        """The contents of `pages`, and whether they may be read yet."""
+        ...
+
+    def incoming(self, pages: Sequence[int]) -> Slots:
+        """Where a tier puts what is to stand in `pages`."""
+        ...
+
+    def arrived(self, slots: Slots, pages: Sequence[int]) -> None:
+        """Everything of `incoming(pages)` is in its slots."""
+        ...
+
+    def fetch(self, layer: int, pages: Sequence[int], read: Callable[[Slots], bool]) -> bool:
+        """Let `read` fill these pages of one layer, a number within the group; what it returned."""
+        ...
 
 
 class PageTransfer:
-    """Pages of one pool on their way to or from the tiers."""
+    """Pages of one pool of this process on their way to or from the tiers."""
 
     def __init__(self, pool: BlockPool, *, staged: bool) -> None:
         """`staged`: through copies, as a pool needs whose memory the tiers cannot address."""
@@ -28,7 +49,6 @@ class PageTransfer:
             self._in_place = tuple(layer.numpy() for layer in pool.pages)
 
     def outgoing(self, pages: Sequence[int]) -> tuple[PageSlots, Callable[[], bool]]:
-        """The contents of `pages`, and whether they may be read yet."""
         if not self._staged:
             return PageSlots(self._in_place, tuple(pages)), _now
         copies, ready = [], _now
@@ -43,21 +63,19 @@ class PageTransfer:
         return PageSlots(tuple(copies), tuple(range(len(pages)))), ready
 
     def incoming(self, pages: Sequence[int]) -> PageSlots:
-        """Where a tier puts what is to stand in `pages`."""
         if not self._staged:
             return PageSlots(self._in_place, tuple(pages))
         copies = (self._staging(len(pages), layer).numpy() for layer in self._pool.pages)
         return PageSlots(tuple(copies), tuple(range(len(pages))))
 
-    def arrived(self, slots: PageSlots, pages: Sequence[int]) -> None:
-        """Everything of `incoming(pages)` is in its slots."""
+    def arrived(self, slots: Slots, pages: Sequence[int]) -> None:
         if self._staged:
+            assert isinstance(slots, PageSlots), slots
             for layer, array in zip(self._pool.pages, slots.arrays, strict=True):
                 index = torch.tensor(pages, device=layer.device)
                 layer[index] = torch.from_numpy(array).to(layer.device, non_blocking=True)
 
     def fetch(self, layer: int, pages: Sequence[int], read: Callable[[PageSlots], bool]) -> bool:
-        """Let `read` fill these pages of one layer, a number within the pool; what it returned."""
         if not self._staged:
             return read(PageSlots((self._in_place[layer],), tuple(pages), first_layer=layer))
         target = self._pool.pages[layer]

@@ -2,8 +2,12 @@
 
 It reads commands from the socket, steps the engine while there is work, and writes what comes out.
 It ends when it is told to, or when the other end is gone: an engine never outlives its server.
+
+With many ranks torchrun starts it, `torchrun ... -m longctx.worker --head ADDRESS --secret FILE`:
+rank 0 calls the head and is the engine, the other ranks do what rank 0 says.
 """
 
+import argparse
 import contextlib
 import os
 import queue
@@ -11,16 +15,21 @@ import signal
 import socket
 import sys
 import threading
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import transformers
 
+from longctx.channel import Channel
 from longctx.engine import Engine
-from longctx.errors import InvalidRequest, LongctxError
+from longctx.errors import InvalidRequest, LongctxError, PeerLost
+from longctx.lifetime import die_with_parent
 from longctx.protocol import (
-    HEADER,
     Abort,
+    Beat,
     Clear,
     CloseDocument,
     Command,
@@ -29,80 +38,150 @@ from longctx.protocol import (
     Event,
     Fault,
     GetStats,
+    Leader,
     Loaded,
+    Lost,
     OpenDocument,
     Outputs,
     Rejected,
     Start,
     Stop,
     Submit,
-    frame,
+    encode,
     read_command,
 )
+from longctx.ring.follower import follow
+from longctx.ring.heartbeat import beat
+from longctx.ring.join import FollowerPost, LeaderPost, Place
+from longctx.ring.process_ranks import ProcessRanks
+from longctx.ring.secret import read_secret
 
 FLUSH_SECONDS = 5.0  # at the end, for blocks that are on their way to the disk
 SEND_BUFFER_BYTES = 4 << 20  # a server that is busy for a moment does not stop the engine
+REASON_SECONDS = 1.0
 
 
-def main(descriptor: int) -> None:
-    # A service manager signals every process of a service; the server decides what it means.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def main(words: Sequence[str], environment: Mapping[str, str]) -> None:
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    with socket.socket(fileno=descriptor) as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        threading.Thread(target=_receive, args=(connection, commands), daemon=True).start()
-        start = commands.get()
-        if not isinstance(start, Start):
-            return
-        try:
-            engine = Engine(start.config, Path(start.model_folder), cache_dir=Path(start.cache_dir))
-        except LongctxError as error:
-            _send(connection, Loaded(None, Fault.of(error)))
-            return
-        _send(connection, Loaded(engine.info))
-        try:
-            _serve(engine, connection, commands)
-        finally:
+    parser = argparse.ArgumentParser(prog="longctx.worker", description=__doc__)
+    parser.add_argument("descriptor", type=int, nargs="?", help="of a socket to the server")
+    parser.add_argument("--head", metavar="HOST:PORT", help="the --head of longctx serve")
+    parser.add_argument("--secret", type=Path, metavar="FILE", help="a copy of the head's file")
+    arguments = parser.parse_args(words)
+    if arguments.descriptor is not None:
+        # A service manager signals every process of a service; the server decides what it means.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with socket.socket(fileno=arguments.descriptor) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+            _alone(Channel(connection))
+        return
+    if arguments.head is None or arguments.secret is None:
+        parser.error("--head and --secret are needed; see docs/ring.md")
+    die_with_parent()
+    place, secret = Place.of(environment), read_secret(arguments.secret)
+    if place.rank == 0:
+        _lead(LeaderPost(arguments.head, secret, place), place)
+    else:
+        post = FollowerPost(arguments.head, secret, place)
+        follow(post.channel, place.own, post.meet)
+
+
+def _alone(channel: Channel) -> None:
+    commands = _commands(channel)
+    start = commands.get()
+    if isinstance(start, Start):
+        with contextlib.suppress(PeerLost):  # nobody is there to hear it
+            _run(channel, commands, start, ranks=None)
+
+
+def _lead(post: LeaderPost, place: Place) -> None:
+    def lost(reason: str) -> NoReturn:
+        with contextlib.suppress(PeerLost):
+            post.channel.send(encode(Lost(reason)))
+        os._exit(1)  # whatever other threads wait for will not come
+
+    commands = _commands(post.channel)
+    beat([post.channel], encode(Beat()))
+    start = commands.get()
+    if isinstance(start, Leader) and start.fault is not None:
+        raise start.fault.error()
+    if not isinstance(start, Start):
+        lost("the head is gone")
+    try:
+        transport = post.meet(start.config, start.model_folder, start.cache_dir)
+        ranks = ProcessRanks(transport, post.members, lost)
+        start = Start(place.own(start.config), start.model_folder, start.cache_dir)
+        if _run(post.channel, commands, start, ranks=ranks):
+            ranks.close()
+        else:
+            lost("the head is gone")
+    except PeerLost as error:
+        time.sleep(REASON_SECONDS)  # who sees which rank it was says so now, and ends this
+        lost(str(error))
+
+
+def _run(
+    channel: Channel,
+    commands: "queue.SimpleQueue[Command | None]",
+    start: Start,
+    *,
+    ranks: ProcessRanks | None,
+) -> bool:
+    """Whether it was told to end. Raises PeerLost."""
+    folder, cache_dir = Path(start.model_folder), Path(start.cache_dir)
+    try:
+        engine = Engine(start.config, folder, cache_dir=cache_dir, ranks=ranks)
+    except PeerLost:
+        raise
+    except LongctxError as error:
+        channel.send(encode(Loaded(None, Fault.of(error))))
+        return True
+    channel.send(encode(Loaded(engine.info)))
+    try:
+        return _serve(engine, channel, commands, ranks)
+    finally:
+        if not isinstance(sys.exception(), PeerLost) or ranks is None:
             engine.close(flush_seconds=FLUSH_SECONDS)
 
 
-def _receive(connection: socket.socket, commands: "queue.SimpleQueue[Command | None]") -> None:
+def _commands(channel: Channel) -> "queue.SimpleQueue[Command | None]":
     """Commands as they come, then None when the other end is gone."""
-    with connection.makefile("rb") as stream, contextlib.suppress(ConnectionError):
-        while header := stream.read(HEADER.size):
-            commands.put(read_command(stream.read(*HEADER.unpack(header))))
-    commands.put(None)
+    commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
 
+    def receive() -> None:
+        while (body := channel.receive()) is not None:
+            commands.put(read_command(body))
+        commands.put(None)
 
-def _send(connection: socket.socket, event: Event) -> None:
-    try:
-        connection.sendall(frame(event))
-    except OSError:
-        sys.exit(0)  # nobody is there to hear it
+    threading.Thread(target=receive, daemon=True).start()
+    return commands
 
 
 def _serve(
-    engine: Engine, connection: socket.socket, commands: "queue.SimpleQueue[Command | None]"
-) -> None:
+    engine: Engine,
+    channel: Channel,
+    commands: "queue.SimpleQueue[Command | None]",
+    ranks: ProcessRanks | None,
+) -> bool:
+    """Whether it was told to end."""
     while True:
         while not (engine.has_work or engine.is_writing) or not commands.empty():
             command = commands.get()
             if command is None or isinstance(command, Stop):
-                return
-            event = _obey(engine, command)
+                return command is not None
+            event = _obey(engine, command, ranks)
             if event is not None:
-                _send(connection, event)
+                channel.send(encode(event))
         outputs = engine.step()
         documents = engine.durable_documents()
         if documents:  # first: what ends with these outputs is durable by then
-            _send(connection, Durable(documents))
+            channel.send(encode(Durable(documents)))
         if outputs:
-            _send(connection, Outputs(outputs))
+            channel.send(encode(Outputs(outputs)))
 
 
-def _obey(engine: Engine, command: Command) -> Event | None:
+def _obey(engine: Engine, command: Command, ranks: ProcessRanks | None) -> Event | None:
     try:
         match command:
             case Submit():
@@ -116,7 +195,8 @@ def _obey(engine: Engine, command: Command) -> Event | None:
                 engine.close_document(command.document_id)
                 return Done(command.ticket)
             case GetStats():
-                return Done(command.ticket, stats=engine.stats())
+                more = {} if ranks is None else ranks.stats()
+                return Done(command.ticket, stats=engine.stats() | more)
             case Clear():
                 return Done(command.ticket, stats=engine.clear(command.tiers))
     except LongctxError as error:
@@ -136,5 +216,11 @@ def _token_ids(file: Path) -> "np.memmap[tuple[int, ...], np.dtype[np.int32]]":
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    try:
+        main(sys.argv[1:], os.environ)
+    except PeerLost as error:
+        print(f"longctx: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+    except LongctxError as error:
+        raise SystemExit(f"longctx: {error}") from error
     os._exit(0)  # nothing is left to flush, and taking torch down takes seconds

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from offload import extent_file
 from offload.clocks import Clocks, seconds_since_boot
 from offload.disk_folder import TEMPORARY, DiskFolder, FolderInUse, FolderRefused
 from offload.disk_index import DiskEntry, DiskIndex, Extent
@@ -25,11 +24,13 @@ from offload.disk_keeper import IndexKeeper
 from offload.disk_room import Collected, DiskBounds, DiskRoom
 from offload.disk_verify import DiskVerifier, Verified
 from offload.extent import ExtentUnreadable, file_name
+from offload.extent_file import LayoutDiffers
+from offload.extent_io import ExtentIO, LocalExtents
 from offload.filesystem import FileSystem
 from offload.incidents import Incidents
 from offload.key import BlockKey
 from offload.policy import EvictionPolicy
-from offload.run import BlockRun, PageSlots
+from offload.run import BlockRun, Slots
 from offload.shuffle import PageShuffle
 
 __all__ = ["Collected", "DiskEntry", "DiskTier", "FolderInUse", "FolderRefused", "Verified"]
@@ -76,6 +77,7 @@ class DiskTier:
         files: FileSystem | None = None,
         read_only: bool = False,
         compress: bool = False,
+        extents: ExtentIO | None = None,
     ) -> None:
         """Opens `folder`, which is created; raises FolderRefused, OSError.
 
@@ -83,7 +85,7 @@ class DiskTier:
         comes on top, 0.6 KB for each. `ttl_seconds` counts from an extent's last use; on the file
         system, `free_floor_bytes` stay free. `clock` may jump, `steady_clock` never does.
         `read_only` needs no lock and changes nothing. `compress` is for pages of 16-bit floats: a
-        quarter smaller, and several times slower to read.
+        quarter smaller, and several times slower to read. `extents` moves the pages' bytes.
         """
         self.read_only = read_only
         self._bounds = DiskBounds(
@@ -91,7 +93,7 @@ class DiskTier:
         )
         self._files = files or FileSystem()
         self._shuffle = PageShuffle()
-        self._compress = compress
+        self._extents = extents or LocalExtents(self._files, self._shuffle, compress=compress)
         self._writer = threading.Lock()  # one write at a time: room is made for one file
         self._counts = dict.fromkeys(_COUNTS, 0.0)  # under the lock of the index
         self._incidents = Incidents(_INCIDENTS, steady_clock)
@@ -114,7 +116,7 @@ class DiskTier:
     def has(self, group: int, key: BlockKey) -> bool:
         return self._index.holder((group, key)) is not None
 
-    def read(self, group: int, keys: Sequence[BlockKey], slots: PageSlots) -> list[bool]:
+    def read(self, group: int, keys: Sequence[BlockKey], slots: Slots) -> list[bool]:
         """Which of the keys' pages are in `slots` now; other rows of `slots` may hold garbage."""
         assert len(keys) == len(slots.pages), (len(keys), len(slots.pages))
         begin = time.perf_counter()
@@ -128,7 +130,7 @@ class DiskTier:
         with self._index.lock:
             self._counts["hits_total"] += hits
             self._counts["misses_total"] += len(found) - hits
-            self._counts["read_bytes_total"] += hits * sum(a.shape[1] for a in slots.arrays)
+            self._counts["read_bytes_total"] += hits * slots.block_bytes
             self._counts["read_seconds_total"] += time.perf_counter() - begin
         return found
 
@@ -145,23 +147,12 @@ class DiskTier:
                 self._index.use(extent, now)
         return list(plan.values())
 
-    def _read_extent(
-        self, extent: Extent, keys: Sequence[BlockKey], slots: PageSlots
-    ) -> list[bool]:
+    def _read_extent(self, extent: Extent, keys: Sequence[BlockKey], slots: Slots) -> list[bool]:
         begin = self._clocks.steady()
         found = [False] * len(keys)
         try:
-            descriptor = self._files.open(self._folder.file(extent.name))
-            try:
-                header = extent_file.read_header(self._files, descriptor)
-                if header.run != extent.run:
-                    raise ExtentUnreadable("holds other blocks than it did")
-                blocks = [extent.run.keys.index(key) for key in keys]
-                found = extent_file.read_pages(
-                    self._files, descriptor, header, blocks, slots, self._shuffle
-                )
-            finally:
-                self._files.close(descriptor)
+            blocks = [extent.run.keys.index(key) for key in keys]
+            found = self._extents.read(self._folder.file(extent.name), extent.run, blocks, slots)
             if not all(found):
                 raise ExtentUnreadable("checksum of a page does not match")
         except ExtentUnreadable as error:
@@ -172,7 +163,7 @@ class DiskTier:
                 self._incidents.report(
                     "missing_files", f"{self._folder.file(extent.name)} was removed by somebody"
                 )
-        except extent_file.LayoutDiffers as error:
+        except LayoutDiffers as error:
             self._incidents.report("layouts_differ", f"{extent.name} does not fit: {error}")
         except OSError as error:
             self._incidents.report("read_errors", f"{extent.name} cannot be read: {error}")
@@ -186,9 +177,7 @@ class DiskTier:
 
     # -- writing --------------------------------------------------------------------------------
 
-    def write(
-        self, run: BlockRun, slots: PageSlots, *, cost_seconds: float, retained: bool
-    ) -> bool:
+    def write(self, run: BlockRun, slots: Slots, *, cost_seconds: float, retained: bool) -> bool:
         """True once the whole run is durable; False where it cannot be, now or ever."""
         assert not self.read_only
         with self._writer:
@@ -200,9 +189,7 @@ class DiskTier:
                 self._writing_failed(error)
                 return False
 
-    def _write(
-        self, run: BlockRun, slots: PageSlots, *, cost_seconds: float, retained: bool
-    ) -> bool:
+    def _write(self, run: BlockRun, slots: Slots, *, cost_seconds: float, retained: bool) -> bool:
         begin = time.perf_counter()
         if not self._folder.is_ours():
             self._enter_again()
@@ -210,20 +197,15 @@ class DiskTier:
             return True
         with self._index.lock:
             now = self._now()
-        packed = extent_file.pack(
-            run,
-            slots,
-            cost_seconds=cost_seconds,
-            created_at=now,
-            retained=retained,
-            shuffle=self._shuffle if self._compress else None,
+        packed = self._extents.pack(
+            run, slots, cost_seconds=cost_seconds, created_at=now, retained=retained
         )
         if not self._room.make(packed.header.file_bytes, run, retained=retained):
             return False
         name = file_name(run)
         temporary = self._folder.file(name + TEMPORARY)
         try:
-            extent_file.write(self._files, temporary, packed)
+            packed.write(temporary)
             self._folder.publish(temporary, name)
         except BaseException:
             self._folder.discard(temporary)

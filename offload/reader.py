@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from offload.events import Late, Loaded, Mailbox
 from offload.key import BlockKey
 from offload.policy import Block
-from offload.run import EXTENT_BLOCKS, PageSlots
+from offload.run import EXTENT_BLOCKS, Slots
 from offload.tiers import Tiers
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 SLOWEST_BYTES_PER_SECOND = 50e6  # a load may take its deadline, and its bytes at this speed
 AVOIDED_SECONDS = 60.0  # for which keys that failed or came late are not found
 
-Part = tuple[int, tuple[BlockKey, ...], PageSlots]  # group, keys of one chain in order, pages
+Part = tuple[int, tuple[BlockKey, ...], Slots]  # group, keys of one chain in order, pages
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class _Job:
     group: int
     keys: tuple[BlockKey, ...]
     parent: BlockKey | None  # the key before its first one, where known
-    slots: PageSlots
+    slots: Slots
 
 
 class Reader:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +27,30 @@ class BlockRun:
     keys: tuple[BlockKey, ...]
 
 
+class Slots(Protocol):
+    """Where the pages of some blocks lie, in a form that an `ExtentIO` knows."""
+
+    @property
+    def pages(self) -> tuple[int, ...]: ...
+
+    @property
+    def block_bytes(self) -> int:
+        """Of one block: its pages in all layers."""
+        ...
+
+    def pick(self, indices: Sequence[int]) -> Self:
+        """The slots of some blocks."""
+        ...
+
+    def rows(self, begin: int, end: int) -> Self:
+        """The slots of the blocks from `begin` to before `end`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class PageSlots:
-    """Rows `pages` of `arrays`, one array [pages, page_bytes] for each layer of the group.
+    """Slots of this process: rows `pages` of `arrays`, which are [pages, page_bytes], one of each
+    layer of the group.
 
     To read only some layers: arrays for these alone, which follow each other from `first_layer`.
 
@@ -41,14 +63,11 @@ class PageSlots:
 
     @property
     def block_bytes(self) -> int:
-        """Of one block: its pages in all layers of the group."""
         return sum(array.shape[1] for array in self.arrays)
 
     def pick(self, indices: Sequence[int]) -> "PageSlots":
-        """The slots of some blocks."""
         pages = tuple(self.pages[index] for index in indices)
         return PageSlots(self.arrays, pages, self.first_layer)
 
     def rows(self, begin: int, end: int) -> "PageSlots":
-        """The slots of the blocks from `begin` to before `end`."""
         return PageSlots(self.arrays, self.pages[begin:end], self.first_layer)

@@ -17,7 +17,7 @@ from offload.host import HostTier
 from offload.key import BlockKey
 from offload.owners import Owners
 from offload.reader import Part, Reader
-from offload.run import BlockRun, PageSlots
+from offload.run import BlockRun, Slots
 from offload.tier import DurableTier
 from offload.tiers import Tiers
 from offload.writer import Offer, Writer
@@ -55,7 +55,7 @@ class KVStore:
         self._ticket = 0
         self._closed = False
 
-    def offer(self, run: BlockRun, slots: PageSlots, *, cost_seconds: float, retained: bool) -> int:
+    def offer(self, run: BlockRun, slots: Slots, *, cost_seconds: float, retained: bool) -> int:
         """Write a run through to the tiers; the ticket that its `Written` will carry.
 
         `cost_seconds`: what computing these blocks again would take. `retained`: to be kept even
@@ -73,7 +73,7 @@ class KVStore:
         self._writer.add(Offer(self._ticket, run, slots, cost_seconds, is_retained))
         return self._ticket
 
-    def read(self, group: int, keys: Sequence[BlockKey], slots: PageSlots) -> list[bool]:
+    def read(self, group: int, keys: Sequence[BlockKey], slots: Slots) -> list[bool]:
         """Fill slots now, on the caller's thread: the one call that waits for a tier.
 
         The slots may be of some layers only. Which of the keys arrived.

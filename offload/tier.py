@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from offload.key import BlockKey
-from offload.run import BlockRun, PageSlots
+from offload.run import BlockRun, Slots
 
 
 class Tier(Protocol):
@@ -17,7 +17,7 @@ class Tier(Protocol):
         """A dictionary lookup: the engine calls this on its own thread."""
         ...
 
-    def read(self, group: int, keys: Sequence[BlockKey], slots: PageSlots) -> list[bool]:
+    def read(self, group: int, keys: Sequence[BlockKey], slots: Slots) -> list[bool]:
         """Copy pages into `slots`; which of the keys arrived. Other rows may hold garbage."""
         ...
 
@@ -49,9 +49,7 @@ class Tier(Protocol):
 
 
 class DurableTier(Tier, Protocol):
-    def write(
-        self, run: BlockRun, slots: PageSlots, *, cost_seconds: float, retained: bool
-    ) -> bool:
+    def write(self, run: BlockRun, slots: Slots, *, cost_seconds: float, retained: bool) -> bool:
         """True once the whole run is on stable storage."""
         ...
 

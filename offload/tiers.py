@@ -11,7 +11,7 @@ from typing import Literal
 from offload.bandwidth import Bandwidth
 from offload.host import HostTier
 from offload.key import BlockKey
-from offload.run import BlockRun, PageSlots
+from offload.run import BlockRun, PageSlots, Slots
 from offload.tier import DurableTier
 
 
@@ -43,9 +43,7 @@ class Tiers:
     def explain(self, group: int, key: BlockKey) -> str | None:
         return self._lowest.explain(group, key)
 
-    def write(
-        self, run: BlockRun, slots: PageSlots, *, cost_seconds: float, retained: bool
-    ) -> bool:
+    def write(self, run: BlockRun, slots: Slots, *, cost_seconds: float, retained: bool) -> bool:
         """Whether all of the run is on disk now; what was there already is not written again."""
         if self._host is not None:
             self._put(run.group, run.keys, slots, run.parent, cost_seconds, retained)
@@ -69,7 +67,7 @@ class Tiers:
         return ok
 
     def read(
-        self, group: int, keys: Sequence[BlockKey], slots: PageSlots, parent: BlockKey | None
+        self, group: int, keys: Sequence[BlockKey], slots: Slots, parent: BlockKey | None
     ) -> list[bool]:
         """Fill the slots; which keys arrived. What comes from disk is in host memory afterwards.
 
@@ -81,11 +79,11 @@ class Tiers:
         self._promote(group, keys, slots, parent, fresh)
         return found
 
-    def read_layers(self, group: int, keys: Sequence[BlockKey], slots: PageSlots) -> list[bool]:
+    def read_layers(self, group: int, keys: Sequence[BlockKey], slots: Slots) -> list[bool]:
         """As `read`, for slots of some layers only; nothing goes to host memory by it."""
         found = [False] * len(keys)
         if any(self.in_host(group, key) for key in keys):
-            assert self._host is not None
+            assert self._host is not None and isinstance(slots, PageSlots), slots
             found = self._host.read(group, keys, slots)
         missing = [i for i, here in enumerate(found) if not here and self.on_disk(group, keys[i])]
         for begin, end in _stretches(missing):
@@ -129,7 +127,7 @@ class Tiers:
             if tier is not None:
                 tier.close()
 
-    def _read_disk(self, group: int, keys: Sequence[BlockKey], slots: PageSlots) -> list[bool]:
+    def _read_disk(self, group: int, keys: Sequence[BlockKey], slots: Slots) -> list[bool]:
         assert self._disk is not None
         with self.bandwidth.reading() as done:
             found = self._disk.read(group, keys, slots)
@@ -140,7 +138,7 @@ class Tiers:
         self,
         group: int,
         keys: Sequence[BlockKey],
-        slots: PageSlots,
+        slots: Slots,
         parent: BlockKey | None,
         rows: Sequence[int],
     ) -> None:
@@ -157,12 +155,12 @@ class Tiers:
         self,
         group: int,
         keys: Sequence[BlockKey],
-        slots: PageSlots,
+        slots: Slots,
         parent: BlockKey | None,
         cost_seconds: float,
         retained: bool,
     ) -> None:
-        assert self._host is not None
+        assert self._host is not None and isinstance(slots, PageSlots), slots
         if self._disk is not None:
             cost_seconds = len(keys) * slots.block_bytes / self.bandwidth.bytes_per_second
             retained = False

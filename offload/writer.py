@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from offload.events import Mailbox, Written
-from offload.run import BlockRun, PageSlots
+from offload.run import BlockRun, Slots
 from offload.tiers import Tiers
 
 log = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ GC_SECONDS = 60.0
 class Offer:
     ticket: int
     run: BlockRun
-    slots: PageSlots
+    slots: Slots
     cost_seconds: float
     retained: Callable[[], bool]  # asked when its turn comes
 

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from compress.codec import CODECS
 from compress.shape import KVShape
-from longctx.batch import Batch
 from longctx.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from longctx.engine import Engine
+from longctx.kv_cache import KVCacheManager
+from longctx.machine import Runner
 from longctx.request import (
     FinishReason,
     Progress,
@@ -29,9 +30,9 @@ from longctx.request import (
     Segment,
     Usage,
 )
-from longctx.runner import ModelRunner
+from longctx.ring.ranks import Ranks
 from longctx.sampler import SamplingError
-from longctx.scheduler import SchedulerOutput
+from longctx.scheduler import Chunk, SchedulerOutput
 from longctx.sequence import Sequence as EngineSequence
 from longctx.sequence import TokenIds
 from tests.tiny_models import BASE, HEAD_DIM, VOCAB_SIZE
@@ -86,29 +87,31 @@ class Answered:
 class RecordingRunner:
     """A `ModelRunner` that keeps the last step's logits, and fails when it is told to."""
 
-    def __init__(self, runner: ModelRunner) -> None:
-        self._runner = runner
+    def __init__(self, runner: Runner) -> None:
+        self.inner = runner
         self.logits: Tensor | None = None
         self.failures: list[Exception] = []
 
     @property
     def computed_tokens(self) -> int:
-        return self._runner.computed_tokens
+        return self.inner.computed_tokens
 
-    def run(self, batch: Batch) -> Tensor:
+    def run_chunks(self, chunks: Sequence[Chunk], cache: KVCacheManager) -> Tensor:
         if self.failures:
             raise self.failures.pop()
-        self.logits = self._runner.run(batch)
+        self.logits = self.inner.run_chunks(chunks, cache)
         return self.logits
 
 
 class RecordedEngine(Engine):
     """`logits[request_id, index][tokens]`: the row that followed the first `tokens` tokens."""
 
-    def __init__(self, config: EngineConfig, model_folder: Path) -> None:
-        super().__init__(config, model_folder)
+    def __init__(
+        self, config: EngineConfig, model_folder: Path, ranks: Ranks | None = None
+    ) -> None:
+        super().__init__(config, model_folder, ranks=ranks)
         self.runner = RecordingRunner(self._runner)
-        self._runner = self.runner  # type: ignore[assignment]
+        self._runner = self.runner
         self.cache = self._cache
         self.memory = self._memory
         self.scheduler = self._scheduler
@@ -193,8 +196,8 @@ def engine_config(
     )
 
 
-def build_engine(folder: Path, **options: Any) -> RecordedEngine:
-    return RecordedEngine(engine_config(**options), folder)
+def build_engine(folder: Path, *, ranks: Ranks | None = None, **options: Any) -> RecordedEngine:
+    return RecordedEngine(engine_config(**options), folder, ranks)
 
 
 def gib_of_blocks(

@@ -17,6 +17,7 @@ import pytest
 from longctx.client import EngineClient
 from longctx.config import EngineConfig
 from longctx.errors import ContextTooLong, DocumentMissing, EngineDied, InvalidRequest, ModelRefused
+from longctx.launch import Child
 from longctx.request import FinishReason, Request, RequestOutput
 from tests.recorded_engine import ask, build_engine, engine_config, some_ids
 
@@ -74,8 +75,8 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
 
 
 def process_of(client: EngineClient) -> subprocess.Popen[bytes]:
-    assert client._process is not None
-    return client._process
+    assert isinstance(client.processes, Child) and client.processes.process is not None
+    return client.processes.process
 
 
 def alive(pid: int) -> bool:
@@ -287,7 +288,7 @@ async def main():
     cache = CacheConfig(kv_codec="raw", device_pool_gib=0.03)
     client = EngineClient(EngineConfig(model=model, cache=cache))
     await client.start()
-    print(client._process.pid, flush=True)
+    print(client.processes.process.pid, flush=True)
     await asyncio.sleep(600)
 
 asyncio.run(main())

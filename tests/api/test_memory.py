@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from longctx.launch import Child
 from tests.api.live_server import MODEL, LiveServer
 
 WARM_UP = 150
@@ -22,8 +23,9 @@ def resident_bytes(pid: int) -> int:
 @pytest.mark.slow
 def test_memory_is_flat_over_500_requests(model_folder: Path, tmp_path: Path) -> None:
     with LiveServer(model_folder, tmp_path, max_sequences=8) as server:
-        process = server.application.engine._process
-        assert process is not None
+        processes = server.application.engine.processes
+        assert isinstance(processes, Child) and processes.process is not None
+        process = processes.process
 
         def chat(number: int) -> None:
             # The same 40 texts again and again: new ones would fill the pool, as they should.

@@ -13,6 +13,7 @@ from api.config import ServerConfig
 from api.server import listen
 from api.store_dir import StoreDir
 from longctx.errors import LongctxError, ModelRefused
+from longctx.launch import Child
 from tests.api.live_server import MODEL, LiveServer
 
 KEYS = ("alice", "bob")
@@ -40,9 +41,9 @@ def computed_tokens(client: openai.OpenAI, file_id: str) -> int:
 
 
 def engine_process(server: LiveServer) -> int:
-    process = server.application.engine._process
-    assert process is not None
-    return process.pid
+    processes = server.application.engine.processes
+    assert isinstance(processes, Child) and processes.process is not None
+    return processes.process.pid
 
 
 def test_tenants_and_documents_survive_the_engine_and_the_server(

@@ -1,0 +1,191 @@
+"""The processes that an engine runs in, as the server starts and ends them.
+
+`Child` is an engine alone. `Ring` is many ranks: a launcher of ours starts them here, or torchrun
+on any machines. Whichever it is, the server gets a connection to whoever takes commands.
+"""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Protocol
+
+from longctx.config import EngineConfig
+from longctx.errors import EngineDied, LongctxError
+from longctx.protocol import Joined
+from longctx.ring.head import Head
+from longctx.ring.secret import make_secret
+
+STOP_SECONDS = 10.0  # a process that was told to stop and has not done so by then is killed
+CALL_SECONDS = 90.0  # for ranks that are started to call: Python and torch, from a cold disk
+LOOK_SECONDS = 0.1
+
+
+class EngineProcesses(Protocol):
+    async def open(self) -> socket.socket:
+        """Start what is not running; a connection to an engine that awaits `Start`.
+
+        Raises EngineDied.
+        """
+        ...
+
+    async def ended(self) -> str:
+        """After the connection was lost: see to it that nothing of this engine runs; what ended."""
+        ...
+
+    def hangs(self) -> None:
+        """The engine says nothing any more: its connection is to end."""
+        ...
+
+    async def stop(self) -> None:
+        """The engine was told to stop: wait for that, by force if need be. Nothing is left."""
+        ...
+
+
+def engine_processes(config: EngineConfig) -> EngineProcesses:
+    """Raises LongctxError."""
+    return Child() if config.ring.ranks == 1 else Ring(config)
+
+
+class Child:
+    """One engine process, joined by a pair of sockets."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+
+    async def open(self) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "longctx.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # a terminal's Ctrl-C is for the server alone
+            )
+        return ours
+
+    async def ended(self) -> str:
+        assert self.process is not None
+        code = await _end(self.process)
+        return f"the engine process ended with code {code}"
+
+    def hangs(self) -> None:
+        """It has no threads that would tell; its requests have their own deadlines."""
+
+    async def stop(self) -> None:
+        await self.ended()
+
+
+class Ring:
+    """Many ranks, whose rank 0 calls here."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._ranks = config.ring.ranks
+        self._threads = config.model.threads
+        self._leader: Joined | None = None
+        self._connection: socket.socket | None = None
+        self.agent: subprocess.Popen[bytes] | None = None
+        self._folder: Path | None = None  # of local ranks: private, so their sockets are too
+        address = config.ring.head
+        if address is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="longctx-"))
+            address = f"unix:{self._folder}/head"
+            self._secret = self._folder / "secret"
+        elif config.ring.head_secret is not None:
+            self._secret = config.ring.head_secret
+        else:
+            raise LongctxError("ranks that call a head need a secret; name its file by head_secret")
+        secret = make_secret(self._secret)
+        try:
+            self._head = Head(address, secret, self._ranks)
+        except OSError as error:
+            raise LongctxError(
+                f"cannot listen for ranks on {address}: {error.strerror}; choose another --head"
+            ) from error
+
+    async def open(self) -> socket.socket:
+        if self._folder is None:
+            print(
+                f"longctx waits for {self._ranks} ranks, to be started by torchrun ... -m "
+                f"longctx.worker --head {self._head.address} --secret {self._secret}",
+                file=sys.stderr,
+            )
+        elif self.agent is None or self.agent.poll() is not None:
+            self.agent = self._launch(self._folder)
+        calling = asyncio.ensure_future(self._head.leader())
+        try:
+            await self._wait_for(calling)
+        finally:
+            calling.cancel()
+        self._connection, self._leader = calling.result()
+        return self._connection.dup()
+
+    async def _wait_for(self, calling: asyncio.Future[tuple[socket.socket, Joined]]) -> None:
+        deadline = asyncio.get_running_loop().time() + CALL_SECONDS
+        while not calling.done():
+            await asyncio.wait([calling], timeout=LOOK_SECONDS)
+            if self.agent is None or calling.done():
+                continue
+            if (code := self.agent.poll()) is not None:
+                raise EngineDied(f"the launcher of the ranks ended with code {code}")
+            if asyncio.get_running_loop().time() > deadline:
+                await self._end_agent(0.0)
+                raise EngineDied(f"the ranks did not call within {CALL_SECONDS:.0f} s")
+
+    def _launch(self, folder: Path) -> subprocess.Popen[bytes]:
+        threads = self._threads or max(1, (os.cpu_count() or 1) // self._ranks)
+        options = {
+            "--ranks": self._ranks,
+            "--threads": threads,
+            "--folder": folder,
+            "--head": self._head.address,
+            "--secret": self._secret,
+        }
+        words = [str(word) for option in options.items() for word in option]
+        return subprocess.Popen(
+            [sys.executable, "-m", "longctx.ring.agent", *words],
+            stdin=subprocess.PIPE,  # its end is the agent's
+            start_new_session=True,
+        )
+
+    async def ended(self) -> str:
+        self._head.forget()
+        self._leader = None
+        return "the ranks of the engine ended"
+
+    def hangs(self) -> None:
+        """A local rank 0 is killed; one elsewhere ends when its connection does."""
+        if self._folder is not None and self._leader is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._leader.pid, signal.SIGKILL)
+        if self._connection is not None:
+            with contextlib.suppress(OSError):
+                self._connection.shutdown(socket.SHUT_RDWR)
+
+    async def stop(self) -> None:
+        await self._end_agent(0.0 if self._leader is None else STOP_SECONDS)
+        self._head.close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _end_agent(self, seconds: float) -> None:
+        """By force after a while; its ranks end with it."""
+        if self.agent is not None:
+            await _end(self.agent, seconds)
+            assert self.agent.stdin is not None
+            self.agent.stdin.close()
+
+
+async def _end(process: subprocess.Popen[bytes], seconds: float = STOP_SECONDS) -> int:
+    """Wait for a process, by force after a while; its exit code."""
+    try:
+        return await asyncio.to_thread(process.wait, seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return await asyncio.to_thread(process.wait)

@@ -1,0 +1,1 @@
+"""One prompt over many ranks: the sequence is split, the weights are replicated."""

@@ -1,0 +1,72 @@
+"""The launcher of local ranks: PyTorch's elastic agent, `python -m longctx.ring.agent`.
+
+It starts the ranks, and starts all of them again when one ends. It lives as long as the server that
+started it, and the ranks as long as it does, whatever ends them.
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
+
+MAX_RESTARTS = 1_000_000  # torchrun's default is none; the server gives up when a start fails
+SHUTDOWN_SECONDS = 1  # ranks that still run when one has ended are of no use
+MONITOR_SECONDS = 0.1
+LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
+
+
+def main(words: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="longctx.ring.agent", description=__doc__)
+    parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True, help="of each rank")
+    parser.add_argument("--folder", type=Path, required=True, help="where ranks meet; private")
+    parser.add_argument("--head", required=True)
+    parser.add_argument("--secret", required=True)
+    arguments = parser.parse_args(words)
+    threading.Thread(target=_end_with_stdin, args=(arguments.folder,), daemon=True).start()
+    # The server decides what a signal to all its processes means; ranks inherit this.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    os.environ.update(
+        OMP_NUM_THREADS=str(arguments.threads),  # torchrun's default is 1
+        GLOO_SOCKET_IFNAME=LOOPBACK,
+        NCCL_SOCKET_IFNAME=LOOPBACK,
+        TORCH_ELASTIC_SHUTDOWN_TIMEOUT=str(SHUTDOWN_SECONDS),
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",  # it would listen to every machine's questions
+    )
+    options = {
+        "nnodes": 1,
+        "nproc-per-node": arguments.ranks,
+        "rdzv-backend": "c10d",
+        "rdzv-conf": "store_type=file",
+        "rdzv-endpoint": arguments.folder / "rendezvous",
+        "rdzv-id": "longctx",
+        "local-addr": "127.0.0.1",
+        "max-restarts": MAX_RESTARTS,
+        "monitor-interval": MONITOR_SECONDS,
+        "signals-to-handle": "SIGHUP",
+    }
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    rank = ["-m", "longctx.worker", "--head", arguments.head, "--secret", arguments.secret]
+    with contextlib.suppress(ChildFailedError):  # said in the server's log by then
+        torchrun([*flags, *rank])
+
+
+def _end_with_stdin(folder: Path) -> None:
+    """The server holds the other end. The ranks are killed when this process is gone."""
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,223 @@
+"""How processes become ranks: all call the head, rank 0 stays with it and gathers the others.
+
+The head is whoever serves requests. A launcher, PyTorch's, starts the processes and tells each its
+number; the head tells the others where rank 0 is; rank 0 tells them where the process group meets.
+A launcher that starts them again needs to agree with nobody about which attempt this is.
+"""
+
+import array
+import fcntl
+import os
+import socket
+import struct
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from longctx.channel import Channel, connect, listen, prove
+from longctx.config import EngineConfig
+from longctx.errors import LongctxError, PeerLost
+from longctx.protocol import Joined, Leader, encode, read_command
+from longctx.ring import messages
+from longctx.ring.messages import Group, Member, to_leader
+from longctx.ring.process_group import ProcessGroupTransport
+
+GATHERING_SECONDS = 120.0  # until every rank is there: Python and torch load slowly from cold disks
+CALL_SECONDS = 5.0  # for one connection
+RETRY_SECONDS = 0.2
+SIOCGIFADDR = 0x8915  # Linux: an interface's address
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Which rank this process is, among all and among those of its machine."""
+
+    rank: int
+    ranks: int
+    local_rank: int
+    local_ranks: int
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Self:
+        """As torchrun tells it. Raises LongctxError."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        try:
+            rank, ranks, local_rank, local_ranks = (int(environment[name]) for name in names)
+        except KeyError as error:
+            raise LongctxError(
+                f"{error.args[0]} is not set; ranks are started by torchrun, see docs/ring.md"
+            ) from error
+        return cls(rank=rank, ranks=ranks, local_rank=local_rank, local_ranks=local_ranks)
+
+    def own(self, config: EngineConfig) -> EngineConfig:
+        """The configuration with this rank's share of the machine; its threads are set by it."""
+        device = config.model.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda":
+            device = f"cuda:{self.local_rank}"
+        threads = config.model.threads or max(1, cores() // self.local_ranks)
+        torch.set_num_threads(threads)
+        return replace(config, model=replace(config.model, device=device, threads=threads))
+
+
+def cores() -> int:
+    """That this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class LeaderPost:
+    """Rank 0: connected to the head, with a channel to each other rank."""
+
+    def __init__(self, head: str, secret: bytes, place: Place) -> None:
+        """Raises PeerLost where the head or a rank is not there in time."""
+        connection = _call_head(head, secret)
+        self.channel = Channel(connection)
+        self._place = place
+        if head.startswith("unix:"):
+            self._host, address = "", f"{head}-{os.getpid()}"
+        else:
+            self._host = connection.getsockname()[0]
+            _use_interface(self._host)
+            address = f"{self._host}:0"
+        with listen(address) as listener:
+            if self._host:
+                address = f"{self._host}:{listener.getsockname()[1]}"
+            joined = Joined(0, place.ranks, os.getpid(), address)
+            self.channel.send(encode(joined))
+            self.members = self._gather(listener, secret)
+        self._address = address
+
+    def _gather(self, listener: socket.socket, secret: bytes) -> dict[int, Channel]:
+        members: dict[int, Channel] = {}
+        deadline = time.monotonic() + GATHERING_SECONDS
+        while len(members) < self._place.ranks - 1:
+            listener.settimeout(max(0.01, deadline - time.monotonic()))
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError as error:
+                missing = sorted(set(range(1, self._place.ranks)) - members.keys())
+                raise PeerLost(f"ranks {missing} did not come") from error
+            connection.settimeout(None)
+            try:
+                prove(connection, secret, caller=False)
+            except PeerLost:
+                connection.close()
+                continue
+            channel = Channel(connection)
+            body = channel.receive()
+            if body is not None:
+                member = to_leader(body)
+                assert isinstance(member, Member), member
+                members[member.rank] = channel
+        return members
+
+    def meet(
+        self, config: EngineConfig, model_folder: str, cache_dir: str
+    ) -> ProcessGroupTransport:
+        """The process group, of which everybody is told. `config` is not yet this rank's own."""
+        store, name = self._open_store()
+        group = messages.encode(Group(name, config, model_folder, cache_dir))
+        for channel in self.members.values():
+            channel.send(group)
+        device = torch.device(self._place.own(config).model.device)
+        return ProcessGroupTransport(store, 0, self._place.ranks, device)
+
+    def _open_store(self) -> tuple[Store, str]:
+        if not self._host:
+            path = self._address.removeprefix("unix:") + "-store"
+            return FileStore(path, self._place.ranks), f"file:{path}"
+        store = TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
+        return store, f"{self._host}:{store.port}"
+
+
+class FollowerPost:
+    """Another rank: with a channel to rank 0."""
+
+    def __init__(self, head: str, secret: bytes, place: Place) -> None:
+        """Raises LongctxError, PeerLost, where head or leader are not there in time."""
+        self._place = place
+        deadline = time.monotonic() + GATHERING_SECONDS
+        while True:
+            try:
+                self.channel = self._reach(head, secret)
+                return
+            except (OSError, PeerLost) as error:  # the leader of before, who is gone, perhaps
+                if time.monotonic() > deadline:
+                    raise PeerLost(f"rank {place.rank} did not find the leader: {error}") from error
+                time.sleep(RETRY_SECONDS)
+
+    def _reach(self, head: str, secret: bytes) -> Channel:
+        asking = Channel(_call(head, secret))
+        try:
+            asking.send(encode(Joined(self._place.rank, self._place.ranks, os.getpid())))
+            body = asking.receive()
+        finally:
+            asking.close()
+        if body is None:
+            raise PeerLost("the head knows no leader")
+        leader = read_command(body)
+        assert isinstance(leader, Leader), leader
+        if leader.fault is not None:
+            raise leader.fault.error()
+        connection = _call(leader.address, secret)
+        if connection.family == socket.AF_INET:
+            _use_interface(connection.getsockname()[0])
+        channel = Channel(connection)
+        channel.send(messages.encode(Member(self._place.rank)))
+        return channel
+
+    def meet(self, group: Group) -> ProcessGroupTransport:
+        device = torch.device(self._place.own(group.config).model.device)
+        if group.store.startswith("file:"):
+            store: Store = FileStore(group.store.removeprefix("file:"), self._place.ranks)
+        else:
+            host, _, port = group.store.rpartition(":")
+            store = TCPStore(host, int(port), is_master=False)
+        return ProcessGroupTransport(store, self._place.rank, self._place.ranks, device)
+
+
+def _call(address: str, secret: bytes) -> socket.socket:
+    connection = connect(address, CALL_SECONDS)
+    try:
+        prove(connection, secret, caller=True)
+    except PeerLost:
+        connection.close()
+        raise
+    return connection
+
+
+def _call_head(address: str, secret: bytes) -> socket.socket:
+    """As soon as it is there: a head may be started after its ranks, or again."""
+    deadline = time.monotonic() + GATHERING_SECONDS
+    while True:
+        try:
+            return _call(address, secret)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise PeerLost(f"nobody answers at {address}: {error}") from error
+            time.sleep(RETRY_SECONDS)
+
+
+def _use_interface(address: str) -> None:
+    """Let gloo use the interface of this address, unless it was told one.
+
+    By itself it takes the one that the host's name resolves to, often the loopback.
+    """
+    for _, name in socket.if_nameindex():
+        request = struct.pack("16s16x", name.encode()[:15])
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                answer = array.array("B", request + bytes(8))
+                fcntl.ioctl(probe, SIOCGIFADDR, answer)
+            except OSError:
+                continue  # an interface without an address
+        if socket.inet_ntoa(answer.tobytes()[20:24]) == address:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            return

@@ -1,0 +1,138 @@
+"""What the leader and another rank say to each other, beside tensors: msgpack, never pickle.
+
+The leader asks for pages to be written, read or copied at any time, from any thread; the answer
+carries the same ticket. Everything else follows in order: `Group`, `Loading`, `Ready`, `Open`, then
+`Step` and `Stepped` again and again.
+"""
+
+import msgspec
+
+from longctx.config import EngineConfig
+from longctx.errors import LongctxError, PeerLost
+from longctx.protocol import Beat, Fault, Message, decode_hook, encode_hook
+from longctx.ring.pages import WrittenAs
+from longctx.ring.rank import RingMemory
+from offload.extent import ExtentUnreadable
+from offload.extent_file import LayoutDiffers
+from offload.run import BlockRun
+
+
+class Member(Message, frozen=True):
+    """The first word of a rank to its leader."""
+
+    rank: int
+
+
+class Group(Message, frozen=True):
+    """Everybody is there: where the process group meets, and what to load."""
+
+    store: str  # file:PATH or HOST:PORT
+    config: EngineConfig
+    model_folder: str
+    cache_dir: str
+
+
+class Ready(Message, frozen=True):
+    """The model is loaded, or why not."""
+
+    fault: Fault | None = None
+
+
+class Open(Message, frozen=True):
+    """`fingerprint`: of the leader's model."""
+
+    memory: RingMemory
+    fingerprint: str
+
+
+class Step(Message, frozen=True):
+    body: bytes  # of a `RankStep`
+
+
+class Stepped(Message, frozen=True):
+    """`sent_bytes`: to other ranks, ever. `failure`: what step and rank have died of."""
+
+    sent_bytes: int
+    failure: str | None = None
+
+
+class End(Message, frozen=True):
+    """The rank's process ends."""
+
+
+class WritePages(Message, frozen=True):
+    ticket: int
+    path: str
+    run: BlockRun
+    pages: list[int]
+    how: WrittenAs
+
+
+class ReadPages(Message, frozen=True):
+    ticket: int
+    path: str
+    run: BlockRun
+    blocks: list[int]
+    pages: list[int]
+
+
+class CopyPages(Message, frozen=True):
+    ticket: int
+    group: int
+    pages: list[int]
+
+
+class Answer(Message, frozen=True):
+    """`found`: of a read; `copies`: of a copy. Or what it died of."""
+
+    ticket: int
+    found: list[bool] | None = None
+    copies: list[bytes] | None = None
+    failure: str | None = None
+    kind: str = ""  # of failure, a key of _FAILURES; else its own type's name
+    errno: int | None = None
+
+    @classmethod
+    def failed(cls, ticket: int, error: Exception) -> "Answer":
+        if isinstance(error, OSError):
+            return cls(ticket, failure=str(error), kind="OSError", errno=error.errno)
+        return cls(ticket, failure=str(error), kind=type(error).__name__)
+
+    def raise_failure(self) -> None:
+        """As it was raised where it happened."""
+        if self.failure is None:
+            return
+        if self.kind == "OSError":
+            raise OSError(self.errno, self.failure)  # the subclass that the number stands for
+        if self.kind in _FAILURES:
+            raise _FAILURES[self.kind](self.failure)
+        raise LongctxError(f"{self.kind}: {self.failure}")
+
+
+PagesOrder = WritePages | ReadPages | CopyPages
+FromLeader = Group | Open | Step | End | WritePages | ReadPages | CopyPages | Beat
+ToLeader = Member | Ready | Stepped | Answer | Beat
+
+_FAILURES: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (ExtentUnreadable, LayoutDiffers, PeerLost)
+}
+
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=encode_hook)
+_FROM_LEADER: msgspec.msgpack.Decoder[FromLeader] = msgspec.msgpack.Decoder(
+    FromLeader, dec_hook=decode_hook
+)
+_TO_LEADER: msgspec.msgpack.Decoder[ToLeader] = msgspec.msgpack.Decoder(
+    ToLeader, dec_hook=decode_hook
+)
+
+
+def encode(message: FromLeader | ToLeader) -> bytes:
+    return _ENCODER.encode(message)
+
+
+def from_leader(body: bytes) -> FromLeader:
+    return _FROM_LEADER.decode(body)
+
+
+def to_leader(body: bytes) -> ToLeader:
+    return _TO_LEADER.decode(body)

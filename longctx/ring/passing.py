@@ -1,0 +1,73 @@
+"""What travels when rows and the keys that they see are on different ranks: the one or the other.
+
+Bytes sent per layer, by all ranks together, for one sequence whose rank r computes `rows[r]` rows
+and has `pages[r]` pages that they see:
+
+    keys      sum over r with rows of (pages that r lacks) * page_bytes
+    queries   sum over r of rows[r] * (other ranks with pages) * row_bytes
+
+where a row's query goes out and its result, with the lse, comes back in float32:
+
+    row_bytes = heads * (head_dim * (query_bytes + 4) + 4)
+
+Source of the choice: https://arxiv.org/abs/2411.01783; differs: encoded pages travel, and time is
+compared, by the bytes of the rank that sends most and by how many messages follow each other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from longctx.ring.link import Link
+
+RESULT_BYTES = 4  # of a value or an lse: float32
+
+
+@dataclass(frozen=True, slots=True)
+class RowBytes:
+    """What one row takes on the wire: its query, and what comes back."""
+
+    query: int
+    result: int
+
+    @classmethod
+    def of(cls, heads: int, head_dim: int, *, query_bytes: int) -> "RowBytes":
+        return cls(heads * head_dim * query_bytes, heads * (head_dim + 1) * RESULT_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Of one layer: bytes that each rank sends, and messages that wait for each other."""
+
+    bytes_sent: tuple[int, ...]
+    messages: int
+
+    def seconds(self, link: Link) -> float:
+        return link.seconds(self.messages, max(self.bytes_sent))
+
+
+def keys_traffic(
+    rows: Sequence[int], pages: Sequence[int], *, page_bytes: int, tile_pages: int
+) -> Traffic:
+    """Every rank with rows gets all pages that it lacks, so many at a time."""
+    ranks = range(len(rows))
+    sent = tuple(
+        pages[sender] * page_bytes * sum(rows[r] > 0 for r in ranks if r != sender)
+        for sender in ranks
+    )
+    return Traffic(sent, (len(rows) - 1) * -(-max(pages) // tile_pages))
+
+
+def queries_traffic(rows: Sequence[int], pages: Sequence[int], *, row_bytes: RowBytes) -> Traffic:
+    """Every rank with pages gets the rows of all others and sends back results."""
+    ranks = range(len(rows))
+    sent = tuple(
+        rows[sender] * row_bytes.query * sum(pages[r] > 0 for r in ranks if r != sender)
+        + (sum(rows) - rows[sender]) * row_bytes.result * (pages[sender] > 0)
+        for sender in ranks
+    )
+    return Traffic(sent, 2)
+
+
+def passes_queries(keys: Traffic, queries: Traffic, link: Link) -> bool:
+    """Whether the queries are sooner there and back than the keys."""
+    return queries.seconds(link) < keys.seconds(link)

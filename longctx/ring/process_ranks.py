@@ -1,0 +1,157 @@
+"""The other ranks as the leader has them when they are processes: one channel to each.
+
+A rank that is lost is everybody's end: `lost` is told why, from whatever thread notices, and ends
+this process; the launcher starts all of them again.
+"""
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+from longctx.channel import Channel
+from longctx.errors import PeerLost
+from longctx.model import LoadedModel
+from longctx.protocol import Beat
+from longctx.ring.heartbeat import SILENCE_SECONDS, Watch, beat
+from longctx.ring.messages import (
+    Answer,
+    CopyPages,
+    End,
+    Open,
+    PagesOrder,
+    ReadPages,
+    Ready,
+    Step,
+    Stepped,
+    WritePages,
+    encode,
+    to_leader,
+)
+from longctx.ring.pages import RankPages, WrittenAs
+from longctx.ring.process_group import ProcessGroupTransport
+from longctx.ring.rank import RingMemory
+from longctx.ring.step import RankStep
+from offload.run import BlockRun
+
+LEAVING_SECONDS = 5.0  # for the other ranks to end when they are told to
+
+
+class ProcessRanks:
+    """`Ranks` over channels; `channels[r]` leads to rank r, from 1 on."""
+
+    def __init__(
+        self,
+        transport: ProcessGroupTransport,
+        channels: Mapping[int, Channel],
+        lost: Callable[[str], None],
+    ) -> None:
+        self.transport = transport
+        self.size = transport.size
+        self._members = [_Member(rank, channels[rank], lost) for rank in range(1, self.size)]
+        names = {f"rank {member.rank}": member.channel for member in self._members}
+        self._watch = Watch(names, lost)
+        beat(list(channels.values()), encode(Beat()))
+
+    def open(self, memory: RingMemory, model: LoadedModel) -> None:
+        """Raises what kept a rank from loading its model."""
+        opening = encode(Open(memory, model.spec.fingerprint))
+        self._all_ready()  # with their models
+        for member in self._members:
+            member.channel.send(opening)
+        self._all_ready()  # to make their pools
+        self._watch.silence_seconds = SILENCE_SECONDS
+
+    def _all_ready(self) -> None:
+        for member in self._members:
+            ready = member.ready.get()
+            if ready.fault is not None:
+                raise ready.fault.error()
+
+    def start(self, steps: Sequence[RankStep]) -> None:
+        for member, step in zip(self._members, steps[1:], strict=True):
+            member.channel.send(encode(Step(step.encode())))
+
+    def finish(self) -> None:
+        for member in self._members:
+            stepped = member.stepped.get()
+            member.sent_bytes = stepped.sent_bytes
+            if stepped.failure is not None:
+                raise PeerLost(f"rank {member.rank} failed: {stepped.failure}")
+
+    def pages(self, rank: int) -> RankPages:
+        return self._members[rank - 1]
+
+    def stats(self) -> dict[str, float]:
+        """As `Engine.stats`."""
+        sent_bytes = self.transport.bytes_sent + sum(each.sent_bytes for each in self._members)
+        return {"ring_sent_bytes_total": sent_bytes}
+
+    def close(self) -> None:
+        """Let the other ranks end, and leave the process group."""
+        for member in self._members:
+            member.leave()
+        for member in self._members:
+            member.gone.wait(LEAVING_SECONDS)
+        self.transport.close()
+
+
+class _Member:
+    """Another rank, and its pages (`RankPages`)."""
+
+    def __init__(self, rank: int, channel: Channel, lost: Callable[[str], None]) -> None:
+        self.rank = rank
+        self.channel = channel
+        self.ready: queue.SimpleQueue[Ready] = queue.SimpleQueue()
+        self.stepped: queue.SimpleQueue[Stepped] = queue.SimpleQueue()
+        self.gone = threading.Event()
+        self.sent_bytes = 0
+        self._lost = lost
+        self._leaving = False
+        self._tickets = itertools.count()
+        self._asked: dict[int, Future[Answer]] = {}
+        threading.Thread(target=self._receive, name=f"longctx-rank-{rank}", daemon=True).start()
+
+    def leave(self) -> None:
+        self._leaving = True
+        self.channel.send(encode(End()))
+
+    def write(self, path: Path, run: BlockRun, pages: Sequence[int], how: WrittenAs) -> None:
+        self._ask(lambda ticket: WritePages(ticket, str(path), run, list(pages), how))
+
+    def read(
+        self, path: Path, run: BlockRun, blocks: Sequence[int], pages: Sequence[int]
+    ) -> list[bool]:
+        answer = self._ask(
+            lambda ticket: ReadPages(ticket, str(path), run, list(blocks), list(pages))
+        )
+        assert answer.found is not None
+        return answer.found
+
+    def copy(self, group: int, pages: Sequence[int]) -> list[bytes]:
+        answer = self._ask(lambda ticket: CopyPages(ticket, group, list(pages)))
+        assert answer.copies is not None
+        return answer.copies
+
+    def _ask(self, order: Callable[[int], PagesOrder]) -> Answer:
+        ticket = next(self._tickets)
+        asked = self._asked[ticket] = Future[Answer]()
+        self.channel.send(encode(order(ticket)))
+        answer = asked.result()
+        answer.raise_failure()
+        return answer
+
+    def _receive(self) -> None:
+        while (body := self.channel.receive()) is not None:
+            match to_leader(body):
+                case Ready() as ready:
+                    self.ready.put(ready)
+                case Stepped() as stepped:
+                    self.stepped.put(stepped)
+                case Answer() as answer:
+                    self._asked.pop(answer.ticket).set_result(answer)
+        self.gone.set()
+        if not self._leaving:
+            self._lost(f"rank {self.rank} has ended")

@@ -1,0 +1,167 @@
+"""One rank: its copy of the model, its pools, and the steps that the leader tells it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from longctx.kv_memory import KVMemory, layer_codecs
+from longctx.model import LoadedModel, ModelSpec
+from longctx.ring.attention import LayerCall, RankAttention
+from longctx.ring.link import measure
+from longctx.ring.step import RankStep
+from longctx.ring.transport import Transport
+from longctx.runner import BACKENDS
+
+LEADER = 0
+MOST_TILE_BLOCKS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RingMemory:
+    """What the leader settles for all ranks: their pools are alike, page for page."""
+
+    ranks: int
+    codec: str
+    backend: str
+    pool_bytes: int  # of packed pages, on each rank
+    step_blocks: int
+    own_blocks: int  # of one step, that a rank computes for others to keep
+    tile_blocks: int  # that travel at once
+
+    @classmethod
+    def of(
+        cls,
+        spec: ModelSpec,
+        *,
+        ranks: int,
+        codec: str,
+        backend: str,
+        pool_bytes: int,
+        step_blocks: int,
+        batch_blocks: int,
+    ) -> "RingMemory":
+        """`batch_blocks`: the most that a step computes from their first row to their last."""
+        codecs = layer_codecs(spec.layers, dtype=spec.dtype, codec=codec)
+        block_bytes = sum(each.page_bytes for each in codecs)
+        return cls(
+            ranks=ranks,
+            codec=codec,
+            backend=backend,
+            pool_bytes=pool_bytes,
+            step_blocks=step_blocks,
+            # Of B blocks a rank computes two runs of at most B / 2R, rounded up, and B >= 2R.
+            own_blocks=2 * batch_blocks // ranks,
+            tile_blocks=max(1, min(MOST_TILE_BLOCKS, pool_bytes // block_bytes // 32)),
+        )
+
+    @property
+    def staging_blocks(self) -> int:
+        """Pages through which blocks pass: own ones, a tile that is attended, one that comes."""
+        return self.own_blocks + 2 * self.tile_blocks
+
+    def memory(self, spec: ModelSpec) -> KVMemory:
+        """The pools of a rank that keeps no books."""
+        return KVMemory(
+            spec.layers,
+            dtype=spec.dtype,
+            device=spec.device,
+            codec=self.codec,
+            pool_bytes=self.pool_bytes,
+            step_blocks=self.step_blocks,
+            staging_blocks=self.staging_blocks,
+        )
+
+
+class Rank:
+    def __init__(
+        self,
+        model: LoadedModel,
+        ring: RingMemory,
+        transport: Transport,
+        memory: KVMemory | None = None,
+    ) -> None:
+        """All ranks are made at the same time: they measure how fast they reach each other.
+
+        `memory`: the leader's own.
+        """
+        self.model = model
+        self.memory = ring.memory(model.spec) if memory is None else memory
+        self.transport = transport
+        self._backend = BACKENDS[ring.backend](self.memory)
+        self._calls = _layer_calls(model)
+        self.link = measure(transport, model.spec.device)
+
+    @torch.inference_mode()
+    def run(self, step: RankStep) -> Tensor | None:
+        """Logits [drawing chunks, vocab], float32, at the leader. Raises PeerLost."""
+        for source, target in step.copies.tolist():
+            for pool in self.memory.raw.pages:
+                pool[target] = pool[source]
+        if len(step.fresh_pages):
+            self.memory.clear_raw(self._tensor(step.fresh_pages))
+        attention = RankAttention(step, self.memory, self._backend, self.transport, self._calls)
+        logits = torch.empty(0, self.model.spec.vocab_size, device=self.model.spec.device)
+        if len(step.token_ids):
+            logits = self.model.forward(
+                self._tensor(step.token_ids),
+                self._tensor(step.positions),
+                attention,
+                self._tensor(step.logits_rows),
+            )
+        else:
+            for layer in sorted(self.memory.group_of):
+                attention.serve(layer)
+        return self._gather(step, logits)
+
+    def _gather(self, step: RankStep, logits: Tensor) -> Tensor | None:
+        """All ranks' logits, at the leader, in the order of the chunks."""
+        if self.transport.rank != LEADER:
+            sends = [(LEADER, logits.contiguous())] if len(logits) else []
+            self.transport.begin(sends, ()).wait()
+            return None
+        counts = [len(places) for places in step.logits_of]
+        gathered = logits.new_empty(sum(counts), logits.shape[1])
+        parts = torch.split(gathered, counts)
+        parts[LEADER].copy_(logits)
+        receives = [(r, part) for r, part in enumerate(parts) if r != LEADER and len(part)]
+        self.transport.begin((), receives).wait()
+        ordered = torch.empty_like(gathered)
+        for places, part in zip(step.logits_of, parts, strict=True):
+            ordered[self._tensor(places)] = part
+        return ordered
+
+    def _tensor(self, array: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(array).to(self.model.spec.device, non_blocking=True)
+
+
+class _Listener:
+    """A `LayerAttention` that only takes note of how it is called."""
+
+    def __init__(self) -> None:
+        self.calls: list[LayerCall] = []
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        assert layer == len(self.calls)
+        _, heads, head_dim = query.shape
+        self.calls.append(LayerCall(heads, head_dim, query.dtype, scaling, softcap))
+        return torch.zeros_like(query)
+
+
+def _layer_calls(model: LoadedModel) -> list[LayerCall]:
+    listener = _Listener()
+    one = torch.zeros(1, dtype=torch.int64, device=model.spec.device)
+    model.forward(one, one, listener, one)
+    return listener.calls

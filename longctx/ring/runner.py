@@ -1,0 +1,40 @@
+"""The leader's forward pass: every rank is told its part, and does it at the same time."""
+
+from collections.abc import Sequence as Items
+
+from torch import Tensor
+
+from longctx.errors import PeerLost
+from longctx.kv_cache import KVCacheManager
+from longctx.model import LoadedModel
+from longctx.ring.books import LeaderMemory
+from longctx.ring.plan import StepPlanner
+from longctx.ring.rank import Rank
+from longctx.ring.ranks import Ranks
+from longctx.scheduler import Chunk
+
+
+class RingRunner:
+    """As `ModelRunner`, over all ranks."""
+
+    def __init__(self, model: LoadedModel, memory: LeaderMemory, ranks: Ranks) -> None:
+        ranks.open(memory.ring, model)
+        self._ranks = ranks
+        self.rank = Rank(model, memory.ring, ranks.transport, memory)
+        self.planner = StepPlanner(memory, model.spec, self.rank.link)
+        self.computed_tokens = 0
+
+    def run_chunks(self, chunks: Items[Chunk], cache: KVCacheManager) -> Tensor:
+        """Logits [drawing chunks, vocab], float32. Raises PeerLost: then all ranks start again."""
+        steps = self.planner.plan(chunks, cache)
+        self._ranks.start(steps)
+        try:
+            logits = self.rank.run(steps[0])
+        except PeerLost:
+            raise
+        except Exception as error:  # the others wait for what will not come
+            raise PeerLost(f"{type(error).__name__}: {error}") from error
+        self._ranks.finish()
+        assert logits is not None, "the leader gets the logits"
+        self.computed_tokens += sum(chunk.num_tokens for chunk in chunks)
+        return logits

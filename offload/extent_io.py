@@ -1,0 +1,86 @@
+"""Who moves the bytes of extents between files and pages: the seam above the disk tier's files.
+
+The tier decides what is written where, and when; an `ExtentIO` does it for the slots that it knows.
+`LocalExtents` is for pages in this process. Pages of other processes are written and read by
+those themselves, so that their bytes never travel.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from offload import extent_file
+from offload.extent import ExtentHeader, ExtentUnreadable
+from offload.filesystem import FileSystem
+from offload.run import BlockRun, PageSlots, Slots
+from offload.shuffle import PageShuffle
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """What a file will hold, and how it gets there: `write` raises OSError."""
+
+    header: ExtentHeader
+    write: Callable[[Path], None]
+
+
+class ExtentIO(Protocol):
+    def pack(
+        self,
+        run: BlockRun,
+        slots: Slots,
+        *,
+        cost_seconds: float,
+        created_at: float,
+        retained: bool,
+    ) -> Packed:
+        """Nothing is written yet. The pages stay as they are until that has happened."""
+        ...
+
+    def read(self, path: Path, run: BlockRun, blocks: Sequence[int], slots: Slots) -> list[bool]:
+        """Fill `slots` with these blocks of the extent, which must be `run`; which are whole.
+
+        Raises ExtentUnreadable, LayoutDiffers, OSError.
+        """
+        ...
+
+
+class LocalExtents:
+    def __init__(
+        self, files: FileSystem, shuffle: PageShuffle | None = None, *, compress: bool = False
+    ) -> None:
+        self._files, self._shuffle, self._compress = files, shuffle or PageShuffle(), compress
+
+    def pack(
+        self,
+        run: BlockRun,
+        slots: Slots,
+        *,
+        cost_seconds: float,
+        created_at: float,
+        retained: bool,
+    ) -> Packed:
+        assert isinstance(slots, PageSlots), slots
+        packed = extent_file.pack(
+            run,
+            slots,
+            cost_seconds=cost_seconds,
+            created_at=created_at,
+            retained=retained,
+            shuffle=self._shuffle if self._compress else None,
+        )
+        return Packed(packed.header, lambda path: extent_file.write(self._files, path, packed))
+
+    def read(self, path: Path, run: BlockRun, blocks: Sequence[int], slots: Slots) -> list[bool]:
+        assert isinstance(slots, PageSlots), slots
+        descriptor = self._files.open(path)
+        try:
+            header = extent_file.read_header(self._files, descriptor)
+            if header.run != run:
+                raise ExtentUnreadable("holds other blocks than it did")
+            return extent_file.read_pages(
+                self._files, descriptor, header, blocks, slots, self._shuffle
+            )
+        finally:
+            self._files.close(descriptor)

@@ -1,0 +1,58 @@
+"""The same requests on one rank and on several, and how far apart their logits are."""
+
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from longctx.request import Request
+from longctx.ring.link import Link
+from longctx.ring.runner import RingRunner
+from longctx.ring.virtual import VirtualRanks
+from tests.recorded_engine import RecordedEngine, build_engine
+
+# Only bytes count: what is passed does not depend on the machine that runs the test.
+LINK = Link(latency_seconds=0.0, bytes_per_second=1e9)
+
+
+def ringed_engine(folder: Path, ranks: int, **options: Any) -> RecordedEngine:
+    """An engine over so many ranks, threads of this process; one is the ordinary engine."""
+    if ranks == 1:
+        return build_engine(folder, **options)
+    engine = build_engine(folder, ranks=VirtualRanks(ranks), **options)
+    runner_of(engine).planner.link = LINK
+    return engine
+
+
+def runner_of(engine: RecordedEngine) -> RingRunner:
+    runner = engine.runner.inner
+    assert isinstance(runner, RingRunner)
+    return runner
+
+
+class SideBySide:
+    """Two engines that are asked the same."""
+
+    def __init__(self, folder: Path, ranks: int, *, one: dict[str, Any], **options: Any) -> None:
+        """`options` of both; `one` replaces some for the one rank."""
+        self.one = ringed_engine(folder, 1, **{**options, **one})
+        self.many = ringed_engine(folder, ranks, **options)
+
+    def finish(self, *requests: Request) -> float:
+        """The largest divergence of all draws, in nats, while the same tokens were drawn before."""
+        for engine in (self.one, self.many):
+            engine.logits.clear()
+            engine.finish(*requests)
+        assert self.one.logits.keys() == self.many.logits.keys()
+        return max(self._divergences())
+
+    def _divergences(self) -> Iterable[float]:
+        for name, rows in self.one.logits.items():
+            others = self.many.logits[name]
+            tokens = zip(self.one.tokens_of(name), self.many.tokens_of(name), strict=False)
+            same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], tokens))
+            assert min(rows) in others
+            for length, row in rows.items():
+                if length <= same:
+                    logs, other_logs = (r.double().log_softmax(-1) for r in (row, others[length]))
+                    yield float((logs.exp() * (logs - other_logs)).sum().abs())

@@ -1,0 +1,137 @@
+"""Ranks on two machines, as far as one machine can be two: torchrun in two network namespaces.
+
+The wire between them takes 1 ms and 1 Gbit/s. Needs root; skipped elsewhere.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from longctx.ring.link import Link
+from longctx.ring.passing import RowBytes, keys_traffic, passes_queries, queries_traffic
+from longctx.ring.secret import make_secret
+from tests.ring_processes import rank_at_the_end_of_a_wire
+from tests.ring_processes.ring_server import RingServer, document
+from tests.ring_processes.slow_wire import (
+    FAR,
+    FAR_DEVICE,
+    NAMESPACE,
+    NEAR,
+    NEAR_DEVICE,
+    slow_network,
+)
+
+DELAY_SECONDS, BITS_PER_SECOND = 0.001, 1e9
+INSIDE = ("ip", "netns", "exec", NAMESPACE)
+HEAD, MEETING = f"{NEAR}:7731", f"{NEAR}:7732"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def network() -> Iterator[None]:
+    with slow_network(delay_seconds=DELAY_SECONDS, bits_per_second=BITS_PER_SECOND):
+        yield
+
+
+def measured(store: Path, *, far: bool) -> dict[str, float]:
+    """What two ranks find of the way between them: over the wire, or within this machine."""
+    script = [sys.executable, rank_at_the_end_of_a_wire.__file__]
+    devices = (NEAR_DEVICE, FAR_DEVICE) if far else ("lo", "lo")
+    ranks = [
+        subprocess.Popen(
+            [*(INSIDE if far and rank else ()), *script, str(rank), str(store)],
+            env={**os.environ, "GLOO_SOCKET_IFNAME": device},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank, device in enumerate(devices)
+    ]
+    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    found: dict[str, float] = json.loads(said[0])
+    return found
+
+
+@contextmanager
+def torchrun(secret: Path, log: Path, *, far: bool) -> Iterator[subprocess.Popen[bytes]]:
+    """One machine's launcher, as a user starts it."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node=1"]
+    words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", MEETING, "--rdzv-id", "test"]
+    words += ["--local-addr", FAR if far else NEAR, "--max-restarts", "100"]
+    words += ["-m", "longctx.worker", "--head", HEAD, "--secret", str(secret)]
+    with log.open("w") as errors:
+        process = subprocess.Popen([*(INSIDE if far else ()), *words], stderr=errors, stdout=errors)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(30)
+
+
+def worker_of(launcher: subprocess.Popen[bytes]) -> int:
+    found = subprocess.run(
+        ["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=False
+    )
+    (pid,) = map(int, found.stdout.split())
+    return pid
+
+
+def test_what_travels_is_hidden_behind_work(network: None, tmp_path: Path) -> None:
+    wire = measured(tmp_path / "far", far=True)
+    assert DELAY_SECONDS < wire["latency_seconds"] < 5 * DELAY_SECONDS
+    assert 0.5 < wire["bytes_per_second"] * 8 / BITS_PER_SECOND < 1.1
+    one_after_the_other = 2 * wire["transfer_seconds"]  # the work took as long as the transfer
+    assert wire["both_seconds"] < 0.75 * one_after_the_other, wire
+
+
+def test_over_a_slow_wire_fewer_messages_are_worth_more_bytes(
+    network: None, tmp_path: Path
+) -> None:
+    far = measured(tmp_path / "far", far=True)
+    near = measured(tmp_path / "near", far=False)
+    links = [Link(each["latency_seconds"], each["bytes_per_second"]) for each in (near, far)]
+    products = [link.latency_seconds * link.bytes_per_second for link in links]
+    assert products[0] < products[1], links
+    # One message more for keys, and as many bytes fewer as lie between what that is worth here
+    # and there.
+    saved_bytes = sum(products) / 2
+    rows, pages, tile = (512, 512), (32, 32), 11  # three messages, against two
+    row = RowBytes.of(8, 64, query_bytes=4)
+    queries = queries_traffic(rows, pages, row_bytes=row)
+    page_bytes = int((max(queries.bytes_sent) - saved_bytes) / max(pages))
+    keys = keys_traffic(rows, pages, page_bytes=page_bytes, tile_pages=tile)
+    assert [passes_queries(keys, queries, link) for link in links] == [False, True]
+
+
+def test_ranks_on_two_machines_answer_and_come_back(network: None, tmp_path: Path) -> None:
+    with RingServer(tmp_path / "alone", ranks=1) as alone:
+        file_id = alone.upload(document(250))
+        expected, _ = alone.ask(file_id)
+        alone.end()
+    secret = tmp_path / "secret"
+    make_secret(secret)
+    options = ["--head", HEAD, "--head-secret", str(secret)]
+    with ExitStack() as stack:
+        launchers = [
+            stack.enter_context(torchrun(secret, tmp_path / f"{far}.log", far=far))
+            for far in (False, True)
+        ]
+        server = stack.enter_context(RingServer(tmp_path / "store", *options))
+        file_id = server.upload(document(250))
+        text, _ = server.ask(file_id)
+        assert text == expected
+        for number in (signal.SIGKILL, signal.SIGSTOP):
+            for launcher in launchers:
+                os.kill(worker_of(launcher), number)
+                text, computed, seconds = server.until_answered(file_id, 90)
+                print(f"back after {seconds:.0f} s")
+                assert text == expected and computed < 200 and seconds < 60
+        server.end()
+        assert [launcher.wait(30) for launcher in launchers] == [0, 0]
