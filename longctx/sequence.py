@@ -50,7 +50,7 @@ class BlockTable:
             grown = np.zeros((2 * self._length, ENTRY_COLUMNS), dtype=np.int64)
             grown[: self._length] = self._entries
             self._entries = grown
-        self._entries[self._length] = (page, 0, rows, first_position)
+        self._entries[self._length] = (page, 0, rows, first_position, 0)
         self._length += 1
 
 

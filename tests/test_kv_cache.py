@@ -248,7 +248,7 @@ def test_a_block_table_grows_and_keeps_its_entries() -> None:
     for index in range(100):
         table.append(index + 5, rows=64, first_position=64 * index)
     assert len(table) == 100
-    assert table.entries.tolist() == [[i + 5, 0, 64, 64 * i] for i in range(100)]
+    assert table.entries.tolist() == [[i + 5, 0, 64, 64 * i, 0] for i in range(100)]
     copy = BlockTable(table.entries)
     copy.append(1, rows=1, first_position=0)
     assert len(table) == 100 and len(copy) == 101
