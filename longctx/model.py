@@ -80,6 +80,19 @@ class LoadedModel:
         return run_packed(self._model, token_ids, positions, attention, logits_rows).float()
 
 
+def context_tokens(config: ModelConfig, folder: Path) -> int:
+    """How long prompt and answer may be together, without loading the weights.
+
+    Raises ModelRefused.
+    """
+    return settle_rope(
+        _read_settings(read_model_folder(folder)),
+        override=config.rope_override,
+        max_context=config.max_context,
+        force_context=config.force_context,
+    ).max_context
+
+
 def load_model(config: ModelConfig, folder: Path, *, cache_dir: Path | None = None) -> LoadedModel:
     """Load `folder` for exact serving; raises ModelRefused with the reason and the cure.
 
