@@ -11,6 +11,7 @@ one output with `finished`. Read `step` first.
 import operator
 import time
 from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from compress.codec import CODECS
 from compress.shape import BLOCK_TOKENS
 from longctx.answers import Answers
+from longctx.attention.rotated import RotatedAttention
 from longctx.attention.streamed import StreamedAttention
 from longctx.batch import Batch
 from longctx.config import EngineConfig
@@ -27,6 +29,7 @@ from longctx.detokenizer import TextStream
 from longctx.engine_info import EngineInfo
 from longctx.errors import BlocksLost, InvalidRequest, ModelRefused
 from longctx.explain import Explainer
+from longctx.fetches import Fetches
 from longctx.figures import Figures
 from longctx.ingestion import Ingestion
 from longctx.intake import Intake
@@ -34,10 +37,13 @@ from longctx.kv_cache import KVCacheManager
 from longctx.kv_memory import KVMemory, pool_bytes
 from longctx.migration import Migration
 from longctx.model import load_model
+from longctx.module_state import module_state
 from longctx.open_store import open_store
 from longctx.quality.gate import choose_codec
 from longctx.request import (
     FinishReason,
+    ModuleState,
+    Piece,
     Request,
     RequestOutput,
 )
@@ -105,6 +111,8 @@ class Engine:
         if self._migration is not None and self._cache.can_stream:
             staging = self._memory.reserve(STAGING_BLOCKS)
             backend = StreamedAttention(backend, self._memory, staging, self._migration.read_layer)
+        if spec.relocation.shiftable:
+            backend = RotatedAttention(backend, self._memory, spec.relocation.rotations)
         self._runner = ModelRunner(model, self._memory, backend)
         self.info = EngineInfo.of(spec, self._memory, codec, store, backend=backend_name)
         self._intake = Intake(
@@ -114,8 +122,9 @@ class Engine:
             self.info.limits,
             max_sequences=scheduler.max_sequences,
         )
+        self._fetches = Fetches(self._cache, self._intake, self._scheduler)
         self._explainer = Explainer(
-            self._cache, self._intake.documents, self.tokenizer, self._intake.namespace
+            self._cache, self._intake.prompts.documents, self.tokenizer, self._intake.namespace
         )
         self._figures = Figures()
         self._requests: dict[str, Answers] = {}
@@ -143,13 +152,11 @@ class Engine:
         sequence = self._intake.sequence(request)
         self._scheduler.add(sequence)
         self._requests[request.request_id] = Answers(request, [sequence])
-        if (
-            self._ingestion is not None
-            and request.sampling.max_tokens == 0
-            and self._ingestion.register(sequence)
-        ):
-            self._explainer.explain(sequence, ())
-            self._early += self._finish(sequence, FinishReason.LENGTH)
+        if request.sampling.max_tokens == 0:
+            self._intake.prompts.modules.note(sequence)
+            if self._ingestion is not None and self._ingestion.register(sequence):
+                self._explainer.explain(sequence, ())
+                self._early += self._finish(sequence, FinishReason.LENGTH)
 
     def abort(self, request_id: str) -> None:
         """End a request; what its prefill has sealed stays cached. Unknown ids are ignored."""
@@ -167,8 +174,36 @@ class Engine:
 
     def close_document(self, document_id: str) -> None:
         """Forget a document and free the blocks that only it uses."""
-        self._intake.close_document(document_id)
+        self._intake.close(document_id)
         self._forget_blocks(document_id)
+
+    def open_module(self, module_id: str, pieces: Items[Piece]) -> None:
+        """Make a module known; requests may then encode it, and use its pieces as segments.
+
+        Raises InvalidRequest or ContextTooLong.
+        """
+        if self._intake.open_module(module_id, pieces):
+            self._forget_blocks(module_id)
+
+    def close_module(self, module_id: str) -> None:
+        """As `close_document`. Prompts that still wait to borrow of it end with an error."""
+        self.close_document(module_id)
+
+    def module_states(self, module_ids: Iterable[str]) -> dict[str, ModuleState]:
+        """Of those that are open."""
+        found = (self._intake.prompts.modules.find(module_id) for module_id in module_ids)
+        ingestion, migration = self._ingestion, self._migration
+        store = None if migration is None else migration.store
+        return {
+            module.module_id: module_state(
+                module,
+                self._cache,
+                store,
+                0 if ingestion is None else ingestion.durable_tokens(module.module_id),
+            )
+            for module in found
+            if module is not None
+        }
 
     def durable_documents(self) -> dict[str, int]:
         """Tokens that are on stable storage, of documents of which more or less is than before."""
@@ -202,6 +237,14 @@ class Engine:
         for sequence in self._scheduler.failed():
             outputs += self._finish(sequence, FinishReason.ERROR, error=sequence.tier.failure)
         scheduled = self._scheduler.schedule()
+        fetched = self._fetches.begin()
+        for sequence in fetched:
+            request = sequence.request
+            self._requests[request.request_id] = Answers(request, [sequence], hidden=True)
+        if fetched and not scheduled.chunks:
+            scheduled = self._scheduler.schedule()
+        for sequence in scheduled.complete:
+            outputs += self._prefilled(sequence)
         if scheduled.chunks:
             self._steps += 1
             for chunk in scheduled.chunks:
@@ -264,6 +307,9 @@ class Engine:
                 seed=first.seed + index,
                 text=TextStream(self.tokenizer, stop=first.request.sampling.stop),
                 namespace=first.namespace,
+                layout=first.layout,
+                owners=first.owners,
+                linked_tokens=first.linked_tokens,
                 document_ends=first.document_ends,
                 cached_tokens=first.cached_tokens,
             )
@@ -294,7 +340,7 @@ class Engine:
                 text=delta.text,
                 stop_reason=delta.stopped_by,
             )
-        full = len(sequence.tokens) >= self._spec.max_context
+        full = sequence.layout.position(len(sequence.tokens)) >= self._spec.max_context
         if full or sequence.completion_tokens >= sampling.max_tokens:
             return self._finish(sequence, FinishReason.LENGTH, token=token, text=delta.text)
         return [
@@ -328,6 +374,10 @@ class Engine:
         usage = answers.usage() if finished else None
         if usage is not None:
             del self._requests[sequence.request.request_id]
+        if answers.hidden:
+            self._fetches.ended(sequence, error)
+            return []
+        if usage is not None:
             self._figures.finished(reason, usage)
         rest = sequence.text.finish()
         return [
@@ -390,7 +440,8 @@ class Engine:
         return {
             "steps_total": self._steps,
             "computed_tokens_total": self._runner.computed_tokens,
-            "documents_open": len(self._intake.documents),
+            "documents_open": len(self._intake.prompts.documents),
+            "modules_open": len(self._intake.prompts.modules),
             **self._figures.read(self._scheduler, self._cache),
         }
 
