@@ -19,7 +19,7 @@ class Batch:
     """`token_ids`, `positions` [tokens]; `logits_rows` [drawing chunks], in the chunks' order.
 
     New rows go to `slots` of the raw pool (rows of its pages laid end to end), after `fresh_pages`
-    were zeroed; then `sealed_blocks` full blocks, pages `sealed_raw`, are encoded into the pages
+    were zeroed; then `sealed_blocks` blocks, pages `sealed_raw`, are encoded into the pages
     `sealed_packed[group]`.
     """
 
@@ -38,13 +38,14 @@ class Batch:
     def build(cls, chunks: Items[Chunk], cache: KVCacheManager, *, device: torch.device) -> "Batch":
         """Pages for every chunk must have been allocated."""
         begins = np.cumsum([0] + [chunk.num_tokens for chunk in chunks]).tolist()
-        rows = tuple(
-            cache.chunk_rows(chunk.sequence, chunk.num_tokens, row_begin=begin)
+        parts = [
+            tuple(cache.chunk_rows(chunk.sequence, chunk.num_tokens, row_begin=begin))
             for chunk, begin in zip(chunks, begins, strict=False)
-        )
+        ]
+        rows = tuple(row for part in parts for row in part)
         drawn = [
-            (row, row.row_begin + row.rows - 1)
-            for row, chunk in zip(rows, chunks, strict=True)
+            (part[-1], part[-1].row_begin + part[-1].rows - 1)
+            for part, chunk in zip(parts, chunks, strict=True)
             if chunk.draws
         ]
         token_ids = np.concatenate(
@@ -57,7 +58,7 @@ class Batch:
         )
         positions = [np.arange(r.first_position, r.first_position + r.rows) for r in rows]
         ends = [r.own_row + r.rows for r in rows]  # where the rows end in their own blocks
-        sealed_raw = [r.own_pages[: end // BLOCK_TOKENS] for r, end in zip(rows, ends, strict=True)]
+        sealed_raw = [r.own_pages[: r.sealed_pages] for r in rows]
         sealed_packed = [
             np.concatenate(
                 [

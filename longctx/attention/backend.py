@@ -49,6 +49,7 @@ class ChunkRows:
     entries: tuple[NDArray[np.int64], ...]  # one [entries, ENTRY_COLUMNS] per layer group
     absent_keys: Sequence[BlockKey] = ()
     rotated_entries: int = 0
+    sealed_pages: int = 0
 
     def pick(self, row: int) -> "ChunkRows":
         """The chunk cut down to one of its rows (an index into the batch)."""
