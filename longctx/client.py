@@ -10,7 +10,7 @@ import itertools
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -24,13 +24,16 @@ from longctx.protocol import (
     Abort,
     Clear,
     CloseDocument,
+    CloseModule,
     Command,
     Done,
     Durable,
     Event,
+    GetModules,
     GetStats,
     Loaded,
     OpenDocument,
+    OpenModule,
     Outputs,
     Rejected,
     Start,
@@ -39,7 +42,7 @@ from longctx.protocol import (
     frame,
     read_event,
 )
-from longctx.request import FinishReason, Request, RequestOutput
+from longctx.request import FinishReason, ModuleState, Piece, Request, RequestOutput
 
 STOP_SECONDS = 10.0  # a process that was told to stop and has not done so by then is killed
 
@@ -116,6 +119,21 @@ class EngineClient:
         """Forget a document and free the blocks that only it uses."""
         self.durable_tokens.pop(document_id, None)
         await self._call(lambda ticket: CloseDocument(ticket, document_id))
+
+    async def open_module(self, module_id: str, pieces: Sequence[Piece]) -> None:
+        """Make a module known. Raises InvalidRequest or ContextTooLong."""
+        await self._call(lambda ticket: OpenModule(ticket, module_id, tuple(pieces)))
+
+    async def close_module(self, module_id: str) -> None:
+        """Forget a module and free the blocks that only it uses."""
+        self.durable_tokens.pop(module_id, None)
+        await self._call(lambda ticket: CloseModule(ticket, module_id))
+
+    async def module_states(self, module_ids: Sequence[str]) -> dict[str, ModuleState]:
+        """Of those that are open."""
+        done = await self._call(lambda ticket: GetModules(ticket, tuple(module_ids)))
+        assert done.modules is not None
+        return done.modules
 
     async def stats(self) -> dict[str, float]:
         """The engine's gauges and counters."""

@@ -3,9 +3,12 @@
 Each field is an option of the command line by the same name (`options.py` derives it).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
+
+from longctx.errors import ModelRefused
 
 Weights = Literal["auto", "int8"]
 
@@ -100,3 +103,10 @@ class EngineConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+
+def check_name(option: str, name: str, known: Iterable[str]) -> None:
+    """Raises ModelRefused for a name that nobody knows."""
+    if name not in known:
+        names = ", ".join(sorted(known))
+        raise ModelRefused(f"{option} {name!r} is unknown; choose from {names}")

@@ -8,10 +8,10 @@
 one output with `finished`. Read `step` first.
 """
 
-import operator
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +24,11 @@ from longctx.answers import Answers
 from longctx.attention.rotated import RotatedAttention
 from longctx.attention.streamed import StreamedAttention
 from longctx.batch import Batch
-from longctx.config import EngineConfig
+from longctx.clearing import clear_tiers
+from longctx.config import EngineConfig, check_name
 from longctx.detokenizer import TextStream
 from longctx.engine_info import EngineInfo
-from longctx.errors import BlocksLost, InvalidRequest, ModelRefused
+from longctx.errors import BlocksLost, InvalidRequest
 from longctx.explain import Explainer
 from longctx.fetches import Fetches
 from longctx.figures import Figures
@@ -36,17 +37,11 @@ from longctx.intake import Intake
 from longctx.kv_cache import KVCacheManager
 from longctx.kv_memory import KVMemory, pool_bytes
 from longctx.migration import Migration
-from longctx.model import load_model
-from longctx.module_state import module_state
+from longctx.model import LoadedModel, load_model
+from longctx.module_state import module_states
 from longctx.open_store import open_store
 from longctx.quality.gate import choose_codec
-from longctx.request import (
-    FinishReason,
-    ModuleState,
-    Piece,
-    Request,
-    RequestOutput,
-)
+from longctx.request import FinishReason, ModuleState, Piece, Request, RequestOutput
 from longctx.runner import BACKENDS, ModelRunner, backend_for
 from longctx.sampler import SamplingError, sample
 from longctx.scheduler import Scheduler, SchedulerOutput
@@ -64,20 +59,28 @@ CACHE_DIR = Path.home() / ".cache" / "longctx"
 
 class Engine:
     def __init__(
-        self, config: EngineConfig, model_folder: Path, *, cache_dir: Path = CACHE_DIR
+        self,
+        config: EngineConfig,
+        model_folder: Path,
+        *,
+        cache_dir: Path = CACHE_DIR,
+        model: LoadedModel | None = None,
     ) -> None:
         """Loads the model and settles its codec. `config.model.model` may differ from the folder.
+
+        `model`: that of the folder, where another engine has loaded it.
 
         Raises ModelRefused, also for a codec that costs the model too much.
         """
         if config.model.threads is not None:
             torch.set_num_threads(config.model.threads)
-        _check_name("attention_backend", config.model.attention_backend, ("auto", *BACKENDS))
-        _check_name("eviction_policy", config.cache.eviction_policy, POLICIES)
-        _check_name("kv_codec", config.cache.kv_codec, ("auto", *CODECS))
-        self._config = config
+        check_name("attention_backend", config.model.attention_backend, ("auto", *BACKENDS))
+        check_name("eviction_policy", config.cache.eviction_policy, POLICIES)
+        check_name("kv_codec", config.cache.kv_codec, ("auto", *CODECS))
+        self.config, self.folder, self.cache_dir = config, model_folder, cache_dir
         self.tokenizer = Tokenizer(model_folder)
-        model = load_model(config.model, model_folder, cache_dir=cache_dir)
+        model = model or load_model(config.model, model_folder, cache_dir=cache_dir)
+        self.model = model
         self._spec = spec = model.spec
         backend_name = backend_for(config.model.attention_backend, spec.device)
         new_backend = BACKENDS[backend_name]
@@ -191,19 +194,9 @@ class Engine:
 
     def module_states(self, module_ids: Iterable[str]) -> dict[str, ModuleState]:
         """Of those that are open."""
-        found = (self._intake.prompts.modules.find(module_id) for module_id in module_ids)
-        ingestion, migration = self._ingestion, self._migration
-        store = None if migration is None else migration.store
-        return {
-            module.module_id: module_state(
-                module,
-                self._cache,
-                store,
-                0 if ingestion is None else ingestion.durable_tokens(module.module_id),
-            )
-            for module in found
-            if module is not None
-        }
+        store = None if self._migration is None else self._migration.store
+        modules = self._intake.prompts.modules
+        return module_states(modules, module_ids, self._cache, store, self._ingestion)
 
     def durable_documents(self) -> dict[str, int]:
         """Tokens that are on stable storage, of documents of which more or less is than before."""
@@ -238,9 +231,7 @@ class Engine:
             outputs += self._finish(sequence, FinishReason.ERROR, error=sequence.tier.failure)
         scheduled = self._scheduler.schedule()
         fetched = self._fetches.begin()
-        for sequence in fetched:
-            request = sequence.request
-            self._requests[request.request_id] = Answers(request, [sequence], hidden=True)
+        self._requests |= fetched
         if fetched and not scheduled.chunks:
             scheduled = self._scheduler.schedule()
         for sequence in scheduled.complete:
@@ -279,7 +270,7 @@ class Engine:
         """Run the batch; each sequence that is to go on, with its next token."""
         began = time.perf_counter()
         drawing = [chunk.sequence for chunk in scheduled.chunks if chunk.draws]
-        batch = Batch.build(scheduled.chunks, self._cache, device=self._memory.device)
+        batch = Batch.build(scheduled.chunks, device=self._memory.device)
         logits = self._runner.run(batch)
         self._scheduler.update(scheduled, time.perf_counter() - began)
         # The choices of a request part here: they share the prompt and draw from the same row.
@@ -296,23 +287,7 @@ class Engine:
         """The other choices of a request whose prompt is computed, if it has not begun yet."""
         forks = []
         for index in range(1, first.width):
-            fork = Sequence(
-                request=first.request,
-                index=index,
-                arrival=first.arrival,
-                arrival_seconds=first.arrival_seconds,
-                tokens=first.tokens.fork(),
-                prompt_tokens=first.prompt_tokens,
-                sampling=first.sampling.fork(first.seed + index),
-                seed=first.seed + index,
-                text=TextStream(self.tokenizer, stop=first.request.sampling.stop),
-                namespace=first.namespace,
-                layout=first.layout,
-                owners=first.owners,
-                linked_tokens=first.linked_tokens,
-                document_ends=first.document_ends,
-                cached_tokens=first.cached_tokens,
-            )
+            fork = first.fork(index, TextStream(self.tokenizer, stop=first.request.sampling.stop))
             self._cache.fork(first, fork)
             self._scheduler.add_fork(fork)
             self._requests[first.request.request_id].sequences.append(fork)
@@ -379,21 +354,17 @@ class Engine:
             return []
         if usage is not None:
             self._figures.finished(reason, usage)
-        rest = sequence.text.finish()
-        return [
-            RequestOutput(
-                request_id=sequence.request.request_id,
-                index=index,
-                token_ids=() if token is None else (token,),
-                text=text + rest,
-                finish_reason=reason,
-                stop_reason=stop_reason,
-                finished=finished and index == indices[-1],
-                usage=usage if index == indices[-1] else None,
-                error=error,
-            )
-            for index in indices
-        ]
+        last = RequestOutput(
+            request_id=sequence.request.request_id,
+            token_ids=() if token is None else (token,),
+            text=text + sequence.text.finish(),
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            error=error,
+        )
+        outputs = [replace(last, index=index) for index in indices]
+        outputs[-1] = replace(outputs[-1], finished=finished, usage=usage)
+        return outputs
 
     def _set_back(self, scheduled: SchedulerOutput, message: str) -> None:
         """A tier has lost what some of these sequences need: they begin again with what is left."""
@@ -420,20 +391,7 @@ class Engine:
         Documents stay on disk, and known. Raises InvalidRequest for a tier that there is not.
         """
         store = None if self._migration is None else self._migration.store
-        freed: dict[str, float] = {}
-        for tier in tiers:
-            if tier == "device":
-                blocks = self._cache.clear()
-                sizes = [sum(pool.page_bytes) for pool in self._memory.packed]
-                freed["device_blocks"] = sum(blocks)
-                freed["device_bytes"] = sum(map(operator.mul, blocks, sizes))
-            elif tier == "host" and store is not None and store.has_host:
-                freed["host_blocks"], freed["host_bytes"] = store.clear_host()
-            else:
-                raise InvalidRequest(
-                    f"there is no {tier} tier; --host-pool-gib makes one in RAM", param="tier"
-                )
-        return freed
+        return clear_tiers(self._cache, store, tiers)
 
     def stats(self) -> dict[str, float]:
         """Gauges and counters, by flat names."""
@@ -444,8 +402,3 @@ class Engine:
             "modules_open": len(self._intake.prompts.modules),
             **self._figures.read(self._scheduler, self._cache),
         }
-
-
-def _check_name(option: str, name: str, known: Iterable[str]) -> None:
-    if name not in known:
-        raise ModelRefused(f"{option} {name!r} is unknown; choose from {', '.join(sorted(known))}")

@@ -7,6 +7,7 @@ computed before. So a missing block makes an answer later, never different.
 
 import itertools
 
+from longctx.answers import Answers
 from longctx.errors import LongctxError
 from longctx.intake import Intake
 from longctx.kv_cache import KVCacheManager
@@ -26,10 +27,10 @@ class Fetches:
         self._running: dict[PrefixName, str] = {}  # and their request ids
         self._numbers = itertools.count()
 
-    def begin(self) -> list[Sequence]:
-        """Sequences, already scheduled, that compute what is wanted and not computed yet."""
+    def begin(self) -> dict[str, Answers]:
+        """By id: requests, scheduled now, that compute what is wanted and not computed yet."""
         wanted, self._cache.wanted = self._cache.wanted, {}
-        begun = []
+        begun = {}
         for name, (source, asker) in wanted.items():
             if name in self._running:
                 continue
@@ -54,7 +55,7 @@ class Fetches:
                 asker.tier.failure = str(error)
                 continue
             self._running[name] = request.request_id
-            begun.append(sequence)
+            begun[request.request_id] = Answers(request, [sequence], hidden=True)
         return begun
 
     def ended(self, sequence: Sequence, error: str | None) -> None:

@@ -6,11 +6,7 @@ Keys that are being computed are pending: who needs one of them waits for it. Bl
 holds stay findable until their room is needed; so do whole prefixes that nobody uses.
 """
 
-from collections.abc import Iterator
-
-import numpy as np
-
-from longctx.attention.backend import PAGE, ChunkRows
+from longctx.attention.backend import PAGE
 from longctx.kv_memory import KVMemory
 from longctx.layout import Source
 from longctx.match import Available, deepest
@@ -99,19 +95,12 @@ class KVCacheManager:
 
     def _borrow(self, sequence: Sequence) -> bool:
         """Whether all that the sequence borrows is resident, and it has got it now."""
-        lenders, complete = [], True
-        for source in sequence.layout.sources:
-            prefix = self.prefixes.get(source.name)
-            if prefix is None:
-                self.wanted[source.name] = (source, sequence)
-                complete = False
-            else:
-                lenders.append(prefix)
-        if complete:
-            for prefix in lenders:
-                self.prefixes.acquire(prefix)
-            sequence.lenders = tuple(lenders)
-        return complete
+        sources = sequence.layout.sources
+        absent = [source for source in sources if source.name not in self.prefixes]
+        self.wanted |= {source.name: (source, sequence) for source in absent}
+        if not absent:
+            sequence.lenders = tuple(self.prefixes.take(source.name) for source in sources)
+        return not absent
 
     def _wait_for_owner(self, sequence: Sequence, depth: int) -> bool:
         """Whether another sequence is computing the next block; then wait until it has."""
@@ -202,8 +191,9 @@ class KVCacheManager:
                 entries[:begin] = prefix.tables[index][:begin]
             if group.window is None and sequence.tier.streams:
                 begin = sequence.tier.absent = depth
-            held = self._pages(sequence, index, begin, depth)
-            assert len(held) == depth - begin
+            found = [self._page(sequence, index, block) for block in range(begin, depth)]
+            held = [page for page in found if page is not None]
+            assert len(held) == len(found)
             entries[layout.own(begin, depth), PAGE] = held
             self.memory.packed[index].acquire(held)
             for borrowed in layout.borrowed:
@@ -214,11 +204,6 @@ class KVCacheManager:
         sequence.tables, sequence.live_from = tuple(tables), live_from
         sequence.computed = layout.tokens(depth)
         sequence.blocked_on = None
-
-    def _pages(self, sequence: Sequence, group: int, begin: int, end: int) -> list[int]:
-        """Those that the device has of blocks `begin` to `end`."""
-        pages = (self._page(sequence, group, block) for block in range(begin, end))
-        return [page for page in pages if page is not None]
 
     # -- lower tiers ------------------------------------------------------------------------------
 
@@ -300,29 +285,6 @@ class KVCacheManager:
             self.migration.sealed(sequence, ends=True)  # its extent was not complete
             if not tier.writing:
                 tier.failure = NO_ROOM_BELOW
-
-    def chunk_rows(
-        self, sequence: Sequence, num_tokens: int, *, row_begin: int
-    ) -> Iterator[ChunkRows]:
-        """What the sequence's next `num_tokens` tokens see, for the batch: run by run."""
-        layout = sequence.layout
-        for begin, end in layout.cut(sequence.computed, sequence.computed + num_tokens):
-            first, last = layout.blocks(begin), layout.blocks(end - 1)
-            past_entries = layout.entry(first)
-            yield ChunkRows(
-                row_begin=row_begin + begin - sequence.computed,
-                rows=end - begin,
-                first_position=layout.position(begin),
-                own_row=begin - layout.tokens(first),
-                own_pages=np.array(
-                    [sequence.own_pages[block] for block in range(first, last + 1)], dtype=np.int64
-                ),
-                past_entries=past_entries,
-                entries=tuple(table.entries for table in sequence.tables),
-                absent_keys=[sequence.key(block) for block in range(sequence.tier.absent)],
-                rotated_entries=layout.rotated(past_entries),
-                sealed_pages=layout.blocks(end) - first,
-            )
 
     def commit(self, sequence: Sequence, num_tokens: int, seconds: float = 0.0) -> None:
         """The step has run: publish what it sealed, let go of what left the windows.

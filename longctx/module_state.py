@@ -1,7 +1,10 @@
 """Where a module is: for those who keep schemas."""
 
+from collections.abc import Iterable
+
+from longctx.ingestion import Ingestion
 from longctx.kv_cache import KVCacheManager
-from longctx.modules import Module
+from longctx.modules import Module, Modules
 from longctx.request import ModuleState
 from offload.key import BlockKey
 from offload.store import KVStore
@@ -9,7 +12,24 @@ from offload.store import KVStore
 TIERS = ("device", "host", "disk", "none")  # the best one first
 
 
-def module_state(
+def module_states(
+    modules: Modules,
+    module_ids: Iterable[str],
+    cache: KVCacheManager,
+    store: KVStore | None,
+    ingestion: Ingestion | None,
+) -> dict[str, ModuleState]:
+    """Of those that are open."""
+    states = {}
+    for module_id in module_ids:
+        module = modules.find(module_id)
+        if module is not None:
+            durable = 0 if ingestion is None else ingestion.durable_tokens(module_id)
+            states[module_id] = _state(module, cache, store, durable)
+    return states
+
+
+def _state(
     module: Module, cache: KVCacheManager, store: KVStore | None, durable_tokens: int
 ) -> ModuleState:
     """Of the tenants that use it, the one that has it in the best tier counts."""

@@ -21,7 +21,7 @@ from longctx.errors import (
     ModelRefused,
     Overloaded,
 )
-from longctx.request import Request, RequestOutput
+from longctx.request import ModuleState, Piece, Request, RequestOutput
 
 HEADER = struct.Struct("<I")
 
@@ -53,6 +53,24 @@ class OpenDocument(Message, frozen=True):
 class CloseDocument(Message, frozen=True):
     ticket: int
     document_id: str
+
+
+class OpenModule(Message, frozen=True):
+    ticket: int
+    module_id: str
+    pieces: tuple[Piece, ...]
+
+
+class CloseModule(Message, frozen=True):
+    ticket: int
+    module_id: str
+
+
+class GetModules(Message, frozen=True):
+    """The states of these modules, as far as they are open; they come as `modules`."""
+
+    ticket: int
+    module_ids: tuple[str, ...]
 
 
 class GetStats(Message, frozen=True):
@@ -117,9 +135,22 @@ class Done(Message, frozen=True):
     ticket: int
     fault: Fault | None = None
     stats: dict[str, float] | None = None
+    modules: dict[str, ModuleState] | None = None
 
 
-Command = Start | Submit | Abort | OpenDocument | CloseDocument | GetStats | Clear | Stop
+Command = (
+    Start
+    | Submit
+    | Abort
+    | OpenDocument
+    | CloseDocument
+    | OpenModule
+    | CloseModule
+    | GetModules
+    | GetStats
+    | Clear
+    | Stop
+)
 Event = Loaded | Rejected | Outputs | Durable | Done
 
 _FAULTS: dict[str, type[LongctxError]] = {

@@ -185,6 +185,26 @@ class Sequence:
         """Sequences that this one is or is about to become: choices fork at the first token."""
         return 1 if self.index or self.forked else self.request.sampling.n
 
+    def fork(self, index: int, text: TextStream) -> "Sequence":
+        """Another choice of the request, which goes on where this one stands."""
+        return Sequence(
+            request=self.request,
+            index=index,
+            arrival=self.arrival,
+            arrival_seconds=self.arrival_seconds,
+            tokens=self.tokens.fork(),
+            prompt_tokens=self.prompt_tokens,
+            sampling=self.sampling.fork(self.seed + index),
+            seed=self.seed + index,
+            text=text,
+            namespace=self.namespace,
+            layout=self.layout,
+            owners=self.owners,
+            linked_tokens=self.linked_tokens,
+            document_ends=self.document_ends,
+            cached_tokens=self.cached_tokens,
+        )
+
     def forget_document(self, document_id: str) -> None:
         """It is closed: what is computed of it is not kept for others."""
         self.document_ends = tuple(

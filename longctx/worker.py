@@ -23,14 +23,17 @@ from longctx.protocol import (
     Abort,
     Clear,
     CloseDocument,
+    CloseModule,
     Command,
     Done,
     Durable,
     Event,
     Fault,
+    GetModules,
     GetStats,
     Loaded,
     OpenDocument,
+    OpenModule,
     Outputs,
     Rejected,
     Start,
@@ -115,6 +118,15 @@ def _obey(engine: Engine, command: Command) -> Event | None:
             case CloseDocument():
                 engine.close_document(command.document_id)
                 return Done(command.ticket)
+            case OpenModule():
+                engine.open_module(command.module_id, command.pieces)
+                return Done(command.ticket)
+            case CloseModule():
+                engine.close_module(command.module_id)
+                return Done(command.ticket)
+            case GetModules():
+                modules = engine.module_states(command.module_ids)
+                return Done(command.ticket, modules=modules)
             case GetStats():
                 return Done(command.ticket, stats=engine.stats())
             case Clear():
@@ -122,7 +134,7 @@ def _obey(engine: Engine, command: Command) -> Event | None:
     except LongctxError as error:
         if isinstance(command, Submit):
             return Rejected(command.request.request_id, Fault.of(error))
-        assert isinstance(command, OpenDocument | CloseDocument | Clear), command
+        assert isinstance(command, OpenDocument | CloseDocument | OpenModule | Clear), command
         return Done(command.ticket, Fault.of(error))
     return None
 

@@ -113,6 +113,12 @@ class PrefixIndex:
         if prefix.name in self._prefixes:
             self._prefixes.move_to_end(prefix.name)
 
+    def take(self, name: PrefixName) -> Prefix:
+        """Acquire the prefix of that name."""
+        prefix = self._prefixes[name]
+        self.acquire(prefix)
+        return prefix
+
     def idle(self) -> Iterator[Prefix]:
         """Prefixes without users, the longest unused first."""
         return (prefix for prefix in self._prefixes.values() if prefix.users == 0)

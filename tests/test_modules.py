@@ -1,4 +1,4 @@
-"""Modules and prompts made of them: what they mean, whatever the model, level, cache or neighbour."""
+"""Modules and prompts made of them: what they mean, whatever the model, level or neighbour."""
 
 from collections.abc import Mapping, Sequence
 
