@@ -31,6 +31,7 @@ from longctx.protocol import (
     Event,
     GetModules,
     GetStats,
+    JudgeLevel,
     Loaded,
     OpenDocument,
     OpenModule,
@@ -42,7 +43,15 @@ from longctx.protocol import (
     frame,
     read_event,
 )
-from longctx.request import FinishReason, ModuleState, Piece, Request, RequestOutput
+from longctx.request import (
+    FinishReason,
+    LevelVerdict,
+    ModuleState,
+    Piece,
+    Request,
+    RequestOutput,
+)
+from prompt_cache.level import Level
 
 STOP_SECONDS = 10.0  # a process that was told to stop and has not done so by then is killed
 
@@ -134,6 +143,16 @@ class EngineClient:
         done = await self._call(lambda ticket: GetModules(ticket, tuple(module_ids)))
         assert done.modules is not None
         return done.modules
+
+    async def judge_level(self, level: Level) -> LevelVerdict:
+        """Whether the model stands a level of exactness.
+
+        Measured the first time that anybody asks: for so long, up to about half a minute, the
+        engine does nothing else.
+        """
+        done = await self._call(lambda ticket: JudgeLevel(ticket, level))
+        assert done.level is not None
+        return done.level
 
     async def stats(self) -> dict[str, float]:
         """The engine's gauges and counters."""

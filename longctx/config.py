@@ -47,6 +47,9 @@ class CacheConfig:
     force_codec: Annotated[
         bool, "store with kv-codec whatever that costs this model; it is not measured then"
     ] = False
+    force_level: Annotated[
+        bool, "answer prompts of modules at levels of exactness that cost this model too much"
+    ] = False
     device_pool_gib: Annotated[
         float | None, "memory for KV blocks; a quarter of RAM, or most of what the GPU has free"
     ] = None

@@ -21,7 +21,8 @@ from longctx.errors import (
     ModelRefused,
     Overloaded,
 )
-from longctx.request import ModuleState, Piece, Request, RequestOutput
+from longctx.request import LevelVerdict, ModuleState, Piece, Request, RequestOutput
+from prompt_cache.level import Level
 
 HEADER = struct.Struct("<I")
 
@@ -71,6 +72,13 @@ class GetModules(Message, frozen=True):
 
     ticket: int
     module_ids: tuple[str, ...]
+
+
+class JudgeLevel(Message, frozen=True):
+    """What the gate says of a level of exactness; it comes as `level`."""
+
+    ticket: int
+    level: Level
 
 
 class GetStats(Message, frozen=True):
@@ -136,6 +144,7 @@ class Done(Message, frozen=True):
     fault: Fault | None = None
     stats: dict[str, float] | None = None
     modules: dict[str, ModuleState] | None = None
+    level: LevelVerdict | None = None
 
 
 Command = (
@@ -147,6 +156,7 @@ Command = (
     | OpenModule
     | CloseModule
     | GetModules
+    | JudgeLevel
     | GetStats
     | Clear
     | Stop

@@ -213,3 +213,12 @@ class RequestOutput:
     finished: bool = False  # the last event of the request
     usage: Usage | None = None  # with `finished`
     error: str | None = None  # with FinishReason.ERROR
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LevelVerdict:
+    """Whether a level of exactness may be used with a model; `reason` is one line for people."""
+
+    level: str
+    passed: bool
+    reason: str

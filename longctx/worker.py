@@ -31,6 +31,7 @@ from longctx.protocol import (
     Fault,
     GetModules,
     GetStats,
+    JudgeLevel,
     Loaded,
     OpenDocument,
     OpenModule,
@@ -42,6 +43,7 @@ from longctx.protocol import (
     frame,
     read_command,
 )
+from longctx.quality.level_gate import judge_level
 
 FLUSH_SECONDS = 5.0  # at the end, for blocks that are on their way to the disk
 SEND_BUFFER_BYTES = 4 << 20  # a server that is busy for a moment does not stop the engine
@@ -127,6 +129,8 @@ def _obey(engine: Engine, command: Command) -> Event | None:
             case GetModules():
                 modules = engine.module_states(command.module_ids)
                 return Done(command.ticket, modules=modules)
+            case JudgeLevel():
+                return Done(command.ticket, level=judge_level(engine, command.level))
             case GetStats():
                 return Done(command.ticket, stats=engine.stats())
             case Clear():
@@ -134,7 +138,9 @@ def _obey(engine: Engine, command: Command) -> Event | None:
     except LongctxError as error:
         if isinstance(command, Submit):
             return Rejected(command.request.request_id, Fault.of(error))
-        assert isinstance(command, OpenDocument | CloseDocument | OpenModule | Clear), command
+        assert isinstance(
+            command, OpenDocument | CloseDocument | OpenModule | JudgeLevel | Clear
+        ), command
         return Done(command.ticket, Fault.of(error))
     return None
 
