@@ -80,9 +80,9 @@ class Ingestion:
         self._changed = True
 
     def durable_tokens(self, owner: str) -> int:
-        """Of a document or module, as told last."""
+        """Of a document or module."""
         chain = self._chains.get(owner)
-        return 0 if chain is None else max(0, chain.reported)
+        return 0 if chain is None else self._durable_tokens(chain)
 
     def forget(self, document_id: str) -> None:
         self._chains.pop(document_id, None)
@@ -114,18 +114,20 @@ class Ingestion:
         for document_id, chain in self._chains.items():
             if lost:
                 chain.durable_blocks = self._intact(chain)
-            if chain.durable_blocks < len(chain.keys):
-                chain.durable_blocks = self._durable(
-                    chain.keys, chain.layout, begin=chain.durable_blocks
-                )
-            durable_tokens = chain.layout.tokens(chain.durable_blocks)
-            tokens = max(0, durable_tokens - chain.before_tokens)
-            if chain.durable_blocks == len(chain.keys):
-                # What is left fills no block and is computed with every question.
-                tokens = chain.end_tokens - chain.before_tokens
+            tokens = self._durable_tokens(chain)
             if tokens != chain.reported:
                 chain.reported = news[document_id] = tokens
         return news
+
+    def _durable_tokens(self, chain: _Chain) -> int:
+        if chain.durable_blocks < len(chain.keys):
+            chain.durable_blocks = self._durable(
+                chain.keys, chain.layout, begin=chain.durable_blocks
+            )
+        if chain.durable_blocks == len(chain.keys):
+            # What is left fills no block and is computed with every question.
+            return chain.end_tokens - chain.before_tokens
+        return max(0, chain.layout.tokens(chain.durable_blocks) - chain.before_tokens)
 
     def _intact(self, chain: _Chain) -> int:
         """Blocks before the first extent that has lost its end: files leave from the end."""

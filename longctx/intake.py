@@ -19,7 +19,7 @@ from longctx.assembly import Prompts
 from longctx.detokenizer import TextStream
 from longctx.errors import ContextTooLong, InvalidRequest
 from longctx.kv_cache import KVCacheManager
-from longctx.layout import Source
+from longctx.layout import Layout, Source
 from longctx.limits import ContextLimits
 from longctx.model import ModelSpec
 from longctx.modules import Module
@@ -72,7 +72,7 @@ class Intake:
         module = Module.of(module_id, pieces)
         self._check_ids(module.token_ids, f"module {module_id}", "pieces")
         end = module.layout.runs[-1]
-        self._check_length(end.position, 0)
+        self._check_positions(end.position)
         self._check_blocks(end.block, f"module {module_id}")
         return self.prompts.modules.open(module)
 
@@ -111,7 +111,10 @@ class Intake:
         prompt_tokens = len(tokens)
         if prompt_tokens == 0:
             raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
-        self._check_length(layout.position(prompt_tokens), sampling.max_tokens)
+        if layout.plain:
+            self._check_length(prompt_tokens, sampling.max_tokens)
+        else:
+            self._check_positions(layout.position(prompt_tokens) + sampling.max_tokens)
         self._arrivals += 1
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         sequence = Sequence(
@@ -136,6 +139,7 @@ class Intake:
         if layout.plain:
             sequence.tier.streams = longest > self._limits.capacity_tokens
         else:
+            self._check_shifts(layout)
             sources = {source.owner: source for source in layout.sources}
             borrowed = sum(len(source.keys) for source in sources.values())
             self._check_blocks(layout.blocks(longest) + 1 + borrowed, "the prompt with its modules")
@@ -167,6 +171,24 @@ class Intake:
                 f"max_tokens={max_tokens} is more than the {room} tokens of an answer that the "
                 "device holds; lower it or raise --device-pool-gib",
                 param="max_tokens",
+            )
+
+    def _check_positions(self, end: int) -> None:
+        limit = self._limits.max_context_tokens
+        if end > limit:
+            raise ContextTooLong(
+                f"the last token would stand at position {end - 1}, beyond the limit of {limit}; "
+                "shorten the prompt or raise --max-context where the model allows it",
+                param="messages",
+            )
+
+    def _check_shifts(self, layout: Layout) -> None:
+        relocation = self._spec.relocation
+        if not relocation.shiftable and any(borrowed.rotation for borrowed in layout.borrowed):
+            raise InvalidRequest(
+                "a part of the prompt stands elsewhere than it was encoded, which this model does "
+                f"not allow: {relocation.reason}; leave it there or use it with exact reuse",
+                param="position",
             )
 
     def _check_blocks(self, blocks: int, what: str) -> None:

@@ -176,17 +176,18 @@ class Layout:
         run = self.runs[self._run_of_block(block)]
         return run.entry + block - run.block
 
-    def room(self, begin: int, end: int) -> int:
-        """Tokens that could stand in the blocks of tokens `begin` to `end`: cuts leave gaps."""
-        return self._padded(end) - self._padded(begin)
+    def within(self, begin: int, budget: int) -> int:
+        """How many of the tokens from `begin` on a step may compute that has room for `budget`.
 
-    def within(self, begin: int, room: int) -> int:
-        """The most tokens from `begin` on that take no more room than that."""
-        padded = self._padded(begin) + room
-        index = bisect_right(self._blocks, padded // BLOCK_TOKENS) - 1
-        run = self.runs[index]
-        end = run.token + padded - run.block * BLOCK_TOKENS
-        return (end if index + 1 == len(self.runs) else min(end, self._tokens[index + 1])) - begin
+        As many, unless cuts spread them over more blocks than so many could touch without any.
+        """
+        touched = budget // BLOCK_TOKENS + 2
+        return min(budget, self.tokens(self.blocks(begin) + touched) - begin)
+
+    def charge(self, begin: int, end: int) -> int:
+        """What of its budget computing these tokens takes."""
+        touched = self.blocks(end - 1) - self.blocks(begin) + 1
+        return max(end - begin, (touched - 2) * BLOCK_TOKENS)
 
     def first_needed(self, window: int | None, blocks: int) -> int:
         """The first block that a query after the first `blocks` blocks, or later, still sees."""
@@ -287,10 +288,6 @@ class Layout:
 
     def _run_of_block(self, block: int) -> int:
         return bisect_right(self._blocks, block) - 1
-
-    def _padded(self, token: int) -> int:
-        run = self.runs[bisect_right(self._tokens, token) - 1]
-        return run.block * BLOCK_TOKENS + token - run.token
 
 
 PLAIN = Layout()

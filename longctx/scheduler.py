@@ -149,7 +149,7 @@ class Scheduler:
                 if chunk is not None:
                     prompts.append(chunk)
                     begin = sequence.computed
-                    budget -= sequence.layout.room(begin, begin + chunk.num_tokens)
+                    budget -= sequence.layout.charge(begin, begin + chunk.num_tokens)
         # A prompt chunk may have preempted what was scheduled before it.
         runs = (chunk for chunk in (*answers, *prompts) if _runs(chunk.sequence))
         complete = (sequence for sequence in self.running if sequence.remaining == 0)

@@ -9,13 +9,16 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from longctx.request import Piece, Segment
+from compress.shape import BLOCK_TOKENS
+from longctx.request import Piece, Request, RequestClass, SamplingParams, Segment
+from tests.recorded_engine import RecordedEngine, some_ids
 
 Pieces = Sequence[Piece]
 
@@ -47,8 +50,12 @@ def assembled(
     segments: Sequence[Segment],
     modules: Mapping[str, Pieces],
     answer: Sequence[int] = (),
+    documents: Mapping[str, tuple[Sequence[int], Sequence[int]]] = MappingProxyType({}),
 ) -> Assembled:
-    """The rows of one prompt and of what it borrows."""
+    """The rows of one prompt and of what it borrows.
+
+    `documents`: the tokens that each was ingested after, and its own.
+    """
     rows, own = Rows(), list[int]()
     visible: list[int] = []
     chains: dict[tuple[str, int], list[list[int]]] = {}
@@ -62,6 +69,19 @@ def assembled(
         return at + len(tokens)
 
     for number, segment in enumerate(segments, 1):
+        if segment.document_id is not None:
+            opening, tokens = documents[segment.document_id]
+            at = position if segment.position is None else segment.position
+            filled = (len(opening) + len(tokens)) // BLOCK_TOKENS * BLOCK_TOKENS - len(opening)
+            link = 0 if segment.link_tokens is None else segment.link_tokens
+            end = max(0, link if segment.link_tokens is None else filled)
+            compute(tokens[: min(link, end)], at)
+            if link < end:
+                piece = Piece(token_ids=(*opening, *tokens), position=0)
+                (chain,) = _encode(rows, [piece], at - len(opening))
+                visible += chain[len(opening) + link : len(opening) + end]
+            position = compute(tokens[end:], at + end)
+            continue
         if segment.module_id is None:
             at = position if segment.position is None else segment.position
             position = compute(segment.token_ids, at)
@@ -131,3 +151,72 @@ class DenseModel:
             )
         logits: Tensor = output.logits[0]
         return logits
+
+
+MODULES: dict[str, Sequence[Piece]] = {
+    "a": [Piece(token_ids=some_ids(100, 11), position=0)],
+    "b": [
+        Piece(token_ids=some_ids(65, 12), position=100),
+        Piece(token_ids=some_ids(20, 13), position=180),
+    ],
+    "c": [Piece(token_ids=some_ids(3, 14), position=210)],
+    "d": [Piece(token_ids=some_ids(128, 15), position=213)],
+}
+
+
+def literal(length: int, seed: int, position: int | None = None, *, cut: bool = False) -> Segment:
+    return Segment(token_ids=some_ids(length, seed), position=position, cut=cut)
+
+
+def borrowed(
+    module_id: str, piece: int = 0, *, link: int | None = 0, position: int | None = None
+) -> Segment:
+    return Segment(module_id=module_id, piece=piece, link_tokens=link, position=position)
+
+
+def prompt(
+    name: str, *segments: Segment, max_tokens: int = 4, n: int = 1, salt: str = ""
+) -> Request:
+    return Request(
+        request_id=name,
+        segments=segments,
+        sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, n=n),
+        salt=salt,
+    )
+
+
+def encode(module_id: str, *, salt: str = "") -> Request:
+    return Request(
+        request_id=f"encode {module_id} {salt}",
+        segments=(Segment(encodes=module_id),),
+        sampling=SamplingParams(max_tokens=0),
+        request_class=RequestClass.INGEST,
+        salt=salt,
+    )
+
+
+def with_modules(engine: RecordedEngine, modules: Mapping[str, Pieces]) -> RecordedEngine:
+    for module_id, pieces in modules.items():
+        engine.open_module(module_id, pieces)
+    return engine
+
+
+def assert_means(
+    engine: RecordedEngine,
+    model: DenseModel,
+    modules: Mapping[str, Pieces],
+    *requests: Request,
+    tolerance: float = 2e-4,
+    documents: Mapping[str, tuple[Sequence[int], Sequence[int]]] = MappingProxyType({}),
+) -> None:
+    """All logits that the engine drew from equal those of the dense twin."""
+    for request in requests:
+        answer = engine.answered[request.request_id].answer
+        assert not engine.answered[request.request_id].errors
+        twin = assembled(request.segments, modules, answer, documents)
+        rows = model.logits(twin.rows)[twin.own]
+        drawn = engine.logits[request.request_id, 0]
+        assert drawn, "nothing was drawn"
+        for own_tokens, row in drawn.items():
+            difference = float((row - rows[own_tokens - 1]).abs().max())
+            assert difference < tolerance, (request.request_id, own_tokens, difference)

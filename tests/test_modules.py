@@ -1,74 +1,25 @@
 """Modules and prompts made of them: what they mean, whatever the model, level or neighbour."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from longctx.request import Piece, Request, RequestClass, SamplingParams, Segment
-from tests.assembled import DenseModel, Pieces, assembled
+from longctx.request import Piece, Request
+from tests.assembled import (
+    MODULES,
+    DenseModel,
+    assert_means,
+    borrowed,
+    encode,
+    literal,
+    prompt,
+    with_modules,
+)
 from tests.conftest import ModelFolders
 from tests.recorded_engine import RecordedEngine, build_engine, some_ids
 
 ARCHITECTURES = ("llama", "qwen3", "gemma2", "gemma3_text", "smollm3", "glm4", "olmo2", "cohere2")
-
-
-def literal(length: int, seed: int, position: int | None = None, *, cut: bool = False) -> Segment:
-    return Segment(token_ids=some_ids(length, seed), position=position, cut=cut)
-
-
-def borrowed(
-    module_id: str, piece: int = 0, *, link: int | None = 0, position: int | None = None
-) -> Segment:
-    return Segment(module_id=module_id, piece=piece, link_tokens=link, position=position)
-
-
-def prompt(
-    name: str, *segments: Segment, max_tokens: int = 4, n: int = 1, salt: str = ""
-) -> Request:
-    return Request(
-        request_id=name,
-        segments=segments,
-        sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, n=n),
-        salt=salt,
-    )
-
-
-def encode(module_id: str, *, salt: str = "") -> Request:
-    return Request(
-        request_id=f"encode {module_id} {salt}",
-        segments=(Segment(encodes=module_id),),
-        sampling=SamplingParams(max_tokens=0),
-        request_class=RequestClass.INGEST,
-        salt=salt,
-    )
-
-
-def with_modules(engine: RecordedEngine, modules: Mapping[str, Pieces]) -> RecordedEngine:
-    for module_id, pieces in modules.items():
-        engine.open_module(module_id, pieces)
-    return engine
-
-
-def assert_means(
-    engine: RecordedEngine,
-    model: DenseModel,
-    modules: Mapping[str, Pieces],
-    *requests: Request,
-    tolerance: float = 2e-4,
-) -> None:
-    """All logits that the engine drew from equal those of the dense twin."""
-    for request in requests:
-        answer = engine.answered[request.request_id].answer
-        assert not engine.answered[request.request_id].errors
-        twin = assembled(request.segments, modules, answer)
-        rows = model.logits(twin.rows)[twin.own]
-        drawn = engine.logits[request.request_id, 0]
-        assert drawn, "nothing was drawn"
-        for own_tokens, row in drawn.items():
-            difference = float((row - rows[own_tokens - 1]).abs().max())
-            assert difference < tolerance, (request.request_id, own_tokens, difference)
 
 
 # -- positions and cuts -----------------------------------------------------------------------
@@ -97,16 +48,6 @@ def test_text_with_gaps_and_cuts_equals_a_dense_pass_at_these_positions(
 
 
 # -- modules ----------------------------------------------------------------------------------
-
-MODULES: dict[str, Sequence[Piece]] = {
-    "a": [Piece(token_ids=some_ids(100, 11), position=0)],
-    "b": [
-        Piece(token_ids=some_ids(65, 12), position=100),
-        Piece(token_ids=some_ids(20, 13), position=180),
-    ],
-    "c": [Piece(token_ids=some_ids(3, 14), position=210)],
-    "d": [Piece(token_ids=some_ids(128, 15), position=213)],
-}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
