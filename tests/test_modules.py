@@ -1,11 +1,14 @@
 """Modules and prompts made of them: what they mean, whatever the model, level or neighbour."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from longctx.request import Piece, Request
+from longctx.request import Piece, Request, Segment
 from tests.assembled import (
     MODULES,
     DenseModel,
@@ -185,6 +188,70 @@ def test_a_module_that_was_never_encoded_is_encoded_when_it_is_needed(llama: Pat
     engine.finish(request)
     assert_means(engine, DenseModel(llama), MODULES, request)
     assert set(engine.answered) == {"p"}, "the engine's own requests are nobody's business"
+
+
+@st.composite
+def schemas(draw: st.DrawFn) -> tuple[dict[str, list[Piece]], list[Segment]]:
+    """Modules of any shape, and a prompt of some of their pieces with text between them."""
+    modules: dict[str, list[Piece]] = {}
+    for number in range(draw(st.integers(1, 3))):
+        pieces, position = [], draw(st.integers(0, 40))
+        for _ in range(draw(st.integers(1, 3))):
+            token_ids = some_ids(draw(st.integers(1, 90)), draw(st.integers(0, 10_000)))
+            pieces.append(Piece(token_ids=token_ids, position=position))
+            position += len(token_ids) + draw(st.integers(0, 20))
+        modules[f"m{number}"] = pieces
+    segments: list[Segment] = []
+    position = 0
+    for _ in range(draw(st.integers(1, 6))):
+        if draw(st.booleans()):
+            gap = draw(st.none() | st.integers(0, 50))
+            token_ids = some_ids(draw(st.integers(1, 80)), draw(st.integers(0, 10_000)))
+            at = None if gap is None else position + gap
+            cut = draw(st.booleans())
+            segments.append(Segment(token_ids=token_ids, position=at, cut=cut))
+            position += len(token_ids) + (gap or 0)
+        else:
+            module_id = draw(st.sampled_from(sorted(modules)))
+            number = draw(st.integers(0, len(modules[module_id]) - 1))
+            piece = modules[module_id][number]
+            at = draw(st.integers(position, position + 30))
+            if piece.position >= position and draw(st.booleans()):
+                at = piece.position
+            link = draw(st.sampled_from([None, 0, 0, 1, 16, 64, 100]))
+            segments.append(borrowed(module_id, number, link=link, position=at))
+            position = at + len(piece.token_ids)
+    return modules, segments
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_any_prompt_of_any_modules_equals_a_dense_pass(
+    architecture: str, model_folders: ModelFolders
+) -> None:
+    folder = model_folders(architecture)
+    model = DenseModel(folder)
+    engines = [
+        build_engine(folder, backend=backend, max_batch_tokens=max_batch_tokens, pool_gib=0.05)
+        for backend, max_batch_tokens in (("auto", 512), ("torch", 70))
+    ]
+
+    numbers = itertools.count()
+
+    @settings(max_examples=12, deadline=None, database=None)
+    @given(schema=schemas())
+    def equals(schema: tuple[dict[str, list[Piece]], list[Segment]]) -> None:
+        modules, segments = schema
+        request = prompt(f"{next(numbers)}", *segments, max_tokens=2)
+        for engine in engines:
+            with_modules(engine, modules)
+            engine.finish(request)
+            assert_means(engine, model, modules, request, tolerance=5e-4)
+            for module_id in modules:
+                engine.close_module(module_id)
+
+    equals()
+    for engine in engines:
+        engine.assert_idle()
 
 
 # -- what may be shared -----------------------------------------------------------------------
