@@ -12,6 +12,7 @@ from longctx.sequence import Sequence
 class Answers:
     request: Request
     sequences: list[Sequence]
+    hidden: bool = False  # the engine's own: nobody hears of it
     reported: int = -1  # prompt tokens in the last progress
     open_choices: int = field(init=False)
 
@@ -23,23 +24,28 @@ class Answers:
         first = self.sequences[0]
         owner = cache.computed_by(first)
         done = min(first.prompt_tokens, (owner or first).computed)
-        if first.completion_tokens or done <= self.reported:
+        if self.hidden or first.completion_tokens or done <= self.reported:
             return []
         self.reported = done
+        borrowed = first.borrowed_tokens
         progress = Progress(
-            total=first.prompt_tokens,
-            cache=first.cached_tokens or 0,
-            processed=done,
+            total=first.prompt_tokens + borrowed,
+            cache=(first.cached_tokens or 0) + borrowed,
+            processed=done + borrowed,
             time_ms=1000 * (time.monotonic() - first.arrival_seconds),
         )
         return [RequestOutput(request_id=self.request.request_id, progress=progress)]
 
     def usage(self) -> Usage:
         first = self.sequences[0]
+        borrowed = first.borrowed_tokens
+        found = None if first.cached_tokens is None else first.cached_tokens + borrowed
         return Usage(
-            prompt_tokens=first.prompt_tokens,
-            cached_tokens=first.cached_tokens or 0,
+            prompt_tokens=first.prompt_tokens + borrowed,
+            cached_tokens=found or 0,
             completion_tokens=sum(sequence.completion_tokens for sequence in self.sequences),
             computed_tokens=sum(sequence.computed_tokens for sequence in self.sequences),
+            borrowed_tokens=borrowed if found is not None else 0,
+            linked_tokens=first.linked_tokens,
             explanation=None if first.trace is None else first.trace.explanation,
         )

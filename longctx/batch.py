@@ -1,5 +1,6 @@
 """One step as flat tensors: rows of several sequences packed one after another."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import PAGE, ChunkRows
-from longctx.kv_cache import KVCacheManager
 from longctx.scheduler import Chunk
+from longctx.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,7 @@ class Batch:
     """`token_ids`, `positions` [tokens]; `logits_rows` [drawing chunks], in the chunks' order.
 
     New rows go to `slots` of the raw pool (rows of its pages laid end to end), after `fresh_pages`
-    were zeroed; then `sealed_blocks` full blocks, pages `sealed_raw`, are encoded into the pages
+    were zeroed; then `sealed_blocks` blocks, pages `sealed_raw`, are encoded into the pages
     `sealed_packed[group]`.
     """
 
@@ -35,16 +36,17 @@ class Batch:
     sealed_packed: tuple[Tensor | slice, ...]
 
     @classmethod
-    def build(cls, chunks: Items[Chunk], cache: KVCacheManager, *, device: torch.device) -> "Batch":
+    def build(cls, chunks: Items[Chunk], *, device: torch.device) -> "Batch":
         """Pages for every chunk must have been allocated."""
         begins = np.cumsum([0] + [chunk.num_tokens for chunk in chunks]).tolist()
-        rows = tuple(
-            cache.chunk_rows(chunk.sequence, chunk.num_tokens, row_begin=begin)
+        parts = [
+            tuple(_chunk_rows(chunk.sequence, chunk.num_tokens, row_begin=begin))
             for chunk, begin in zip(chunks, begins, strict=False)
-        )
+        ]
+        rows = tuple(row for part in parts for row in part)
         drawn = [
-            (row, row.row_begin + row.rows - 1)
-            for row, chunk in zip(rows, chunks, strict=True)
+            (part[-1], part[-1].row_begin + part[-1].rows - 1)
+            for part, chunk in zip(parts, chunks, strict=True)
             if chunk.draws
         ]
         token_ids = np.concatenate(
@@ -57,7 +59,7 @@ class Batch:
         )
         positions = [np.arange(r.first_position, r.first_position + r.rows) for r in rows]
         ends = [r.own_row + r.rows for r in rows]  # where the rows end in their own blocks
-        sealed_raw = [r.own_pages[: end // BLOCK_TOKENS] for r, end in zip(rows, ends, strict=True)]
+        sealed_raw = [r.own_pages[: r.sealed_pages] for r in rows]
         sealed_packed = [
             np.concatenate(
                 [
@@ -87,6 +89,27 @@ class Batch:
             sealed_blocks=sum(map(len, sealed_raw)),
             sealed_raw=_run_or_tensor(np.concatenate(sealed_raw), device),
             sealed_packed=tuple(_run_or_tensor(pages, device) for pages in sealed_packed),
+        )
+
+
+def _chunk_rows(sequence: Sequence, num_tokens: int, *, row_begin: int) -> Iterator[ChunkRows]:
+    """What the sequence's next `num_tokens` tokens see, run by run."""
+    layout = sequence.layout
+    for begin, end in layout.cut(sequence.computed, sequence.computed + num_tokens):
+        first, last = layout.blocks(begin), layout.blocks(end - 1)
+        past_entries = layout.entry(first)
+        own = [sequence.own_pages[block] for block in range(first, last + 1)]
+        yield ChunkRows(
+            row_begin=row_begin + begin - sequence.computed,
+            rows=end - begin,
+            first_position=layout.position(begin),
+            own_row=begin - layout.tokens(first),
+            own_pages=np.array(own, dtype=np.int64),
+            past_entries=past_entries,
+            entries=tuple(table.entries for table in sequence.tables),
+            absent_keys=[sequence.key(block) for block in range(sequence.tier.absent)],
+            rotated_entries=layout.rotated(past_entries),
+            sealed_pages=layout.blocks(end) - first,
         )
 
 

@@ -22,6 +22,7 @@ from longctx.config import EngineConfig
 from longctx.embedded import model_path
 from longctx.errors import LongctxError
 from longctx.options import add_options, read_options
+from longctx.prompt_cache_command import prompt_cache_arguments, run_prompt_cache
 
 # The environment and a TOML file may have the options of any command.
 CONFIGS = (
@@ -29,6 +30,7 @@ CONFIGS = (
     ServerConfig,
     *(tree for each in BENCHES.values() for tree in each.configs),
 )
+OF_CONTEXT = ("model", "max_context", "force_context", "rope_override")  # how long it may be
 
 Config = TypeVar("Config")
 
@@ -83,11 +85,24 @@ def _cache(arguments: argparse.Namespace) -> None:
     run_cache(arguments, cache.kv_dir or _read(arguments, ServerConfig).folder / "kv", cache)
 
 
+def _prompt_cache_arguments(parser: argparse.ArgumentParser) -> None:
+    for subparser in prompt_cache_arguments(parser).values():
+        add_options(subparser, EngineConfig, only=OF_CONTEXT)
+
+
+def _prompt_cache(arguments: argparse.Namespace) -> None:
+    engine, folder = _engine(arguments)
+    run_prompt_cache(arguments, engine.model, folder)
+
+
 COMMANDS = {
     "serve": Command("serve a model over HTTP", _serve_arguments, _serve),
     "ask": Command("ask a question about a file, without a server", _ask_arguments, _ask),
     "cache": Command(
         "see and tidy what is stored below the device; see cache --help", _cache_arguments, _cache
+    ),
+    "prompt-cache": Command(
+        "check prompt schemas; see prompt-cache --help", _prompt_cache_arguments, _prompt_cache
     ),
     "bench": Command("measure quality and speed; see bench --help", bench_arguments, _bench),
 }

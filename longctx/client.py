@@ -7,7 +7,7 @@ ends with an error, and a new process is started; nobody waits for ever.
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -23,15 +23,19 @@ from longctx.protocol import (
     Beat,
     Clear,
     CloseDocument,
+    CloseModule,
     Command,
     Done,
     Durable,
     Event,
+    GetModules,
     GetStats,
     Joined,
+    JudgeLevel,
     Loaded,
     Lost,
     OpenDocument,
+    OpenModule,
     Outputs,
     Rejected,
     Start,
@@ -40,8 +44,16 @@ from longctx.protocol import (
     frame,
     read_event,
 )
-from longctx.request import FinishReason, Request, RequestOutput
+from longctx.request import (
+    FinishReason,
+    LevelVerdict,
+    ModuleState,
+    Piece,
+    Request,
+    RequestOutput,
+)
 from longctx.ring.heartbeat import LOADING_SILENCE_SECONDS, SILENCE_SECONDS
+from prompt_cache.level import Level
 
 RESTARTS = 3  # in a row that may fail, where ranks start together
 LOOK_SECONDS = 0.5
@@ -127,6 +139,31 @@ class EngineClient:
         """Forget a document and free the blocks that only it uses."""
         self.durable_tokens.pop(document_id, None)
         await self._call(lambda ticket: CloseDocument(ticket, document_id))
+
+    async def open_module(self, module_id: str, pieces: Sequence[Piece]) -> None:
+        """Make a module known. Raises InvalidRequest or ContextTooLong."""
+        await self._call(lambda ticket: OpenModule(ticket, module_id, tuple(pieces)))
+
+    async def close_module(self, module_id: str) -> None:
+        """Forget a module and free the blocks that only it uses."""
+        self.durable_tokens.pop(module_id, None)
+        await self._call(lambda ticket: CloseModule(ticket, module_id))
+
+    async def module_states(self, module_ids: Sequence[str]) -> dict[str, ModuleState]:
+        """Of those that are open."""
+        done = await self._call(lambda ticket: GetModules(ticket, tuple(module_ids)))
+        assert done.modules is not None
+        return done.modules
+
+    async def judge_level(self, level: Level) -> LevelVerdict:
+        """Whether the model stands a level of exactness.
+
+        Measured the first time that anybody asks: for so long, up to about half a minute, the
+        engine does nothing else.
+        """
+        done = await self._call(lambda ticket: JudgeLevel(ticket, level))
+        assert done.level is not None
+        return done.level
 
     async def stats(self) -> dict[str, float]:
         """The engine's gauges and counters."""

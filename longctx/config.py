@@ -3,9 +3,12 @@
 Each field is an option of the command line by the same name (`options.py` derives it).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
+
+from longctx.errors import ModelRefused
 
 Weights = Literal["auto", "int8"]
 
@@ -43,6 +46,9 @@ class CacheConfig:
     ] = "auto"
     force_codec: Annotated[
         bool, "store with kv-codec whatever that costs this model; it is not measured then"
+    ] = False
+    force_level: Annotated[
+        bool, "answer prompts of modules at levels of exactness that cost this model too much"
     ] = False
     device_pool_gib: Annotated[
         float | None, "memory for KV blocks; a quarter of RAM, or most of what the GPU has free"
@@ -141,3 +147,10 @@ class EngineConfig:
                 f"host_pool_gib={self.cache.host_pool_gib} is for one rank; with "
                 f"ranks={self.ring.ranks} blocks go from the devices to kv_dir at once"
             )
+
+
+def check_name(option: str, name: str, known: Iterable[str]) -> None:
+    """Raises ModelRefused for a name that nobody knows."""
+    if name not in known:
+        names = ", ".join(sorted(known))
+        raise ModelRefused(f"{option} {name!r} is unknown; choose from {names}")

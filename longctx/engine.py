@@ -8,9 +8,10 @@
 one output with `finished`. Read `step` first.
 """
 
-import operator
 import time
 from collections.abc import Iterable
+from collections.abc import Sequence as Items
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,22 +20,21 @@ from numpy.typing import NDArray
 
 from compress.codec import CODECS
 from longctx.answers import Answers
-from longctx.config import EngineConfig
+from longctx.clearing import clear_tiers
+from longctx.config import EngineConfig, check_name
 from longctx.detokenizer import TextStream
 from longctx.engine_info import EngineInfo
-from longctx.errors import BlocksLost, InvalidRequest, ModelRefused, PeerLost
+from longctx.errors import BlocksLost, InvalidRequest, PeerLost
 from longctx.explain import Explainer
+from longctx.fetches import Fetches
 from longctx.figures import Figures
 from longctx.ingestion import Ingestion
 from longctx.intake import Intake
 from longctx.machine import Machine
-from longctx.model import load_model
+from longctx.model import LoadedModel, load_model
+from longctx.module_state import module_states
 from longctx.quality.gate import choose_codec
-from longctx.request import (
-    FinishReason,
-    Request,
-    RequestOutput,
-)
+from longctx.request import FinishReason, ModuleState, Piece, Request, RequestOutput
 from longctx.ring.ranks import Ranks
 from longctx.runner import BACKENDS, backend_for
 from longctx.sampler import SamplingError, sample
@@ -57,11 +57,13 @@ class Engine:
         model_folder: Path,
         *,
         cache_dir: Path = CACHE_DIR,
+        model: LoadedModel | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         """Loads the model and settles its codec. `config.model.model` may differ from the folder.
 
-        `ranks`: further ones, which share the work and keep a part of the KV blocks each.
+        `model`: that of the folder, where another engine has loaded it. `ranks`: further ones,
+        which share the work and keep a part of the KV blocks each.
         Raises ModelRefused, also for a codec that costs the model too much.
         """
         if ranks is None and config.ring.ranks > 1:
@@ -72,12 +74,13 @@ class Engine:
             )
         if config.model.threads is not None:
             torch.set_num_threads(config.model.threads)
-        _check_name("attention_backend", config.model.attention_backend, ("auto", *BACKENDS))
-        _check_name("eviction_policy", config.cache.eviction_policy, POLICIES)
-        _check_name("kv_codec", config.cache.kv_codec, ("auto", *CODECS))
-        self._config = config
+        check_name("attention_backend", config.model.attention_backend, ("auto", *BACKENDS))
+        check_name("eviction_policy", config.cache.eviction_policy, POLICIES)
+        check_name("kv_codec", config.cache.kv_codec, ("auto", *CODECS))
+        self.config, self.folder, self.cache_dir = config, model_folder, cache_dir
         self.tokenizer = Tokenizer(model_folder)
-        model = load_model(config.model, model_folder, cache_dir=cache_dir)
+        model = model or load_model(config.model, model_folder, cache_dir=cache_dir)
+        self.model = model
         self._spec = spec = model.spec
         backend_name = backend_for(config.model.attention_backend, spec.device)
         new_backend = BACKENDS[backend_name]
@@ -106,8 +109,9 @@ class Engine:
             self.info.limits,
             max_sequences=scheduler.max_sequences,
         )
+        self._fetches = Fetches(self._cache, self._intake, self._scheduler)
         self._explainer = Explainer(
-            self._cache, self._intake.documents, self.tokenizer, self._intake.namespace
+            self._cache, self._intake.prompts.documents, self.tokenizer, self._intake.namespace
         )
         self._figures = Figures()
         self._requests: dict[str, Answers] = {}
@@ -135,13 +139,11 @@ class Engine:
         sequence = self._intake.sequence(request)
         self._scheduler.add(sequence)
         self._requests[request.request_id] = Answers(request, [sequence])
-        if (
-            self._ingestion is not None
-            and request.sampling.max_tokens == 0
-            and self._ingestion.register(sequence)
-        ):
-            self._explainer.explain(sequence, ())
-            self._early += self._finish(sequence, FinishReason.LENGTH)
+        if request.sampling.max_tokens == 0:
+            self._intake.prompts.modules.note(sequence)
+            if self._ingestion is not None and self._ingestion.register(sequence):
+                self._explainer.explain(sequence, ())
+                self._early += self._finish(sequence, FinishReason.LENGTH)
 
     def abort(self, request_id: str) -> None:
         """End a request; what its prefill has sealed stays cached. Unknown ids are ignored."""
@@ -159,8 +161,26 @@ class Engine:
 
     def close_document(self, document_id: str) -> None:
         """Forget a document and free the blocks that only it uses."""
-        self._intake.close_document(document_id)
+        self._intake.close(document_id)
         self._forget_blocks(document_id)
+
+    def open_module(self, module_id: str, pieces: Items[Piece]) -> None:
+        """Make a module known; requests may then encode it, and use its pieces as segments.
+
+        Raises InvalidRequest or ContextTooLong.
+        """
+        if self._intake.open_module(module_id, pieces):
+            self._forget_blocks(module_id)
+
+    def close_module(self, module_id: str) -> None:
+        """As `close_document`. Prompts that still wait to borrow of it end with an error."""
+        self.close_document(module_id)
+
+    def module_states(self, module_ids: Iterable[str]) -> dict[str, ModuleState]:
+        """Of those that are open."""
+        store = None if self._migration is None else self._migration.store
+        modules = self._intake.prompts.modules
+        return module_states(modules, module_ids, self._cache, store, self._ingestion)
 
     def durable_documents(self) -> dict[str, int]:
         """Tokens that are on stable storage, of documents of which more or less is than before."""
@@ -194,6 +214,12 @@ class Engine:
         for sequence in self._scheduler.failed():
             outputs += self._finish(sequence, FinishReason.ERROR, error=sequence.tier.failure)
         scheduled = self._scheduler.schedule()
+        fetched = self._fetches.begin()
+        self._requests |= fetched
+        if fetched and not scheduled.chunks:
+            scheduled = self._scheduler.schedule()
+        for sequence in scheduled.complete:
+            outputs += self._prefilled(sequence)
         if scheduled.chunks:
             self._steps += 1
             for chunk in scheduled.chunks:
@@ -230,7 +256,7 @@ class Engine:
         """Run the batch; each sequence that is to go on, with its next token."""
         began = time.perf_counter()
         drawing = [chunk.sequence for chunk in scheduled.chunks if chunk.draws]
-        logits = self._runner.run_chunks(scheduled.chunks, self._cache)
+        logits = self._runner.run_chunks(scheduled.chunks)
         self._scheduler.update(scheduled, time.perf_counter() - began)
         # The choices of a request part here: they share the prompt and draw from the same row.
         families = [[sequence, *self._fork(sequence)] for sequence in drawing]
@@ -246,20 +272,7 @@ class Engine:
         """The other choices of a request whose prompt is computed, if it has not begun yet."""
         forks = []
         for index in range(1, first.width):
-            fork = Sequence(
-                request=first.request,
-                index=index,
-                arrival=first.arrival,
-                arrival_seconds=first.arrival_seconds,
-                tokens=first.tokens.fork(),
-                prompt_tokens=first.prompt_tokens,
-                sampling=first.sampling.fork(first.seed + index),
-                seed=first.seed + index,
-                text=TextStream(self.tokenizer, stop=first.request.sampling.stop),
-                namespace=first.namespace,
-                document_ends=first.document_ends,
-                cached_tokens=first.cached_tokens,
-            )
+            fork = first.fork(index, TextStream(self.tokenizer, stop=first.request.sampling.stop))
             self._cache.fork(first, fork)
             self._scheduler.add_fork(fork)
             self._requests[first.request.request_id].sequences.append(fork)
@@ -287,7 +300,7 @@ class Engine:
                 text=delta.text,
                 stop_reason=delta.stopped_by,
             )
-        full = len(sequence.tokens) >= self._spec.max_context
+        full = sequence.layout.position(len(sequence.tokens)) >= self._spec.max_context
         if full or sequence.completion_tokens >= sampling.max_tokens:
             return self._finish(sequence, FinishReason.LENGTH, token=token, text=delta.text)
         return [
@@ -321,22 +334,22 @@ class Engine:
         usage = answers.usage() if finished else None
         if usage is not None:
             del self._requests[sequence.request.request_id]
+        if answers.hidden:
+            self._fetches.ended(sequence, error)
+            return []
+        if usage is not None:
             self._figures.finished(reason, usage)
-        rest = sequence.text.finish()
-        return [
-            RequestOutput(
-                request_id=sequence.request.request_id,
-                index=index,
-                token_ids=() if token is None else (token,),
-                text=text + rest,
-                finish_reason=reason,
-                stop_reason=stop_reason,
-                finished=finished and index == indices[-1],
-                usage=usage if index == indices[-1] else None,
-                error=error,
-            )
-            for index in indices
-        ]
+        last = RequestOutput(
+            request_id=sequence.request.request_id,
+            token_ids=() if token is None else (token,),
+            text=text + sequence.text.finish(),
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            error=error,
+        )
+        outputs = [replace(last, index=index) for index in indices]
+        outputs[-1] = replace(outputs[-1], finished=finished, usage=usage)
+        return outputs
 
     def _set_back(self, scheduled: SchedulerOutput, message: str) -> None:
         """A tier has lost what some of these sequences need: they begin again with what is left."""
@@ -363,31 +376,14 @@ class Engine:
         Documents stay on disk, and known. Raises InvalidRequest for a tier that there is not.
         """
         store = None if self._migration is None else self._migration.store
-        freed: dict[str, float] = {}
-        for tier in tiers:
-            if tier == "device":
-                blocks = self._cache.clear()
-                sizes = [sum(pool.page_bytes) for pool in self._memory.packed]
-                freed["device_blocks"] = sum(blocks)
-                freed["device_bytes"] = sum(map(operator.mul, blocks, sizes))
-            elif tier == "host" and store is not None and store.has_host:
-                freed["host_blocks"], freed["host_bytes"] = store.clear_host()
-            else:
-                raise InvalidRequest(
-                    f"there is no {tier} tier; --host-pool-gib makes one in RAM", param="tier"
-                )
-        return freed
+        return clear_tiers(self._cache, store, tiers)
 
     def stats(self) -> dict[str, float]:
         """Gauges and counters, by flat names."""
         return {
             "steps_total": self._steps,
             "computed_tokens_total": self._runner.computed_tokens,
-            "documents_open": len(self._intake.documents),
+            "documents_open": len(self._intake.prompts.documents),
+            "modules_open": len(self._intake.prompts.modules),
             **self._figures.read(self._scheduler, self._cache),
         }
-
-
-def _check_name(option: str, name: str, known: Iterable[str]) -> None:
-    if name not in known:
-        raise ModelRefused(f"{option} {name!r} is unknown; choose from {', '.join(sorted(known))}")

@@ -28,6 +28,8 @@ class EngineInfo:
     dtype: str
     backend: str
     vocab_size: int
+    shiftable: bool  # cached keys may serve at other positions than they were encoded at
+    shiftable_reason: str
 
     @classmethod
     def of(
@@ -63,6 +65,8 @@ class EngineInfo:
             dtype=str(spec.dtype).removeprefix("torch."),
             backend=backend,
             vocab_size=spec.vocab_size,
+            shiftable=spec.relocation.shiftable,
+            shiftable_reason=spec.relocation.reason,
         )
 
     @property

@@ -76,7 +76,7 @@ class Explainer:
     def finished(self, sequence: Sequence) -> None:
         """Remember what the prompt and its answer said."""
         covered = (sequence.cached_tokens or 0) + sequence.computed_tokens
-        if sequence.index or not covered:
+        if sequence.index or not covered or not sequence.layout.plain:
             return
         answer = sequence.tokens.slice(sequence.prompt_tokens, len(sequence.tokens))
         known = _Known(
@@ -105,51 +105,57 @@ class Explainer:
         trace = sequence.trace
         if trace is None or trace.explanation is not None or sequence.cached_tokens is None:
             return
-        depth = sequence.cached_tokens // BLOCK_TOKENS
-        limit = (sequence.prompt_tokens - 1) // BLOCK_TOKENS
+        layout = sequence.layout
+        depth = layout.blocks(sequence.cached_tokens)
+        limit = layout.blocks(sequence.prompt_tokens - 1)
         if trace.first is None:  # all of it is safe below, and nothing was looked for
             trace.note([self._cache.place(sequence, 0, block) for block in range(depth)])
-        counts, waited = self._found(trace, depth)
+        counts, waited = self._found(trace, sequence, depth)
         reason, place, divergence = "below_block", "", None
         if depth < limit:
             covered, divergence = self._compare(sequence, others)
             reason, place = self._why(sequence, depth, covered)
         trace.explanation = CacheExplanation(
-            prompt_tokens=sequence.prompt_tokens,
-            device_tokens=counts["device"] * BLOCK_TOKENS,
-            host_tokens=counts["host"] * BLOCK_TOKENS,
-            disk_tokens=counts["disk"] * BLOCK_TOKENS,
-            waited_tokens=waited * BLOCK_TOKENS,
+            prompt_tokens=sequence.prompt_tokens + sequence.borrowed_tokens,
+            device_tokens=counts["device"],
+            host_tokens=counts["host"],
+            disk_tokens=counts["disk"],
+            waited_tokens=waited,
+            borrowed_tokens=sequence.borrowed_tokens,
+            linked_tokens=sequence.linked_tokens,
             reason=reason,
-            detail=f"found up to token {depth * BLOCK_TOKENS}; "
+            detail=_borrows(sequence)
+            + f"found up to token {layout.tokens(depth)}; "
             + REASONS[reason].format(place=place),
             divergence=divergence,
         )
 
-    def _found(self, trace: Trace, depth: int) -> tuple[Counter[Place], int]:
-        """Blocks that were found, by place, and how many of them another computed meanwhile."""
+    def _found(self, trace: Trace, sequence: Sequence, depth: int) -> tuple[Counter[Place], int]:
+        """Tokens that were found, by place, and how many of them another computed meanwhile."""
         assert trace.first is not None
         counts: Counter[Place] = Counter()
         waited = 0
+        layout = sequence.layout
         windows_only = self._cache.memory.groups[0].window is not None
         place: Place = "device"
         for block in reversed(range(depth)):
             last = trace.last[block]
             # Of layers with windows, blocks before the last window are not there, nor missed.
             place = last or (place if windows_only else "device")
-            counts[place] += 1
-            waited += trace.first[block] is None and not windows_only
+            tokens = layout.tokens(block + 1) - layout.tokens(block)
+            counts[place] += tokens
+            waited += tokens if trace.first[block] is None and not windows_only else 0
         return counts, waited
 
     def _why(self, sequence: Sequence, depth: int, covered_tokens: int) -> tuple[str, str]:
         """The reason why block `depth` was not found, and the place in its text."""
-        groups = self._cache.memory.groups
-        position = (depth + 1) * BLOCK_TOKENS
+        groups, layout = self._cache.memory.groups, sequence.layout
         needed = [
             (index, block)
             for index, group in enumerate(groups)
             for block in range(
-                depth if group.window is None else group.first_needed(position), depth + 1
+                depth if group.window is None else layout.first_needed(group.window, depth + 1),
+                depth + 1,
             )
         ]
         missing = [
@@ -167,7 +173,7 @@ class Explainer:
                     return reason, migration.store.lowest
         if groups[0].window is None and all(group for group, _ in missing):
             return "checkpoint", ""
-        if covered_tokens >= position:
+        if covered_tokens >= layout.tokens(depth + 1):
             return "evicted", "device"
         return self._never_here(sequence, depth)
 
@@ -175,7 +181,7 @@ class Explainer:
         known = list(self._names(sequence))
         for end, name in sequence.document_ends:
             others = any(other[-1] == name[-1] and other != name for other in known)
-            if end > depth * BLOCK_TOKENS and name not in known and others:
+            if end > sequence.layout.tokens(depth) and name not in known and others:
                 document_id = name[-1][1]
                 assert isinstance(document_id, str)
                 return "other_prefix", document_id
@@ -203,6 +209,8 @@ class Explainer:
         self, sequence: Sequence, others: Iterable[Sequence]
     ) -> tuple[int, Divergence | None]:
         """With what is known and begins alike: tokens that were computed before, the difference."""
+        if not sequence.layout.plain:
+            return 0, None  # what it borrows cannot be compared token by token
         own = self._resolve(_pieces(sequence))
         best: tuple[int, list[Piece], str] = (0, [], "")
         covered = 0
@@ -222,7 +230,8 @@ class Explainer:
     def _candidates(self, sequence: Sequence, others: Iterable[Sequence]) -> Iterator[_Known]:
         yield from reversed(self._recent.get(sequence.namespace, ()))
         for other in others:
-            if other.namespace == sequence.namespace and other.request is not sequence.request:
+            apart = other.request is not sequence.request and other.layout.plain
+            if apart and other.namespace == sequence.namespace:
                 yield _Known(_pieces(other), other.computed, "prompt")
         for name in self._names(sequence):
             pieces = tuple(
@@ -234,7 +243,8 @@ class Explainer:
     def _names(self, sequence: Sequence) -> Iterator[PrefixName]:
         """The tenant's documents, each after the text that it is known after."""
         salt = sequence.request.salt
-        return (name for name in self._cache.prefixes.names() if name[0] == salt)
+        names = self._cache.prefixes.names()
+        return (name for name in names if name[0] == salt and _is_document(name[-1]))
 
     def _resolve(self, pieces: Iterable[Piece | str]) -> list[Piece]:
         """As tokens; up to a document that is gone."""
@@ -284,6 +294,16 @@ def _pieces(sequence: Sequence) -> tuple[Piece | str, ...]:
         if segment.document_id is None
         else segment.document_id
         for segment in sequence.request.segments
+    )
+
+
+def _borrows(sequence: Sequence) -> str:
+    borrowed, linked = sequence.borrowed_tokens, sequence.linked_tokens
+    if not borrowed:
+        return ""
+    return (
+        f"{borrowed} tokens are used as they were encoded elsewhere, and {linked} of the same "
+        "parts are computed in context; of the rest, "
     )
 
 

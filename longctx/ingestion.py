@@ -1,4 +1,5 @@
-"""Prompts that are computed to be kept: what is known of documents, and when one is safe.
+"""Prompts that are computed to be kept: what is known of documents and modules, and when one is
+safe.
 
 A request for no answer (`max_tokens` 0) ends once everything that it can leave behind is on stable
 storage, or as safe as it will be. Where it all is there already, from an earlier run of the server
@@ -9,22 +10,24 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from compress.shape import BLOCK_TOKENS
 from longctx.kv_cache import KVCacheManager
+from longctx.layout import Layout
 from longctx.match import deepest
 from longctx.sequence import Sequence
 from offload.key import BlockKey
 from offload.run import EXTENT_BLOCKS
 from offload.store import KVStore
+from prompt_cache.prefix import owner_of, tokens_before
 
 RECHECK_SECONDS = 1.0  # after something was evicted from the disk
 
 
 @dataclass(slots=True)
 class _Chain:
-    """The blocks of one document in the prompt that it was ingested under."""
+    """The blocks of one document in the prompt that it was ingested under, or of a module."""
 
     keys: tuple[BlockKey, ...]
+    layout: Layout
     before_tokens: int  # of the prompt, before the document
     end_tokens: int
     durable_blocks: int = 0
@@ -56,29 +59,30 @@ class Ingestion:
         """Note the documents of a prompt that is to be kept; whether all of it is safe already."""
         self._cache.find_keys(sequence)
         for end, name in sequence.document_ends:
-            keys = tuple(sequence.key(block) for block in range(end // BLOCK_TOKENS))
+            keys = tuple(sequence.key(block) for block in range(sequence.blocks_until(end)))
             self._cache.prefixes.know(name, keys)
         if sequence.document_ends:
             self._know(sequence)
         limit = sequence.full_blocks()
-        depth = self._durable(tuple(sequence.key(block) for block in range(limit)))
+        keys = tuple(sequence.key(block) for block in range(limit))
+        depth = self._durable(keys, sequence.layout)
         if depth == limit:
-            sequence.cached_tokens = depth * BLOCK_TOKENS
+            sequence.cached_tokens = sequence.layout.tokens(depth)
         return depth == limit
 
     def _know(self, sequence: Sequence) -> None:
-        """The last document of the prompt is to be durable."""
+        """The module, or the last document of the prompt, is to be durable."""
         end, name = sequence.document_ends[-1]
-        earlier, earlier_name = (0, name[:1])
-        if len(sequence.document_ends) > 1:
-            earlier, earlier_name = sequence.document_ends[-2]
-        document_id = name[-1][1]
-        assert isinstance(document_id, str)
-        keys = self._cache.prefixes.known_keys(name)
-        before = earlier + sum(len(literal) for literal in name[len(earlier_name) : -1])
-        self._chains[document_id] = _Chain(keys, before, end)
-        self._store.retain(document_id, keys)
+        owner, keys = owner_of(name), self._cache.prefixes.known_keys(name)
+        before = 0 if sequence.layout.closed else tokens_before(sequence.document_ends)
+        self._chains[owner] = _Chain(keys, sequence.layout, before, end)
+        self._store.retain(owner, keys)
         self._changed = True
+
+    def durable_tokens(self, owner: str) -> int:
+        """Of a document or module."""
+        chain = self._chains.get(owner)
+        return 0 if chain is None else self._durable_tokens(chain)
 
     def forget(self, document_id: str) -> None:
         self._chains.pop(document_id, None)
@@ -110,15 +114,20 @@ class Ingestion:
         for document_id, chain in self._chains.items():
             if lost:
                 chain.durable_blocks = self._intact(chain)
-            if chain.durable_blocks < len(chain.keys):
-                chain.durable_blocks = self._durable(chain.keys, begin=chain.durable_blocks)
-            tokens = max(0, chain.durable_blocks * BLOCK_TOKENS - chain.before_tokens)
-            if chain.durable_blocks == len(chain.keys):
-                # What is left fills no block and is computed with every question.
-                tokens = chain.end_tokens - chain.before_tokens
+            tokens = self._durable_tokens(chain)
             if tokens != chain.reported:
                 chain.reported = news[document_id] = tokens
         return news
+
+    def _durable_tokens(self, chain: _Chain) -> int:
+        if chain.durable_blocks < len(chain.keys):
+            chain.durable_blocks = self._durable(
+                chain.keys, chain.layout, begin=chain.durable_blocks
+            )
+        if chain.durable_blocks == len(chain.keys):
+            # What is left fills no block and is computed with every question.
+            return chain.end_tokens - chain.before_tokens
+        return max(0, chain.layout.tokens(chain.durable_blocks) - chain.before_tokens)
 
     def _intact(self, chain: _Chain) -> int:
         """Blocks before the first extent that has lost its end: files leave from the end."""
@@ -128,10 +137,11 @@ class Ingestion:
                 return begin
         return chain.durable_blocks
 
-    def _durable(self, keys: tuple[BlockKey, ...], begin: int = 0) -> int:
+    def _durable(self, keys: tuple[BlockKey, ...], layout: Layout, begin: int = 0) -> int:
         """How many blocks of a chain could be restored from disk alone."""
 
         def available(group: int, block: int) -> bool:
             return self._store.durable(group, keys[block])
 
-        return deepest(self._cache.memory.groups, available, begin=begin, limit=len(keys))
+        groups = self._cache.memory.groups
+        return deepest(groups, layout, available, begin=begin, limit=len(keys))

@@ -6,23 +6,29 @@ question carries only its own tokens.
 
 import secrets
 import time
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compress.codec import Codec
+from compress.shape import BLOCK_TOKENS
+from longctx.assembly import Prompts
 from longctx.detokenizer import TextStream
-from longctx.errors import ContextTooLong, DocumentMissing, InvalidRequest
+from longctx.errors import ContextTooLong, InvalidRequest
 from longctx.kv_cache import KVCacheManager
+from longctx.layout import Layout, Source
 from longctx.limits import ContextLimits
 from longctx.model import ModelSpec
-from longctx.request import Request, Segment
+from longctx.modules import Module
+from longctx.request import Piece, Request
 from longctx.sampler import SamplingState
-from longctx.sequence import Sequence, TokenIds
+from longctx.sequence import Prompt, Sequence
 from longctx.tokenizer import Tokenizer
 from longctx.trace import Trace
 from offload.key import BlockKey, namespace
-from prompt_cache.prefix import PrefixName, document_name
 
 
 class Intake:
@@ -35,7 +41,14 @@ class Intake:
         *,
         max_sequences: int,
     ) -> None:
-        self.documents: dict[str, NDArray[np.int32]] = {}
+        self.prompts = Prompts(
+            cache.prefixes,
+            by_piece=any(group.window is not None for group in cache.memory.groups),
+            root_of=lambda salt: self.namespace(salt, cache.memory.codecs[0]),
+            check=lambda ids: self._check_ids(
+                np.array(ids, dtype=np.int64), "the prompt", "prompt"
+            ),
+        )
         self._spec = spec
         self._cache = cache
         self._tokenizer = tokenizer
@@ -46,18 +59,48 @@ class Intake:
     def open_document(self, document_id: str, token_ids: NDArray[np.int32]) -> bool:
         """Know a document by its tokens; whether it replaces other tokens under this id."""
         self._check_ids(token_ids, f"document {document_id}", "document_id")
-        known = self.documents.get(document_id)
-        self.documents[document_id] = token_ids
+        if document_id in self.prompts.modules:
+            raise InvalidRequest(f"{document_id} is a module; close it first", param="document_id")
+        known = self.prompts.documents.get(document_id)
+        self.prompts.documents[document_id] = token_ids
         return known is not None and not np.array_equal(known, token_ids)
 
-    def close_document(self, document_id: str) -> None:
-        self.documents.pop(document_id, None)
+    def open_module(self, module_id: str, pieces: Items[Piece]) -> bool:
+        """Know a module by its pieces; whether it replaces other pieces under this id."""
+        self._check_ranks()
+        if module_id in self.prompts.documents:
+            raise InvalidRequest(f"{module_id} is a document; close it first", param="module_id")
+        module = Module.of(module_id, pieces)
+        self._check_ids(module.token_ids, f"module {module_id}", "pieces")
+        end = module.layout.runs[-1]
+        self._check_positions(end.position)
+        self._check_blocks(end.block, f"module {module_id}")
+        return self.prompts.modules.open(module)
+
+    def close(self, owner: str) -> None:
+        """A document or module is forgotten."""
+        self.prompts.documents.pop(owner, None)
+        self.prompts.modules.forget(owner)
 
     def sequence(self, request: Request) -> Sequence:
         """The first choice of a request.
 
         Raises InvalidRequest, ContextTooLong or DocumentMissing where it can never be served.
         """
+        return self._sequence(request, self.prompts.read(request))
+
+    def encoding(self, source: Source, request: Request) -> Sequence:
+        """What computes a source, so that others can borrow from it; `request` says for whom.
+
+        Raises DocumentMissing where it was closed.
+        """
+        ingested = self.prompts.modules.ingested(source.owner, request.salt)
+        if ingested is not None and ingested.name == source.name:
+            request = replace(request, segments=ingested.segments)
+            return self._sequence(request, self.prompts.read(request))
+        return self._sequence(request, self.prompts.modules.upto(source))
+
+    def _sequence(self, request: Request, prompt: Prompt) -> Sequence:
         sampling = request.sampling
         if sampling.n > self._max_sequences:
             raise InvalidRequest(
@@ -65,9 +108,15 @@ class Intake:
                 "once; lower it or raise --max-sequences",
                 param="n",
             )
-        tokens, ends = self._prompt(request)
+        tokens, layout = prompt.tokens, prompt.layout
         prompt_tokens = len(tokens)
-        self._check_length(prompt_tokens, sampling.max_tokens)
+        if prompt_tokens == 0:
+            raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
+        if layout.plain:
+            self._check_length(prompt_tokens, sampling.max_tokens)
+        else:
+            self._check_ranks()
+            self._check_positions(layout.position(prompt_tokens) + sampling.max_tokens)
         self._arrivals += 1
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         sequence = Sequence(
@@ -77,18 +126,25 @@ class Intake:
             arrival_seconds=time.monotonic(),
             tokens=tokens,
             prompt_tokens=prompt_tokens,
-            sampling=SamplingState(
-                sampling, seed=seed, prompt_token_ids=lambda: tokens.slice(0, prompt_tokens)
-            ),
+            sampling=SamplingState(sampling, seed=seed, prompt_token_ids=_said(prompt)),
             seed=seed,
             text=TextStream(self._tokenizer, stop=sampling.stop),
             namespace=self.namespace(request.salt, self._cache.memory.codecs[0]),
-            document_ends=ends,
+            layout=layout,
+            owners=_owners(request),
+            linked_tokens=prompt.linked_tokens,
+            document_ends=prompt.ends,
             trace=Trace() if request.explain else None,
         )
         # A sequence that fits never streams, so that others can use what it computes.
         longest = prompt_tokens + sampling.max_tokens
-        sequence.tier.streams = longest > self._limits.capacity_tokens
+        if layout.plain:
+            sequence.tier.streams = longest > self._limits.capacity_tokens
+        else:
+            self._check_shifts(layout)
+            sources = {source.owner: source for source in layout.sources}
+            borrowed = sum(len(source.keys) for source in sources.values())
+            self._check_blocks(layout.blocks(longest) + 1 + borrowed, "the prompt with its modules")
         return sequence
 
     def namespace(self, salt: str, codec: Codec) -> BlockKey:
@@ -102,44 +158,15 @@ class Intake:
             salt=salt,
         )
 
-    def _prompt(self, request: Request) -> tuple[TokenIds, tuple[tuple[int, PrefixName], ...]]:
-        """The prompt's tokens, and where each document ends under which name.
-
-        Up to the last document they are an array that is shared, not copied, with earlier prompts
-        that began alike.
-        """
-        name: PrefixName = (request.salt,)
-        ends: list[tuple[int, PrefixName]] = []
-        length, beyond = 0, 0
-        for number, segment in enumerate(request.segments, 1):
-            if segment.document_id is None:
-                self._check_ids(np.array(segment.token_ids, dtype=np.int64), "the prompt", "prompt")
-                name = (*name, segment.token_ids)
-                length += len(segment.token_ids)
-            elif segment.document_id in self.documents:
-                name = (*name, document_name(segment.document_id))
-                length += len(self.documents[segment.document_id])
-                ends.append((length, name))
-                beyond = number
-            else:
-                raise DocumentMissing(f"document {segment.document_id} is not open")
-        known = self._cache.prefixes.get(ends[-1][1]) if ends else None
-        base = self._concatenate(request.segments[:beyond]) if known is None else known.token_ids
-        tail = [token for segment in request.segments[beyond:] for token in segment.token_ids]
-        return TokenIds(base, tail), tuple(ends)
-
-    def _concatenate(self, segments: tuple[Segment, ...]) -> NDArray[np.int32]:
-        parts = [
-            np.array(segment.token_ids, dtype=np.int32)
-            if segment.document_id is None
-            else self.documents[segment.document_id]
-            for segment in segments
-        ]
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+    def _check_ranks(self) -> None:
+        ranks = self._cache.memory.packed[0].ranks
+        if ranks > 1:
+            raise InvalidRequest(
+                f"prompts of modules, and files that are reused elsewhere, are for one rank; this "
+                f"server has {ranks}: start it without --ranks, or ask for level exact"
+            )
 
     def _check_length(self, prompt_tokens: int, max_tokens: int) -> None:
-        if prompt_tokens == 0:
-            raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
         limits = self._limits
         if prompt_tokens + max_tokens > limits.longest_tokens:
             raise ContextTooLong(
@@ -156,6 +183,34 @@ class Intake:
                 param="max_tokens",
             )
 
+    def _check_positions(self, end: int) -> None:
+        limit = self._limits.max_context_tokens
+        if end > limit:
+            raise ContextTooLong(
+                f"the last token would stand at position {end - 1}, beyond the limit of {limit}; "
+                "shorten the prompt or raise --max-context where the model allows it",
+                param="messages",
+            )
+
+    def _check_shifts(self, layout: Layout) -> None:
+        relocation = self._spec.relocation
+        if not relocation.shiftable and any(borrowed.rotation for borrowed in layout.borrowed):
+            raise InvalidRequest(
+                "a part of the prompt stands elsewhere than it was encoded, which this model does "
+                f"not allow: {relocation.reason}; leave it there or use it with exact reuse",
+                param="position",
+            )
+
+    def _check_blocks(self, blocks: int, what: str) -> None:
+        """Raises ContextTooLong for more than the device holds: what is borrowed never streams."""
+        capacity = self._cache.memory.capacity_blocks
+        if blocks > capacity:
+            raise ContextTooLong(
+                f"{what} takes {blocks} blocks of {BLOCK_TOKENS} tokens, the device holds "
+                f"{capacity}; shorten it or raise --device-pool-gib",
+                param="messages",
+            )
+
     def _check_ids(
         self, token_ids: NDArray[np.int32] | NDArray[np.int64], where: str, param: str
     ) -> None:
@@ -168,3 +223,19 @@ class Intake:
                 f"{self._spec.vocab_size}",
                 param=param,
             )
+
+
+def _said(prompt: Prompt) -> Callable[[], NDArray[np.int32]]:
+    """What penalties count: the prompt's tokens, though the sequence appends its answer to them."""
+    tokens, prompt_tokens = prompt.tokens, len(prompt.tokens)
+    return lambda: np.concatenate([tokens.slice(0, prompt_tokens), *prompt.borrowed_ids])
+
+
+def _owners(request: Request) -> frozenset[str]:
+    """Ids of the documents and modules in the prompt."""
+    return frozenset(
+        owner
+        for segment in request.segments
+        for owner in (segment.document_id, segment.module_id, segment.encodes)
+        if owner is not None
+    )

@@ -6,19 +6,17 @@ Keys that are being computed are pending: who needs one of them waits for it. Bl
 holds stay findable until their room is needed; so do whole prefixes that nobody uses.
 """
 
-import numpy as np
-
-from compress.shape import BLOCK_TOKENS
-from longctx.attention.backend import PAGE, ChunkRows
+from longctx.attention.backend import PAGE
 from longctx.kv_memory import KVMemory
+from longctx.layout import Source
 from longctx.match import Available, deepest
 from longctx.migration import Migration
 from longctx.residents import ResidentPrefixes
-from longctx.sequence import BlockTable, Sequence, full_blocks
+from longctx.sequence import BlockTable, Sequence
 from longctx.trace import Place
 from offload.key import BlockKey
 from offload.run import EXTENT_BLOCKS
-from prompt_cache.prefix import PrefixIndex
+from prompt_cache.prefix import PrefixIndex, PrefixName
 
 MAX_LOADS = 2  # a tier that lists what it cannot read makes nobody wait for ever
 
@@ -34,6 +32,8 @@ class KVCacheManager:
         self.migration = migration
         self.prefixes = PrefixIndex()
         self.residents = ResidentPrefixes(memory, self.prefixes)
+        # What is not resident and somebody wants to borrow: it is to be computed first.
+        self.wanted: dict[PrefixName, tuple[Source, Sequence]] = {}
         self._pending: dict[BlockKey, Sequence] = {}
         self._releases = 0
         self.hits = self.misses = 0  # blocks of prompts that the device had, or had not
@@ -63,6 +63,8 @@ class KVCacheManager:
             or (load is not None and not load.ended)
         ):
             return False
+        if not self._borrow(sequence):
+            return False
         if not sequence.tier.streams:
             self._find_prefix(sequence)
         self.find_keys(sequence)
@@ -90,6 +92,15 @@ class KVCacheManager:
         self.hits += found
         self.misses += limit - found
         return True
+
+    def _borrow(self, sequence: Sequence) -> bool:
+        """Whether all that the sequence borrows is resident, and it has got it now."""
+        sources = sequence.layout.sources
+        absent = [source for source in sources if source.name not in self.prefixes]
+        self.wanted |= {source.name: (source, sequence) for source in absent}
+        if not absent:
+            sequence.lenders = tuple(self.prefixes.take(source.name) for source in sources)
+        return not absent
 
     def _wait_for_owner(self, sequence: Sequence, depth: int) -> bool:
         """Whether another sequence is computing the next block; then wait until it has."""
@@ -130,7 +141,7 @@ class KVCacheManager:
         """Depth in blocks at which the prompt can go on, given what is available."""
         begin = 0 if sequence.prefix is None else sequence.prefix.blocks
         limit = sequence.full_blocks()
-        return deepest(self.memory.groups, available, begin=begin, limit=limit)
+        return deepest(self.memory.groups, sequence.layout, available, begin=begin, limit=limit)
 
     def _on_device(self, sequence: Sequence) -> Available:
         """What a sequence can use without waiting: a streaming one whatever can be read."""
@@ -169,30 +180,30 @@ class KVCacheManager:
 
     def _attach(self, sequence: Sequence, depth: int) -> None:
         """Make the first `depth` blocks the sequence's own past."""
-        prefix = sequence.prefix
+        prefix, layout = sequence.prefix, sequence.layout
+        lenders = {lender.name: lender for lender in sequence.lenders}
         tables, live_from = [], []
         for index, group in enumerate(self.memory.groups):
-            entries = full_blocks(depth)
-            begin = group.first_needed(depth * BLOCK_TOKENS)
+            entries = layout.table(depth)
+            begin = layout.first_needed(group.window, depth)
             if group.window is None and prefix is not None:
                 begin = min(prefix.blocks, depth)
                 entries[:begin] = prefix.tables[index][:begin]
             if group.window is None and sequence.tier.streams:
                 begin = sequence.tier.absent = depth
-            held = self._pages(sequence, index, begin, depth)
-            assert len(held) == depth - begin
-            entries[begin:, PAGE] = held
+            found = [self._page(sequence, index, block) for block in range(begin, depth)]
+            held = [page for page in found if page is not None]
+            assert len(held) == len(found)
+            entries[layout.own(begin, depth), PAGE] = held
             self.memory.packed[index].acquire(held)
-            tables.append(BlockTable(entries))
+            for borrowed in layout.borrowed:
+                rows = borrowed.entries(lenders[borrowed.source.name].tables[index])
+                entries[borrowed.entry : borrowed.entry + len(rows)] = rows
+            tables.append(BlockTable(layout, entries, depth))
             live_from.append(begin)
         sequence.tables, sequence.live_from = tuple(tables), live_from
-        sequence.computed = depth * BLOCK_TOKENS
+        sequence.computed = layout.tokens(depth)
         sequence.blocked_on = None
-
-    def _pages(self, sequence: Sequence, group: int, begin: int, end: int) -> list[int]:
-        """Those that the device has of blocks `begin` to `end`."""
-        pages = (self._page(sequence, group, block) for block in range(begin, end))
-        return [page for page in pages if page is not None]
 
     # -- lower tiers ------------------------------------------------------------------------------
 
@@ -239,15 +250,18 @@ class KVCacheManager:
 
     def allocate(self, sequence: Sequence, num_tokens: int) -> bool:
         """Pages for the sequence's next `num_tokens` tokens; False, and nothing, without room."""
-        first = sequence.computed // BLOCK_TOKENS
+        layout = sequence.layout
+        first = layout.blocks(sequence.computed)
         end = sequence.computed + num_tokens
-        sealed = range(first, end // BLOCK_TOKENS)
+        sealed = range(first, layout.blocks(end))
         if sealed and not self._make_room(sequence, sealed):
             return False
         for group, table in enumerate(sequence.tables):
             for block, page in zip(sealed, self.memory.allocate(group, sealed), strict=True):
-                table.append(page, rows=BLOCK_TOKENS, first_position=block * BLOCK_TOKENS)
-        touched = range(first, (end - 1) // BLOCK_TOKENS + 1)
+                begin = layout.tokens(block)
+                rows = layout.tokens(block + 1) - begin
+                table.append(page, rows=rows, first_position=layout.position(begin))
+        touched = range(first, layout.blocks(end - 1) + 1)
         new = [block for block in touched if block not in sequence.own_pages]
         # The raw pool holds the largest possible batch, so this cannot fail.
         sequence.own_pages.update(zip(new, self.memory.raw.allocate(len(new)), strict=True))
@@ -266,7 +280,7 @@ class KVCacheManager:
         if not tier.streams:
             return
         begin = tier.absent
-        end = min(begin + blocks, tier.store_until, sequence.computed // BLOCK_TOKENS)
+        end = min(begin + blocks, tier.store_until, sequence.layout.blocks(sequence.computed))
         while tier.absent < end and self._is_stored(sequence, tier.absent):
             tier.absent += 1
         self.memory.packed[0].release(sequence.tables[0].pages(begin, tier.absent))
@@ -277,37 +291,21 @@ class KVCacheManager:
             if not tier.writing:
                 tier.failure = NO_ROOM_BELOW
 
-    def chunk_rows(self, sequence: Sequence, num_tokens: int, *, row_begin: int) -> ChunkRows:
-        """What the sequence's next `num_tokens` tokens see, for the batch."""
-        first, own_row = divmod(sequence.computed, BLOCK_TOKENS)
-        last = (sequence.computed + num_tokens - 1) // BLOCK_TOKENS
-        own = [sequence.own_pages[block] for block in range(first, last + 1)]
-        return ChunkRows(
-            row_begin=row_begin,
-            rows=num_tokens,
-            first_position=sequence.computed,
-            own_row=own_row,
-            own_pages=np.array(own, dtype=np.int64),
-            past_entries=first,
-            entries=tuple(table.entries for table in sequence.tables),
-            absent_keys=[sequence.key(block) for block in range(sequence.tier.absent)],
-        )
-
     def commit(self, sequence: Sequence, num_tokens: int, seconds: float = 0.0) -> None:
         """The step has run: publish what it sealed, let go of what left the windows.
 
         `seconds`: what computing these tokens took.
         """
-        first = sequence.computed // BLOCK_TOKENS
+        first = sequence.layout.blocks(sequence.computed)
         sequence.computed += num_tokens
-        end = sequence.computed // BLOCK_TOKENS
+        end = sequence.layout.blocks(sequence.computed)
         if first == end:
             return
         sequence.extend_keys()
         for block in range(first, end):
-            key = sequence.key(block)
+            key, entry = sequence.key(block), sequence.layout.entry(block)
             for pool, table in zip(self.memory.packed, sequence.tables, strict=True):
-                pool.publish(int(table.entries[block, PAGE]), key)
+                pool.publish(int(table.entries[entry, PAGE]), key)
             self.memory.raw.release([sequence.own_pages.pop(block)])
             if self._pending.get(key) is sequence:
                 del self._pending[key]
@@ -318,7 +316,7 @@ class KVCacheManager:
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """`child` continues where `parent` stands: shared sealed blocks, its own open one."""
-        child.tables = tuple(BlockTable(table.entries) for table in parent.tables)
+        child.tables = tuple(table.fork() for table in parent.tables)
         child.live_from = list(parent.live_from)
         child.base_keys, child.tail_keys = parent.base_keys, list(parent.tail_keys)
         child.computed = parent.computed
@@ -328,6 +326,9 @@ class KVCacheManager:
         if parent.prefix is not None:
             self.prefixes.acquire(parent.prefix)
             child.prefix = parent.prefix
+        for lender in parent.lenders:
+            self.prefixes.acquire(lender)
+        child.lenders = parent.lenders
         for block, page in parent.own_pages.items():
             (copy,) = self.memory.raw.allocate(1)
             self.memory.copy_raw(block, page, copy)
@@ -342,7 +343,7 @@ class KVCacheManager:
         self._releases += 1
 
     def _detach(self, sequence: Sequence) -> None:
-        self._no_longer_pending(sequence, sequence.computed // BLOCK_TOKENS)
+        self._no_longer_pending(sequence, sequence.layout.blocks(sequence.computed))
         self._let_go(sequence)
 
     def _no_longer_pending(self, sequence: Sequence, begin: int) -> None:
@@ -375,15 +376,17 @@ class KVCacheManager:
     # -- windows --------------------------------------------------------------------------------
 
     def _slide_windows(self, sequence: Sequence) -> None:
+        layout = sequence.layout
         for index, group in enumerate(self.memory.groups):
             if group.window is None:
                 continue
-            first = group.first_needed(sequence.computed)
-            pool, entries = self.memory.packed[index], sequence.tables[index].entries
-            for block in range(sequence.live_from[index], first):
-                extent_end = (block // EXTENT_BLOCKS + 1) * EXTENT_BLOCKS * BLOCK_TOKENS
-                page = int(entries[block, PAGE])
-                if block >= group.first_needed(extent_end):
+            position = layout.position(sequence.computed)
+            first = min(layout.blocks(sequence.computed), layout.first_seen(group.window, position))
+            pool, begin = self.memory.packed[index], sequence.live_from[index]
+            pages = sequence.tables[index].pages(begin, max(begin, first))
+            for block, page in enumerate(pages, begin):
+                extent_end = (block // EXTENT_BLOCKS + 1) * EXTENT_BLOCKS
+                if block >= layout.first_needed(group.window, extent_end):
                     pool.release([page])
                 else:
                     pool.supersede([page])
@@ -392,6 +395,6 @@ class KVCacheManager:
     def _held(self, sequence: Sequence) -> list[list[int]]:
         """Per group: the pages to which the sequence has a reference of its own."""
         return [
-            table.entries[begin:, PAGE].tolist()
+            table.pages(begin, table.blocks)
             for table, begin in zip(sequence.tables, sequence.live_from, strict=True)
         ]

@@ -25,12 +25,6 @@ class LayerGroup:
     window: int | None
     layers: tuple[int, ...]
 
-    def first_needed(self, position: int) -> int:
-        """Index of the first block that a query at `position` or later may still see."""
-        if self.window is None:
-            return 0
-        return max(0, position - self.window + 1) // BLOCK_TOKENS
-
 
 def layer_groups(layers: Sequence[LayerSpec]) -> tuple[LayerGroup, ...]:
     """Groups in the order of their first layer, global layers first."""

@@ -21,6 +21,7 @@ from longctx.errors import InvalidRequest, LongctxError
 from longctx.prompt import ChatPrompts, FilePart, Message
 from longctx.request import (
     FinishReason,
+    Piece,
     Request,
     RequestClass,
     RequestOutput,
@@ -74,6 +75,23 @@ class LLM:
         segments = self._prompts.render(messages)
         (answer,) = self._answers([segments], sampling or SamplingParams())
         return answer
+
+    def answer(self, segments: Sequence[Segment], sampling: SamplingParams | None = None) -> Answer:
+        """Answer a prompt that is given as tokens, documents and pieces of modules."""
+        (answer,) = self._answers([tuple(segments)], sampling or SamplingParams())
+        return answer
+
+    def open_module(self, pieces: Sequence[Piece], *, module_id: str | None = None) -> str:
+        """Compute the attention state of a module, by itself; its id, for `Segment.module_id`."""
+        module_id = module_id or f"module-{next(self._ids)}"
+        self.engine.open_module(module_id, pieces)
+        segments = (Segment(encodes=module_id),)
+        self._answers([segments], SamplingParams(max_tokens=0), request_class=RequestClass.INGEST)
+        return module_id
+
+    def close_module(self, module_id: str) -> None:
+        """Free its blocks."""
+        self.engine.close_module(module_id)
 
     def document(self, path: str | Path, *, system: str | None = None) -> "Document":
         """Read a UTF-8 text file and compute its attention state."""

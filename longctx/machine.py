@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from compress.shape import BLOCK_TOKENS
+from longctx.attention.rotated import RotatedAttention
 from longctx.attention.streamed import StreamedAttention
 from longctx.config import EngineConfig, SchedulerConfig
 from longctx.kv_cache import KVCacheManager
@@ -32,7 +33,7 @@ class Runner(Protocol):
     @property
     def computed_tokens(self) -> int: ...
 
-    def run_chunks(self, chunks: Items[Chunk], cache: KVCacheManager) -> Tensor:
+    def run_chunks(self, chunks: Items[Chunk]) -> Tensor:
         """Logits [drawing chunks, vocab], float32. The chunks' KV is in the pools afterwards."""
         ...
 
@@ -70,6 +71,8 @@ class Machine:
         if migration is not None and cache.can_stream:
             staging = memory.reserve(STAGING_BLOCKS)
             attention = StreamedAttention(attention, memory, staging, migration.read_layer)
+        if spec.relocation.shiftable:
+            attention = RotatedAttention(attention, memory, spec.relocation.rotations)
         runner = ModelRunner(model, memory, attention)
         return cls(memory, store, migration, cache, runner, batch_tokens)
 

@@ -7,13 +7,15 @@ where a window was kept (a checkpoint).
 
 from collections.abc import Callable, Sequence
 
-from compress.shape import BLOCK_TOKENS
 from longctx.kv_memory import LayerGroup
+from longctx.layout import Layout
 
 Available = Callable[[int, int], bool]  # (layer group, block) -> is it there?
 
 
-def deepest(groups: Sequence[LayerGroup], available: Available, *, begin: int, limit: int) -> int:
+def deepest(
+    groups: Sequence[LayerGroup], layout: Layout, available: Available, *, begin: int, limit: int
+) -> int:
     """The largest depth in blocks, at most `limit`, at which everything needed is there.
 
     The first `begin` blocks of layers that see everything are known to be there.
@@ -27,18 +29,18 @@ def deepest(groups: Sequence[LayerGroup], available: Available, *, begin: int, l
     missing: int | None = depth
     while missing is not None:
         depth = missing
-        missing = _missing_from_windows(groups, available, depth)
+        missing = _missing_from_windows(groups, layout, available, depth)
     return depth
 
 
 def _missing_from_windows(
-    groups: Sequence[LayerGroup], available: Available, depth: int
+    groups: Sequence[LayerGroup], layout: Layout, available: Available, depth: int
 ) -> int | None:
     """The last block that a window before `depth` lacks in some group."""
     missing = None
     for index, group in enumerate(groups):
         if group.window is not None:
-            for block in range(depth - 1, group.first_needed(depth * BLOCK_TOKENS) - 1, -1):
+            for block in range(depth - 1, layout.first_needed(group.window, depth) - 1, -1):
                 if not available(index, block):
                     missing = block if missing is None else min(missing, block)
                     break

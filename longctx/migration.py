@@ -91,13 +91,13 @@ class Migration:
 
     def admitted(self, sequence: Sequence, depth: int) -> None:
         """Decide how much of the sequence is worth storing; `depth` blocks of it were found."""
-        for document_id in sequence.documents:
-            self.store.use(document_id)
-        prompt = sequence.prompt_tokens // BLOCK_TOKENS
+        for owner in sequence.owners:
+            self.store.use(owner)
+        prompt = sequence.layout.blocks(sequence.prompt_tokens)
         documents = max((end for end, _ in sequence.document_ends), default=0)
         own_tokens = sequence.prompt_tokens - documents
         seen_again = prompt if own_tokens >= KEPT_PROMPT_TOKENS else min(depth, prompt)
-        sequence.tier.store_until = max(documents // BLOCK_TOKENS, seen_again)
+        sequence.tier.store_until = max(sequence.blocks_until(documents), seen_again)
         if sequence.tier.streams:
             sequence.tier.store_until = prompt
         ingests = sequence.request.sampling.max_tokens == 0
@@ -116,10 +116,10 @@ class Migration:
 
     def sealed(self, sequence: Sequence, *, ends: bool = False) -> None:
         """Offer the extents that are complete; with `ends`, whatever there is."""
-        limit = min(sequence.tier.store_until, sequence.computed // BLOCK_TOKENS)
+        limit = min(sequence.tier.store_until, sequence.layout.blocks(sequence.computed))
         if sequence.tier.stored >= limit:
             return
-        marks = {end // BLOCK_TOKENS for end, _ in sequence.document_ends} | {
+        marks = {sequence.blocks_until(end) for end, _ in sequence.document_ends} | {
             sequence.tier.store_until
         }
         overdue = self._clock() - sequence.tier.stored_seconds > OVERDUE_SECONDS
@@ -153,7 +153,7 @@ class Migration:
         for index, group in enumerate(self._memory.groups):
             if group.window is None:
                 continue
-            begin = group.first_needed(end * BLOCK_TOKENS)
+            begin = sequence.layout.first_needed(group.window, end)
             if begin < sequence.live_from[index]:
                 return  # it went by without being computed here
             pages = sequence.tables[index].pages(begin, end)
@@ -195,7 +195,7 @@ class Migration:
         pool = self._memory.packed[write.run.group]
         pool.release(write.pages)
         write.sequence.tier.writing -= 1
-        if not self._closed.isdisjoint(write.sequence.documents):
+        if not self._closed.isdisjoint(write.sequence.owners):
             pool.forget(write.pages)
         if not self._writes and not self._copying:
             self._closed.clear()
@@ -222,7 +222,7 @@ class Migration:
         wanted: list[tuple[int, list[int]]] = []
         held: list[list[int]] = []
         for index, group in enumerate(self._memory.groups):
-            begin = group.first_needed(target * BLOCK_TOKENS)
+            begin = sequence.layout.first_needed(group.window, target)
             if group.window is None and sequence.tier.streams:
                 begin = target
             elif group.window is None and sequence.prefix is not None:

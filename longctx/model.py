@@ -30,6 +30,7 @@ from longctx.layer_attention import (
 from longctx.model_files import ModelFiles, fingerprint, read_model_folder
 from longctx.model_probe import PROBE, probe_layers, register_probe
 from longctx.rope import settle_rope
+from longctx.rotation import Relocation, find_relocation
 
 __all__ = ["LayerAttention", "LayerSpec", "LoadedModel", "ModelSpec", "load_model"]
 
@@ -46,6 +47,7 @@ class ModelSpec:
     name: str
     architecture: str
     layers: tuple[LayerSpec, ...]
+    relocation: Relocation  # whether keys may serve at other positions
     vocab_size: int
     max_context: int  # tokens, prompt and answer together
     dtype: torch.dtype
@@ -80,6 +82,19 @@ class LoadedModel:
         return run_packed(self._model, token_ids, positions, attention, logits_rows).float()
 
 
+def context_tokens(config: ModelConfig, folder: Path) -> int:
+    """How long prompt and answer may be together, without loading the weights.
+
+    Raises ModelRefused.
+    """
+    return settle_rope(
+        _read_settings(read_model_folder(folder)),
+        override=config.rope_override,
+        max_context=config.max_context,
+        force_context=config.force_context,
+    ).max_context
+
+
 def load_model(config: ModelConfig, folder: Path, *, cache_dir: Path | None = None) -> LoadedModel:
     """Load `folder` for exact serving; raises ModelRefused with the reason and the cure.
 
@@ -111,11 +126,16 @@ def load_model(config: ModelConfig, folder: Path, *, cache_dir: Path | None = No
         )
     model.set_attn_implementation(ATTENTION)
     assert model.config._attn_implementation == ATTENTION, "the probe would serve"
+    with torch.inference_mode():
+        relocation = find_relocation(
+            model, vocab_size=settings.vocab_size, max_context=rope.max_context
+        )
     tensors = {tensor.data_ptr(): tensor for tensor in model.parameters()}  # tied ones once
     spec = ModelSpec(
         name=folder.resolve().name,
         architecture=settings.model_type,
         layers=layers,
+        relocation=relocation,
         vocab_size=settings.vocab_size,
         max_context=rope.max_context,
         dtype=dtype,

@@ -13,6 +13,7 @@ import re
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from longctx.errors import InvalidRequest
 from longctx.request import Segment
@@ -30,16 +31,27 @@ class FilePart:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where a message has text that is already in tokens: at its beginning."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """`content` in the caller's order; files are put before the text of their message."""
+    """`content` in the caller's order; places, then files, are put before the text."""
 
     role: str
-    content: tuple[str | FilePart, ...]
+    content: tuple[str | FilePart | Place, ...]
+
+
+# Of a rendered prompt, in reading order
+PromptPiece: TypeAlias = tuple[int, ...] | FilePart | Place
 
 
 @dataclass(frozen=True, slots=True)
 class _Mark:
-    stands_for: str | FilePart
+    stands_for: str | FilePart | Place
     label: str  # in an error message
     required: bool  # to appear exactly once
 
@@ -53,7 +65,7 @@ class _Marks:
     key: str = field(default_factory=lambda: f"longctx{secrets.token_hex(16)}n")
     taken: list[_Mark] = field(default_factory=list)
 
-    def add(self, stands_for: str | FilePart, label: str, *, required: bool = True) -> str:
+    def add(self, stands_for: str | FilePart | Place, label: str, *, required: bool = True) -> str:
         self.taken.append(_Mark(stands_for, label, required))
         return f"{self.key}{len(self.taken) - 1:08d}"
 
@@ -87,7 +99,20 @@ class ChatPrompts:
     def render(
         self, messages: Sequence[Message], *, date: str | None = None
     ) -> tuple[Segment, ...]:
-        """The prompt that asks for the assistant's next message.
+        """The prompt that asks for the assistant's next message; it has no places."""
+        segments = []
+        for piece in self.pieces(messages, date=date):
+            assert not isinstance(piece, Place), "a place is the caller's to fill"
+            if isinstance(piece, FilePart):
+                segments.append(Segment(document_id=piece.document_id))
+            else:
+                segments.append(Segment(token_ids=piece))
+        return tuple(segments)
+
+    def pieces(
+        self, messages: Sequence[Message], *, date: str | None = None
+    ) -> tuple[PromptPiece, ...]:
+        """The same, with the tokens between files and places.
 
         `date` (YYYY-MM-DD) is the template's today. Raises InvalidRequest when the template
         refuses the conversation, loses or repeats a part of it, or when the model has none.
@@ -101,7 +126,19 @@ class ChatPrompts:
         # Once with every text marked, only to see that the template loses nothing, then with
         # ordinary text in place: templates may look at it, and its tokens join its neighbours'
         self._pieces(messages, date, mark_all=True)
-        return self._segments(self._pieces(messages, date, mark_all=False))
+        return self._in_tokens(self._pieces(messages, date, mark_all=False))
+
+    def frames(
+        self, roles: Sequence[str], *, continued: bool, date: str | None = None
+    ) -> tuple[tuple[int, ...], ...]:
+        """What the template puts before each of the messages that a conversation begins with.
+
+        `continued`: and before the user's message after them.
+        """
+        opening = [Message(role, (Place(number),)) for number, role in enumerate(roles)]
+        question = Message("user", (Place(len(roles)), "?") if continued else ("?",))
+        follows = [question] if continued or not roles or roles[-1] != "user" else []
+        return frames_of(self.pieces([*opening, *follows], date=date))[0]
 
     def document_prefix(
         self, system: str | None, *, title: str = "", date: str | None = None
@@ -125,19 +162,24 @@ class ChatPrompts:
         conversation = []
         for number, message in enumerate(messages, start=1):
             label = f"the {message.role} message (number {number})"
+            places = "".join(
+                marks.add(part, f"the schema's text in {label}")
+                for part in message.content
+                if isinstance(part, Place)
+            )
             parts = [
                 marks.add(part, f"file {part.document_id} in {label}")
                 for part in message.content
                 if isinstance(part, FilePart) and in_place
             ]
             text = "\n".join(part for part in message.content if isinstance(part, str))
-            if text or not parts:
+            if text or not (parts or places):
                 # Templates look for their own marks in what the model said, such as `</think>`
                 answered = message.role == "assistant"
                 spells = tokenizer.spells_special if answered else tokenizer.spells_control
                 marked = mark_all or spells(text)
                 parts.append(_marked(text, marks, label) if marked else text)
-            conversation.append({"role": message.role, "content": "\n\n".join(parts)})
+            conversation.append({"role": message.role, "content": places + "\n\n".join(parts)})
         documents = None if in_place else self._documents(messages, marks)
         rendered = tokenizer.render(conversation, documents=documents, date=date)
         return marks.split(rendered)
@@ -159,8 +201,8 @@ class ChatPrompts:
             return part.title
         return marks.add(part.title, f"the title of file {part.document_id}", required=False)
 
-    def _segments(self, pieces: Iterable[str | _Mark]) -> tuple[Segment, ...]:
-        segments: list[Segment] = []
+    def _in_tokens(self, pieces: Iterable[str | _Mark]) -> tuple[PromptPiece, ...]:
+        result: list[PromptPiece] = []
         ids: list[int] = []
         continues = False
         for piece in pieces:
@@ -170,13 +212,39 @@ class ChatPrompts:
                 ids += self._tokenizer.encode(piece.stands_for, continues=continues)
             else:
                 if ids:
-                    segments.append(Segment(token_ids=tuple(ids)))
+                    result.append(tuple(ids))
                     ids = []
-                segments.append(Segment(document_id=piece.stands_for.document_id))
+                result.append(piece.stands_for)
             continues = True
         if ids:
-            segments.append(Segment(token_ids=tuple(ids)))
-        return tuple(segments)
+            result.append(tuple(ids))
+        return tuple(result)
+
+
+def frames_of(
+    pieces: Sequence[PromptPiece],
+) -> tuple[tuple[tuple[int, ...], ...], tuple[PromptPiece, ...]]:
+    """The tokens before each place, and all that comes after the last one.
+
+    Raises InvalidRequest where a file stands before a place.
+    """
+    frames: list[tuple[int, ...]] = []
+    before: tuple[int, ...] = ()
+    begin = 0
+    for number, piece in enumerate(pieces):
+        if isinstance(piece, Place):
+            frames.append(before)
+            before, begin = (), number + 1
+        elif isinstance(piece, FilePart):
+            if any(isinstance(later, Place) for later in pieces[number:]):
+                raise InvalidRequest(
+                    "this model's chat template puts files before everything else, so they cannot "
+                    "be used together with a schema; put the text into a module",
+                    param="messages",
+                )
+        else:
+            before = piece
+    return tuple(frames), tuple(pieces[begin:])
 
 
 def _marked(text: str, marks: _Marks, label: str) -> str:

@@ -22,7 +22,8 @@ from longctx.errors import (
     Overloaded,
     PeerLost,
 )
-from longctx.request import Request, RequestOutput
+from longctx.request import LevelVerdict, ModuleState, Piece, Request, RequestOutput
+from prompt_cache.level import Level
 
 HEADER = struct.Struct("<I")
 
@@ -96,6 +97,31 @@ class CloseDocument(Message, frozen=True):
     document_id: str
 
 
+class OpenModule(Message, frozen=True):
+    ticket: int
+    module_id: str
+    pieces: tuple[Piece, ...]
+
+
+class CloseModule(Message, frozen=True):
+    ticket: int
+    module_id: str
+
+
+class GetModules(Message, frozen=True):
+    """The states of these modules, as far as they are open; they come as `modules`."""
+
+    ticket: int
+    module_ids: tuple[str, ...]
+
+
+class JudgeLevel(Message, frozen=True):
+    """What the gate says of a level of exactness; it comes as `level`."""
+
+    ticket: int
+    level: Level
+
+
 class GetStats(Message, frozen=True):
     ticket: int
 
@@ -149,9 +175,25 @@ class Done(Message, frozen=True):
     ticket: int
     fault: Fault | None = None
     stats: dict[str, float] | None = None
+    modules: dict[str, ModuleState] | None = None
+    level: LevelVerdict | None = None
 
 
-Command = Leader | Start | Submit | Abort | OpenDocument | CloseDocument | GetStats | Clear | Stop
+Command = (
+    Leader
+    | Start
+    | Submit
+    | Abort
+    | OpenDocument
+    | CloseDocument
+    | OpenModule
+    | CloseModule
+    | GetModules
+    | JudgeLevel
+    | GetStats
+    | Clear
+    | Stop
+)
 Event = Joined | Beat | Lost | Loaded | Rejected | Outputs | Durable | Done
 
 _FAULTS: dict[str, type[LongctxError]] = {

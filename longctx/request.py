@@ -71,15 +71,44 @@ def _between(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Consecutive tokens of a module; `position` is that of the first one."""
+
+    token_ids: tuple[int, ...]
+    position: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """One piece of a prompt: literal tokens, or a document that the engine has opened."""
+    """One part of a prompt: literal tokens, a document or a piece of a module that is open.
+
+    `position`: of its first token. If absent, literal tokens and documents follow on, and a piece
+    of a module stands where it was encoded. Positions may leave gaps and never go back. A block
+    ends before and after a piece of a module, where a position jumps, and before a `cut`.
+
+    `link_tokens`: a piece or document is computed in context (None), or borrowed as it was encoded
+    elsewhere, but for its first `link_tokens` tokens, which are computed in context.
+
+    `encodes`: all pieces of that module, to be computed and kept; nothing else is in its request.
+    """
 
     token_ids: tuple[int, ...] = ()
     document_id: str | None = None
+    module_id: str | None = None
+    piece: int = 0
+    encodes: str | None = None
+    position: int | None = None
+    link_tokens: int | None = None
+    cut: bool = False
 
     def __post_init__(self) -> None:
-        if self.document_id is not None and self.token_ids:
-            raise ValueError("a segment is either literal tokens or a document, not both")
+        named = [self.document_id, self.module_id, self.encodes]
+        if sum(name is not None for name in named) + bool(self.token_ids) > 1:
+            raise ValueError("a segment is literal tokens, or a document, or of a module")
+        if self.link_tokens is not None and (
+            self.link_tokens < 0 or (self.document_id is None and self.module_id is None)
+        ):
+            raise ValueError("only a document or a piece of a module is linked, from 0 tokens on")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +141,8 @@ class CacheExplanation:
     """What the cache had of a prompt when it was admitted, and why no more (`explain.py`).
 
     Of the tokens found on the device, `waited_tokens` were still being computed by other requests
-    when this one came.
+    when this one came. Borrowed tokens are counted apart; `linked_tokens` are those of borrowed
+    parts that were to be computed in context.
     """
 
     prompt_tokens: int
@@ -122,17 +152,25 @@ class CacheExplanation:
     waited_tokens: int
     reason: str  # one of `explain.REASONS`
     detail: str
+    borrowed_tokens: int = 0
+    linked_tokens: int = 0
     divergence: Divergence | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Token counts of one request. `computed_tokens` counts what the runner really computed."""
+    """Token counts of one request. `computed_tokens` counts what the runner really computed.
+
+    Of the `cached_tokens`, `borrowed_tokens` were encoded apart from what stands before them here;
+    `linked_tokens` are those of the same parts that are computed in context.
+    """
 
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
     computed_tokens: int
+    borrowed_tokens: int = 0
+    linked_tokens: int = 0
     explanation: CacheExplanation | None = None  # where it was asked for
 
 
@@ -144,6 +182,21 @@ class Progress:
     cache: int
     processed: int
     time_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleState:
+    """An open module. `tier`: the best one that has all of it; `hits`: how often it was borrowed.
+
+    `kv_bytes`: of its sealed blocks in all layers that see everything.
+    """
+
+    tokens: int
+    blocks: int
+    kv_bytes: int
+    tier: str  # device, host, disk or none
+    hits: int
+    durable_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,3 +213,12 @@ class RequestOutput:
     finished: bool = False  # the last event of the request
     usage: Usage | None = None  # with `finished`
     error: str | None = None  # with FinishReason.ERROR
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LevelVerdict:
+    """Whether a level of exactness may be used with a model; `reason` is one line for people."""
+
+    level: str
+    passed: bool
+    reason: str

@@ -8,7 +8,6 @@ from collections.abc import Sequence as Items
 
 import numpy as np
 
-from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import PAGE
 from longctx.kv_memory import KVMemory
 from longctx.sequence import Sequence
@@ -26,17 +25,20 @@ class ResidentPrefixes:
         if sequence.tier.absent:
             return
         for end_tokens, name in sequence.document_ends:
-            blocks = end_tokens // BLOCK_TOKENS
-            if 0 < blocks <= sequence.computed // BLOCK_TOKENS and name not in self._prefixes:
+            blocks = sequence.blocks_until(end_tokens)
+            computed = sequence.layout.blocks(sequence.computed)
+            if 0 < blocks <= computed and name not in self._prefixes:
                 self._hold(sequence, name, end_tokens)
 
     def leave(self, sequence: Sequence) -> None:
-        prefix, sequence.prefix = sequence.prefix, None
-        if prefix is None:
-            return
-        prefix.users -= 1
-        if prefix.closed and prefix.users == 0:
-            self._free(prefix)
+        held = (
+            [*sequence.lenders] if sequence.prefix is None else [sequence.prefix, *sequence.lenders]
+        )
+        sequence.prefix, sequence.lenders = None, ()
+        for prefix in held:
+            prefix.users -= 1
+            if prefix.closed and prefix.users == 0:
+                self._free(prefix)
 
     def close_document(self, document_id: str) -> None:
         """Let go of the document's prefixes, each with its last user."""
@@ -84,8 +86,8 @@ class ResidentPrefixes:
         return counts
 
     def _hold(self, sequence: Sequence, name: PrefixName, end_tokens: int) -> None:
-        blocks = end_tokens // BLOCK_TOKENS
-        begins = [group.first_needed(blocks * BLOCK_TOKENS) for group in self._memory.groups]
+        blocks, layout = sequence.blocks_until(end_tokens), sequence.layout
+        begins = [layout.first_needed(group.window, blocks) for group in self._memory.groups]
         for group, begin, live in zip(self._memory.groups, begins, sequence.live_from, strict=True):
             if group.window is not None and begin < live:
                 return  # it went by without being computed here; its blocks have their keys

@@ -12,7 +12,6 @@ from longctx.attention.reference import ReferenceAttention
 from longctx.attention.torch_backend import TorchAttention
 from longctx.batch import Batch
 from longctx.errors import ModelRefused
-from longctx.kv_cache import KVCacheManager
 from longctx.kv_memory import KVMemory
 from longctx.model import LoadedModel
 from longctx.scheduler import Chunk
@@ -48,9 +47,9 @@ class ModelRunner:
         self.backend = backend
         self.computed_tokens = 0  # rows that went through the model, ever
 
-    def run_chunks(self, chunks: Items[Chunk], cache: KVCacheManager) -> Tensor:
+    def run_chunks(self, chunks: Items[Chunk]) -> Tensor:
         """`run` for chunks whose pages have been allocated."""
-        return self.run(Batch.build(chunks, cache, device=self._memory.device))
+        return self.run(Batch.build(chunks, device=self._memory.device))
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:

@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from compress.shape import BLOCK_TOKENS
 from longctx.config import SchedulerConfig
 from longctx.errors import Overloaded
 from longctx.kv_cache import KVCacheManager
@@ -47,7 +46,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
+    """`complete`: prompts without an answer of which nothing was left to compute."""
+
     chunks: tuple[Chunk, ...]
+    complete: tuple[Sequence, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -146,10 +148,12 @@ class Scheduler:
                 chunk = self._prompt_chunk(sequence, budget) if budget > 0 else None
                 if chunk is not None:
                     prompts.append(chunk)
-                    budget -= chunk.num_tokens
+                    begin = sequence.computed
+                    budget -= sequence.layout.charge(begin, begin + chunk.num_tokens)
         # A prompt chunk may have preempted what was scheduled before it.
         runs = (chunk for chunk in (*answers, *prompts) if _runs(chunk.sequence))
-        return SchedulerOutput(tuple(runs))
+        complete = (sequence for sequence in self.running if sequence.remaining == 0)
+        return SchedulerOutput(tuple(runs), tuple(complete))
 
     def update(self, output: SchedulerOutput, seconds: float) -> None:
         """The step has run: account for it and publish what it computed."""
@@ -218,11 +222,14 @@ class Scheduler:
             return None
         if not _runs(sequence):
             return None  # an earlier chunk of this step has preempted it
-        num_tokens = sequence.remaining
-        if num_tokens > budget:
+        layout, begin = sequence.layout, sequence.computed
+        num_tokens = min(sequence.remaining, layout.within(begin, budget))
+        if num_tokens == 0:
+            return None
+        if num_tokens < sequence.remaining:
             # Ending at a block boundary saves carrying an open block.
-            end = (sequence.computed + budget) // BLOCK_TOKENS * BLOCK_TOKENS
-            num_tokens = end - sequence.computed if end > sequence.computed else budget
+            end = layout.tokens(layout.blocks(begin + num_tokens))
+            num_tokens = end - begin if end > begin else num_tokens
         return Chunk(sequence, num_tokens) if self._allocate(sequence, num_tokens) else None
 
     def _admit(self, sequence: Sequence) -> bool:

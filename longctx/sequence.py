@@ -7,14 +7,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.shape import BLOCK_TOKENS
-from longctx.attention.backend import ENTRY_COLUMNS, FIRST_POSITION, PAGE, ROWS
+from longctx.attention.backend import ENTRY_COLUMNS, PAGE
 from longctx.detokenizer import TextStream
+from longctx.layout import PLAIN, Layout
 from longctx.request import FinishReason, Request
 from longctx.sampler import SamplingState
 from longctx.tier_state import TierState
 from longctx.trace import Trace
-from offload.key import BlockKey, chain_keys
-from prompt_cache.prefix import Prefix, PrefixName, document_name
+from offload.key import BlockKey
+from prompt_cache.prefix import Prefix, PrefixName, contains
 
 
 class SequenceState(Enum):
@@ -24,42 +25,45 @@ class SequenceState(Enum):
 
 
 class BlockTable:
-    """The sealed blocks of a sequence in one layer group, in order: a growing array of entries."""
+    """What a sequence sees in one layer group: a growing array of entries, in reading order.
 
-    def __init__(self, entries: NDArray[np.int64] | None = None) -> None:
+    Its own sealed blocks are entered one after the other; what it borrows is there from the start.
+    """
+
+    def __init__(
+        self, layout: Layout = PLAIN, entries: NDArray[np.int64] | None = None, blocks: int = 0
+    ) -> None:
+        """`entries`: of the first `blocks` own blocks, and of all that is borrowed."""
+        self.blocks = blocks
+        self._layout = layout
         self._length = 0 if entries is None else len(entries)
         self._entries = np.zeros((self._length + 16, ENTRY_COLUMNS), dtype=np.int64)
         if entries is not None:
             self._entries[: self._length] = entries
 
-    def __len__(self) -> int:
-        return self._length
-
     @property
     def entries(self) -> NDArray[np.int64]:
-        """[blocks, ENTRY_COLUMNS], a view."""
+        """[entries, ENTRY_COLUMNS], a view."""
         return self._entries[: self._length]
 
     def pages(self, begin: int, end: int) -> list[int]:
-        """The pages of blocks `begin` to `end`."""
-        pages: list[int] = self._entries[begin:end, PAGE].tolist()
+        """The pages of own blocks `begin` to `end`."""
+        pages: list[int] = self._entries[self._layout.own(begin, end), PAGE].tolist()
         return pages
 
     def append(self, page: int, *, rows: int, first_position: int) -> None:
-        if self._length == len(self._entries):
-            grown = np.zeros((2 * self._length, ENTRY_COLUMNS), dtype=np.int64)
-            grown[: self._length] = self._entries
+        """The sequence's next own block."""
+        at = self._layout.entry(self.blocks)
+        if at >= len(self._entries):
+            grown = np.zeros((2 * at, ENTRY_COLUMNS), dtype=np.int64)
+            grown[: self._length] = self._entries[: self._length]
             self._entries = grown
-        self._entries[self._length] = (page, 0, rows, first_position)
-        self._length += 1
+        self._entries[at] = (page, 0, rows, first_position, 0)
+        self._length = max(self._length, at + 1)
+        self.blocks += 1
 
-
-def full_blocks(blocks: int) -> NDArray[np.int64]:
-    """Entries of full blocks at their positions from 0, pages still to be filled in."""
-    entries = np.zeros((blocks, ENTRY_COLUMNS), dtype=np.int64)
-    entries[:, ROWS] = BLOCK_TOKENS
-    entries[:, FIRST_POSITION] = np.arange(blocks) * BLOCK_TOKENS
-    return entries
+    def fork(self) -> "BlockTable":
+        return BlockTable(self._layout, self.entries, self.blocks)
 
 
 class TokenIds:
@@ -88,6 +92,17 @@ class TokenIds:
         return TokenIds(self._base, list(self._tail))
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a request says, as its sequences begin: own tokens, and how they lie."""
+
+    tokens: TokenIds
+    layout: Layout = PLAIN
+    ends: tuple[tuple[int, PrefixName], ...] = ()  # of its documents, or of the pieces of a module
+    linked_tokens: int = 0
+    borrowed_ids: tuple[NDArray[np.int32], ...] = ()
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One answer in the making.
@@ -106,12 +121,16 @@ class Sequence:
     seed: int
     text: TextStream
     namespace: BlockKey
+    layout: Layout = PLAIN  # where its own blocks lie, and what it borrows between them
+    owners: frozenset[str] = frozenset()  # ids of the documents and modules in the prompt
+    linked_tokens: int = 0  # of what it borrows: computed in context all the same
     document_ends: tuple[tuple[int, PrefixName], ...] = ()  # tokens up to there, and their name
     base_keys: tuple[BlockKey, ...] = ()  # of a prefix, shared with it
     tail_keys: list[BlockKey] = field(default_factory=list)  # those that follow
     state: SequenceState = SequenceState.WAITING
     computed: int = 0
     prefix: Prefix | None = None  # acquired: holds the first `prefix.blocks` global blocks
+    lenders: tuple[Prefix, ...] = ()  # acquired: hold what it borrows
     tables: tuple[BlockTable, ...] = ()
     live_from: list[int] = field(default_factory=list)  # per group: first block held on its own
     own_pages: dict[int, int] = field(default_factory=dict)  # block index -> raw page, still open
@@ -139,11 +158,8 @@ class Sequence:
         return len(self.tokens) - self.prompt_tokens
 
     @property
-    def documents(self) -> frozenset[str]:
-        """Ids of the documents in the prompt."""
-        return frozenset(
-            segment.document_id for segment in self.request.segments if segment.document_id
-        )
+    def borrowed_tokens(self) -> int:
+        return sum(borrowed.end - borrowed.begin for borrowed in self.layout.borrowed)
 
     @property
     def rank(self) -> tuple[int, int, int]:
@@ -160,27 +176,48 @@ class Sequence:
 
     def extend_keys(self) -> None:
         """Name all blocks that the tokens so far fill."""
-        known = self.known_keys
-        end = len(self.tokens) // BLOCK_TOKENS
-        if known >= end:
-            return
-        parent = self.key(known - 1) if known else self.namespace
-        first = known * BLOCK_TOKENS
-        token_ids = self.tokens.slice(first, end * BLOCK_TOKENS)
-        self.tail_keys += chain_keys(
-            parent, token_ids, first_position=first, block_tokens=BLOCK_TOKENS
-        )
+        known, end = self.known_keys, self.layout.blocks(len(self.tokens))
+        before = self.key(known - 1) if known else self.namespace
+        self.tail_keys += self.layout.keys(self.tokens.slice, known, end, before)
 
     @property
     def width(self) -> int:
         """Sequences that this one is or is about to become: choices fork at the first token."""
         return 1 if self.index or self.forked else self.request.sampling.n
 
+    def fork(self, index: int, text: TextStream) -> "Sequence":
+        """Another choice of the request, which goes on where this one stands."""
+        return Sequence(
+            request=self.request,
+            index=index,
+            arrival=self.arrival,
+            arrival_seconds=self.arrival_seconds,
+            tokens=self.tokens.fork(),
+            prompt_tokens=self.prompt_tokens,
+            sampling=self.sampling.fork(self.seed + index),
+            seed=self.seed + index,
+            text=text,
+            namespace=self.namespace,
+            layout=self.layout,
+            owners=self.owners,
+            linked_tokens=self.linked_tokens,
+            document_ends=self.document_ends,
+            cached_tokens=self.cached_tokens,
+        )
+
     def forget_document(self, document_id: str) -> None:
         """It is closed: what is computed of it is not kept for others."""
-        mark = document_name(document_id)
-        self.document_ends = tuple(end for end in self.document_ends if mark not in end[1])
+        self.document_ends = tuple(
+            (end, name) for end, name in self.document_ends if not contains(name, document_id)
+        )
 
     def full_blocks(self) -> int:
-        """Blocks that all tokens before the last one fill: what a cache may provide."""
-        return (len(self.tokens) - 1) // BLOCK_TOKENS
+        """Blocks that a cache may provide: those that all tokens before the last one fill.
+
+        Of a prompt that is only kept, and sealed to its end, that is all.
+        """
+        return self.layout.blocks(len(self.tokens) - (0 if self.layout.closed else 1))
+
+    def blocks_until(self, end: int) -> int:
+        """Blocks of the prefix that ends there: a document's last one is open, a piece's not."""
+        return self.layout.blocks(end) if self.layout.closed else end // BLOCK_TOKENS

@@ -22,6 +22,7 @@ class Load:
 class TierState:
     load: Load | None = None  # while waiting: blocks on their way up
     loads: int = 0  # how often it has waited for some since it last ran
+    fetches: int = 0  # how often something was computed for it to borrow
     streams: bool = False  # its context is larger than the device: old blocks go and are not held
     absent: int = 0  # blocks of layers that see everything, from the first on, that have gone
     setbacks: int = 0  # how often absent blocks could not be read

@@ -32,16 +32,20 @@ from longctx.protocol import (
     Beat,
     Clear,
     CloseDocument,
+    CloseModule,
     Command,
     Done,
     Durable,
     Event,
     Fault,
+    GetModules,
     GetStats,
+    JudgeLevel,
     Leader,
     Loaded,
     Lost,
     OpenDocument,
+    OpenModule,
     Outputs,
     Rejected,
     Start,
@@ -50,6 +54,7 @@ from longctx.protocol import (
     encode,
     read_command,
 )
+from longctx.quality.level_gate import judge_level
 from longctx.ring.follower import follow
 from longctx.ring.heartbeat import beat
 from longctx.ring.join import FollowerPost, LeaderPost, Place
@@ -194,6 +199,17 @@ def _obey(engine: Engine, command: Command, ranks: ProcessRanks | None) -> Event
             case CloseDocument():
                 engine.close_document(command.document_id)
                 return Done(command.ticket)
+            case OpenModule():
+                engine.open_module(command.module_id, command.pieces)
+                return Done(command.ticket)
+            case CloseModule():
+                engine.close_module(command.module_id)
+                return Done(command.ticket)
+            case GetModules():
+                modules = engine.module_states(command.module_ids)
+                return Done(command.ticket, modules=modules)
+            case JudgeLevel():
+                return Done(command.ticket, level=judge_level(engine, command.level))
             case GetStats():
                 more = {} if ranks is None else ranks.stats()
                 return Done(command.ticket, stats=engine.stats() | more)
@@ -202,7 +218,9 @@ def _obey(engine: Engine, command: Command, ranks: ProcessRanks | None) -> Event
     except LongctxError as error:
         if isinstance(command, Submit):
             return Rejected(command.request.request_id, Fault.of(error))
-        assert isinstance(command, OpenDocument | CloseDocument | Clear), command
+        assert isinstance(
+            command, OpenDocument | CloseDocument | OpenModule | JudgeLevel | Clear
+        ), command
         return Done(command.ticket, Fault.of(error))
     return None
 

@@ -36,9 +36,18 @@ def chain_keys(
     stride = block_tokens * 4
     keys: list[BlockKey] = []
     for begin in range(0, len(raw) - stride + 1, stride):
-        position = (first_position + begin // 4).to_bytes(8, "little")
-        digest = hashlib.blake2b(parent + position, digest_size=32)
-        digest.update(raw[begin : begin + stride])
-        parent = BlockKey(digest.digest())
+        parent = _key(parent, first_position + begin // 4, raw[begin : begin + stride])
         keys.append(parent)
     return keys
+
+
+def short_key(parent: BlockKey, token_ids: NDArray[np.int32], *, first_position: int) -> BlockKey:
+    """The key of a block that was sealed before it was full."""
+    assert token_ids.dtype == np.int32 and len(token_ids)
+    return _key(parent, first_position, np.ascontiguousarray(token_ids).tobytes())
+
+
+def _key(parent: BlockKey, first_position: int, token_bytes: bytes) -> BlockKey:
+    digest = hashlib.blake2b(parent + first_position.to_bytes(8, "little"), digest_size=32)
+    digest.update(token_bytes)
+    return BlockKey(digest.digest())

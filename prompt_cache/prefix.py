@@ -7,7 +7,7 @@ all its users together. Looking it up costs the same at any length.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +16,39 @@ from numpy.typing import NDArray
 from offload.key import BlockKey
 
 # What a prompt says up to the end of a document: tenant salt, then literal token ids or document.
+# Of a module: salt, module, and the key of its last block, which says what the pieces were.
 PrefixName = tuple[str | tuple[int, ...] | tuple[str, str], ...]
 
 
 def document_name(document_id: str) -> tuple[str, str]:
     """How a document stands in a `PrefixName`; never equal to literal token ids."""
     return ("document", document_id)
+
+
+def module_name(module_id: str) -> tuple[str, str]:
+    """How a module stands in a `PrefixName`: alone, but for the piece where the prefix ends."""
+    return ("module", module_id)
+
+
+def contains(name: PrefixName, owner: str) -> bool:
+    """Whether the document or module of that id is part of the prompt."""
+    return document_name(owner) in name or module_name(owner) in name
+
+
+def owner_of(name: PrefixName) -> str:
+    """Id of the module, or of the document that ends the prompt."""
+    for part in reversed(name):
+        if part[:1] == ("module",) or part[:1] == ("document",):
+            assert isinstance(part[1], str)
+            return part[1]
+    raise AssertionError(f"neither a module nor a document: {name}")
+
+
+def tokens_before(ends: Sequence[tuple[int, PrefixName]]) -> int:
+    """Tokens of a prompt before its last document; `ends`: the end of each, and its name."""
+    name = ends[-1][1]
+    earlier, earlier_name = ends[-2] if len(ends) > 1 else (0, name[:1])
+    return earlier + sum(len(literal) for literal in name[len(earlier_name) : -1])
 
 
 @dataclass(slots=True)
@@ -86,6 +113,12 @@ class PrefixIndex:
         if prefix.name in self._prefixes:
             self._prefixes.move_to_end(prefix.name)
 
+    def take(self, name: PrefixName) -> Prefix:
+        """Acquire the prefix of that name."""
+        prefix = self._prefixes[name]
+        self.acquire(prefix)
+        return prefix
+
     def idle(self) -> Iterator[Prefix]:
         """Prefixes without users, the longest unused first."""
         return (prefix for prefix in self._prefixes.values() if prefix.users == 0)
@@ -98,8 +131,7 @@ class PrefixIndex:
         return prefix
 
     def pop_document(self, document_id: str) -> list[Prefix]:
-        """Remove and return all prefixes that contain the document, in use or not."""
-        mark = document_name(document_id)
-        self._keys = {name: keys for name, keys in self._keys.items() if mark not in name}
-        names = [name for name in self._prefixes if mark in name]
+        """Remove and return all prefixes that contain the document or module, in use or not."""
+        self._keys = {n: keys for n, keys in self._keys.items() if not contains(n, document_id)}
+        names = [name for name in self._prefixes if contains(name, document_id)]
         return [self._prefixes.pop(name) for name in names]

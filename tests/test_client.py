@@ -19,6 +19,7 @@ from longctx.config import EngineConfig
 from longctx.errors import ContextTooLong, DocumentMissing, EngineDied, InvalidRequest, ModelRefused
 from longctx.launch import Child
 from longctx.request import FinishReason, Request, RequestOutput
+from prompt_cache.level import EXACT, MODULAR
 from tests.recorded_engine import ask, build_engine, engine_config, some_ids
 
 PATIENCE_SECONDS = 120.0
@@ -308,3 +309,13 @@ def test_the_engine_process_ends_when_its_parent_is_killed(llama: Path) -> None:
         while alive(engine) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not alive(engine)
+
+
+def test_a_level_is_judged_by_the_engine_process(client: EngineClient, run: Run) -> None:
+    async def test() -> None:
+        assert (await client.judge_level(EXACT)).passed
+        verdict = await client.judge_level(MODULAR)
+        assert verdict.level == "modular" and "KL" in verdict.reason
+        assert await client.judge_level(MODULAR) == verdict
+
+    run(test())

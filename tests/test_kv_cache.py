@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from compress.shape import BLOCK_TOKENS
 from longctx.kv_cache import EXTENT_BLOCKS, KVCacheManager
 from longctx.kv_memory import LayerGroup, layer_groups
+from longctx.layout import PLAIN
 from longctx.sequence import BlockTable, Sequence, SequenceState, TokenIds
 from longctx.tokenizer import Tokenizer
 from tests.bare_cache import GLOBAL, Bench, bare_cache, blocks, numbers, window_of
@@ -51,7 +52,7 @@ def test_layers_with_equal_windows_share_a_group_and_global_ones_come_first() ->
 @given(window=st.integers(1, 300), position=st.integers(0, 2000))
 def test_the_first_needed_block_holds_the_oldest_visible_key(window: int, position: int) -> None:
     oldest = max(0, position - window + 1)
-    assert LayerGroup(window, (0,)).first_needed(position) == oldest // BLOCK_TOKENS
+    assert PLAIN.first_seen(window, position) == oldest // BLOCK_TOKENS
 
 
 @pytest.mark.parametrize("window", [1, 24, 64, 65, 200])
@@ -122,7 +123,7 @@ def test_a_match_equals_a_search_of_all_depths(
         return all(
             pool.lookup(sequence.key(block)) is not None
             for group, pool in zip(cache.memory.groups, cache.memory.packed, strict=True)
-            for block in range(group.first_needed(depth * BLOCK_TOKENS), depth)
+            for block in range(PLAIN.first_needed(group.window, depth), depth)
         )
 
     best = max(depth for depth in range(21) if possible(depth))
@@ -247,11 +248,11 @@ def test_a_block_table_grows_and_keeps_its_entries() -> None:
     table = BlockTable()
     for index in range(100):
         table.append(index + 5, rows=64, first_position=64 * index)
-    assert len(table) == 100
-    assert table.entries.tolist() == [[i + 5, 0, 64, 64 * i] for i in range(100)]
-    copy = BlockTable(table.entries)
+    assert table.blocks == 100
+    assert table.entries.tolist() == [[i + 5, 0, 64, 64 * i, 0] for i in range(100)]
+    copy = table.fork()
     copy.append(1, rows=1, first_position=0)
-    assert len(table) == 100 and len(copy) == 101
+    assert len(table.entries) == 100 and len(copy.entries) == 101
 
 
 @given(

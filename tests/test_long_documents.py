@@ -55,7 +55,7 @@ def calls_before_the_first_step(engine: RecordedEngine, document: str, name: str
     try:
         engine.submit(question)
         scheduled = engine.scheduler.schedule()
-        Batch.build(scheduled.chunks, engine.cache, device=engine.memory.device)
+        Batch.build(scheduled.chunks, device=engine.memory.device)
     finally:
         sys.setprofile(None)
     assert scheduled.num_tokens <= 20 + 64

@@ -18,7 +18,7 @@ from longctx.errors import ModelRefused
 from longctx.kv_memory import KVMemory
 from longctx.model import LoadedModel, load_model
 from longctx.quality.damage import Tally, compare
-from longctx.quality.gate import CodecChoice, choose_codec, judge
+from longctx.quality.gate import CodecChoice, choose_codec, judge_codec
 from longctx.quality.measure import Measured, Workload, measure
 from longctx.quality.replay import Replay
 from longctx.quality.texts import TEXTS
@@ -159,16 +159,16 @@ def test_codecs_rank_as_they_should_on_the_probe(probe: tuple[LoadedModel, Token
     assert text["int8"].kl + text["int8"].kl_error < 1e-3
     assert text["int8"].kl < text["int4"].kl <= text["q4_0"].kl < text["bad"].kl
     spec = probe[0].spec
-    assert judge(spec, "int8", measured["int8"]).judged == ("text", "own")
-    assert judge(spec, "int8", measured["int8"]).passed
-    assert judge(spec, "int4", measured["int4"]).passed
-    assert not judge(spec, "bad", measured["bad"]).passed
+    assert judge_codec(spec, "int8", measured["int8"]).judged == ("text", "own")
+    assert judge_codec(spec, "int8", measured["int8"]).passed
+    assert judge_codec(spec, "int4", measured["int4"]).passed
+    assert not judge_codec(spec, "bad", measured["bad"]).passed
 
 
 def test_needle_is_judged_by_its_own_answers() -> None:
     model, tokenizer = loaded(model_path("needle"))
     measured = measure(model, tokenizer, TorchAttention, ["int8"], workload=Workload())["int8"]
-    verdict = judge(model.spec, "int8", measured)
+    verdict = judge_codec(model.spec, "int8", measured)
     assert verdict.text_is_foreign and verdict.judged == ("own",)
     assert verdict.passed
 
@@ -303,7 +303,7 @@ def test_what_is_not_a_number_does_not_pass(llama: Path) -> None:
     tally = Tally()
     tally.add(rows)
     measured = Measured(text=tally.damage(), own=None, seconds=0.0)
-    assert not judge(loaded(llama)[0].spec, "int8", measured).passed
+    assert not judge_codec(loaded(llama)[0].spec, "int8", measured).passed
 
 
 def test_forcing_needs_a_codec() -> None:

@@ -20,9 +20,10 @@ from longctx.kv_memory import KVMemory
 from offload.key import BlockKey
 
 # Columns of a block-table entry: a run of `ROWS` rows of one packed page, from `ROW_BEGIN`, that
-# stand at `FIRST_POSITION` and on.
-PAGE, ROW_BEGIN, ROWS, FIRST_POSITION = range(4)
-ENTRY_COLUMNS = 4
+# stand at `FIRST_POSITION` and on, and whose keys were encoded `ROTATION` positions before that.
+# Backends know nothing of rotations: `rotated.py` does, and hands them queries to suit.
+PAGE, ROW_BEGIN, ROWS, FIRST_POSITION, ROTATION = range(5)
+ENTRY_COLUMNS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,8 @@ class ChunkRows:
     `entries[: past_entries]` and nothing else.
 
     The first blocks of layers that see everything may be absent from the device: those of
-    `absent_keys`, whose entries name no page.
+    `absent_keys`, whose entries name no page. Only the first `rotated_entries` of a group, all of
+    them past, may have a rotation; 0 says that none has.
     """
 
     row_begin: int
@@ -46,6 +48,8 @@ class ChunkRows:
     past_entries: int
     entries: tuple[NDArray[np.int64], ...]  # one [entries, ENTRY_COLUMNS] per layer group
     absent_keys: Sequence[BlockKey] = ()
+    rotated_entries: int = 0
+    sealed_pages: int = 0
 
     def pick(self, row: int) -> "ChunkRows":
         """The chunk cut down to one of its rows (an index into the batch)."""
@@ -60,6 +64,7 @@ class ChunkRows:
             past_entries=self.past_entries + (own_block if len(self.own_pages) else 0),
             entries=self.entries,
             absent_keys=self.absent_keys,
+            rotated_entries=self.rotated_entries,
         )
 
 

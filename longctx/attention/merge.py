@@ -24,6 +24,16 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     return out, finite_peak + torch.log(total)
 
 
+def merge_parts(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of many disjoint key sets, any of which may be empty (lse -inf).
+
+    `outs` [rows, parts, heads, head_dim] and `lses` [rows, parts, heads], float32.
+    """
+    lse = torch.logsumexp(lses, dim=1)
+    weights = torch.exp(lses - torch.where(lse == -torch.inf, 0.0, lse)[:, None])[..., None]
+    return torch.where(weights > 0, outs * weights, 0.0).sum(1), lse
+
+
 def merge_sink(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """Merge with a key of value zero whose logit is learned per head.
 

@@ -250,7 +250,7 @@ class _Planner:
             return None
         exists, positions = _entry_keys(entries)
         if self._window is None:
-            return np.broadcast_to(exists[None], (len(rows), len(exists)))
+            return np.repeat(exists[None], len(rows), axis=0)
         oldest = chunk.first_position + rows - self._window
         seen: NDArray[np.bool_] = exists[None] & (positions[None] > oldest[:, None])
         return seen

@@ -18,6 +18,7 @@ from longctx.bench.random_pages import fill_pages
 from longctx.config import EngineConfig
 from longctx.engine import Engine
 from longctx.request import Request, RequestOutput, SamplingParams, Segment
+from longctx.runner import ModelRunner
 from longctx.sampler import SamplingState, sample
 from offload.key import chain_keys
 
@@ -103,6 +104,7 @@ class MeasuredEngine(Engine):
         if profile is None or (profile.decode_only and not self._decodes):
             return super().step()
         began = time.perf_counter()
+        assert isinstance(self._runner, ModelRunner)
         backend = self._runner.backend
         self._runner.backend = _TimedAttention(backend, profile)
         try:

@@ -21,9 +21,10 @@ from longctx.embedded import model_path
 from longctx.errors import InvalidRequest
 from longctx.model import ModelSpec, load_model
 from longctx.quality.damage import Damage
-from longctx.quality.gate import PARTS, Verdict, bits_per_value, judge, refusal
+from longctx.quality.gate import bits_per_value, judge_codec, refusal
 from longctx.quality.measure import EXACT, Workload, measure
 from longctx.quality.texts import TEXTS, Text
+from longctx.quality.verdict import PARTS, Verdict
 from longctx.runner import BACKENDS, backend_for
 from longctx.tokenizer import Tokenizer
 
@@ -56,7 +57,7 @@ def run(
             texts=texts,
             seed=bench.seed,
         )
-        verdicts[codec] = judge(model.spec, codec, measured[codec])
+        verdicts[codec] = judge_codec(model.spec, codec, measured[codec])
     parameters: dict[str, Parameter] = {
         "model": model.spec.name,
         "dtype": str(model.spec.dtype).removeprefix("torch."),

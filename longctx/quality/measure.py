@@ -107,7 +107,7 @@ def _prompts(
         for text in texts:
             if number >= len(text.questions):
                 continue
-            before, after = _frame(tokenizer, text, text.questions[number])
+            before, after = frame_of(tokenizer, text, text.questions[number])
             room = model.spec.max_context - workload.own_tokens - len(before) - len(after)
             body = tokenizer.encode(text.body)[: min(workload.text_tokens, room)]
             if room > 0 and body:
@@ -116,7 +116,7 @@ def _prompts(
                 yield _Prompt((*before, *body, *after), judged)
 
 
-def _frame(
+def frame_of(
     tokenizer: Tokenizer, text: Text, question: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The tokens before and after the text: the question in the model's own form, if it has one."""

@@ -93,7 +93,7 @@ class Replay:
             allocated = self._cache.allocate(sequence, num_tokens)
             assert allocated, "the pool was made for these sequences"
         chunks = [Chunk(sequence, num_tokens) for sequence in sequences]
-        batch = Batch.build(chunks, self._cache, device=self._memory.device)
+        batch = Batch.build(chunks, device=self._memory.device)
         every_row = torch.arange(len(batch.token_ids), device=self._memory.device)
         logits = self._runner.run(replace(batch, logits_rows=every_row, last_chunks=batch.chunks))
         for sequence in sequences:

@@ -10,7 +10,6 @@ import numpy as np
 
 from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import PAGE
-from longctx.kv_cache import KVCacheManager
 from longctx.model import ModelSpec
 from longctx.ring.books import LeaderMemory
 from longctx.ring.draft import NONE, Draft, Piece, indices
@@ -37,7 +36,7 @@ class StepPlanner:
                 widest.heads, widest.head_dim, query_bytes=spec.dtype.itemsize
             )
 
-    def plan(self, chunks: Items[Chunk], cache: KVCacheManager) -> list[RankStep]:
+    def plan(self, chunks: Items[Chunk]) -> list[RankStep]:
         """What each rank does; pages for every chunk must have been allocated."""
         ranks = self._ring.ranks
         drafts = [Draft(len(self._memory.groups)) for _ in range(ranks)]
@@ -82,10 +81,11 @@ class StepPlanner:
     ) -> None:
         """Layers that see a window: the pages are on every rank, so each attends alone."""
         entries = chunk.sequence.tables[group].entries
-        window = self._memory.groups[group]
+        window = self._memory.groups[group].window
+        assert window is not None, group
         for chosen, last in ((pieces, False), (wanted, True)):
             for piece in chosen:
-                first = window.first_needed(piece.first_position)
+                first = chunk.sequence.layout.first_seen(window, piece.first_position)
                 seen = entries[first : piece.part.sealed.stop]
                 rows = piece.rows_of(piece.first_block - first, seen)
                 drafts[piece.part.rank].add_local(group, rows, last=last)

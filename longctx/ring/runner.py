@@ -5,7 +5,6 @@ from collections.abc import Sequence as Items
 from torch import Tensor
 
 from longctx.errors import PeerLost
-from longctx.kv_cache import KVCacheManager
 from longctx.model import LoadedModel
 from longctx.ring.books import LeaderMemory
 from longctx.ring.plan import StepPlanner
@@ -24,9 +23,9 @@ class RingRunner:
         self.planner = StepPlanner(memory, model.spec, self.rank.link)
         self.computed_tokens = 0
 
-    def run_chunks(self, chunks: Items[Chunk], cache: KVCacheManager) -> Tensor:
+    def run_chunks(self, chunks: Items[Chunk]) -> Tensor:
         """Logits [drawing chunks, vocab], float32. Raises PeerLost: then all ranks start again."""
-        steps = self.planner.plan(chunks, cache)
+        steps = self.planner.plan(chunks)
         self._ranks.start(steps)
         try:
             logits = self.rank.run(steps[0])

@@ -11,7 +11,7 @@ namespace longctx {
 constexpr int BLOCK = 64;        // tokens of a page
 constexpr int TILE_ROWS = 256;   // query rows (tokens times heads of a group) that share a tile
 constexpr int DECODE_ROWS = 8;   // up to so many, keys are read in place, not widened into a tile
-constexpr int ENTRY_COLUMNS = 4; // PAGE, ROW_BEGIN, ROWS, FIRST_POSITION; see backend.py
+constexpr int ENTRY_COLUMNS = 5; // PAGE, ROW_BEGIN, ROWS, FIRST_POSITION, ROTATION; see backend.py
 
 enum class Codec : int { raw, bf16, int8, int4 };
 enum class Dtype : int { float32, bfloat16, float16 };

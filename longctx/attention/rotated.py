@@ -1,0 +1,170 @@
+"""Keys that stand elsewhere than they were encoded: any backend, and queries turned to suit.
+
+An entry whose `ROTATION` is d holds keys that were encoded d positions before where they stand
+now; for them a query is turned back by d. So the rows of a chunk are repeated once for each
+rotation among its entries, as further rows of a wider batch that see those entries and nothing
+else. One call of the backend computes them all, and what the copies of a row saw is merged.
+A step without such entries goes to the backend as it is. Read `plan`, then `attend`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from longctx.attention.backend import (
+    FIRST_POSITION,
+    ROTATION,
+    ROWS,
+    AttentionBackend,
+    AttentionPlan,
+    ChunkRows,
+)
+from longctx.attention.merge import merge_parts
+from longctx.kv_memory import KVMemory
+from longctx.rotation import Rotation
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """`wide`: a batch of the step's `rows`, in order, then their copies, then one empty row.
+
+    Its row i is the step's row `source[i]`. Rows `parted` [n] of it have copies: `parts`
+    [n, most parts] are each of them and its copies, filled up with the empty row. `turns` has
+    cosines and sines for all copies, for each way in which a layer of the group turns its keys.
+    `plain` is the step as it is, for layers whose keys do not turn.
+    """
+
+    wide: AttentionPlan
+    rows: int
+    source: Tensor
+    parted: Tensor
+    parts: Tensor
+    turns: dict[Rotation, tuple[Tensor, Tensor]]
+    plain: AttentionPlan | None
+
+
+class RotatedAttention:
+    def __init__(
+        self, inner: AttentionBackend, memory: KVMemory, rotations: Sequence[Rotation | None]
+    ) -> None:
+        """`rotations`: how each layer turns its keys, see `rotation.py`."""
+        self._inner = inner
+        self._rotations = tuple(rotations)
+        self._device = memory.device
+        self._windows = [group.window for group in memory.groups]
+        self._kinds = [{rotations[layer] for layer in group.layers} for group in memory.groups]
+
+    def plan(self, chunks: Sequence[ChunkRows], group: int) -> AttentionPlan:
+        kinds = self._kinds[group]
+        if kinds == {None} or not any(chunk.rotated_entries for chunk in chunks):
+            return self._inner.plan(chunks, group)
+        chunks = sorted(chunks, key=lambda chunk: chunk.row_begin)
+        parted = [_part(chunk, group, self._windows[group]) for chunk in chunks]
+        if not any(moved for _, moved in parted):
+            return self._inner.plan([unmoved for unmoved, _ in parted], group)
+        rows = sum(chunk.rows for chunk in chunks)
+        most = 1 + max(len(moved) for _, moved in parted)
+        empty = rows + sum(chunk.rows * len(moved) for chunk, moved in parted)
+        source = np.zeros(empty + 1, dtype=np.int64)
+        offsets = np.zeros(empty - rows, dtype=np.int64)
+        base, copies, parts = [], [], []
+        begin, copy_begin = 0, rows
+        for unmoved, moved in parted:
+            step_rows = np.arange(unmoved.row_begin, unmoved.row_begin + unmoved.rows)
+            source[begin : begin + unmoved.rows] = step_rows
+            base.append(replace(unmoved, row_begin=begin))
+            members = np.full((unmoved.rows if moved else 0, most), empty, dtype=np.int64)
+            members[:, 0] = begin + np.arange(len(members))
+            for number, (offset, copy) in enumerate(moved, 1):
+                end = copy_begin + copy.rows
+                source[copy_begin:end] = step_rows
+                offsets[copy_begin - rows : end - rows] = offset
+                copies.append(replace(copy, row_begin=copy_begin))
+                members[:, number] = np.arange(copy_begin, end)
+                copy_begin = end
+            parts.append(members)
+            begin += unmoved.rows
+        joined = np.concatenate(parts)
+        return _Plan(
+            wide=self._inner.plan([*base, *copies], group),
+            rows=rows,
+            source=self._tensor(source),
+            parted=self._tensor(joined[:, 0]),
+            parts=self._tensor(joined),
+            turns={kind: self._turns(kind, -offsets) for kind in kinds if kind is not None},
+            plain=self._inner.plan(chunks, group) if None in kinds else None,
+        )
+
+    def seal(self, layer: int, raw: Tensor | slice, packed: Tensor | slice) -> None:
+        self._inner.seal(layer, raw, packed)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        plan: object,
+        *,
+        scaling: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        """As any backend's."""
+        rotation = self._rotations[layer]
+        if not isinstance(plan, _Plan) or rotation is None:
+            inner_plan = plan.plain if isinstance(plan, _Plan) else plan
+            return self._inner.attend(layer, query, inner_plan, scaling=scaling, softcap=softcap)
+        rows = plan.rows
+        wide = query.index_select(0, plan.source)
+        wide[rows:-1] = rotation.turn(wide[rows:-1], *plan.turns[rotation])
+        out, lse = self._inner.attend(layer, wide, plan.wide, scaling=scaling, softcap=softcap)
+        out[plan.parted], lse[plan.parted] = merge_parts(out[plan.parts], lse[plan.parts])
+        if rows == len(query):
+            return out[:rows], lse[:rows]
+        all_out = out.new_zeros(query.shape)
+        all_lse = lse.new_full(query.shape[:2], -torch.inf)
+        all_out[plan.source[:rows]], all_lse[plan.source[:rows]] = out[:rows], lse[:rows]
+        return all_out, all_lse
+
+    def _turns(self, rotation: Rotation, offsets: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        distinct, which = np.unique(offsets, return_inverse=True)
+        cosines, sines = rotation.turns(self._tensor(distinct))
+        return cosines[self._tensor(which)], sines[self._tensor(which)]
+
+    def _tensor(self, array: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
+
+
+def _part(
+    chunk: ChunkRows, group: int, window: int | None
+) -> tuple[ChunkRows, list[tuple[int, ChunkRows]]]:
+    """The chunk without its rotated entries, and for each rotation one that sees only those."""
+    if not chunk.rotated_entries:
+        return chunk, []
+    assert chunk.rotated_entries <= chunk.past_entries, "a block that is being computed is rotated"
+    assert not chunk.absent_keys, "rotated entries and absent ones are told apart by nobody"
+    table = chunk.entries[group]
+    offsets = np.zeros(len(table), dtype=np.int64)
+    offsets[: chunk.rotated_entries] = table[: chunk.rotated_entries, ROTATION]
+    unmoved = _seeing(chunk, group, table[offsets == 0], np.count_nonzero(offsets))
+    if window is not None:  # what no row of the chunk sees needs no copies
+        unseen = table[:, FIRST_POSITION] + table[:, ROWS] <= chunk.first_position - window + 1
+        offsets[unseen] = 0
+    moved = []
+    for offset in np.unique(offsets[offsets != 0]).tolist():
+        entries = table[offsets == offset]
+        copy = replace(chunk, own_pages=chunk.own_pages[:0])
+        moved.append((offset, _seeing(copy, group, entries, chunk.past_entries - len(entries))))
+    return unmoved, moved
+
+
+def _seeing(
+    chunk: ChunkRows, group: int, entries: NDArray[np.int64], fewer: int | np.intp
+) -> ChunkRows:
+    """The chunk with another table, of which `fewer` entries are past ones."""
+    tables = tuple(entries if i == group else table for i, table in enumerate(chunk.entries))
+    return replace(
+        chunk, entries=tables, past_entries=chunk.past_entries - int(fewer), rotated_entries=0
+    )

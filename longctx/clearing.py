@@ -1,0 +1,31 @@
+"""Letting go, on request, of what is cached and not in use."""
+
+import operator
+from collections.abc import Iterable
+
+from longctx.errors import InvalidRequest
+from longctx.kv_cache import KVCacheManager
+from offload.store import KVStore
+
+
+def clear_tiers(
+    cache: KVCacheManager, store: KVStore | None, tiers: Iterable[str]
+) -> dict[str, float]:
+    """Empty `device` or `host` of what nobody uses; how many blocks and bytes that were.
+
+    Raises InvalidRequest for a tier that there is not.
+    """
+    freed: dict[str, float] = {}
+    for tier in tiers:
+        if tier == "device":
+            blocks = cache.clear()
+            sizes = [sum(pool.page_bytes) for pool in cache.memory.packed]
+            freed["device_blocks"] = sum(blocks)
+            freed["device_bytes"] = sum(map(operator.mul, blocks, sizes))
+        elif tier == "host" and store is not None and store.has_host:
+            freed["host_blocks"], freed["host_bytes"] = store.clear_host()
+        else:
+            raise InvalidRequest(
+                f"there is no {tier} tier; --host-pool-gib makes one in RAM", param="tier"
+            )
+    return freed

@@ -1,0 +1,193 @@
+"""`longctx prompt-cache check FILE`: whether a schema can be used, and where its text stands.
+
+Reads the model's tokenizer and chat template, not its weights, so it answers in seconds. Positions
+are those that the server gives the same schema.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from longctx.config import ModelConfig
+from longctx.errors import LongctxError
+from longctx.model import context_tokens
+from longctx.prompt import ChatPrompts
+from longctx.tokenizer import Tokenizer
+from prompt_cache.errors import SchemaError
+from prompt_cache.layout import (
+    Layout,
+    Part,
+    Piece,
+    PlacedModule,
+    PlacedScaffold,
+    PlacedUnion,
+    Slot,
+    lay_out,
+)
+from prompt_cache.read import read_schema
+from prompt_cache.schema import MAX_BYTES, Schema
+
+INDENT = "  "
+EXCERPT_CHARACTERS = 32
+
+Action = Callable[[argparse.Namespace, ModelConfig, Path], None]
+Row = tuple[str, str, str, str]
+
+
+def prompt_cache_arguments(
+    parser: argparse.ArgumentParser,
+) -> dict[str, argparse.ArgumentParser]:
+    """One subcommand per action; their parsers, which still lack the options of the model."""
+    subparsers = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
+    parsers = {}
+    for name, (text, _) in ACTIONS.items():
+        parsers[name] = subparsers.add_parser(name, help=text, description=text)
+        parsers[name].set_defaults(action=name)
+    parsers["check"].add_argument("file", type=Path, help="a schema as PML (XML) or JSON")
+    return parsers
+
+
+def run_prompt_cache(arguments: argparse.Namespace, config: ModelConfig, folder: Path) -> None:
+    """Raises LongctxError, for a schema with a fault too."""
+    _, action = ACTIONS[arguments.action]
+    action(arguments, config, folder)
+
+
+def _check(arguments: argparse.Namespace, config: ModelConfig, folder: Path) -> None:
+    file: Path = arguments.file
+    try:
+        schema = read_schema(_read(file))
+    except SchemaError as error:
+        raise LongctxError(f"{file}: {error}") from error
+    tokenizer = Tokenizer(folder)
+    limit = context_tokens(config, folder)
+    try:
+        layout = lay_out_for(schema, tokenizer, ChatPrompts(tokenizer), max_positions=limit)
+    except SchemaError as error:
+        raise LongctxError(f"{file}: {error}") from error
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(layout_table(layout, tokenizer.decode))
+    console.print(summary(layout, limit, folder.resolve().name), markup=False)
+
+
+ACTIONS: dict[str, tuple[str, Action]] = {
+    "check": ("check a prompt schema, and show where its modules stand", _check),
+}
+
+
+def lay_out_for(
+    schema: Schema,
+    tokenizer: Tokenizer,
+    prompts: ChatPrompts,
+    *,
+    max_positions: int,
+    date: str | None = None,
+) -> Layout:
+    """A schema in a model's tokens, in its chat template. Raises SchemaError, InvalidRequest."""
+    return lay_out(
+        schema,
+        lambda text: tokenizer.encode(text, continues=True),
+        prompts.frames(
+            [role.role for role in schema.roles], continued=bool(schema.content), date=date
+        ),
+        max_positions=max_positions,
+    )
+
+
+def layout_table(layout: Layout, decode: Callable[[tuple[int, ...]], str]) -> Table:
+    """A row for each module, parameter, union and scaffold; what is inside is indented."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    headings = ("positions", "tokens", layout.name)
+    rows = list(_rows(layout.parts, 0, decode))
+    for heading, cells in zip(headings, zip(*rows, strict=True), strict=False):
+        widest = max(map(len, (heading, *cells)))  # on a narrow screen the last column gives way
+        right = heading is not layout.name
+        table.add_column(heading, justify="right" if right else "left", min_width=widest)
+    table.add_column("", style="dim", no_wrap=True, overflow="ellipsis")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def summary(layout: Layout, limit: int, model: str) -> str:
+    encoded = list(layout.encoded())
+    tokens = sum(len(piece.token_ids) for _, pieces in encoded for piece in pieces)
+    least, most = _extent(layout.parts, choose=min), _extent(layout.parts, choose=max)
+    lines = [
+        f"{layout.end:,} of {limit:,} positions of {model}; "
+        f"{limit - layout.end:,} are left for question and answer",
+        f"{tokens:,} tokens are computed once, in {len(encoded)} modules; "
+        f"a prompt has {least:,} to {most:,} of them",
+    ]
+    if layout.ends_in_role:
+        lines.append("the schema ends with a whole message; the request's messages follow")
+    else:
+        lines.append("the request's first message goes on where the schema ends")
+    return "\n".join(["", *lines])
+
+
+def _rows(
+    parts: Iterable[Part], depth: int, decode: Callable[[tuple[int, ...]], str]
+) -> Iterator[Row]:
+    for part in parts:
+        span = f"{part.position:,} - {part.end - 1:,}" if part.end > part.position else "-"
+        lead = INDENT * depth
+        match part:
+            case Piece():
+                continue
+            case Slot(name, _, length, default):
+                told = "no default" if default is None else f"default {decode(default)!r}"
+                yield (span, f"{length:,}", f"{lead}<{name}>", f"parameter, {told}")
+            case PlacedModule():
+                text = _excerpt(decode(part.pieces[0].token_ids)) if part.pieces else ""
+                what = "always there: " if part.anonymous else ""
+                yield (span, f"{part.tokens:,}", f"{lead}{part.name}", f"{what}{text}")
+                yield from _rows(part.parts, depth + 1, decode)
+            case PlacedUnion(_, _, members):
+                yield (span, "", f"{lead}union", f"at most one of {len(members)}")
+                yield from _rows(members, depth + 1, decode)
+            case PlacedScaffold(_, _, members):
+                tokens = sum(len(piece.token_ids) for piece in part.pieces)
+                told = "also computed together, for prompts with all of it"
+                yield (span, f"{tokens:,}", f"{lead}scaffold", told)
+                yield from _rows(members, depth + 1, decode)
+
+
+def _extent(parts: Iterable[Part], *, choose: Callable[..., int]) -> int:
+    """The fewest or most tokens that a prompt can have of these parts, without arguments."""
+    total = 0
+    for part in parts:
+        match part:
+            case Piece(token_ids):
+                total += len(token_ids)
+            case Slot():
+                continue
+            case PlacedModule(anonymous=True):
+                total += part.tokens
+            case PlacedModule():
+                total += choose(0, _extent(part.parts, choose=choose))
+            case PlacedUnion(_, _, members):
+                total += choose(0, *(_extent([member], choose=choose) for member in members))
+            case PlacedScaffold(_, _, members):
+                total += _extent(members, choose=choose)
+    return total
+
+
+def _excerpt(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= EXCERPT_CHARACTERS else f"{text[: EXCERPT_CHARACTERS - 3]}..."
+
+
+def _read(file: Path) -> str:
+    try:
+        if file.stat().st_size > MAX_BYTES:
+            raise LongctxError(f"{file} is larger than {MAX_BYTES:,} bytes, the limit of a schema")
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise LongctxError(f"cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise LongctxError(f"{file} is not UTF-8: {error.reason} at byte {error.start}") from error

@@ -1,0 +1,51 @@
+"""Which levels of exactness a model stands: the gate of prompts that are made of modules.
+
+`exact` needs no gate. Another level is measured when it is first asked for on a model, against
+fixed limits, and the figures are kept on disk like those of codecs. Read `judge_level`.
+"""
+
+from compress.codec import CODECS
+from compress.shape import KVShape
+from longctx.engine import Engine
+from longctx.quality.level_measure import LevelWorkload, measure_levels
+from longctx.quality.remembered import Remembered, identity_of
+from longctx.quality.texts import TEXTS
+from longctx.quality.verdict import NARROW, Verdict, judge
+from longctx.request import LevelVerdict
+from prompt_cache.level import EXACT, Level
+
+AT_FIRST_USE = LevelWorkload()
+# What somebody asks for by name, to compute less, may cost what a narrow codec may.
+LIMITS = NARROW
+
+
+def judge_level(
+    engine: Engine, level: Level, *, workload: LevelWorkload = AT_FIRST_USE
+) -> LevelVerdict:
+    """What the gate says of a level on the engine's model, with the codec that it serves with.
+
+    Takes up to `workload.limit_seconds` and a little, the first time.
+    """
+    if level == EXACT:
+        return LevelVerdict(level=level.name, passed=True, reason="it is exact")
+    verdict = level_verdict(engine, level, workload)
+    return LevelVerdict(level=level.name, passed=verdict.passed, reason=verdict.reason)
+
+
+def level_verdict(engine: Engine, level: Level, workload: LevelWorkload) -> Verdict:
+    """The same, with its figures."""
+    spec, codec = engine.model.spec, engine.info.kv_codec
+    shapes = (
+        KVShape(kv_heads=layer.kv_heads, head_dim=layer.head_dim, dtype=spec.dtype)
+        for layer in spec.layers
+    )
+    versions = sorted({(each.name, each.version) for each in map(CODECS[codec], shapes)})
+    identity = (*identity_of(spec), engine.info.backend, versions, workload, level, TEXTS)
+    remembered = Remembered(engine.cache_dir, identity)
+    measured = remembered.recall()
+    if measured is None:
+        (measured,) = measure_levels(engine, (level,), workload=workload).values()
+    verdict = judge(level.name, measured, LIMITS, vocab_size=spec.vocab_size)
+    if verdict.judged:  # what is too short to tell may be longer another time
+        remembered.keep(measured)
+    return verdict

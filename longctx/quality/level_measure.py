@@ -1,0 +1,209 @@
+"""Levels of exactness against `exact`, teacher-forced: the same prompts through one engine.
+
+A prompt is what the chat template puts before a file, two modules (another text, and the beginning
+of this one), and then what is computed at every level: the rest of this text, a question, and the
+answer. With `exact` the model answers (drawn at temperature 1); the other levels read what it
+said. Two kinds of rows are compared, as for codecs: the rest of the text, and the model's own
+answer. Modules stand where they were encoded, as those of a schema do. Read `measure_levels`.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from compress.codec import CODECS
+from compress.shape import BLOCK_TOKENS, KVShape
+from longctx.batch import Batch
+from longctx.config import CacheConfig, SchedulerConfig
+from longctx.engine import Engine
+from longctx.errors import LongctxError
+from longctx.quality.damage import Tally, compare
+from longctx.quality.measure import Measured, frame_of
+from longctx.quality.texts import TEXTS, Text
+from longctx.request import FinishReason, Piece, Request, SamplingParams, Segment
+from longctx.runner import ModelRunner
+from prompt_cache.level import EXACT, Level
+
+GIB = 1 << 30
+POOL_BLOCKS = 256
+STEP_TOKENS = 128  # every row of a step has logits
+NO_ANSWER = SamplingParams(max_tokens=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LevelWorkload:
+    """How much is computed for `exact` and for each level, and when to stop if it takes longer."""
+
+    module_tokens: int = 224  # of each of two modules
+    text_tokens: int = 96  # that follow on the second one
+    own_tokens: int = 32
+    limit_seconds: float | None = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """`text`: how many of the first tokens of `tail` are judged as text."""
+
+    before: tuple[int, ...]
+    modules: tuple[tuple[int, ...], ...]
+    tail: tuple[int, ...]
+    text: int
+
+
+def measure_levels(
+    serving: Engine,
+    levels: Sequence[Level],
+    *,
+    workload: LevelWorkload,
+    texts: Sequence[Text] = TEXTS,
+    seed: int = 0,
+) -> dict[Level, Measured]:
+    """What each of `levels` does to the model of an engine; another `seed`, other answers.
+
+    The engine goes on with what it does afterwards: another one with the same model, codec and
+    backend is measured.
+    """
+    began = time.monotonic()
+    engine = _WatchedEngine(serving)
+    text = {level: Tally() for level in levels}
+    own = {level: Tally() for level in levels}
+    for number, prompt in enumerate(_prompts(engine, workload, texts)):
+        sampling = SamplingParams(
+            max_tokens=workload.own_tokens, temperature=1.0, seed=seed + number
+        )
+        wanted = len(prompt.tail) if prompt.text else 1
+        exact, answer = engine.read(prompt, EXACT, (), sampling, tail_rows=wanted)
+        targets = torch.tensor((*prompt.tail, *answer)[len(prompt.tail) - wanted + 1 :])
+        for level in levels:
+            once = replace(sampling, max_tokens=1)
+            found, _ = engine.read(prompt, level, answer[:-1], once, tail_rows=wanted)
+            rows = compare(exact, found, targets.to(exact.device))
+            text[level].add(rows[: max(0, prompt.text - 1)])
+            own[level].add(rows[wanted - 1 :])
+        late = workload.limit_seconds is not None
+        if late and time.monotonic() - began > (workload.limit_seconds or 0):
+            break
+    seconds = time.monotonic() - began
+    return {
+        level: Measured(text=text[level].damage(), own=own[level].damage(), seconds=seconds)
+        for level in levels
+    }
+
+
+def _prompts(engine: Engine, workload: LevelWorkload, texts: Sequence[Text]) -> Iterator[_Prompt]:
+    """Every text with its first question, then with its second; its text is judged once."""
+    tokenizer, max_context = engine.tokenizer, engine.info.max_context_tokens
+    bodies = [tokenizer.encode(text.body) for text in texts]
+    for number in range(max(len(text.questions) for text in texts)):
+        for place, text in enumerate(texts):
+            if number >= len(text.questions):
+                continue
+            before, after = frame_of(tokenizer, text, text.questions[number])
+            room = max_context - len(before) - len(after) - workload.own_tokens
+            module = min(workload.module_tokens, (room - workload.text_tokens) // 2)
+            body, other = bodies[place], bodies[place - 1]
+            rest = body[module : module + workload.text_tokens]
+            if module >= BLOCK_TOKENS and len(rest) > 1:
+                yield _Prompt(
+                    before=before,
+                    modules=(tuple(other[:module]), tuple(body[:module])),
+                    tail=(*rest, *after),
+                    text=0 if number else len(rest),
+                )
+
+
+class _WatchedEngine(Engine):
+    """An engine that shares a model, serves one prompt at a time, and shows its logits."""
+
+    def __init__(self, serving: Engine) -> None:
+        model, codec = serving.model, serving.info.kv_codec
+        block_bytes = sum(
+            CODECS[codec](
+                KVShape(kv_heads=layer.kv_heads, head_dim=layer.head_dim, dtype=model.spec.dtype)
+            ).page_bytes
+            for layer in model.spec.layers
+        )
+        cache = CacheConfig(
+            kv_codec=codec, force_codec=True, device_pool_gib=POOL_BLOCKS * block_bytes / GIB
+        )
+        scheduler = SchedulerConfig(max_batch_tokens=STEP_TOKENS, max_sequences=2)
+        config = replace(serving.config, cache=cache, scheduler=scheduler)
+        super().__init__(config, serving.folder, cache_dir=serving.cache_dir, model=model)
+        assert isinstance(self._runner, ModelRunner)
+        self._watched = _WatchedRunner(model, self._memory, self._runner.backend)
+        self._runner = self._watched
+        self._asked = 0
+
+    def read(
+        self,
+        prompt: _Prompt,
+        level: Level,
+        answer: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        tail_rows: int,
+    ) -> tuple[Tensor, list[int]]:
+        """Logits after each of the last `tail_rows` tokens of the prompt and each of the answer.
+
+        Of the answer's tokens, those that are given and then those that are drawn, the last one
+        is only drawn, so it has none. Returns logits [rows, vocab], and what was drawn.
+        """
+        self._asked += 1
+        salt = level.name  # levels find nothing of each other
+        segments = [Segment(token_ids=prompt.before)] if prompt.before else []
+        position = len(prompt.before)
+        names: list[str] = []
+        for module in prompt.modules:
+            names.append(f"module-{self._asked}-{len(names)}")
+            self.open_module(names[-1], [Piece(token_ids=module, position=position)])
+            segments.append(Segment(module_id=names[-1], link_tokens=level.link_tokens))
+            position += len(module)
+            if level != EXACT:
+                self._run(Segment(encodes=names[-1]), salt=salt)
+        segments.append(Segment(token_ids=(*prompt.tail, *answer)))
+        self._watched.watch(tail_rows + len(answer) + sampling.max_tokens)
+        drawn = self._run(*segments, salt=salt, sampling=sampling)
+        for name in names:
+            self.close_module(name)
+        rows = tail_rows + len(answer) + len(drawn) - 1
+        return torch.cat(self._watched.seen)[-rows:], drawn
+
+    def _run(
+        self,
+        *segments: Segment,
+        salt: str,
+        sampling: SamplingParams = NO_ANSWER,
+    ) -> list[int]:
+        self.submit(
+            Request(
+                request_id=f"watched-{self._asked}", segments=segments, salt=salt, sampling=sampling
+            )
+        )
+        drawn: list[int] = []
+        while self.has_work:
+            for output in self.step():
+                if output.finish_reason is FinishReason.ERROR:
+                    raise LongctxError(output.error)
+                drawn += output.token_ids
+        return drawn
+
+
+class _WatchedRunner(ModelRunner):
+    """Computes the logits of every row, and keeps those of the latest `rows` and some more."""
+
+    rows = 0
+    seen: tuple[Tensor, ...] = ()  # [rows, vocab] of each step
+
+    def watch(self, rows: int) -> None:
+        self.rows, self.seen = rows, ()
+
+    def run(self, batch: Batch) -> Tensor:
+        every_row = torch.arange(len(batch.token_ids), device=batch.token_ids.device)
+        logits = super().run(replace(batch, logits_rows=every_row, last_chunks=batch.chunks))
+        self.seen = (*self.seen, logits)
+        while sum(map(len, self.seen[1:])) >= self.rows:
+            self.seen = self.seen[1:]
+        return logits[batch.logits_rows]

@@ -1,0 +1,212 @@
+"""How a model turns its keys with their position, so that cached ones can serve at another place.
+
+A rotary model turns pairs of a key's dimensions by angles that grow with its position. Keys that
+were encoded d positions before where they stand now give the right scores to a query that is
+turned back by d: q . R(d) k = R(-d) q . k. So keys are moved by turning queries, and the cached
+ones stay as they are, encoded and shared.
+
+Which pairs and which frequencies is found by watching: the frequencies are the model's own
+buffers, the pairs are of the layouts in use, and what explains every key that the model makes of
+some tokens, at positions near and far, in contexts short and long, is the rotation. Where nothing
+explains them the model's keys are not moved. Read `find_relocation`.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from longctx.layer_attention import run_packed
+
+TOKENS = 4  # watched at each position
+POSITIONS = ((0, 1, 2), (0, 31, 1_000, 10_000))  # of two contexts, a short and a long one
+# A part of what a pair of dimensions holds. A bfloat16 key is off by 0.004, angles computed in
+# float32 by 0.001 at position 10,000; another frequency or another pair by 0.1 and more.
+MAX_ERROR = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Pairs of a head's first dimensions turn by `frequencies` [pairs], radians per position.
+
+    A pair is two neighbours where they are `interleaved`, else one of the first half of all that
+    turn and one of the second. The dimensions after these do not turn.
+    """
+
+    frequencies: tuple[float, ...]
+    interleaved: bool
+
+    @property
+    def first(self) -> slice:
+        pairs = len(self.frequencies)
+        return slice(0, 2 * pairs, 2) if self.interleaved else slice(0, pairs)
+
+    @property
+    def second(self) -> slice:
+        pairs = len(self.frequencies)
+        return slice(1, 2 * pairs, 2) if self.interleaved else slice(pairs, 2 * pairs)
+
+    def turns(self, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [offsets, 1, pairs], float32, of the turns by `offsets` [offsets]."""
+        frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device=offsets.device)
+        angles = (offsets.double()[:, None] * frequencies)[:, None]
+        return angles.cos().float(), angles.sin().float()
+
+    def turn(self, vectors: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        """`vectors` [tokens, heads, head_dim], turned in float32; cosines, sines as of `turns`."""
+        turned = vectors.clone()
+        x, y = vectors[..., self.first].float(), vectors[..., self.second].float()
+        turned[..., self.first] = x * cosines - y * sines
+        turned[..., self.second] = y * cosines + x * sines
+        return turned
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relocation:
+    """Whether keys can serve at other positions than they were encoded at, and how.
+
+    `rotations` has one for each layer, None where keys do not know their position; it is empty
+    where the model is not `shiftable`. `reason` is for people, in one line.
+    """
+
+    shiftable: bool
+    reason: str
+    rotations: tuple[Rotation | None, ...] = ()
+
+
+def find_relocation(model: nn.Module, *, vocab_size: int, max_context: int) -> Relocation:
+    """What is true of a model whose attention is `LayerAttention`; it runs twice, on few tokens."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(vocab_size, (TOKENS,), generator=generator)
+    contexts = [
+        [position for position in positions if position < max_context] for positions in POSITIONS
+    ]
+    if len(contexts[-1]) < 2:
+        return Relocation(
+            shiftable=False,
+            reason=f"a context of {max_context} tokens is too short to see how keys turn",
+        )
+    seen, frequencies = [], dict.fromkeys(_frequencies(model))
+    for positions in contexts:
+        seen.append(_watch(model, tokens, positions))
+        frequencies |= dict.fromkeys(_frequencies(model))  # some are chosen by the length
+    rotations: list[Rotation | None] = []
+    likely: dict[Rotation, None] = {}  # what explained another layer comes first
+    for layer in range(len(seen[0].keys)):
+        keys = [(at, each.keys[layer]) for at, each in zip(contexts, seen, strict=True)]
+        values = [(at, each.values[layer]) for at, each in zip(contexts, seen, strict=True)]
+        if _error(None, values) > MAX_ERROR:
+            return _not_shiftable("positions are part of its hidden states (learned ones)")
+        candidates = [*likely, *_candidates(frequencies, keys[0][1].shape[-1])]
+        errors = {each: _error(each, keys) for each in (None, *candidates)}
+        best = min(errors, key=lambda each: errors[each])
+        if not errors[best] <= MAX_ERROR:
+            return _not_shiftable(
+                f"layer {layer} turns its keys in no known way, or in one that depends on the "
+                f"length of the context (off by {errors[best]:.2g} of a key, at most "
+                f"{MAX_ERROR:g} allowed)"
+            )
+        rotations.append(best)
+        if best is not None:
+            likely[best] = None
+    turning = sum(rotation is not None for rotation in rotations)
+    how = ", ".join(f"{2 * len(each.frequencies)} dimensions" for each in likely) or "none"
+    return Relocation(
+        shiftable=True,
+        reason=f"{turning} of {len(rotations)} layers turn their keys ({how}), as was checked",
+        rotations=tuple(rotations),
+    )
+
+
+def _not_shiftable(reason: str) -> Relocation:
+    return Relocation(shiftable=False, reason=reason)
+
+
+@dataclass(slots=True)
+class _Watch:
+    """A `LayerAttention` under which tokens see only themselves: nothing else knows of positions.
+
+    `keys`, `values`: of each layer, [positions, tokens, kv_heads, head_dim] float32.
+    """
+
+    positions: int
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        for kept, rows in ((self.keys, key), (self.values, value)):
+            kept.append(rows.float().reshape(self.positions, -1, *rows.shape[1:]))
+        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+
+
+def _watch(model: nn.Module, tokens: Tensor, positions: list[int]) -> _Watch:
+    """The same tokens at each of `positions`, all in one packed row."""
+    device = next(model.parameters()).device
+    watch = _Watch(len(positions))
+    run_packed(
+        model,
+        tokens.repeat(len(positions)).to(device),
+        torch.tensor(positions, device=device).repeat_interleave(len(tokens)),
+        watch,
+        torch.zeros(1, dtype=torch.int64, device=device),
+    )
+    return watch
+
+
+def _frequencies(model: nn.Module) -> Iterator[tuple[float, ...]]:
+    """What the model's rotary modules keep: one per layer type in some architectures."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq") and buffer.dim() == 1:
+            yield tuple(buffer.tolist())
+
+
+def _candidates(frequencies: Iterable[tuple[float, ...]], head_dim: int) -> Iterator[Rotation]:
+    """Rotations of the first dimensions of a head: by halves, or each with its neighbour."""
+    for each in frequencies:
+        if 0 < 2 * len(each) <= head_dim:
+            yield Rotation(each, interleaved=False)
+            yield Rotation(each, interleaved=True)
+
+
+def _error(rotation: Rotation | None, contexts: list[tuple[list[int], Tensor]]) -> float:
+    """How far all vectors are from those at position 0, turned: the worst pair of dimensions.
+
+    As a part of what the pair holds over all tokens and heads; NaN where the vectors are. Each
+    context: positions, the first of them 0, and vectors [positions, tokens, heads, head_dim].
+    """
+    start = contexts[0][1][0]  # [tokens, heads, head_dim], at position 0
+    size = start.square().sum((0, 1))  # [head_dim]
+    if rotation is not None:
+        size = _by_pair(rotation, size)
+    size = size.clamp_min(1e-3 * float(size.mean()) + 1e-12)  # what is next to nothing may be off
+    errors = []
+    for positions, vectors in contexts:
+        for position, found in zip(positions, vectors, strict=True):
+            expected = start
+            if rotation is not None:
+                offset = torch.tensor([position], device=start.device)
+                expected = rotation.turn(start, *rotation.turns(offset))
+            off = (found - expected).square().sum((0, 1))
+            if rotation is not None:
+                off = _by_pair(rotation, off)
+            errors.append((off / size).amax())
+    return float(torch.stack(errors).amax().sqrt())
+
+
+def _by_pair(rotation: Rotation, squares: Tensor) -> Tensor:
+    """[pairs + dimensions that do not turn], from [head_dim]."""
+    rest = squares.clone()
+    pairs = squares[rotation.first] + squares[rotation.second]
+    rest[rotation.first] = rest[rotation.second] = 0
+    return torch.cat([pairs, rest])

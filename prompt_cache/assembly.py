@@ -1,0 +1,224 @@
+"""One prompt out of a schema: the chosen modules at their positions, with arguments in place.
+
+An `Assembly` says, in reading order, what is borrowed from a module's computed state and what is
+literal text. A module that stands inside others brings them along; a scaffold is borrowed as a
+whole where all of its members were chosen. The request's own text follows the last token.
+"""
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from prompt_cache.errors import SchemaError
+from prompt_cache.layout import (
+    Encode,
+    Layout,
+    Part,
+    Piece,
+    PlacedModule,
+    PlacedScaffold,
+    PlacedUnion,
+    Slot,
+)
+
+# A shorter piece is computed in its context: that costs next to nothing, and it sees more.
+SHORT_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Borrowed:
+    """Piece number `piece` of what `Layout.encoded` calls `module`."""
+
+    module: str
+    piece: int
+    token_ids: tuple[int, ...]
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Literal:
+    token_ids: tuple[int, ...]
+    position: int
+
+
+AssemblyPart: TypeAlias = Borrowed | Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    parts: tuple[AssemblyPart, ...]
+
+    @property
+    def end(self) -> int:
+        """The position of what follows."""
+        last = self.parts[-1]
+        return last.position + len(last.token_ids)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The same prompt as plain text, without gaps."""
+        return tuple(token for part in self.parts for token in part.token_ids)
+
+
+def assemble(
+    layout: Layout,
+    modules: Iterable[str],
+    arguments: Mapping[str, str],
+    encode: Encode,
+) -> Assembly:
+    """Raises SchemaError for a module that is not there, two members of a union, and an argument
+    that is missing, too long, or of no chosen module."""
+    choice = _Choice(layout, encode, arguments)
+    for name in modules:
+        choice.take(name)
+    parts = tuple(choice.parts())
+    choice.check_arguments_used()
+    if not parts:
+        raise SchemaError(
+            f'schema "{layout.name}" has no text outside of its modules; choose one of them',
+            param="modules",
+        )
+    return Assembly(parts)
+
+
+@dataclass(slots=True)
+class _Choice:
+    layout: Layout
+    encode: Encode
+    arguments: Mapping[str, str]
+    _enclosing: dict[str, tuple[PlacedModule | PlacedUnion, ...]] = field(default_factory=dict)
+    _taken: dict[str, str] = field(default_factory=dict)  # module -> the name that brought it
+    _of_union: dict[int, tuple[str, str]] = field(default_factory=dict)  # member, and who chose it
+    _used: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._enter(self.layout.parts, ())
+
+    def take(self, name: str) -> None:
+        """The module, and all that it stands in."""
+        enclosing = self._enclosing.get(name)
+        if enclosing is None:
+            raise self._unknown(name)
+        # From the module outwards: which member of each union it is, or is inside of
+        member = name
+        self._taken.setdefault(name, name)
+        for outer in reversed(enclosing):
+            if isinstance(outer, PlacedModule):
+                member = outer.name
+                self._taken.setdefault(member, name)
+                continue
+            other, asked = self._of_union.setdefault(id(outer), (member, name))
+            if other != member:
+                raise SchemaError(
+                    f"{self._of(name, member)} and {self._of(asked, other)} are members of one "
+                    "union, which stand at the same positions; choose one of them",
+                    param="modules",
+                )
+
+    def parts(self) -> Iterator[AssemblyPart]:
+        return self._parts(self.layout.parts, None)
+
+    def check_arguments_used(self) -> None:
+        for name in self.arguments:
+            if name in self._used:
+                continue
+            owners = [m for m in self.layout.modules() if any(s.name == name for s in m.slots)]
+            if owners:
+                reason = f'it is in module "{owners[0].name}", which is not among the modules'
+                cure = "choose it or leave the argument out"
+            else:
+                known = sorted({s.name for m in self.layout.modules() for s in m.slots})
+                reason = "the schema has no such parameter"
+                cure = f"it has {_listed(known)}" if known else "it has none at all"
+            raise SchemaError(f'parameter "{name}": {reason}; {cure}', param="parameters")
+
+    def _enter(
+        self, parts: Iterable[Part], enclosing: tuple[PlacedModule | PlacedUnion, ...]
+    ) -> None:
+        for part in parts:
+            match part:
+                case PlacedModule():
+                    if not part.anonymous:
+                        self._enclosing[part.name] = enclosing
+                    self._enter(part.parts, (*enclosing, part))
+                case PlacedUnion():
+                    self._enter(part.members, (*enclosing, part))
+                case PlacedScaffold():
+                    self._enter(part.members, enclosing)
+
+    def _parts(
+        self, parts: Sequence[Part], encoded: tuple[str, Iterator[int]] | None
+    ) -> Iterator[AssemblyPart]:
+        """`encoded`: the name that these parts' pieces are computed under, and their numbers."""
+        for part in parts:
+            match part:
+                case Piece(token_ids, position):
+                    assert encoded is not None
+                    name, numbers = encoded
+                    number = next(numbers)
+                    if len(token_ids) < SHORT_TOKENS:
+                        yield Literal(token_ids, position)
+                    else:
+                        yield Borrowed(name, number, token_ids, position)
+                case Slot():
+                    if argument := self._argument(part):
+                        yield Literal(argument, part.position)
+                case PlacedModule():
+                    if part.anonymous or part.name in self._taken:
+                        yield from self._parts(part.parts, (part.name, _numbers(part.pieces)))
+                case PlacedUnion():
+                    yield from self._parts(part.members, None)
+                case PlacedScaffold():
+                    if all(member.name in self._taken for member in part.members):
+                        together = (part.name, _numbers(part.pieces))
+                        for member in part.members:
+                            yield from self._parts(member.parts, together)
+                    else:
+                        yield from self._parts(part.members, None)
+
+    def _argument(self, slot: Slot) -> tuple[int, ...]:
+        self._used.add(slot.name)
+        given = self.arguments.get(slot.name)
+        if given is None:
+            if slot.default is None:
+                raise SchemaError(
+                    f'parameter "{slot.name}" has no default and no argument was given; give one '
+                    f"of at most {slot.length} tokens",
+                    param="parameters",
+                )
+            return slot.default
+        argument = tuple(self.encode(given))
+        if len(argument) > slot.length:
+            raise SchemaError(
+                f'the argument of "{slot.name}" has {len(argument)} tokens, its place in the '
+                f"schema is {slot.length}; shorten it, put it into your message, or make the "
+                "parameter longer",
+                param="parameters",
+            )
+        return argument
+
+    def _unknown(self, name: str) -> SchemaError:
+        close = difflib.get_close_matches(name, self._enclosing, n=1)
+        known = list(self._enclosing)
+        if close:
+            cure = f'did you mean "{close[0]}"?'
+        elif known:
+            cure = f"it has {_listed(known)}"
+        else:
+            cure = "it has no modules to choose from"
+        return SchemaError(
+            f'schema "{self.layout.name}" has no module "{name}"; {cure}', param="modules"
+        )
+
+    def _of(self, asked: str, member: str) -> str:
+        return f'"{asked}"' if asked == member else f'"{asked}" (inside "{member}")'
+
+
+def _numbers(pieces: Sequence[Piece]) -> Iterator[int]:
+    return iter(range(len(pieces)))
+
+
+def _listed(names: Sequence[str], limit: int = 12) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

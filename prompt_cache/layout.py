@@ -1,0 +1,263 @@
+"""Where each module of a schema stands: positions are given out when the schema is read.
+
+In reading order, each text takes as many positions as it has tokens and each parameter as many as
+its `length`. Members of a union begin at the same position, and the union ends where the longest
+of them does. Text that is always present, and what the chat template puts around messages, is
+joined to anonymous modules, "#1", "#2", ...
+
+A module's *own* pieces are its text without the modules inside it. They are computed together, each
+at its positions; a parameter and a module inside leave a gap.
+
+Source: Prompt Cache, https://arxiv.org/abs/2311.04934, section 3.3.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from prompt_cache.errors import SchemaError
+from prompt_cache.schema import Module, Node, Parameter, Scaffold, Schema, Text, Union
+
+Encode: TypeAlias = Callable[[str], Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens at consecutive positions."""
+
+    token_ids: tuple[int, ...]
+    position: int
+
+    @property
+    def end(self) -> int:
+        return self.position + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The positions of an argument."""
+
+    name: str
+    position: int
+    length: int
+    default: tuple[int, ...] | None
+
+    @property
+    def end(self) -> int:
+        return self.position + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedModule:
+    name: str
+    position: int
+    end: int  # of the last of its parts
+    parts: tuple["Part", ...]  # in reading order
+    anonymous: bool = False
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Its own."""
+        return tuple(part for part in self.parts if isinstance(part, Piece))
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """Its own."""
+        return tuple(part for part in self.parts if isinstance(part, Slot))
+
+    @property
+    def tokens(self) -> int:
+        """Of its own pieces."""
+        return sum(len(piece.token_ids) for piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedUnion:
+    position: int
+    end: int
+    members: tuple[PlacedModule, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedScaffold:
+    position: int
+    end: int
+    members: tuple[PlacedModule, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the module that its members are when they are computed together."""
+        return "+".join(member.name for member in self.members)
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        return tuple(piece for member in self.members for piece in member.pieces)
+
+
+Part: TypeAlias = Piece | Slot | PlacedModule | PlacedUnion | PlacedScaffold
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A schema in tokens. `parts` are modules (also anonymous ones), unions and scaffolds.
+
+    `ends_in_role`: its last text is a whole message; otherwise the request's own text goes on in
+    the same message.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    end: int
+    ends_in_role: bool
+
+    def modules(self) -> Iterator[PlacedModule]:
+        """All of them, anonymous ones too, in reading order."""
+        return _modules(self.parts)
+
+    def scaffolds(self) -> Iterator[PlacedScaffold]:
+        return (part for part in _walk(self.parts) if isinstance(part, PlacedScaffold))
+
+    def encoded(self) -> Iterator[tuple[str, tuple[Piece, ...]]]:
+        """What is computed once: the name and the pieces of each module and scaffold."""
+        for part in _walk(self.parts):
+            if isinstance(part, PlacedModule | PlacedScaffold) and part.pieces:
+                yield part.name, part.pieces
+
+
+def lay_out(
+    schema: Schema,
+    encode: Encode,
+    frames: Sequence[Sequence[int]],
+    *,
+    max_positions: int,
+) -> Layout:
+    """`frames`: what the chat template puts before each message, and before the message that the
+    schema's last content begins, if there is any.
+
+    `encode`: tokens of text that stands after other text. Raises SchemaError for a default longer
+    than its slot, and when the schema is longer than `max_positions`.
+    """
+    messages = [role.content for role in schema.roles]
+    if schema.content:
+        messages.append(schema.content)
+    assert len(frames) == len(messages), "a frame for each message"
+    layouter = _Layouter(encode)
+    for frame, content in zip(frames, messages, strict=True):
+        layouter.anonymous_tokens(frame)
+        for node in content:
+            layouter.anonymous_node(node)
+    layouter.end_anonymous()
+    if layouter.position >= max_positions:
+        raise _too_long(schema, layouter, max_positions)
+    return Layout(
+        schema.name, tuple(layouter.parts), layouter.position, ends_in_role=not schema.content
+    )
+
+
+def _too_long(schema: Schema, layouter: "_Layouter", max_positions: int) -> SchemaError:
+    message = (
+        f'schema "{schema.name}" takes {layouter.position:,} positions, the limit is '
+        f"{max_positions:,} together with question and answer; shorten it, put what is never used "
+        "together into a union, or split it"
+    )
+    named = [module for module in _modules(layouter.parts) if not module.anonymous]
+    if named:
+        longest = max(named, key=lambda module: module.end - module.position)
+        positions = longest.end - longest.position
+        message += f'; its longest module is "{longest.name}" with {positions:,}'
+    return SchemaError(message)
+
+
+@dataclass(slots=True)
+class _Layouter:
+    encode: Encode
+    position: int = 0
+    parts: list[Part] = field(default_factory=list)
+    _run: list[Piece | Slot] = field(default_factory=list)  # of the anonymous module
+    _runs: int = 0
+
+    def anonymous_tokens(self, token_ids: Sequence[int]) -> None:
+        if not token_ids:
+            return
+        if self._run and isinstance(last := self._run[-1], Piece):
+            self._run[-1] = Piece((*last.token_ids, *token_ids), last.position)
+        else:
+            self._run.append(Piece(tuple(token_ids), self.position))
+        self.position += len(token_ids)
+
+    def anonymous_node(self, node: Node) -> None:
+        match node:
+            case Text(text):
+                self.anonymous_tokens(self.encode(text))
+            case Parameter():
+                self._run.append(self._slot(node))
+            case _:
+                self.end_anonymous()
+                self.parts.append(self._part(node))
+
+    def end_anonymous(self) -> None:
+        if self._run:
+            self._runs += 1
+            run = tuple(self._run)
+            self._run.clear()
+            self.parts.append(
+                PlacedModule(f"#{self._runs}", run[0].position, self.position, run, anonymous=True)
+            )
+
+    def _part(self, node: Node) -> Part:
+        begin = self.position
+        match node:
+            case Text(text):
+                piece = Piece(tuple(self.encode(text)), begin)
+                self.position = piece.end
+                return piece
+            case Parameter():
+                return self._slot(node)
+            case Module():
+                return self._module(node)
+            case Union(members):
+                placed, end = [], begin
+                for member in members:
+                    self.position = begin
+                    placed.append(self._module(member))
+                    end = max(end, self.position)
+                self.position = end
+                return PlacedUnion(begin, end, tuple(placed))
+            case Scaffold(members):
+                placed = [self._module(member) for member in members]
+                return PlacedScaffold(begin, self.position, tuple(placed))
+
+    def _module(self, module: Module) -> PlacedModule:
+        begin = self.position
+        parts = tuple(self._part(node) for node in module.content)
+        # A text may have no tokens at all: some tokenizers drop white space
+        kept = tuple(p for p in parts if not isinstance(p, Piece) or p.token_ids)
+        return PlacedModule(module.name, begin, self.position, kept)
+
+    def _slot(self, parameter: Parameter) -> Slot:
+        default = None
+        if parameter.default is not None:
+            default = tuple(self.encode(parameter.default))
+            if len(default) > parameter.length:
+                raise SchemaError(
+                    f'{parameter.where}, parameter "{parameter.name}": its default has '
+                    f"{len(default)} tokens, its length is {parameter.length}; set length to "
+                    f"{len(default)} or more, or shorten the default"
+                )
+        slot = Slot(parameter.name, self.position, parameter.length, default)
+        self.position = slot.end
+        return slot
+
+
+def _walk(parts: Iterable[Part]) -> Iterator[Part]:
+    for part in parts:
+        yield part
+        match part:
+            case PlacedModule():
+                yield from _walk(part.parts)
+            case PlacedUnion() | PlacedScaffold():
+                yield from _walk(part.members)
+
+
+def _modules(parts: Iterable[Part]) -> Iterator[PlacedModule]:
+    return (part for part in _walk(parts) if isinstance(part, PlacedModule))

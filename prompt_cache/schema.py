@@ -1,0 +1,279 @@
+"""Prompt schemas: the text that prompts are made of, cut into modules that are computed once.
+
+    <schema name="travel">
+      <system>You are a travel agent.</system>
+      <module name="trip">
+        Plan a trip of <parameter name="duration" length="8" default="three days"/>.
+      </module>
+      <union>
+        <module name="harbour">...</module>
+        <module name="mountains">...</module>
+      </union>
+    </schema>
+
+A prompt takes text outside of modules always, modules by name, and at most one member of a union.
+Both written forms, PML (`pml.py`) and JSON (`schema_json.py`), are read into `Element`s and from
+these, by the one set of rules below, into the frozen types. Where the text stands, in tokens, is
+`layout.py`'s.
+
+Source: Prompt Cache, https://arxiv.org/abs/2311.04934, section 3.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias, cast
+
+from prompt_cache.errors import SchemaError
+
+ROLES = ("system", "user", "assistant")
+MAX_NAME_CHARACTERS = 64
+MAX_BYTES = 16 << 20
+MAX_DEPTH = 32
+MAX_ELEMENTS = 10_000
+
+_NAME = re.compile(rf"[^\W\d][\w.-]{{0,{MAX_NAME_CHARACTERS - 1}}}")
+_NAME_RULE = (
+    "a name begins with a letter and has letters, digits, '_', '-' and '.', "
+    f"at most {MAX_NAME_CHARACTERS}"
+)
+
+RoleName = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A place for an argument of at most `length` tokens. The same name, the same argument."""
+
+    name: str
+    length: int
+    default: str | None = None
+    where: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """Text that is computed once, and further modules that may only be chosen with it."""
+
+    name: str
+    content: tuple["Node", ...]
+    where: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Union:
+    """Modules of which a prompt has at most one: they stand at the same positions."""
+
+    members: tuple[Module, ...]
+    where: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Scaffold:
+    """Modules that are also computed together, for prompts that have all of them."""
+
+    members: tuple[Module, ...]
+    where: str = field(default="", compare=False)
+
+
+Node: TypeAlias = Text | Parameter | Module | Union | Scaffold
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """One message of the conversation that every prompt begins with."""
+
+    role: RoleName
+    content: tuple[Node, ...]
+    where: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """Messages, then what stands at the beginning of the request's own first message."""
+
+    name: str
+    roles: tuple[Role, ...]
+    content: tuple[Node, ...]
+    where: str = field(default="", compare=False)
+
+    def modules(self) -> Iterator[Module]:
+        """All of them, in reading order."""
+        for role in self.roles:
+            yield from _modules(role.content)
+        yield from _modules(self.content)
+
+
+@dataclass(slots=True)
+class Element:
+    """One element of either written form, before any rule was applied to it."""
+
+    tag: str
+    attributes: dict[str, object]
+    where: str  # as errors name it: "line 3", "content.1"
+    children: "list[str | Element]" = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        name = self.attributes.get("name")
+        return f"{self.where}, {self.tag}" + (f' "{name}"' if isinstance(name, str) else "")
+
+    def fault(self, what: str) -> SchemaError:
+        return SchemaError(f"{self.label}: {what}")
+
+
+def schema_of(root: Element) -> Schema:
+    """Raises SchemaError for the first rule that the elements break."""
+    return _Reader().schema(root)
+
+
+@dataclass(slots=True)
+class _Reader:
+    named: dict[str, Element] = field(default_factory=dict)
+
+    def schema(self, root: Element) -> Schema:
+        if root.tag != "schema":
+            raise root.fault("a schema begins with the element schema; put everything in one")
+        name = self._name(root, ("name",))
+        last = max((i for i, child in enumerate(root.children) if _is_role(child)), default=-1)
+        roles = []
+        for child in root.children[: last + 1]:
+            if isinstance(child, Element) and child.tag in ROLES:
+                self._only(child, ())
+                content = self._content(child, child.children)
+                if not content:
+                    raise child.fault("it has no content; write some or leave it out")
+                roles.append(Role(cast(RoleName, child.tag), content, child.where))
+            elif isinstance(child, Element):
+                raise child.fault("it stands before a role; put it into one, or after the last")
+            elif child.strip():
+                raise root.fault(
+                    f"text {_excerpt(child)} stands before a role; put it into one, or after the "
+                    "last"
+                )
+        content = self._content(root, root.children[last + 1 :])
+        if not roles and not content:
+            raise root.fault("it is empty; write text or modules in it")
+        return Schema(name, tuple(roles), content, root.where)
+
+    def _content(self, parent: Element, children: Iterable[str | Element]) -> tuple[Node, ...]:
+        nodes: list[Node] = []
+        for child in children:
+            if isinstance(child, str):
+                _check_unicode(parent, child)
+                if nodes and isinstance(nodes[-1], Text):
+                    nodes[-1] = Text(nodes[-1].text + child)
+                elif child:
+                    nodes.append(Text(child))
+            elif child.tag == "parameter":
+                nodes.append(self._parameter(child))
+            elif child.tag == "module":
+                nodes.append(self._module(child))
+            elif child.tag == "union":
+                nodes.append(Union(self._members(child), child.where))
+            elif child.tag == "scaffold":
+                nodes.append(Scaffold(self._scaffolded(child), child.where))
+            elif child.tag in ROLES:
+                raise child.fault("a role stands directly in the schema, not in another element")
+            else:
+                raise child.fault(
+                    "there is no such element; there are schema, module, union, scaffold, "
+                    f"parameter, {', '.join(ROLES)}"
+                )
+        return tuple(nodes)
+
+    def _module(self, element: Element) -> Module:
+        name = self._name(element, ("name",))
+        known = self.named.setdefault(name, element)
+        if known is not element:
+            raise element.fault(f"{known.where} has a module of that name; give it another")
+        content = self._content(element, element.children)
+        if not content:
+            raise element.fault("it is empty; write text in it or leave it out")
+        return Module(name, content, element.where)
+
+    def _members(self, element: Element) -> tuple[Module, ...]:
+        self._only(element, ())
+        members = []
+        for child in element.children:
+            if isinstance(child, Element) and child.tag == "module":
+                members.append(self._module(child))
+            elif isinstance(child, Element):
+                raise child.fault(f"a {element.tag} has only modules; put it into one")
+            elif child.strip():
+                raise element.fault(
+                    f"it has only modules, no text such as {_excerpt(child)}; put it into one"
+                )
+        if len(members) < 2:
+            raise element.fault(f"a {element.tag} has two modules or more; add some or take it out")
+        return tuple(members)
+
+    def _scaffolded(self, element: Element) -> tuple[Module, ...]:
+        members = self._members(element)
+        for member in members:
+            if not all(isinstance(node, Text | Parameter) for node in member.content):
+                raise element.fault(
+                    f'its module "{member.name}" has modules inside; a scaffold\'s have only text '
+                    "and parameters: put the others beside it"
+                )
+        return members
+
+    def _parameter(self, element: Element) -> Parameter:
+        name = self._name(element, ("name", "length", "default"))
+        if element.children:
+            raise element.fault("a parameter has no content; its text is the attribute default")
+        length, default = element.attributes.get("length"), element.attributes.get("default")
+        if isinstance(length, str) and length.isascii() and length.isdigit() and len(length) < 9:
+            length = int(length)
+        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+            raise element.fault(
+                "its length must be a number of tokens from 1 on: as long as the longest argument"
+            )
+        if default is not None and not isinstance(default, str):
+            raise element.fault("its default must be text")
+        _check_unicode(element, default or "")
+        return Parameter(name, length, default, element.where)
+
+    def _name(self, element: Element, allowed: tuple[str, ...]) -> str:
+        self._only(element, allowed)
+        name = element.attributes.get("name")
+        if not isinstance(name, str):
+            raise element.fault(f"it has no name; {_NAME_RULE}")
+        if not _NAME.fullmatch(name):
+            raise element.fault(_NAME_RULE)
+        return name
+
+    def _only(self, element: Element, allowed: tuple[str, ...]) -> None:
+        for name in element.attributes:
+            if name not in allowed:
+                has = f"it has {', '.join(allowed)}" if allowed else "it has none"
+                raise element.fault(f"there is no attribute {name!r}; {has}")
+
+
+def _modules(nodes: Iterable[Node]) -> Iterator[Module]:
+    for node in nodes:
+        match node:
+            case Module():
+                yield node
+                yield from _modules(node.content)
+            case Union() | Scaffold():
+                yield from _modules(node.members)
+
+
+def _is_role(child: str | Element) -> bool:
+    return isinstance(child, Element) and child.tag in ROLES
+
+
+def _check_unicode(element: Element, text: str) -> None:
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise element.fault("the text holds half of a surrogate pair, no character; remove it")
+
+
+def _excerpt(text: str, limit: int = 30) -> str:
+    text = " ".join(text.split())
+    return repr(text if len(text) <= limit else text[: limit - 3] + "...")
