@@ -18,7 +18,6 @@ from compress.codec import CODECS
 from compress.shape import KVShape
 from longctx.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from longctx.engine import Engine
-from longctx.kv_cache import KVCacheManager
 from longctx.machine import Runner
 from longctx.request import (
     FinishReason,
@@ -96,10 +95,10 @@ class RecordingRunner:
     def computed_tokens(self) -> int:
         return self.inner.computed_tokens
 
-    def run_chunks(self, chunks: Sequence[Chunk], cache: KVCacheManager) -> Tensor:
+    def run_chunks(self, chunks: Sequence[Chunk]) -> Tensor:
         if self.failures:
             raise self.failures.pop()
-        self.logits = self.inner.run_chunks(chunks, cache)
+        self.logits = self.inner.run_chunks(chunks)
         return self.logits
 
 
