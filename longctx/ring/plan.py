@@ -104,8 +104,9 @@ class StepPlanner:
     ) -> None:
         """Layers that see everything: the pages are spread over the ranks."""
         memory = self._memory
-        first = chunk.sequence.computed // BLOCK_TOKENS
-        sealed = (chunk.sequence.computed + chunk.num_tokens) // BLOCK_TOKENS
+        begin = chunk.sequence.computed
+        end = begin + chunk.num_tokens
+        first, sealed = begin // BLOCK_TOKENS, end // BLOCK_TOKENS
         entries = chunk.sequence.tables[0].entries[:sealed]
         keeper, page = np.divmod(entries[:, PAGE], memory.packed[0].pages_per_rank)
         computing = np.concatenate(
@@ -128,7 +129,7 @@ class StepPlanner:
             spread,
             pieces,
             asks_past=self._passes_queries(pieces, spread),
-            asks_new=not is_zigzag([piece.part for piece in pieces], len(drafts)),
+            asks_new=not is_zigzag(begin, end, len(drafts)),
         )
         last.add(spread, wanted, asks_past=True, asks_new=True)
 
