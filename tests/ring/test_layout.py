@@ -1,5 +1,7 @@
 """Who keeps what and who computes what: each rank a fair share, nothing twice."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -35,7 +37,7 @@ def test_every_row_is_computed_once_and_open_blocks_where_they_stay(
 ) -> None:
     cut = layout.parts(begin, begin + rows, ranks)
     assert cut[0].begin == begin and cut[-1].end == begin + rows
-    assert all(before.end == after.begin for before, after in zip(cut, cut[1:], strict=False))
+    assert all(before.end == after.begin for before, after in pairwise(cut))
     assert all(part.rows > 0 for part in cut)
     assert [b for part in cut for b in part.sealed] == list(
         range(begin // BLOCK_TOKENS, (begin + rows) // BLOCK_TOKENS)
