@@ -12,6 +12,23 @@ from longctx.ring.step import Queries, Round, Rows
 
 
 @dataclass(frozen=True, slots=True)
+class Past:
+    """One sequence's first `blocks` blocks, by the rank that keeps them."""
+
+    blocks: int
+    tables: list[NDArray[np.int64]]  # per rank, entries with the rank's own pages
+    numbers: list[NDArray[np.int64]]  # per rank, which blocks of the sequence these are
+
+    @classmethod
+    def of(cls, entries: NDArray[np.int64], pages_per_rank: int, ranks: int) -> "Past":
+        keeper, page = np.divmod(entries[:, PAGE], pages_per_rank)
+        local = entries.copy()
+        local[:, PAGE] = page
+        numbers = [np.flatnonzero(keeper == rank) for rank in range(ranks)]
+        return cls(len(entries), [local[own] for own in numbers], numbers)
+
+
+@dataclass(frozen=True, slots=True)
 class Spread:
     """One sequence's blocks on each rank: those of its past that the rank keeps, in order, then
     those that it computes in this step.
@@ -26,27 +43,24 @@ class Spread:
     @classmethod
     def of(
         cls,
-        entries: NDArray[np.int64],
-        first_new: int,
-        keeper: NDArray[np.int64],
-        page: NDArray[np.int64],
+        past: Past,
+        new: NDArray[np.int64],
         computing: NDArray[np.int64],
-        ranks: int,
+        pages_per_rank: int,
     ) -> "Spread":
-        """`keeper`, `page` of each entry; `computing`: the rank of each from `first_new` on."""
-        local = entries.copy()
-        local[:, PAGE] = page
-        holder = np.concatenate([keeper[:first_new], computing])
-        tables, numbers, past, keepers, kept_pages = [], [], [], [], []
-        for rank in range(ranks):
-            own = np.flatnonzero(holder == rank)
-            old = int(np.searchsorted(own, first_new))
-            tables.append(local[own])
-            numbers.append(own)
-            past.append(old)
-            keepers.append(keeper[own[old:]])
-            kept_pages.append(page[own[old:]])
-        return cls(tables, numbers, past, keepers, kept_pages)
+        """`new`: entries of the blocks that ranks `computing` fill in this step."""
+        tables, numbers = list(past.tables), list(past.numbers)
+        counts = [len(own) for own in numbers]
+        keepers, kept_pages = [NONE] * len(tables), [NONE] * len(tables)
+        if len(new):
+            keeper, page = np.divmod(new[:, PAGE], pages_per_rank)
+            for rank in range(len(tables)):
+                own = np.flatnonzero(computing == rank)
+                tables[rank] = np.concatenate([tables[rank], new[own]])
+                tables[rank][counts[rank] :, PAGE] = page[own]
+                numbers[rank] = np.concatenate([numbers[rank], own + past.blocks])
+                keepers[rank], kept_pages[rank] = keeper[own], page[own]
+        return cls(tables, numbers, counts, keepers, kept_pages)
 
     def sees(self, rank: int, block: int) -> int:
         """How many of the rank's blocks stand before that block of the sequence."""
@@ -87,6 +101,9 @@ class Exchange:
                     if len(entries):
                         pair = (piece.part.rank, holder)
                         self._guests.setdefault(pair, []).append((piece, entries))
+            computes = len(spread.numbers[holder]) > past
+            if asks_past and not computes:
+                continue  # nothing to send
             for rank in self._ranks:
                 if rank != holder:
                     own = [piece for piece in pieces if piece.part.rank == rank]

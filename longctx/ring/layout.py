@@ -67,25 +67,26 @@ class Part:
         return range(self.begin // BLOCK_TOKENS, (self.end - 1) // BLOCK_TOKENS + 1)
 
 
+def is_zigzag(begin: int, end: int, ranks: int) -> bool:
+    """Whether these rows are shared by all ranks: with fewer blocks there is little to share."""
+    return end // BLOCK_TOKENS - -(-begin // BLOCK_TOKENS) >= ranks
+
+
 def parts(begin: int, end: int, ranks: int) -> list[Part]:
     """The rows from `begin` to before `end`, cut among ranks, in order."""
-    first, last = -(-begin // BLOCK_TOKENS), end // BLOCK_TOKENS  # whole blocks
-    if last - first < 2 * ranks:
+    if not is_zigzag(begin, end, ranks):
         return _by_owner(begin, end, ranks)
+    first, last = -(-begin // BLOCK_TOKENS), end // BLOCK_TOKENS  # whole blocks
     cut = _by_owner(begin, first * BLOCK_TOKENS, ranks)
-    blocks, runs = last - first, 2 * ranks
+    runs = 2 * ranks
     # Runs differ by a block where they must; which ones have it changes from chunk to chunk.
     phase = first % runs
-    borders = [first + (blocks * run + phase) // runs for run in range(runs + 1)]
+    borders = [first + ((last - first) * run + phase) // runs for run in range(runs + 1)]
     for run, (run_begin, run_end) in enumerate(pairwise(borders)):
-        rank = min(run, runs - 1 - run)
-        cut.append(Part(rank, run_begin * BLOCK_TOKENS, run_end * BLOCK_TOKENS))
+        if run_begin < run_end:
+            rank = min(run, runs - 1 - run)
+            cut.append(Part(rank, run_begin * BLOCK_TOKENS, run_end * BLOCK_TOKENS))
     return cut + _by_owner(last * BLOCK_TOKENS, end, ranks)
-
-
-def is_zigzag(cut: list[Part], ranks: int) -> bool:
-    """Whether rows are spread over all ranks, not computed where their blocks stay."""
-    return len(cut) >= 2 * ranks
 
 
 def _by_owner(begin: int, end: int, ranks: int) -> list[Part]:

@@ -5,6 +5,7 @@ All is decided here, once, from the leader's tables; see `step.py` for what come
 """
 
 from collections.abc import Sequence as Items
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -13,18 +14,21 @@ from longctx.attention.backend import PAGE
 from longctx.model import ModelSpec
 from longctx.ring.books import LeaderMemory
 from longctx.ring.draft import NONE, Draft, Piece, indices
-from longctx.ring.exchange import Exchange, Spread
+from longctx.ring.exchange import Exchange, Past, Spread
 from longctx.ring.layout import is_zigzag, parts
 from longctx.ring.link import Link
 from longctx.ring.passing import RowBytes, keys_traffic, passes_queries, queries_traffic
 from longctx.ring.step import GroupStep, Queries, RankStep, Round
 from longctx.scheduler import Chunk
+from longctx.sequence import BlockTable
 
 
 class StepPlanner:
     def __init__(self, memory: LeaderMemory, spec: ModelSpec, link: Link) -> None:
         self._memory = memory
         self._ring = memory.ring
+        # Of sequences that are computed: most steps add no block to it.
+        self._pasts: WeakKeyDictionary[BlockTable, Past] = WeakKeyDictionary()
         self.link = link
         self._last_group = memory.group_of[len(spec.layers) - 1]
         self._global = memory.groups[0].window is None
@@ -104,20 +108,25 @@ class StepPlanner:
     ) -> None:
         """Layers that see everything: the pages are spread over the ranks."""
         memory = self._memory
-        first = chunk.sequence.computed // BLOCK_TOKENS
-        sealed = (chunk.sequence.computed + chunk.num_tokens) // BLOCK_TOKENS
-        entries = chunk.sequence.tables[0].entries[:sealed]
-        keeper, page = np.divmod(entries[:, PAGE], memory.packed[0].pages_per_rank)
+        begin = chunk.sequence.computed
+        end = begin + chunk.num_tokens
+        first, sealed = begin // BLOCK_TOKENS, end // BLOCK_TOKENS
+        table, pool = chunk.sequence.tables[0], memory.packed[0]
+        past = self._pasts.get(table)
+        if past is None or past.blocks != first:
+            past = Past.of(table.entries[:first], pool.pages_per_rank, len(drafts))
+            self._pasts[table] = past
         computing = np.concatenate(
             [NONE, *(np.full(len(p.part.sealed), p.part.rank) for p in pieces)]
         )
-        spread = Spread.of(entries, first, keeper, page, computing, len(drafts))
+        spread = Spread.of(past, table.entries[first:sealed], computing, pool.pages_per_rank)
         for rank, draft in enumerate(drafts):
-            new = spread.tables[rank][spread.past[rank] :, PAGE]  # a view: what is not kept, staged
-            guests = np.flatnonzero(spread.keepers[rank] != rank)
-            new[guests] = memory.packed[0].staging.start + draft.staged + np.arange(len(guests))
-            draft.staged += len(guests)
-            draft.sealed_packed[0].append(new)
+            if len(spread.numbers[rank]) > spread.past[rank]:
+                sealing = spread.tables[rank][spread.past[rank] :, PAGE]  # a view
+                guests = np.flatnonzero(spread.keepers[rank] != rank)
+                sealing[guests] = pool.staging.start + draft.staged + np.arange(len(guests))
+                draft.staged += len(guests)
+                draft.sealed_packed[0].append(sealing)
         assert max(draft.staged for draft in drafts) <= memory.ring.own_blocks
         for chosen, is_last in ((pieces, False), (wanted, True)):
             for piece in chosen:
@@ -128,7 +137,7 @@ class StepPlanner:
             spread,
             pieces,
             asks_past=self._passes_queries(pieces, spread),
-            asks_new=not is_zigzag([piece.part for piece in pieces], len(drafts)),
+            asks_new=not is_zigzag(begin, end, len(drafts)),
         )
         last.add(spread, wanted, asks_past=True, asks_new=True)
 

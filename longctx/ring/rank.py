@@ -52,7 +52,7 @@ class RingMemory:
             backend=backend,
             pool_bytes=pool_bytes,
             step_blocks=step_blocks,
-            # Of B blocks a rank computes two runs of at most B / 2R, rounded up, and B >= 2R.
+            # Of B >= R blocks a rank computes two runs of at most B / 2R, rounded up.
             own_blocks=2 * batch_blocks // ranks,
             tile_blocks=max(1, min(MOST_TILE_BLOCKS, pool_bytes // block_bytes // 32)),
         )

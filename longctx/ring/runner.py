@@ -18,7 +18,7 @@ class RingRunner:
 
     def __init__(self, model: LoadedModel, memory: LeaderMemory, ranks: Ranks) -> None:
         ranks.open(memory.ring, model)
-        self._ranks = ranks
+        self.ranks = ranks
         self.rank = Rank(model, memory.ring, ranks.transport, memory)
         self.planner = StepPlanner(memory, model.spec, self.rank.link)
         self.computed_tokens = 0
@@ -26,14 +26,14 @@ class RingRunner:
     def run_chunks(self, chunks: Items[Chunk]) -> Tensor:
         """Logits [drawing chunks, vocab], float32. Raises PeerLost: then all ranks start again."""
         steps = self.planner.plan(chunks)
-        self._ranks.start(steps)
+        self.ranks.start(steps)
         try:
             logits = self.rank.run(steps[0])
         except PeerLost:
             raise
         except Exception as error:  # the others wait for what will not come
             raise PeerLost(f"{type(error).__name__}: {error}") from error
-        self._ranks.finish()
+        self.ranks.finish()
         assert logits is not None, "the leader gets the logits"
         self.computed_tokens += sum(chunk.num_tokens for chunk in chunks)
         return logits

@@ -20,12 +20,15 @@ class VirtualRanks:
     def __init__(self, size: int) -> None:
         self._links = VirtualLinks(size)
         self.size = size
-        self.transport = VirtualTransport(self._links, 0)
+        self.transports = [VirtualTransport(self._links, rank) for rank in range(size)]
         self.members: list[VirtualRank] = []
 
+    @property
+    def transport(self) -> VirtualTransport:
+        return self.transports[0]
+
     def open(self, memory: RingMemory, model: LoadedModel) -> None:
-        for rank in range(1, self.size):
-            transport = VirtualTransport(self._links, rank)
+        for transport in self.transports[1:]:
             member = VirtualRank(model, memory, transport, self._links)
             self.members.append(member)
             weakref.finalize(self, member.stop)

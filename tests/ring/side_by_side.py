@@ -56,3 +56,10 @@ class SideBySide:
                 if length <= same:
                     logs, other_logs = (r.double().log_softmax(-1) for r in (row, others[length]))
                     yield float((logs.exp() * (logs - other_logs)).sum().abs())
+
+
+def bytes_sent(engine: RecordedEngine) -> int:
+    """By all ranks, ever."""
+    ranks = runner_of(engine).ranks
+    assert isinstance(ranks, VirtualRanks)
+    return sum(transport.bytes_sent for transport in ranks.transports)

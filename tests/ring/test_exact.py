@@ -113,7 +113,7 @@ def test_preemption_changes_nothing(
     small = {"pool_gib": gib_of_blocks(12, layers)}
     both = SideBySide(model_folders(architecture), ranks, one={}, max_batch_tokens=96, **small)
     requests = [
-        ask(f"{i}", some_ids(length, i), max_tokens=100)
+        ask(f"{i}", some_ids(length, i), max_tokens=150)
         for i, length in enumerate((180, 190, 200, 60))
     ]
     assert both.finish(*requests) < LIMITS["raw"]

@@ -1,0 +1,132 @@
+"""What is passed, keys or queries: a function of bytes and of the link; and the bytes are exact."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compress.codec import CODECS
+from compress.shape import BLOCK_TOKENS
+from longctx.ring import layout
+from longctx.ring.link import Link
+from longctx.ring.passing import (
+    RowBytes,
+    Traffic,
+    keys_traffic,
+    passes_queries,
+    queries_traffic,
+)
+from tests.recorded_engine import RecordedEngine, ask, some_ids
+from tests.ring.side_by_side import LINK, bytes_sent, ringed_engine
+
+# Of a model with 32 heads, 8 key heads and a head_dim of 128, in bfloat16.
+ROW = RowBytes.of(32, 128, query_bytes=2)
+PAGE_BYTES = 2 * 8 * 128 * 2 * BLOCK_TOKENS
+
+
+def choice(rows: list[int], pages: list[int], link: Link = LINK) -> str:
+    keys = keys_traffic(rows, pages, page_bytes=PAGE_BYTES, tile_pages=64)
+    queries = queries_traffic(rows, pages, row_bytes=ROW)
+    return "queries" if passes_queries(keys, queries, link) else "keys"
+
+
+def test_a_row_takes_its_query_and_a_result_in_float32() -> None:
+    assert RowBytes(32 * 128 * 2, 32 * 128 * 4 + 32 * 4) == ROW
+
+
+def test_decode_passes_queries_and_a_large_chunk_on_a_short_past_passes_keys() -> None:
+    assert choice([0, 1, 0, 0], [100, 100, 100, 100]) == "queries"
+    assert choice([1024] * 4, [16] * 4) == "keys"
+
+
+def test_the_longer_the_past_the_sooner_queries_are_passed() -> None:
+    choices = [choice([512] * 4, [blocks] * 4) for blocks in range(16, 1024, 16)]
+    assert choices == sorted(choices), "keys first, then queries"
+    assert len(set(choices)) == 2
+
+
+def test_latency_counts_where_there_is_little_to_send() -> None:
+    """Keys come in one message, queries go there and back."""
+    rows, pages = [0, 2], [1, 0]
+    assert choice(rows, pages, Link(latency_seconds=0.0, bytes_per_second=1e8)) == "queries"
+    assert choice(rows, pages, Link(latency_seconds=0.05, bytes_per_second=1e8)) == "keys"
+
+
+def test_tiles_that_follow_each_other_cost_their_latency() -> None:
+    traffic = keys_traffic([8, 8], [129, 3], page_bytes=100, tile_pages=64)
+    assert traffic == Traffic((12900, 300), 3)
+
+
+@given(
+    rows=st.lists(st.integers(0, 9), min_size=3, max_size=3),
+    pages=st.lists(st.integers(0, 9), min_size=3, max_size=3),
+)
+def test_traffic_is_the_sum_over_pairs_of_ranks(rows: list[int], pages: list[int]) -> None:
+    keys = keys_traffic(rows, pages, page_bytes=1000, tile_pages=4)
+    queries = queries_traffic(rows, pages, row_bytes=RowBytes(10, 21))
+    pairs = [(r, h) for r in range(3) for h in range(3) if r != h]
+    assert sum(keys.bytes_sent) == sum(1000 * pages[h] * (rows[r] > 0) for r, h in pairs)
+    assert sum(queries.bytes_sent) == sum(31 * rows[r] * (pages[h] > 0) for r, h in pairs)
+
+
+# -- the engine sends exactly so much -----------------------------------------------------------
+
+
+def row_bytes(engine: RecordedEngine) -> int:
+    layer = engine._spec.layers[0]
+    row = RowBytes.of(layer.heads, layer.head_dim, query_bytes=engine._spec.dtype.itemsize)
+    return row.query + row.result
+
+
+@pytest.mark.parametrize("codec", sorted(CODECS))
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_prefill_sends_what_the_formula_says(llama: Path, codec: str, ranks: int) -> None:
+    engine = ringed_engine(llama, ranks, codec=codec, max_batch_tokens=1024)
+    layers, page_bytes = 3, engine.memory.packed[0].page_bytes[0]
+    first = 14 * BLOCK_TOKENS
+    before = bytes_sent(engine)
+    engine.finish(ask("first", some_ids(first, 1), max_tokens=0))
+    new = new_blocks_sent(0, first, ranks)
+    moved = blocks_moved(0, first, ranks)
+    # The last layer's rows are not wanted: its pages only go where they stay.
+    assert bytes_sent(engine) - before == ((layers - 1) * new + moved) * page_bytes
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_decode_sends_what_the_formula_says(llama: Path, ranks: int) -> None:
+    engine = ringed_engine(llama, ranks, max_batch_tokens=1024)
+    prompt = some_ids(1800, 1)
+    engine.finish(ask("first", prompt, max_tokens=0))
+    before = bytes_sent(engine)
+    # 28 blocks are there; the rest, of less than a block, and one token are computed.
+    engine.finish(ask("again", prompt, some_ids(3, 2), max_tokens=2))
+    past = layout.owned(0, 28, ranks)
+    rank = layout.owner(28, ranks)
+    others = sum(pages > 0 for other, pages in enumerate(past) if other != rank)
+    rows = 2 * (1803 - 1792) + 1 + 3  # in the last layer only those whose logits are wanted
+    logits = 2 * engine._spec.vocab_size * 4 * (rank != 0)
+    assert bytes_sent(engine) - before == rows * others * row_bytes(engine) + logits
+
+
+def new_blocks_sent(begin: int, end: int, ranks: int) -> int:
+    """A rank gets the blocks of another that its rows see, and those that it keeps."""
+    cut = layout.parts(begin, end, ranks)
+    sent = 0
+    for rank in range(ranks):
+        latest = max(part.begin for part in cut if part.rank == rank)
+        for part in cut:
+            if part.rank != rank:
+                keeps = layout.owners(np.array(part.sealed), ranks) == rank
+                sent += len(part.sealed) if part.begin < latest else int(keeps.sum())
+    return sent
+
+
+def blocks_moved(begin: int, end: int, ranks: int) -> int:
+    """Blocks that are computed on one rank and stay on another."""
+    return sum(
+        layout.owner(block, ranks) != part.rank
+        for part in layout.parts(begin, end, ranks)
+        for block in part.sealed
+    )

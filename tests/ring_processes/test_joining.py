@@ -1,0 +1,138 @@
+"""Who may join a group, who finds whom, and who is missed."""
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from longctx.channel import Channel, connect, prove
+from longctx.errors import LongctxError, PeerLost
+from longctx.protocol import Beat, Joined, Leader, encode, read_command
+from longctx.ring import heartbeat
+from longctx.ring.head import Head
+from longctx.ring.heartbeat import Watch, beat
+from longctx.ring.join import Place
+from longctx.ring.secret import make_secret, read_secret
+
+SECRET = b"s" * 32
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[Head]:
+    head = Head(f"unix:{tmp_path}/head", SECRET, ranks=3)
+    yield head
+    head.close()
+
+
+def call(head: Head, joined: Joined, secret: bytes = SECRET) -> Channel:
+    connection = connect(head.address, 5)
+    try:
+        prove(connection, secret, caller=True)
+    except PeerLost:
+        connection.close()
+        raise
+    channel = Channel(connection)
+    channel.send(encode(joined))
+    return channel
+
+
+def test_ranks_learn_from_the_head_where_rank_0_is(head: Head) -> None:
+    def ask(rank: int) -> object:
+        channel = call(head, Joined(rank, 3, 1000 + rank))
+        body = channel.receive()
+        channel.close()
+        assert body is not None
+        return read_command(body)
+
+    async def test() -> None:
+        with ThreadPoolExecutor() as threads:
+            early = threads.submit(ask, 1)  # it waits for rank 0
+            leading = asyncio.ensure_future(head.leader())
+            await asyncio.sleep(0.1)
+            leader = await asyncio.to_thread(call, head, Joined(0, 3, 1000, "unix:/there"))
+            connection, joined = await leading
+            assert joined.pid == 1000
+            late = threads.submit(ask, 2)
+            for asked in (early, late):
+                assert await asyncio.wrap_future(asked) == Leader("unix:/there")
+            leader.close()
+            connection.close()
+
+    asyncio.run(test())
+
+
+def test_another_number_of_ranks_is_refused(head: Head) -> None:
+    channel = call(head, Joined(1, 4, 1))
+    body = channel.receive()
+    channel.close()
+    assert body is not None
+    refused = read_command(body)
+    assert isinstance(refused, Leader) and refused.fault is not None
+    assert refused.fault.message == "torchrun started 4 ranks, the head has --ranks 3"
+
+
+def test_who_does_not_know_the_secret_is_not_heard(head: Head) -> None:
+    with pytest.raises(PeerLost, match="secret"):
+        call(head, Joined(0, 3, 1), secret=b"t" * 32)
+
+
+def test_a_proof_cannot_be_sent_back_as_ones_own() -> None:
+    """Who knows nothing and repeats what it hears proves nothing."""
+    ours, theirs = socket.socketpair()
+
+    def repeat() -> None:
+        while heard := theirs.recv(64):
+            theirs.sendall(heard)
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    with ours, theirs:
+        with pytest.raises(PeerLost, match="another secret"):
+            prove(ours, SECRET, caller=True)
+        ours.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def test_a_secret_is_made_once_and_private(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    assert make_secret(file) == make_secret(file) == read_secret(file)
+    assert file.stat().st_mode & 0o777 == 0o600
+    file.write_text("short")
+    with pytest.raises(LongctxError, match="holds 5 characters, a secret has at least 32"):
+        read_secret(file)
+    with pytest.raises(LongctxError, match="cannot read"):
+        read_secret(tmp_path / "nothing")
+
+
+def test_a_process_that_torchrun_did_not_start_is_no_rank() -> None:
+    with pytest.raises(LongctxError, match="RANK is not set; ranks are started by torchrun"):
+        Place.of({})
+
+
+def test_who_says_nothing_is_lost_and_who_beats_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.05)
+    lost: list[tuple[float, str]] = []
+    silent, silent_end = socket.socketpair()
+    beating, beating_end = socket.socketpair()
+    heard = Channel(beating)
+    listening = threading.Thread(target=lambda: list(iter(heard.receive, None)), daemon=True)
+    listening.start()
+    began = time.monotonic()
+    watch = Watch(
+        {"rank 1": Channel(silent), "rank 2": heard},
+        lambda reason: lost.append((time.monotonic() - began, reason)),
+    )
+    watch.silence_seconds = 0.5
+    beat([Channel(beating_end)], encode(Beat()))
+    while not lost:
+        time.sleep(0.02)
+    seconds, reason = lost[0]
+    assert 0.4 < seconds < 5 and reason.startswith("rank 1 has not been heard of")
+    assert not any("rank 2" in reason for _, reason in lost)
+    for end in (silent, silent_end, beating, beating_end):
+        end.close()
