@@ -62,6 +62,7 @@ class LiteralPrompts:
 
     def __init__(self, wanted: CompletionRequest, tokenizer: Tokenizer, vocab_size: int) -> None:
         self.notes: Body = {}
+        self.prompt_cache: Body = {}
         self.wanted = wanted
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size

@@ -5,12 +5,14 @@ or listed here as `neutral`: known from OpenAI's API, not served, and accepted o
 that asks for nothing. Every other name is unknown and refused.
 """
 
+import re
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -35,6 +37,11 @@ async def read_json(
     request: Request, wire_type: type[WireType], *, if_empty: bytes = b""
 ) -> WireType:
     """The body as `wire_type`; ApiError 413 above MAX_JSON_BYTES, ValidationError when wrong."""
+    return wire_type.model_validate_json(await read_body(request) or if_empty)
+
+
+async def read_body(request: Request) -> bytes:
+    """ApiError 413 above MAX_JSON_BYTES."""
     body = bytearray()
     stream = request.stream()
     async for chunk in stream:
@@ -46,7 +53,7 @@ async def read_json(
                 f"the body is larger than {MAX_JSON_BYTES >> 20} MiB; "
                 "upload long text to /v1/files and refer to it by file_id",
             )
-    return wire_type.model_validate_json(bytes(body) or if_empty)
+    return bytes(body)
 
 
 async def discard(stream: AsyncIterator[bytes]) -> None:
@@ -170,6 +177,8 @@ class TextPart(Wire):
     type: Literal["text"]
     text: str
 
+    prompt_cache_breakpoint: Any = None  # harmless: every prefix is found again without marks
+
 
 class FileReference(Wire):
     """An uploaded file, or one that travels inside the message as a data URL."""
@@ -186,8 +195,14 @@ class FileReference(Wire):
 
 
 class FileContent(Wire):
+    """`reuse`: where the file stands after other text than it was computed after, its state may be
+    borrowed from there, a level of `prompt_cache.level`."""
+
     type: Literal["file"]
     file: FileReference
+    reuse: str | None = None
+
+    prompt_cache_breakpoint: Any = None  # harmless
 
 
 Part = Annotated[TextPart | FileContent, Field(discriminator="type")]
@@ -215,16 +230,42 @@ class Message(Wire):
         return self.content or []
 
 
+class PromptCache(Wire):
+    """What the conversation begins with: a named prompt, or modules of a schema."""
+
+    prompt: str | None = None
+    schema_name: Annotated[str | None, Field(alias="schema")] = None
+    modules: list[str] | None = None
+    parameters: dict[str, str] | None = None
+    level: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.prompt is None) == (self.schema_name is None):
+            raise ValueError("must have either prompt or schema")
+        if self.prompt is not None:
+            for name in ("modules", "parameters", "level"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"has {name}, which are a schema's; leave it out of a prompt")
+        return self
+
+
+class PromptCacheOptions(Wire):
+    mode: Literal["implicit", "explicit"] | None = None
+    ttl: Literal["30m"] | None = None
+
+
 class ChatRequest(Sampled):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
+    prompt_cache: PromptCache | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    prompt_cache_options: PromptCacheOptions | None = None
 
     # harmless
     parallel_tool_calls: bool | None = None
     prediction: Any = None
-    prompt_cache_key: str | None = None
-    prompt_cache_options: Any = None
-    prompt_cache_retention: str | None = None
+    prompt_cache_key: str | None = None  # says which server of many; here is one, with one cache
     safety_identifier: str | None = None
     service_tier: str | None = None
 
@@ -285,6 +326,44 @@ class CompletionRequest(Sampled):
                 return [self.prompt]  # type: ignore[list-item]
             case several:
                 return several  # type: ignore[return-value]
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_TTL = re.compile(r"([1-9][0-9]{0,8})([smhd])")
+_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def _prompt_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            "must have 1 to 64 letters, digits, '_', '-' and '.', and begin with a letter or digit"
+        )
+    return name
+
+
+def _seconds(value: Any) -> Any:
+    if isinstance(value, str) and (found := _TTL.fullmatch(value)):
+        value = int(found[1]) * _UNIT_SECONDS[found[2]]
+    if value is not None and (type(value) is not int or not 0 < value < 1 << 40):
+        raise ValueError('must be seconds from 1 on, or such as "30m", "24h" or "7d"')
+    return value
+
+
+class PromptRequest(Wire):
+    """A prompt to be stored: what conversations begin with."""
+
+    name: Annotated[str, AfterValidator(_prompt_name)]
+    system: str | None = None
+    file_ids: list[str] = []
+    ttl: Annotated[int | None, BeforeValidator(_seconds)] = None  # seconds; None: until deleted
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if not self.system and not self.file_ids:
+            raise ValueError("either system or file_ids is required, or both")
+        if len(set(self.file_ids)) < len(self.file_ids):
+            raise ValueError("file_ids names a file twice; name it once")
+        return self
 
 
 class FlushRequest(Wire):
