@@ -101,7 +101,7 @@ class Engine:
             pool_bytes=pool_bytes(config.cache.device_pool_gib, spec.device),
             step_blocks=batch_tokens // BLOCK_TOKENS + 1 + 2 * scheduler.max_sequences,
         )
-        store = open_store(config.cache, self._memory)
+        self._store = store = open_store(config.cache, self._memory)
         self._migration = None
         self._ingestion = None
         if store is not None:
@@ -125,7 +125,7 @@ class Engine:
             self.info.limits,
             max_sequences=scheduler.max_sequences,
         )
-        self._fetches = Fetches(self._cache, self._intake, self._scheduler)
+        self._fetches = Fetches(self._cache, self._intake, self._scheduler, self._ingestion)
         self._explainer = Explainer(
             self._cache, self._intake.prompts.documents, self.tokenizer, self._intake.namespace
         )
@@ -166,9 +166,8 @@ class Engine:
         answers = self._requests.get(request_id)
         if answers is None:
             return
-        for sequence in list(answers.sequences):
-            if sequence.finish_reason is None:
-                self._early += self._finish(sequence, FinishReason.ABORT)
+        for sequence in [s for s in answers.sequences if s.finish_reason is None]:
+            self._early += self._finish(sequence, FinishReason.ABORT)
 
     def open_document(self, document_id: str, token_ids: NDArray[np.int32]) -> None:
         """Make a document known by its tokens; requests may then name it as a segment."""
@@ -194,9 +193,8 @@ class Engine:
 
     def module_states(self, module_ids: Iterable[str]) -> dict[str, ModuleState]:
         """Of those that are open."""
-        store = None if self._migration is None else self._migration.store
         modules = self._intake.prompts.modules
-        return module_states(modules, module_ids, self._cache, store, self._ingestion)
+        return module_states(modules, module_ids, self._cache, self._store, self._ingestion)
 
     def durable_documents(self) -> dict[str, int]:
         """Tokens that are on stable storage, of documents of which more or less is than before."""
@@ -318,13 +316,9 @@ class Engine:
         full = sequence.layout.position(len(sequence.tokens)) >= self._spec.max_context
         if full or sequence.completion_tokens >= sampling.max_tokens:
             return self._finish(sequence, FinishReason.LENGTH, token=token, text=delta.text)
+        request_id, index = sequence.request.request_id, sequence.index
         return [
-            RequestOutput(
-                request_id=sequence.request.request_id,
-                index=sequence.index,
-                token_ids=(token,),
-                text=delta.text,
-            )
+            RequestOutput(request_id=request_id, index=index, token_ids=(token,), text=delta.text)
         ]
 
     def _finish(
@@ -380,9 +374,10 @@ class Engine:
         failed = dict.fromkeys(chunk.sequence.request.request_id for chunk in scheduled.chunks)
         outputs: list[RequestOutput] = []
         for request_id in failed:
-            for sequence in list(self._requests[request_id].sequences):
-                if sequence.finish_reason is None:
-                    outputs += self._finish(sequence, FinishReason.ERROR, error=message)
+            for sequence in [
+                s for s in self._requests[request_id].sequences if not s.finish_reason
+            ]:
+                outputs += self._finish(sequence, FinishReason.ERROR, error=message)
         return outputs
 
     def clear(self, tiers: Iterable[str]) -> dict[str, float]:
@@ -390,8 +385,7 @@ class Engine:
 
         Documents stay on disk, and known. Raises InvalidRequest for a tier that there is not.
         """
-        store = None if self._migration is None else self._migration.store
-        return clear_tiers(self._cache, store, tiers)
+        return clear_tiers(self._cache, self._store, tiers)
 
     def stats(self) -> dict[str, float]:
         """Gauges and counters, by flat names."""

@@ -97,7 +97,10 @@ class KVCacheManager:
         """Whether all that the sequence borrows is resident, and it has got it now."""
         sources = sequence.layout.sources
         absent = [source for source in sources if source.name not in self.prefixes]
-        self.wanted |= {source.name: (source, sequence) for source in absent}
+        for source in absent:
+            wanted = self.wanted.setdefault(source.name, (source, sequence))
+            if sequence.rank < wanted[1].rank:
+                self.wanted[source.name] = (source, sequence)
         if not absent:
             sequence.lenders = tuple(self.prefixes.take(source.name) for source in sources)
         return not absent

@@ -320,3 +320,19 @@ def test_what_cannot_be_is_refused(llama: Path) -> None:
         overlapping = [Piece(token_ids=(5, 6), position=0), Piece(token_ids=(5,), position=1)]
         engine.open_module("x", overlapping)
     assert not engine.has_work
+
+
+def test_many_who_want_different_modules_do_not_take_them_from_each_other(llama: Path) -> None:
+    """Ten modules on a device that holds three: none is computed again and again."""
+    engine = build_engine(llama, pool_gib=gib_of_blocks(12), max_sequences=4, max_batch_tokens=96)
+    modules = {f"m{i}": [Piece(token_ids=some_ids(180, i), position=0)] for i in range(10)}
+    with_modules(engine, modules)
+    requests = [
+        prompt(f"{i}", borrowed(f"m{i}"), borrowed(f"m{(i + 5) % 10}", position=180), literal(3, i))
+        for i in range(10)
+    ]
+    answered = engine.finish(*requests)
+    assert all(each.reason is FinishReason.LENGTH for each in answered)
+    assert engine.runner.computed_tokens < 3 * 10 * 2 * 180
+    assert_means(engine, DenseModel(llama), modules, requests[3], requests[9])
+    engine.assert_idle()
