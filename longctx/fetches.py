@@ -43,7 +43,9 @@ class Fetches:
         What the first in rank wants may take the place of what nobody uses; what others want only
         room that is free. Else they would take each other's modules away.
         """
-        wanted, self._cache.wanted = self._cache.wanted, {}
+        resident = self._cache.prefixes
+        wanted = {name: both for name, both in self._cache.wanted.items() if name not in resident}
+        self._cache.wanted = {}
         if not wanted:
             return {}
         begun = {}
