@@ -115,7 +115,14 @@ def _routes(
     limit = config.max_upload_bytes
     attachments = Attachments(library, folder, max_upload_bytes=limit)
     engine = generation.engine
-    openings = Openings(schema_library, prompt_library, library, engine, level=config.level)
+    openings = Openings(
+        schema_library,
+        prompt_library,
+        library,
+        engine,
+        level=config.level,
+        force_level=engine.config.cache.force_level,
+    )
     pings = config.ping_seconds
     chat = Chat(generation, prompts, library, attachments, openings, ping_seconds=pings)
     completions = Completions(generation, tokenizer, ping_seconds=config.ping_seconds)

@@ -77,7 +77,7 @@ class Chat:
         self.generation.check_model(wanted.model)
         tenant = tenant_of(request)
         messages, files = await self.read(wanted.messages, tenant)
-        opening, more = self.openings.of(wanted.prompt_cache, tenant)
+        opening, more = await self.openings.of(wanted.prompt_cache, tenant)
         files = list({entry.document.id: entry for entry in (*more, *files)}.values())
         conversation = Conversation(messages, files, self.prompts, self.library, opening)
         reply = Reply(self.generation, ChatShape(), conversation, wanted, tenant)
@@ -100,7 +100,7 @@ class Chat:
                     continue
                 entry = await self.attachments.find(tenant, part.file)
                 files[entry.document.id] = entry
-                level = self.openings.reuse(part.reuse)
+                level = await self.openings.reuse(part.reuse)
                 parts.append(
                     FilePart(entry.document.id, entry.document.filename, level.link_tokens)
                 )

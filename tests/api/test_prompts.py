@@ -22,7 +22,8 @@ HELLO = [{"role": "user", "content": "Hello"}]
 @pytest.fixture(scope="module")
 def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     store = tmp_path_factory.mktemp("store")
-    with LiveServer(model_folder, store, cache={"kv_dir": store / "kv"}) as running:
+    disk = {"kv_dir": store / "kv", "force_level": True}
+    with LiveServer(model_folder, store, cache=disk) as running:
         yield running
 
 
@@ -130,7 +131,7 @@ BAD_PROMPTS: dict[str, tuple[dict[str, Any], str]] = {
     "a bad ttl": ({"name": "a", "system": "x", "ttl": "soon"}, 'such as "30m", "24h" or "7d"'),
     "no time": ({"name": "a", "system": "x", "ttl": 0}, "must be seconds from 1 on"),
     "an unknown field": ({"name": "a", "system": "x", "text": "y"}, "unknown parameter: text"),
-    "too long": ({"name": "a", "system": "word " * 40_000}, "the limit is"),
+    "too long": ({"name": "a", "system": "word " * 40_000}, "beyond the limit of"),
 }
 
 

@@ -9,6 +9,9 @@ import httpx
 import openai
 import pytest
 
+from longctx.client import EngineClient
+from longctx.request import LevelVerdict
+from prompt_cache.level import Level
 from tests.api.live_server import MODEL, LiveServer
 
 KEYS = ("alice", "bob")
@@ -37,7 +40,8 @@ PML = f"""<schema name="travel">
 @pytest.fixture(scope="module")
 def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     store = tmp_path_factory.mktemp("store")
-    with LiveServer(model_folder, store, cache={"kv_dir": store / "kv"}) as running:
+    disk = {"kv_dir": store / "kv", "force_level": True}
+    with LiveServer(model_folder, store, cache=disk) as running:
         yield running
 
 
@@ -99,8 +103,9 @@ def test_a_conversation_begins_with_the_chosen_modules(
     chosen: dict[str, Any] = {"modules": ["harbour", "hotels"], "level": level}
     answer = ask(client, schema="travel", parameters={"duration": "a week"}, **chosen)
     told = answer.prompt_cache
+    reason = "it is exact" if level == "exact" else "forced, not measured"
     assert (told["schema"], told["level"], told["level_reason"]) == (
-        *("travel", level, "as asked for"),
+        *("travel", level, f"as asked for; {reason}"),
     )
     counts = (told["borrowed_tokens"], told["linked_tokens"])
     match level:
@@ -258,7 +263,7 @@ def test_schemas_survive_the_engine_and_the_server_and_are_a_tenants_own(
     model_folder: Path, tmp_path: Path
 ) -> None:
     alice, bob = ({"Authorization": f"Bearer {key}"} for key in KEYS)
-    disk = {"kv_dir": tmp_path / "kv"}
+    disk = {"kv_dir": tmp_path / "kv", "force_level": True}
     with LiveServer(model_folder, tmp_path, api_key=KEYS, cache=disk) as server:
         stored(server.http, headers=alice)
         path = "/v1/prompt_cache/schemas/travel"
@@ -291,13 +296,34 @@ def test_schemas_survive_the_engine_and_the_server_and_are_a_tenants_own(
         assert server.http.get(path, headers=bob).status_code == 404
 
 
-def test_the_default_level_is_an_option(model_folder: Path, tmp_path: Path) -> None:
+def test_a_level_that_costs_the_model_too_much_is_refused(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gate itself is tested with the engine; here it is asked once for each level."""
+    asked: list[Level] = []
+
+    async def judge(_client: EngineClient, level: Level) -> LevelVerdict:
+        asked.append(level)
+        fits = level.link_tokens != 0
+        return LevelVerdict(level=level.name, passed=fits, reason="it was measured")
+
+    monkeypatch.setattr(EngineClient, "judge_level", judge)
     with (
-        LiveServer(model_folder, tmp_path, prompt_cache_level="link:16") as server,
+        LiveServer(model_folder, tmp_path, prompt_cache_level="modular") as server,
         server.openai() as client,
     ):
         stored(server.http)
         told = ask(client, schema="travel", modules=["pass"]).prompt_cache
-        assert (told["level"], told["level_reason"]) == ("link:16", "the server's default")
-        told = ask(client, schema="travel", modules=["pass"], level="exact").prompt_cache
-        assert told["level"] == "exact"
+        assert (told["level"], told["level_reason"]) == (
+            "exact",
+            "the server's default, modular, is not used: it was measured",
+        )
+        told = ask(client, schema="travel", modules=["pass"], level="link:16").prompt_cache
+        assert told["level_reason"] == "as asked for; it was measured"
+        for _ in range(2):
+            with pytest.raises(openai.BadRequestError, match="level modular is refused") as refused:
+                ask(client, schema="travel", modules=["pass"], level="modular")
+            assert (refused.value.param, refused.value.code) == (
+                *("prompt_cache.level", "level_refused"),
+            )
+    assert asked == [Level(0), Level(16)]
