@@ -14,22 +14,20 @@ encoded. The reference is the level `exact` of the same run.
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from rich.table import Table
 
 from longctx.bench.config import BenchConfig, ModulesConfig, RoundsConfig
 from longctx.bench.haystack import Haystack, haystacks
-from longctx.bench.niah import matches, wilson
-from longctx.bench.picture import Series, draw_bars
+from longctx.bench.modules_report import TASKS, Found, draw, results, tables
+from longctx.bench.niah import matches
 from longctx.bench.random_model import SIZES, write_random_llama
-from longctx.bench.report import Parameter, Report, Result
+from longctx.bench.report import Report
 from longctx.bench.restart import drop_from_memory, opened
 from longctx.bench.timing import Stopwatch
 from longctx.config import EngineConfig
@@ -38,28 +36,16 @@ from longctx.llm import LLM
 from longctx.prompt import ChatPrompts, FilePart, Message
 from longctx.quality.level_gate import LIMITS
 from longctx.quality.level_measure import LevelWorkload, measure_levels
-from longctx.quality.verdict import Verdict, judge
+from longctx.quality.verdict import judge
 from longctx.request import Piece, SamplingParams, Segment
 from prompt_cache.level import EXACT, Level
 
-TASKS = {"needle": 0, "multi-key": 3}  # how many others differ in the key alone
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)
 FIRST_TOKEN = SamplingParams(max_tokens=1, temperature=0.0)
 ANSWER = SamplingParams(max_tokens=48, temperature=0.0)
 QUESTION_TOKENS = 32
-PLACES = ("memory", "disk")
 
 Say = Callable[[str], None]
-
-
-@dataclass(slots=True)
-class Found:
-    """Levels are as in `ModulesConfig`, by name; what was not measured is empty."""
-
-    verdicts: dict[str, Verdict] = field(default_factory=dict)
-    right: dict[tuple[str, str], list[bool]] = field(default_factory=dict)  # by task and level
-    seconds: dict[tuple[str, str], list[float]] = field(default_factory=dict)  # by place and level
-    models: dict[str, str] = field(default_factory=dict)  # part -> model and codec
 
 
 def run(
@@ -83,9 +69,9 @@ def run(
                 write_random_llama(model, SIZES[modules.speed_model], seed=bench.seed)
             _speed(_of(engine, model), Path(scratch), modules, rounds, bench.seed, found, say)
     return Report(
-        results=tuple(_results(found, modules)),
-        tables=(_table(found, modules),),
-        draw=partial(_draw, found, modules),
+        results=tuple(results(found, modules)),
+        tables=tuple(tables(found, modules)),
+        draw=partial(draw, found, modules),
     )
 
 
@@ -259,110 +245,3 @@ def _first_token(llm: LLM, parts: list[_Module], level: Level, rng: np.random.Ge
 
 def _random_ids(rng: np.random.Generator, vocab_size: int, tokens: int) -> tuple[int, ...]:
     return tuple(rng.integers(3, vocab_size, tokens).tolist())
-
-
-# -- the report -----------------------------------------------------------------------------------
-
-
-def _results(found: Found, modules: ModulesConfig) -> Iterator[Result]:
-    for name, verdict in found.verdicts.items():
-        model: dict[str, Parameter] = {"level": name, "model": found.models["quality"]}
-        for part, damage in (("text", verdict.measured.text), ("own", verdict.measured.own)):
-            if damage is None:
-                continue
-            at = {**model, "part": part, "tokens": damage.rows}
-            for metric, value, error, unit in (
-                ("KL", damage.kl, damage.kl_error, "nats/token"),
-                ("same likeliest token", 1 - damage.flips, damage.flips_error, "share"),
-            ):
-                yield Result(
-                    metric=metric, value=value, unit=unit, parameters={**at, "error": error}
-                )
-        yield Result(
-            metric="passes the gate",
-            value=int(verdict.passed),
-            unit="",
-            parameters={**model, "why": verdict.reason},
-        )
-    for (task, name), right in found.right.items():
-        low, high = wilson(sum(right), len(right))
-        yield Result(
-            metric=task,
-            value=sum(right) / len(right),
-            unit="share",
-            parameters={
-                "level": name,
-                "model": found.models["retrieval"],
-                "n": len(right),
-                "low": round(low, 4),
-                "high": round(high, 4),
-            },
-        )
-    for (place, name), seconds in found.seconds.items():
-        yield Result(
-            metric=f"first token, from {place}",
-            value=median(seconds),
-            unit="s",
-            parameters={
-                "level": name,
-                "model": found.models["speed"],
-                "modules": modules.modules,
-                "module_tokens": modules.module_tokens,
-                "rounds": len(seconds),
-            },
-            baseline="computing it",
-            baseline_value=median(found.seconds["memory", EXACT.name]),
-        )
-
-
-def _table(found: Found, modules: ModulesConfig) -> Table:
-    about = "; ".join(f"{part}: {model}" for part, model in found.models.items())
-    table = Table(
-        title="What levels of exactness cost and save",
-        caption=f"{about}; {modules.modules} modules of {modules.module_tokens:,} tokens",
-    )
-    columns = ("level", "KL on text", "in answers", "same token", "gate", *TASKS)
-    for name in (*columns, "first token", "faster", "from disk", "faster"):
-        table.add_column(name, justify="right")
-    for level in (EXACT, *modules.every_level):
-        table.add_row(level.name, *_cells(found, level.name))
-    return table
-
-
-def _cells(found: Found, level: str) -> Iterator[str]:
-    verdict = found.verdicts.get(level)
-    text = verdict and verdict.measured.text
-    own = verdict and verdict.measured.own
-    for damage in (text, own):
-        yield f"{damage.kl:.1e} ± {damage.kl_error:.0e}" if damage else ""
-    yield f"{1 - own.flips:.1%}" if own else ""
-    yield ("passes" if verdict.passed else "fails") if verdict else ""
-    for task in TASKS:
-        right = found.right.get((task, level))
-        yield f"{sum(right)} of {len(right)}" if right else ""
-    for place in PLACES:
-        seconds = found.seconds.get((place, level))
-        exact = found.seconds.get(("memory", EXACT.name))
-        yield f"{1000 * median(seconds):,.0f} ms" if seconds else ""
-        yield f"{median(exact) / median(seconds):.1f}x" if seconds and exact else ""
-
-
-def _draw(found: Found, modules: ModulesConfig, path: Path) -> None:
-    names = [EXACT.name, *(level.name for level in modules.every_level)]
-
-    def values(place: str) -> list[float | None]:
-        seconds: Mapping[tuple[str, str], list[float]] = found.seconds
-        return [
-            median(seconds[place, name]) if (place, name) in seconds else None for name in names
-        ]
-
-    draw_bars(
-        path,
-        title="Time to the first token of a prompt made of modules",
-        subtitle=f"{modules.modules} modules of {modules.module_tokens:,} tokens in random order, "
-        f"{found.models.get('speed', 'not measured')}; logarithmic",
-        groups=names,
-        series=[Series(label=f"from {place}", values=values(place)) for place in PLACES],
-        unit="s",
-        logarithmic=True,
-    )

@@ -39,6 +39,23 @@ def test_every_part_is_measured_at_every_level(
     assert (tmp_path / "modules.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("part", ["quality", "retrieval"])
+def test_a_part_is_measured_alone(
+    part: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = f"--parts {part} --levels modular --modules 2 --fact-tokens 256 --fact-questions 5"
+    options += " --device-pool-gib 0.1 --kv-codec raw --threads 1"
+    main(["bench", "modules", "--model", str(model), "--out", str(tmp_path), *options.split()])
+    record = json.loads(capsys.readouterr().out.rstrip("\n").split("\n")[-1])
+    metrics = {row["metric"] for row in record["results"]}
+    assert metrics == (
+        {"needle", "multi-key"}
+        if part == "retrieval"
+        else {"KL", "same likeliest token", "passes the gate"}
+    )
+    assert (tmp_path / "modules.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_text_is_cut_between_paragraphs() -> None:
     text = "\n\n".join(f"Paragraph {number}. It has two sentences." for number in range(40))
     pieces = _cut(text, 6)
