@@ -85,10 +85,10 @@ class Fetches:
         )
         try:
             sequence = self._intake.encoding(source, request)
-            self._scheduler.add(sequence)
         except LongctxError as error:
             asker.tier.failure = str(error)
             return None
+        self._scheduler.waiting.append(sequence)  # however many wait: the asker was let in
         if self._ingestion is not None:
             self._ingestion.register(sequence)
         return sequence

@@ -89,7 +89,7 @@ class KVCacheManager:
             self.migration.admitted(sequence, depth)
         self.residents.keep(sequence)
         found = depth if load is None else load.begin
-        self.hits += found
+        self.hits += found + sum(len(borrowed.blocks) for borrowed in sequence.layout.borrowed)
         self.misses += limit - found
         return True
 
