@@ -25,11 +25,12 @@ from api.openings import Openings
 from api.parser import Parser
 from api.prompt_library import PromptLibrary
 from api.prompt_records import PromptRecords
-from api.prompts import Prompts
+from api.prompts import PromptRequest, Prompts
+from api.retention import Retention
 from api.schema_library import SchemaLibrary
 from api.schemas import Schemas
 from api.store_dir import StoreDir
-from api.wire import ChatRequest, CompletionRequest, FlushRequest, PromptRequest, TokenizeRequest
+from api.wire import ChatRequest, CompletionRequest, FlushRequest, TokenizeRequest
 from longctx.client import EngineClient
 from longctx.config import EngineConfig
 from longctx.prompt import ChatPrompts
@@ -79,6 +80,9 @@ async def open_application(
         named = PromptLibrary(records, library, folder, prompts, keeper)
         stack.push_async_callback(named.close)
         await named.open()
+        retention = Retention(records, folder, keeper)
+        stack.push_async_callback(retention.close)
+        await retention.open()
 
         async def reopen() -> None:
             await library.reopen()
@@ -92,8 +96,8 @@ async def open_application(
             on_first_token=measured.first_token_seconds.observe,
         )
         asgi = _routes(
-            *(config, generation, tokenizer, prompts, library, schemas, named, keeper, folder),
-            measured,
+            *(config, generation, tokenizer, prompts, library, schemas, named, retention, keeper),
+            *(folder, measured),
         )
         asgi.add_middleware(Authentication, keys=keys, secret=folder.secret())
         asgi.add_middleware(Measured, metrics=measured)  # the last is the outermost
@@ -108,6 +112,7 @@ def _routes(
     library: Library,
     schema_library: SchemaLibrary,
     prompt_library: PromptLibrary,
+    retention: Retention,
     keeper: Keeper,
     folder: StoreDir,
     measured: HTTPMetrics,
@@ -124,7 +129,7 @@ def _routes(
         force_level=engine.config.cache.force_level,
     )
     pings = config.ping_seconds
-    chat = Chat(generation, prompts, library, attachments, openings, ping_seconds=pings)
+    chat = Chat(generation, prompts, library, attachments, openings, retention, ping_seconds=pings)
     completions = Completions(generation, tokenizer, ping_seconds=config.ping_seconds)
     files = Files(library, folder, max_upload_bytes=limit)
     about = About(generation, tokenizer, chat)

@@ -6,6 +6,7 @@ but not yet computed is joined by the engine.
 """
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -18,10 +19,12 @@ from api.generation import Generation
 from api.library import Entry, Library
 from api.openings import Openings
 from api.reply import Body, Choice, Reply
+from api.retention import Retention
 from api.wire import ChatRequest, Message, TextPart, read_json
 from longctx import prompt
 from longctx.errors import InvalidRequest
 from longctx.prompt import ChatPrompts, FilePart
+from longctx.request import Segment
 
 
 class ChatShape:
@@ -62,6 +65,7 @@ class Chat:
         library: Library,
         attachments: Attachments,
         openings: Openings,
+        retention: Retention,
         *,
         ping_seconds: float,
     ) -> None:
@@ -70,6 +74,7 @@ class Chat:
         self.library = library
         self.attachments = attachments
         self.openings = openings
+        self.retention = retention
         self.ping_seconds = ping_seconds
 
     async def create(self, request: Request) -> Response:
@@ -79,7 +84,13 @@ class Chat:
         messages, files = await self.read(wanted.messages, tenant)
         opening, more = await self.openings.of(wanted.prompt_cache, tenant)
         files = list({entry.document.id: entry for entry in (*more, *files)}.values())
-        conversation = Conversation(messages, files, self.prompts, self.library, opening)
+        keep_seconds = wanted.keep_seconds
+
+        async def keep(segments: Sequence[Segment]) -> None:
+            if keep_seconds is not None:
+                await self.retention.retain(tenant, segments, keep_seconds)
+
+        conversation = Conversation(messages, files, self.prompts, self.library, opening, keep=keep)
         reply = Reply(self.generation, ChatShape(), conversation, wanted, tenant)
         return await reply.respond(request, ping_seconds=self.ping_seconds)
 

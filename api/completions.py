@@ -74,6 +74,9 @@ class LiteralPrompts:
     async def prompts(self) -> list[Prompt]:
         return await asyncio.to_thread(lambda: [self._prompt(one) for one in self.wanted.prompts])
 
+    async def answered(self) -> None:
+        """Nothing more is to be done."""
+
     def _prompt(self, prompt: str | list[int]) -> Prompt:
         if isinstance(prompt, str):
             token_ids = self.tokenizer.encode_completion(prompt)

@@ -1,7 +1,7 @@
 """Messages whose files have been found, on their way to be a prompt."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
 from api.generation import Prompt
 from api.library import Entry, Library
@@ -25,14 +25,21 @@ class Conversation:
         prompts: ChatPrompts,
         library: Library,
         opening: Opening,
+        *,
+        keep: Callable[[Sequence[Segment]], Awaitable[None]],
     ) -> None:
-        """Raises ApiError where the messages do not go together with what they begin with."""
+        """`keep`: what is to be done with the prompt when it has been answered.
+
+        Raises ApiError where the messages do not go together with what they begin with.
+        """
         self.notes: Body = {}
         self._messages = opening.messages(messages)
         self._files = files
         self._prompts = prompts
         self._library = library
         self._opening = opening
+        self._keep = keep
+        self._segments: tuple[Segment, ...] = ()
         self._reused = [
             {"file_id": part.document_id, "level": Level(part.link_tokens).name}
             for message in messages
@@ -68,13 +75,17 @@ class Conversation:
             for segment in rest
         )
         self._note_prefixes(opened.segments, rest)
+        self._segments = (*opened.segments, *rest)
         return [
             Prompt(
-                segments=(*opened.segments, *rest),
+                segments=self._segments,
                 tokens=opened.tokens + tokens,
                 gap_tokens=opened.gap_tokens,
             )
         ]
+
+    async def answered(self) -> None:
+        await self._keep(self._segments)
 
     async def _rendered(self) -> tuple[PromptPiece, ...]:
         date = self._opening.date

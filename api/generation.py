@@ -67,6 +67,7 @@ class Generation:
                 sampling=self._sampling(wanted, prompt.tokens + prompt.gap_tokens),
                 salt=salt,
                 explain=wanted.cache_explain,
+                in_memory=wanted.in_memory,
             )
             for number, prompt in enumerate(prompts)
         ]

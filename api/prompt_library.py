@@ -8,13 +8,13 @@ the prompt or says the same by itself. When the prompt expires nothing keeps it 
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from api.errors import ApiError
+from api.expiry import Expiry
 from api.keeper import Keeper, Kept, Modules
 from api.library import Library
 from api.prompt_records import PromptRecord, PromptRecords
@@ -23,7 +23,7 @@ from longctx.errors import InvalidRequest
 from longctx.prompt import ChatPrompts, FilePart, Message, Place
 from longctx.request import Piece
 
-EXPIRY_SECONDS = 60.0  # how often the clock is looked at, at least
+SETTLE_SECONDS = 60.0
 
 
 @dataclass(slots=True, eq=False)
@@ -45,30 +45,23 @@ class PromptLibrary:
         folder: StoreDir,
         prompts: ChatPrompts,
         keeper: Keeper,
-        *,
-        clock: Callable[[], float] = time.time,
     ) -> None:
         self._records = records
         self._library = library
         self._folder = folder
         self._prompts = prompts
         self._keeper = keeper
-        self._clock = clock
         self._entries: dict[tuple[str, str], PromptEntry] = {}
-        self._changed = asyncio.Event()
-        self._expiring: asyncio.Task[None] | None = None
+        self._expiry = Expiry(self._moments, self.remove)
 
     async def open(self) -> None:
         """Takes up every prompt that has not expired meanwhile."""
         for record in await self._records.prompts():
             self._begin(record)
-        self._expiring = asyncio.create_task(self._expire())
+        self._expiry.start()
 
     async def close(self) -> None:
-        if self._expiring is not None:
-            self._expiring.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._expiring
+        await self._expiry.close()
 
     async def add(self, record: PromptRecord) -> PromptEntry:
         """In place of the tenant's prompt of that name.
@@ -101,7 +94,7 @@ class PromptLibrary:
     def find(self, tenant: str, name: str, *, param: str | None = None) -> PromptEntry:
         """Raises ApiError 404 when the tenant has no such prompt, or no more."""
         entry = self._entries.get((tenant, name))
-        if entry is None or entry.expired(self._clock()):
+        if entry is None or entry.expired(time.time()):
             raise ApiError(
                 404,
                 f"there is no prompt {name!r}; GET /v1/prompt_cache/prompts lists those there are",
@@ -112,12 +105,17 @@ class PromptLibrary:
 
     def of_tenant(self, tenant: str) -> Iterator[PromptEntry]:
         """Oldest first."""
-        now = self._clock()
+        now = time.time()
         return (
             entry
             for (owner, _), entry in self._entries.items()
             if owner == tenant and not entry.expired(now)
         )
+
+    def _moments(self) -> Iterator[tuple[float, PromptEntry]]:
+        for entry in self._entries.values():
+            if entry.record.expires_at is not None:
+                yield entry.record.expires_at, entry
 
     def _put_back(self, record: PromptRecord, known: PromptEntry | None) -> None:
         del self._entries[record.tenant, record.name]
@@ -135,7 +133,7 @@ class PromptLibrary:
         self._entries.pop((record.tenant, record.name), None)  # the new one is the youngest
         self._entries[record.tenant, record.name] = entry
         self._keeper.keep(kept)
-        self._changed.set()
+        self._expiry.changed()
         return entry
 
     async def _token_ids(self, record: PromptRecord) -> tuple[int, ...]:
@@ -144,7 +142,7 @@ class PromptLibrary:
         for file_id in record.file_ids:
             try:
                 entry = self._library.find(record.tenant, file_id)
-                while not await self._library.settled(entry, timeout_seconds=EXPIRY_SECONDS):
+                while not await self._library.settled(entry, timeout_seconds=SETTLE_SECONDS):
                     pass
                 self._library.check(entry)
             except ApiError as error:
@@ -174,15 +172,3 @@ class PromptLibrary:
     def _title(self, record: PromptRecord, file_id: str) -> str:
         entry = self._library.find(record.tenant, file_id, param="file_ids")
         return entry.document.filename
-
-    async def _expire(self) -> None:
-        while True:
-            now = self._clock()
-            for entry in list(self._entries.values()):
-                if entry.expired(now):
-                    await self.remove(entry)
-            moments = [e.record.expires_at for e in self._entries.values() if e.record.expires_at]
-            pause = min([EXPIRY_SECONDS, *(max(moment - now, 0.0) for moment in moments)])
-            self._changed.clear()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), pause)

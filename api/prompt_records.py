@@ -1,4 +1,4 @@
-"""What tenants have named, in SQLite, so that it outlives the process: schemas and prompts.
+"""What tenants want kept, in SQLite, so that it outlives the process: schemas and prompts.
 
 Names are a tenant's own. How far a schema or prompt is computed in this process is told by
 `schema_library.py` and `prompt_library.py`.
@@ -33,6 +33,12 @@ CREATE TABLE IF NOT EXISTS prompts (
     files TEXT NOT NULL,
     PRIMARY KEY (tenant, name)
 ) STRICT;
+CREATE TABLE IF NOT EXISTS retained (
+    id TEXT PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    expires_at INTEGER NOT NULL,
+    token_ids BLOB NOT NULL
+) STRICT;
 """
 
 
@@ -58,6 +64,16 @@ class PromptRecord:
     date: str
     system: str | None
     file_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetainedRecord:
+    """A prompt that was asked to be kept, in tokens: little-endian int32."""
+
+    id: str
+    tenant: str
+    expires_at: int
+    token_ids: bytes
 
 
 class PromptRecords:
@@ -124,6 +140,23 @@ class PromptRecords:
                 file_ids=tuple(json.loads(files)),
             )
             for tenant, name, created, expires, date, system, files in rows
+        ]
+
+    async def save_retained(self, record: RetainedRecord) -> None:
+        """In place of what was known of it; durable when this returns."""
+        await self._execute(
+            "INSERT OR REPLACE INTO retained VALUES (?, ?, ?, ?)",
+            (record.id, record.tenant, record.expires_at, record.token_ids),
+        )
+
+    async def remove_retained(self, name: str) -> None:
+        await self._execute("DELETE FROM retained WHERE id = ?", (name,))
+
+    async def retained(self) -> list[RetainedRecord]:
+        rows = await self._select("SELECT id, tenant, expires_at, token_ids FROM retained")
+        return [
+            RetainedRecord(id=name, tenant=tenant, expires_at=expires, token_ids=token_ids)
+            for name, tenant, expires, token_ids in rows
         ]
 
     async def _execute(self, statement: str, values: tuple[object, ...]) -> None:

@@ -2,10 +2,12 @@
 kept until they expire."""
 
 import datetime
+import re
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any, Self
 
+from pydantic import AfterValidator, BeforeValidator, model_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -13,9 +15,46 @@ from api.auth import tenant_of
 from api.keeper import Keeper
 from api.prompt_library import PromptEntry, PromptLibrary
 from api.prompt_records import PromptRecord
-from api.wire import PromptRequest, read_json
+from api.wire import Wire, read_json
 from longctx.client import EngineClient
 from longctx.request import ModuleState
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_TTL = re.compile(r"([1-9][0-9]{0,8})([smhd])")
+_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def _prompt_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            "must have 1 to 64 letters, digits, '_', '-' and '.', and begin with a letter or digit"
+        )
+    return name
+
+
+def _seconds(value: Any) -> Any:
+    if isinstance(value, str) and (found := _TTL.fullmatch(value)):
+        value = int(found[1]) * _UNIT_SECONDS[found[2]]
+    if value is not None and (type(value) is not int or not 0 < value < 1 << 40):
+        raise ValueError('must be seconds from 1 on, or such as "30m", "24h" or "7d"')
+    return value
+
+
+class PromptRequest(Wire):
+    """A prompt to be stored: what conversations begin with."""
+
+    name: Annotated[str, AfterValidator(_prompt_name)]
+    system: str | None = None
+    file_ids: tuple[str, ...] = ()
+    ttl: Annotated[int | None, BeforeValidator(_seconds)] = None  # seconds; None: until deleted
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if not self.system and not self.file_ids:
+            raise ValueError("either system or file_ids is required, or both")
+        if len(set(self.file_ids)) < len(self.file_ids):
+            raise ValueError("file_ids names a file twice; name it once")
+        return self
 
 
 class Prompts:

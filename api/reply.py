@@ -73,6 +73,10 @@ class Preparation(Protocol):
 
     async def prompts(self) -> list[Prompt]: ...
 
+    async def answered(self) -> None:
+        """The prompts were read, and answered."""
+        ...
+
 
 @dataclass(slots=True)
 class Tally:
@@ -189,6 +193,7 @@ class Reply:
                 if output.usage is not None:
                     self.tally.add(output.usage)
                 yield output
+        await self.preparation.answered()
 
     async def _prepare(self) -> list[EngineRequest]:
         prompts = await self.preparation.prompts()

@@ -5,14 +5,12 @@ or listed here as `neutral`: known from OpenAI's API, not served, and accepted o
 that asks for nothing. Every other name is unknown and refused.
 """
 
-import re
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -29,6 +27,8 @@ MAX_JSON_BYTES = 16 << 20
 # Of a refused body this much is still read: a client that is busy sending sees no answer.
 MAX_DISCARDED_BYTES = 256 << 20
 MAX_PROMPTS = 2048
+DAY_SECONDS = 86_400
+HALF_HOUR_SECONDS = 1800
 
 WireType = TypeVar("WireType", bound="Wire")
 
@@ -159,6 +159,10 @@ class Sampled(Wire):
         return self.max_tokens
 
     @property
+    def in_memory(self) -> bool:
+        return False
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -285,6 +289,19 @@ class ChatRequest(Sampled):
     web_search_options: Annotated[Any, neutral(None)] = None
 
     @property
+    def in_memory(self) -> bool:
+        """Whether the prompt may not be written to disk."""
+        return self.prompt_cache_retention in ("in_memory", "in-memory")
+
+    @property
+    def keep_seconds(self) -> int | None:
+        """How long the prompt is to be kept at least."""
+        if self.prompt_cache_retention == "24h":
+            return DAY_SECONDS
+        asked = self.prompt_cache_options is not None and self.prompt_cache_options.ttl is not None
+        return HALF_HOUR_SECONDS if asked and not self.in_memory else None
+
+    @property
     def answer_tokens(self) -> int | None:
         if self.max_completion_tokens is not None:
             return self.max_completion_tokens
@@ -326,44 +343,6 @@ class CompletionRequest(Sampled):
                 return [self.prompt]  # type: ignore[list-item]
             case several:
                 return several  # type: ignore[return-value]
-
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_TTL = re.compile(r"([1-9][0-9]{0,8})([smhd])")
-_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-
-
-def _prompt_name(name: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise ValueError(
-            "must have 1 to 64 letters, digits, '_', '-' and '.', and begin with a letter or digit"
-        )
-    return name
-
-
-def _seconds(value: Any) -> Any:
-    if isinstance(value, str) and (found := _TTL.fullmatch(value)):
-        value = int(found[1]) * _UNIT_SECONDS[found[2]]
-    if value is not None and (type(value) is not int or not 0 < value < 1 << 40):
-        raise ValueError('must be seconds from 1 on, or such as "30m", "24h" or "7d"')
-    return value
-
-
-class PromptRequest(Wire):
-    """A prompt to be stored: what conversations begin with."""
-
-    name: Annotated[str, AfterValidator(_prompt_name)]
-    system: str | None = None
-    file_ids: list[str] = []
-    ttl: Annotated[int | None, BeforeValidator(_seconds)] = None  # seconds; None: until deleted
-
-    @model_validator(mode="after")
-    def _has_content(self) -> Self:
-        if not self.system and not self.file_ids:
-            raise ValueError("either system or file_ids is required, or both")
-        if len(set(self.file_ids)) < len(self.file_ids):
-            raise ValueError("file_ids names a file twice; name it once")
-        return self
 
 
 class FlushRequest(Wire):

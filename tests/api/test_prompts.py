@@ -193,6 +193,25 @@ def test_openais_cache_fields_are_taken(server: LiveServer) -> None:
         assert answer.json()["error"]["param"].startswith(field)
 
 
+def test_retention_means_what_it_says(model_folder: Path, tmp_path: Path) -> None:
+    disk = {"kv_dir": tmp_path / "kv"}
+    short = [{"role": "user", "content": f"Short. {STORY[:1500]}"}]  # not stored by itself
+    long = [{"role": "user", "content": f"Long. {STORY * 3}"}]  # stored by itself
+    with LiveServer(model_folder, tmp_path, cache=disk) as server:
+        chat(server.http, messages=short, prompt_cache_retention="24h")
+        for _ in range(2):
+            usage = chat(server.http, messages=long, prompt_cache_retention="in_memory")["usage"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] > 1024  # it is in memory
+        wait_until(lambda: server.engine_stats()["disk_blocks"] > 0)
+    with LiveServer(model_folder, tmp_path, cache=disk) as server:
+        cached = [
+            chat(server.http, messages=messages)["usage"]["prompt_tokens_details"]["cached_tokens"]
+            for messages in (short, long)
+        ]
+        assert cached[0] > 300
+        assert cached[1] == 0
+
+
 def test_a_file_is_reused_after_any_text(server: LiveServer) -> None:
     with server.openai() as client:
         file: Any = client.files.create(file=("c.txt", STORY.encode()), purpose="user_data")
