@@ -66,6 +66,8 @@ class About:
                 "kv_codec_reason": info.codec_choice.reason,
                 "kv_codec_forced": info.codec_choice.forced,
                 "kv_codec_quality": _quality(info.codec_choice),
+                "shiftable": info.shiftable,
+                "shiftable_reason": info.shiftable_reason,
                 "device": info.device,
                 "dtype": info.dtype,
                 "attention_backend": info.backend,

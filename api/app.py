@@ -17,10 +17,18 @@ from api.documents import DocumentStore
 from api.errors import HANDLERS
 from api.files import Files
 from api.generation import Generation
+from api.keeper import Keeper
 from api.library import Library
 from api.metrics import HTTPMetrics, Measured, Metrics
 from api.openapi import body_of, describe_bodies
+from api.openings import Openings
 from api.parser import Parser
+from api.prompt_library import PromptLibrary
+from api.prompt_records import PromptRecords
+from api.prompts import PromptRequest, Prompts
+from api.retention import Retention
+from api.schema_library import SchemaLibrary
+from api.schemas import Schemas
 from api.store_dir import StoreDir
 from api.wire import ChatRequest, CompletionRequest, FlushRequest, TokenizeRequest
 from longctx.client import EngineClient
@@ -62,14 +70,35 @@ async def open_application(
         library = Library(folder, store, parser, prompts, engine)
         stack.push_async_callback(library.close)
         await library.open()
-        engine.on_restart = library.reopen
+        records = PromptRecords(folder.prompts_database)
+        stack.push_async_callback(records.close)
+        await records.open()
+        keeper = Keeper(engine)
+        stack.push_async_callback(keeper.close)
+        schemas = SchemaLibrary(records, tokenizer, prompts, engine, keeper)
+        await schemas.open()
+        named = PromptLibrary(records, library, folder, prompts, keeper)
+        stack.push_async_callback(named.close)
+        await named.open()
+        retention = Retention(records, folder, keeper)
+        stack.push_async_callback(retention.close)
+        await retention.open()
+
+        async def reopen() -> None:
+            await library.reopen()
+            await keeper.reopen()
+
+        engine.on_restart = reopen
         measured = HTTPMetrics()
         generation = Generation(
             engine,
             config.served_name or info.model_name,
             on_first_token=measured.first_token_seconds.observe,
         )
-        asgi = _routes(config, generation, tokenizer, prompts, library, folder, measured)
+        asgi = _routes(
+            *(config, generation, tokenizer, prompts, library, schemas, named, retention, keeper),
+            *(folder, measured),
+        )
         asgi.add_middleware(Authentication, keys=keys, secret=folder.secret())
         asgi.add_middleware(Measured, metrics=measured)  # the last is the outermost
         yield Application(asgi, engine, library)
@@ -81,17 +110,33 @@ def _routes(
     tokenizer: Tokenizer,
     prompts: ChatPrompts,
     library: Library,
+    schema_library: SchemaLibrary,
+    prompt_library: PromptLibrary,
+    retention: Retention,
+    keeper: Keeper,
     folder: StoreDir,
     measured: HTTPMetrics,
 ) -> FastAPI:
     limit = config.max_upload_bytes
     attachments = Attachments(library, folder, max_upload_bytes=limit)
-    chat = Chat(generation, prompts, library, attachments, ping_seconds=config.ping_seconds)
+    engine = generation.engine
+    openings = Openings(
+        schema_library,
+        prompt_library,
+        library,
+        engine,
+        level=config.level,
+        force_level=engine.config.cache.force_level,
+    )
+    pings = config.ping_seconds
+    chat = Chat(generation, prompts, library, attachments, openings, retention, ping_seconds=pings)
     completions = Completions(generation, tokenizer, ping_seconds=config.ping_seconds)
     files = Files(library, folder, max_upload_bytes=limit)
     about = About(generation, tokenizer, chat)
-    metrics = Metrics(generation.engine, library, measured)
-    cache = Cache(generation.engine, library)
+    metrics = Metrics(engine, library, measured)
+    cache = Cache(engine, library)
+    named = Prompts(prompt_library, engine, keeper)
+    schemas = Schemas(schema_library, engine, keeper)
     app = FastAPI(title="longctx", exception_handlers=HANDLERS)
     describe_bodies(app)
     for method, path, answer, body in (
@@ -104,6 +149,14 @@ def _routes(
         ("POST", "/tokenize", about.tokenize, TokenizeRequest),
         ("POST", "/v1/chat/completions", chat.create, ChatRequest),
         ("POST", "/v1/completions", completions.create, CompletionRequest),
+        ("POST", "/v1/prompt_cache/prompts", named.create, PromptRequest),
+        ("GET", "/v1/prompt_cache/prompts", named.list, None),
+        ("GET", "/v1/prompt_cache/prompts/{name}", named.retrieve, None),
+        ("DELETE", "/v1/prompt_cache/prompts/{name}", named.delete, None),
+        ("POST", "/v1/prompt_cache/schemas", schemas.create, None),
+        ("GET", "/v1/prompt_cache/schemas", schemas.list, None),
+        ("GET", "/v1/prompt_cache/schemas/{name}", schemas.retrieve, None),
+        ("DELETE", "/v1/prompt_cache/schemas/{name}", schemas.delete, None),
         ("POST", "/v1/files", files.create, None),
         ("GET", "/v1/files", files.list, None),
         ("GET", "/v1/files/{file_id}", files.retrieve, None),

@@ -62,6 +62,7 @@ class LiteralPrompts:
 
     def __init__(self, wanted: CompletionRequest, tokenizer: Tokenizer, vocab_size: int) -> None:
         self.notes: Body = {}
+        self.prompt_cache: Body = {}
         self.wanted = wanted
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -72,6 +73,9 @@ class LiteralPrompts:
 
     async def prompts(self) -> list[Prompt]:
         return await asyncio.to_thread(lambda: [self._prompt(one) for one in self.wanted.prompts])
+
+    async def answered(self) -> None:
+        """Nothing more is to be done."""
 
     def _prompt(self, prompt: str | list[int]) -> Prompt:
         if isinstance(prompt, str):

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from prompt_cache.level import Level, parse_level
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
@@ -15,6 +17,9 @@ class ServerConfig:
     served_name: Annotated[str | None, "the model's name in the API; its folder's if absent"] = None
     api_key: Annotated[tuple[str, ...], "key that requests must carry; repeat for more"] = ()
     api_key_file: Annotated[Path | None, "file of accepted keys, one a line; a tenant each"] = None
+    prompt_cache_level: Annotated[
+        str, "how prompts of schema modules are computed: exact, modular or link:K, such as link:16"
+    ] = "exact"
     max_upload_mib: Annotated[int, "largest file accepted"] = 512
     ping_seconds: Annotated[float, "a silent stream carries a comment this often"] = 5.0
     drain_seconds: Annotated[float, "time that running answers get to finish at the end"] = 10.0
@@ -28,13 +33,17 @@ class ServerConfig:
             raise ValueError(f"ping_seconds={self.ping_seconds} must be positive")
         if self.drain_seconds < 0:
             raise ValueError(f"drain_seconds={self.drain_seconds} must not be negative")
-
+        parse_level(self.prompt_cache_level, param="prompt_cache_level")
         if not all(self.api_key):
             raise ValueError("api_key is empty; leave it out to serve without keys")
 
     @property
     def max_upload_bytes(self) -> int:
         return self.max_upload_mib << 20
+
+    @property
+    def level(self) -> Level:
+        return parse_level(self.prompt_cache_level, param="prompt_cache_level")
 
     @property
     def folder(self) -> Path:

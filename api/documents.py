@@ -1,21 +1,15 @@
 """What is known about each uploaded file, in SQLite, so that it outlives the process.
 
 Only what cannot be had again stands here; how far a document has come in this process is the
-`Library`'s (`library.py`). One thread does all the work, so the event loop never waits for a disk
-and nothing needs a lock.
+`Library`'s (`library.py`).
 """
 
-import asyncio
 import sqlite3
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
-from longctx.errors import LongctxError
-
-Result = TypeVar("Result")
+from api.database import Database
 
 SCHEMA_VERSION = 1
 SCHEMA = """
@@ -65,24 +59,20 @@ def _document(row: tuple[object, ...]) -> Document:
 
 class DocumentStore:
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._thread = ThreadPoolExecutor(1, "documents")
-        self._connection: sqlite3.Connection | None = None
+        self._database = Database(path, tables=SCHEMA, version=SCHEMA_VERSION)
 
     async def open(self) -> None:
         """Raises LongctxError when the file is no database of ours."""
-        await self._run(self._open)
+        await self._database.open()
 
     async def close(self) -> None:
-        if self._connection is not None:
-            await self._run(self._connection.close)
-        self._thread.shutdown()
+        await self._database.close()
 
     async def save(self, document: Document) -> None:
         """Adds it, or replaces what was known; durable when this returns."""
         updates = ", ".join(f"{name} = excluded.{name}" for name in COLUMNS.split(", "))
-        await self._run(
-            lambda: self._database.execute(
+        await self._database.run(
+            lambda connection: connection.execute(
                 f"INSERT INTO documents ({COLUMNS}) VALUES ({MARKS}) "
                 f"ON CONFLICT (id) DO UPDATE SET {updates}",
                 astuple(document),
@@ -90,13 +80,15 @@ class DocumentStore:
         )
 
     async def remove(self, document_id: str) -> None:
-        await self._run(
-            lambda: self._database.execute("DELETE FROM documents WHERE id = ?", (document_id,))
+        await self._database.run(
+            lambda connection: connection.execute(
+                "DELETE FROM documents WHERE id = ?", (document_id,)
+            )
         )
 
     async def all(self) -> list[Document]:
         """Oldest first."""
-        return await self._run(lambda: self._select("ORDER BY number"))
+        return await self._database.run(lambda connection: _select(connection, "ORDER BY number"))
 
     async def page(
         self,
@@ -117,34 +109,9 @@ class DocumentStore:
             conditions.append(f"number {beyond} (SELECT number FROM documents WHERE id = ?)")
             values.append(after)
         clause = f"WHERE {' AND '.join(conditions)} ORDER BY number {order} LIMIT {limit}"
-        return await self._run(lambda: self._select(clause, *values))
+        return await self._database.run(lambda connection: _select(connection, clause, *values))
 
-    @property
-    def _database(self) -> sqlite3.Connection:
-        assert self._connection is not None, "not open"
-        return self._connection
 
-    def _select(self, clause: str, *values: str) -> list[Document]:
-        rows = self._database.execute(f"SELECT {COLUMNS} FROM documents {clause}", values)
-        return [_document(row) for row in rows]
-
-    def _open(self) -> None:
-        try:
-            self._connection = sqlite3.connect(self._path, isolation_level=None)
-            (version,) = self._database.execute("PRAGMA user_version").fetchone()
-            if version > SCHEMA_VERSION:
-                raise LongctxError(
-                    f"{self._path} was written by a newer longctx (format {version}, known "
-                    f"{SCHEMA_VERSION}); use that one or another --store-dir"
-                )
-            self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = FULL")
-            self._database.executescript(SCHEMA)
-            self._database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        except sqlite3.Error as error:
-            raise LongctxError(
-                f"{self._path} cannot be read: {error}; move it away to start without files"
-            ) from error
-
-    async def _run(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+def _select(connection: sqlite3.Connection, clause: str, *values: str) -> list[Document]:
+    rows = connection.execute(f"SELECT {COLUMNS} FROM documents {clause}", values)
+    return [_document(row) for row in rows]

@@ -22,6 +22,7 @@ from longctx.errors import (
     LongctxError,
     Overloaded,
 )
+from prompt_cache.errors import SchemaError
 
 logger = logging.getLogger("longctx.api")
 
@@ -69,6 +70,8 @@ def api_error(error: Exception) -> ApiError:
             return error
         case ContextTooLong():
             return ApiError(400, str(error), param=error.param, code="context_length_exceeded")
+        case SchemaError():
+            return ApiError(400, str(error), param=error.param, code="invalid_value")
         case InvalidRequest():
             return ApiError(400, str(error), param=error.param, code="invalid_value")
         case Overloaded():
@@ -132,6 +135,7 @@ HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, An
     for kind in (
         ApiError,
         LongctxError,
+        SchemaError,
         ValidationError,
         HTTPException,
         ClientDisconnect,

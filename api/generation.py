@@ -19,10 +19,15 @@ from longctx.request import FinishReason, Request, RequestOutput, SamplingParams
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """A prompt as the engine takes it. `tokens` counts its documents too."""
+    """A prompt as the engine takes it.
+
+    `tokens` counts its documents and modules too, `gap_tokens` the positions between modules that
+    it leaves out.
+    """
 
     segments: tuple[Segment, ...]
     tokens: int
+    gap_tokens: int = 0
 
 
 class Generation:
@@ -59,9 +64,10 @@ class Generation:
             Request(
                 request_id=f"{name}-{number}",
                 segments=prompt.segments,
-                sampling=self._sampling(wanted, prompt.tokens),
+                sampling=self._sampling(wanted, prompt.tokens + prompt.gap_tokens),
                 salt=salt,
                 explain=wanted.cache_explain,
+                in_memory=wanted.in_memory,
             )
             for number, prompt in enumerate(prompts)
         ]

@@ -12,7 +12,7 @@ question that comes first joins that work.
 import asyncio
 import logging
 from collections.abc import Iterator
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,32 +21,17 @@ from api.documents import Document, DocumentStore
 from api.errors import ApiError
 from api.lane import Lane
 from api.parser import Parser
+from api.prefill import prefill
 from api.store_dir import StoreDir
 from longctx.client import EngineClient
-from longctx.errors import (
-    ContextTooLong,
-    DocumentMissing,
-    EngineDied,
-    InvalidRequest,
-    LongctxError,
-    Overloaded,
-)
+from longctx.errors import ContextTooLong, EngineDied, InvalidRequest, LongctxError
 from longctx.prompt import ChatPrompts
-from longctx.request import (
-    FinishReason,
-    Progress,
-    Request,
-    RequestClass,
-    SamplingParams,
-    Segment,
-)
+from longctx.request import Progress, Segment
 
 logger = logging.getLogger("longctx.api")
 
 DocumentState = Literal["queued", "processing", "ready", "error"]
 TOKEN_BYTES = 4
-ATTEMPTS = 3  # a document that ends the engine this often is left alone
-RETRY_SECONDS = 0.5
 
 
 @dataclass(slots=True, eq=False)
@@ -310,44 +295,22 @@ class Library:
 
     async def _prefill(self, document_id: str) -> None:
         entry = self._entries[document_id]
-        reason = ""
-        attempts = 0
-        while attempts < ATTEMPTS:
-            while self._engine.state in ("starting", "restarting"):
-                await asyncio.sleep(RETRY_SECONDS)
-            if self._engine.state != "ready":
-                return  # going down
-            try:
-                await self._prefill_once(entry, f"ingest-{document_id}-{attempts}")
-                return
-            except Overloaded:
-                pass
-            except (EngineDied, DocumentMissing) as error:
-                attempts += 1
-                reason = str(error)
-            except LongctxError as error:
-                entry.error = str(error)
-                return
-            await asyncio.sleep(RETRY_SECONDS)
-        entry.error = f"computing it failed {ATTEMPTS} times, at last because: {reason}"
-
-    async def _prefill_once(self, entry: Entry, request_id: str) -> None:
-        document = Segment(document_id=entry.document.id)
+        document = Segment(document_id=document_id)
         before = (Segment(token_ids=entry.prefix),) if entry.prefix else ()
-        request = Request(
-            request_id=request_id,
-            segments=(*before, document),
-            sampling=SamplingParams(max_tokens=0),
-            request_class=RequestClass.INGEST,
-            salt=entry.document.tenant,
-        )
-        async with aclosing(self._engine.generate(request)) as outputs:
-            async for output in outputs:
-                if output.progress is not None:
-                    entry.progress = output.progress
-                if output.finish_reason is FinishReason.ERROR:
-                    raise EngineDied(output.error or "the engine failed")
-                entry.ready |= output.finish_reason is FinishReason.LENGTH
+
+        def note(progress: Progress) -> None:
+            entry.progress = progress
+
+        try:
+            entry.ready |= await prefill(
+                self._engine,
+                f"ingest-{document_id}",
+                (*before, document),
+                salt=entry.document.tenant,
+                on_progress=note,
+            )
+        except LongctxError as error:
+            entry.error = str(error)
 
 
 def _unknown(document_id: str, param: str | None) -> ApiError:

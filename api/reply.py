@@ -53,10 +53,14 @@ class Shape(Protocol):
 class Preparation(Protocol):
     """Makes the prompts of one request, which may mean to wait for documents.
 
-    `notes` are for the answer's object `longctx`.
+    `notes` are for the answer's object `longctx`; `prompt_cache` is an object of the answer, unless
+    it is empty: how what it begins with was used.
     """
 
     notes: Body
+
+    @property
+    def prompt_cache(self) -> Body: ...
 
     @property
     def is_ready(self) -> bool:
@@ -69,6 +73,10 @@ class Preparation(Protocol):
 
     async def prompts(self) -> list[Prompt]: ...
 
+    async def answered(self) -> None:
+        """The prompts were read, and answered."""
+        ...
+
 
 @dataclass(slots=True)
 class Tally:
@@ -78,6 +86,8 @@ class Tally:
     cached: int = 0
     completion: int = 0
     computed: int = 0
+    borrowed: int = 0
+    linked: int = 0
     explanation: CacheExplanation | None = None
 
     def add(self, usage: Usage) -> None:
@@ -85,6 +95,8 @@ class Tally:
         self.cached += usage.cached_tokens
         self.completion += usage.completion_tokens
         self.computed += usage.computed_tokens
+        self.borrowed += usage.borrowed_tokens
+        self.linked += usage.linked_tokens
         self.explanation = usage.explanation
 
     def usage(self) -> Body:
@@ -132,6 +144,7 @@ class Reply:
             [self.shape.whole(choices[index]) for index in sorted(choices)],
             usage=self.tally.usage(),
             longctx=self._longctx(),
+            **self._prompt_cache(),
             **self._explanation(),
         )
 
@@ -164,6 +177,7 @@ class Reply:
             yield {
                 **last,
                 "longctx": self._longctx(),
+                **self._prompt_cache(),
                 **({} if self.wanted.include_usage else told),
             }
         if self.wanted.include_usage:
@@ -179,6 +193,7 @@ class Reply:
                 if output.usage is not None:
                     self.tally.add(output.usage)
                 yield output
+        await self.preparation.answered()
 
     async def _prepare(self) -> list[EngineRequest]:
         prompts = await self.preparation.prompts()
@@ -212,6 +227,13 @@ class Reply:
     def _longctx(self) -> Body:
         return {"computed_tokens": self.tally.computed, **self.preparation.notes}
 
+    def _prompt_cache(self) -> Body:
+        told = self.preparation.prompt_cache
+        if not told:
+            return {}
+        counts = {"borrowed_tokens": self.tally.borrowed, "linked_tokens": self.tally.linked}
+        return {"prompt_cache": {**told, **counts}}
+
     def _explanation(self) -> Body:
         """Why the cache had what it had, where that was asked for."""
         told = self.tally.explanation
@@ -227,6 +249,8 @@ class Reply:
                     "disk": told.disk_tokens,
                 },
                 "waited_for_tokens": told.waited_tokens,
+                "borrowed_tokens": told.borrowed_tokens,
+                "linked_tokens": told.linked_tokens,
                 "reason": told.reason,
                 "detail": told.detail,
                 "first_divergent_token": divergence and asdict(divergence),

@@ -2,6 +2,7 @@
 
 secret               what tenants are derived from; private
 documents.sqlite     what is known about each file (`documents.py`)
+prompts.sqlite       the schemas and prompts that were named (`prompt_records.py`)
 documents/ID.txt     a file's text, as uploaded
 documents/ID.tokens  its token ids, little-endian int32
 models               checksums of models, and what codecs cost them
@@ -41,6 +42,10 @@ class StoreDir:
     @property
     def database(self) -> Path:
         return self.path / "documents.sqlite"
+
+    @property
+    def prompts_database(self) -> Path:
+        return self.path / "prompts.sqlite"
 
     @property
     def models(self) -> Path:

@@ -27,6 +27,8 @@ MAX_JSON_BYTES = 16 << 20
 # Of a refused body this much is still read: a client that is busy sending sees no answer.
 MAX_DISCARDED_BYTES = 256 << 20
 MAX_PROMPTS = 2048
+DAY_SECONDS = 86_400
+HALF_HOUR_SECONDS = 1800
 
 WireType = TypeVar("WireType", bound="Wire")
 
@@ -35,6 +37,11 @@ async def read_json(
     request: Request, wire_type: type[WireType], *, if_empty: bytes = b""
 ) -> WireType:
     """The body as `wire_type`; ApiError 413 above MAX_JSON_BYTES, ValidationError when wrong."""
+    return wire_type.model_validate_json(await read_body(request) or if_empty)
+
+
+async def read_body(request: Request) -> bytes:
+    """ApiError 413 above MAX_JSON_BYTES."""
     body = bytearray()
     stream = request.stream()
     async for chunk in stream:
@@ -46,7 +53,7 @@ async def read_json(
                 f"the body is larger than {MAX_JSON_BYTES >> 20} MiB; "
                 "upload long text to /v1/files and refer to it by file_id",
             )
-    return wire_type.model_validate_json(bytes(body) or if_empty)
+    return bytes(body)
 
 
 async def discard(stream: AsyncIterator[bytes]) -> None:
@@ -152,6 +159,10 @@ class Sampled(Wire):
         return self.max_tokens
 
     @property
+    def in_memory(self) -> bool:
+        return False
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -170,6 +181,8 @@ class TextPart(Wire):
     type: Literal["text"]
     text: str
 
+    prompt_cache_breakpoint: Any = None  # harmless: every prefix is found again without marks
+
 
 class FileReference(Wire):
     """An uploaded file, or one that travels inside the message as a data URL."""
@@ -186,8 +199,14 @@ class FileReference(Wire):
 
 
 class FileContent(Wire):
+    """`reuse`: where the file stands after other text than it was computed after, its state may be
+    borrowed from there, a level of `prompt_cache.level`."""
+
     type: Literal["file"]
     file: FileReference
+    reuse: str | None = None
+
+    prompt_cache_breakpoint: Any = None  # harmless
 
 
 Part = Annotated[TextPart | FileContent, Field(discriminator="type")]
@@ -215,16 +234,42 @@ class Message(Wire):
         return self.content or []
 
 
+class PromptCache(Wire):
+    """What the conversation begins with: a named prompt, or modules of a schema."""
+
+    prompt: str | None = None
+    schema_name: Annotated[str | None, Field(alias="schema")] = None
+    modules: list[str] | None = None
+    parameters: dict[str, str] | None = None
+    level: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.prompt is None) == (self.schema_name is None):
+            raise ValueError("must have either prompt or schema")
+        if self.prompt is not None:
+            for name in ("modules", "parameters", "level"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"has {name}, which are a schema's; leave it out of a prompt")
+        return self
+
+
+class PromptCacheOptions(Wire):
+    mode: Literal["implicit", "explicit"] | None = None
+    ttl: Literal["30m"] | None = None
+
+
 class ChatRequest(Sampled):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
+    prompt_cache: PromptCache | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    prompt_cache_options: PromptCacheOptions | None = None
 
     # harmless
     parallel_tool_calls: bool | None = None
     prediction: Any = None
-    prompt_cache_key: str | None = None
-    prompt_cache_options: Any = None
-    prompt_cache_retention: str | None = None
+    prompt_cache_key: str | None = None  # says which server of many; here is one, with one cache
     safety_identifier: str | None = None
     service_tier: str | None = None
 
@@ -242,6 +287,19 @@ class ChatRequest(Sampled):
     top_logprobs: Annotated[Any, neutral(None, 0)] = None
     verbosity: Annotated[Any, neutral(None, "medium")] = None
     web_search_options: Annotated[Any, neutral(None)] = None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the prompt may not be written to disk."""
+        return self.prompt_cache_retention in ("in_memory", "in-memory")
+
+    @property
+    def keep_seconds(self) -> int | None:
+        """How long the prompt is to be kept at least."""
+        if self.prompt_cache_retention == "24h":
+            return DAY_SECONDS
+        asked = self.prompt_cache_options is not None and self.prompt_cache_options.ttl is not None
+        return HALF_HOUR_SECONDS if asked and not self.in_memory else None
 
     @property
     def answer_tokens(self) -> int | None:

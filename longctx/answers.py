@@ -27,9 +27,11 @@ class Answers:
         if self.hidden or first.completion_tokens or done <= self.reported:
             return []
         self.reported = done
-        borrowed = first.borrowed_tokens
+        total = first.prompt_tokens + first.borrowed_tokens
+        admitted = first.cached_tokens is not None
+        borrowed = first.borrowed_tokens if admitted else 0  # or it still waits for that
         progress = Progress(
-            total=first.prompt_tokens + borrowed,
+            total=total,
             cache=(first.cached_tokens or 0) + borrowed,
             processed=done + borrowed,
             time_ms=1000 * (time.monotonic() - first.arrival_seconds),

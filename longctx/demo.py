@@ -1,8 +1,8 @@
 """`make demo`: everything once, for real. A server process, the official client, a long document.
 
-A document is uploaded, read once and asked. Then the server is stopped and started again, and asked
-once more: what each took, cold, warm and restored, stands in one table. The model only finds facts
-in text; expected and given answers stand side by side, right or wrong.
+A document is uploaded, read once and asked; texts are computed once and combined. The server is
+stopped and started again, and asked once more: what each took stands in one table. The model only
+finds facts in text; expected and given answers stand side by side, right or wrong.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from longctx.bench.haystack import document
+from longctx.demo_modules import show_library
 from longctx.demo_server import own_environment, running_server
 from longctx.embedded import model_path
 from longctx.embedded.generator import insert
@@ -91,6 +92,7 @@ class Said:
     cached_tokens: int
     disk_tokens: int  # of those cached
     waited_tokens: int  # cached, but only because the upload computed them meanwhile
+    prompt_cache: dict[str, Any]  # how modules were used, where there are any
 
 
 class Demo:
@@ -126,13 +128,22 @@ class Demo:
                 time.sleep(POLL_SECONDS)
                 file = self.client.files.retrieve(file.id)
 
-    def ask(self, content: Any, *, system: str | None = None, show: bool = False) -> Said:
+    def ask(
+        self,
+        content: Any,
+        *,
+        system: str | None = None,
+        prompt_cache: dict[str, Any] | None = None,
+        show: bool = False,
+    ) -> Said:
         """One chat, streamed; `show` prints the words as they come."""
         messages: list[Any] = [{"role": "user", "content": content}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
         text, first = "", 0.0
         usage, found = None, None
+        modules: dict[str, Any] = {}
+        begins = {} if prompt_cache is None else {"prompt_cache": prompt_cache}
         began = time.perf_counter()
         for chunk in self.client.chat.completions.create(
             model=self.model,
@@ -141,10 +152,11 @@ class Demo:
             temperature=0,
             stream=True,
             stream_options={"include_usage": True},
-            extra_body={"cache_explain": True},
+            extra_body={"cache_explain": True, **begins},
         ):
             usage = chunk.usage or usage
             found = (chunk.model_extra or {}).get("cache_explain", found)
+            modules = (chunk.model_extra or {}).get("prompt_cache", modules)
             piece = chunk.choices[0].delta.content if chunk.choices else None
             if piece:
                 first = first or time.perf_counter() - began
@@ -159,7 +171,19 @@ class Demo:
             usage.prompt_tokens_details.cached_tokens or 0,
             found["matched_tokens"]["disk"],
             found["waited_for_tokens"],
+            modules,
         )
+
+    def store(self, schema: dict[str, Any]) -> dict[str, Any]:
+        """A prompt schema, once its modules are computed."""
+        path = "/prompt_cache/schemas"
+        stored: dict[str, Any] = self.client.post(path, body=schema, cast_to=dict[str, Any])
+        while stored["state"] not in ("ready", "error"):
+            time.sleep(POLL_SECONDS)
+            stored = self.client.get(f"{path}/{stored['name']}", cast_to=dict[str, Any])
+        if stored["state"] == "error":
+            raise SystemExit(f"longctx demo: the schema failed: {stored['error']}")
+        return stored
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -218,6 +242,18 @@ def _story(console: Console, config: DemoConfig, folder: Path, store: Path) -> N
 
         _section(console, "A long system prompt, used by two chats", "nothing was set up for it")
         _shared_system_prompt(demo, document(SYSTEM_TOKENS, seed=3, count_tokens=count))
+
+        _section(
+            console,
+            "A library of texts, used in any combination",
+            "a prompt schema: each text is computed once, alone, whatever stands beside it later",
+        )
+        show_library(
+            console,
+            store=demo.store,
+            ask=lambda words, chosen: demo.ask(words, prompt_cache=chosen),
+            count=count,
+        )
 
         _section(console, "The server is stopped, and started again", "all it has is on the disk")
 

@@ -98,10 +98,11 @@ class Engine:
         )
         self._memory, self._cache = machine.memory, machine.cache
         self._migration, self._runner = machine.migration, machine.runner
-        self._ingestion = None if machine.store is None else Ingestion(machine.cache, machine.store)
+        self._store = store = machine.store
+        self._ingestion = None if store is None else Ingestion(machine.cache, store)
         scheduler = config.scheduler
         self._scheduler = Scheduler(scheduler, self._cache, batch_tokens=machine.batch_tokens)
-        self.info = EngineInfo.of(spec, self._memory, codec, machine.store, backend=backend_name)
+        self.info = EngineInfo.of(spec, self._memory, codec, store, backend=backend_name)
         self._intake = Intake(
             spec,
             self._cache,
@@ -109,7 +110,7 @@ class Engine:
             self.info.limits,
             max_sequences=scheduler.max_sequences,
         )
-        self._fetches = Fetches(self._cache, self._intake, self._scheduler)
+        self._fetches = Fetches(self._cache, self._intake, self._scheduler, self._ingestion)
         self._explainer = Explainer(
             self._cache, self._intake.prompts.documents, self.tokenizer, self._intake.namespace
         )
@@ -150,9 +151,8 @@ class Engine:
         answers = self._requests.get(request_id)
         if answers is None:
             return
-        for sequence in list(answers.sequences):
-            if sequence.finish_reason is None:
-                self._early += self._finish(sequence, FinishReason.ABORT)
+        for sequence in [s for s in answers.sequences if s.finish_reason is None]:
+            self._early += self._finish(sequence, FinishReason.ABORT)
 
     def open_document(self, document_id: str, token_ids: NDArray[np.int32]) -> None:
         """Make a document known by its tokens; requests may then name it as a segment."""
@@ -178,9 +178,8 @@ class Engine:
 
     def module_states(self, module_ids: Iterable[str]) -> dict[str, ModuleState]:
         """Of those that are open."""
-        store = None if self._migration is None else self._migration.store
         modules = self._intake.prompts.modules
-        return module_states(modules, module_ids, self._cache, store, self._ingestion)
+        return module_states(modules, module_ids, self._cache, self._store, self._ingestion)
 
     def durable_documents(self) -> dict[str, int]:
         """Tokens that are on stable storage, of documents of which more or less is than before."""
@@ -303,13 +302,9 @@ class Engine:
         full = sequence.layout.position(len(sequence.tokens)) >= self._spec.max_context
         if full or sequence.completion_tokens >= sampling.max_tokens:
             return self._finish(sequence, FinishReason.LENGTH, token=token, text=delta.text)
+        request_id, index = sequence.request.request_id, sequence.index
         return [
-            RequestOutput(
-                request_id=sequence.request.request_id,
-                index=sequence.index,
-                token_ids=(token,),
-                text=delta.text,
-            )
+            RequestOutput(request_id=request_id, index=index, token_ids=(token,), text=delta.text)
         ]
 
     def _finish(
@@ -365,9 +360,10 @@ class Engine:
         failed = dict.fromkeys(chunk.sequence.request.request_id for chunk in scheduled.chunks)
         outputs: list[RequestOutput] = []
         for request_id in failed:
-            for sequence in list(self._requests[request_id].sequences):
-                if sequence.finish_reason is None:
-                    outputs += self._finish(sequence, FinishReason.ERROR, error=message)
+            for sequence in [
+                s for s in self._requests[request_id].sequences if not s.finish_reason
+            ]:
+                outputs += self._finish(sequence, FinishReason.ERROR, error=message)
         return outputs
 
     def clear(self, tiers: Iterable[str]) -> dict[str, float]:
@@ -375,8 +371,7 @@ class Engine:
 
         Documents stay on disk, and known. Raises InvalidRequest for a tier that there is not.
         """
-        store = None if self._migration is None else self._migration.store
-        return clear_tiers(self._cache, store, tiers)
+        return clear_tiers(self._cache, self._store, tiers)
 
     def stats(self) -> dict[str, float]:
         """Gauges and counters, by flat names."""

@@ -301,9 +301,11 @@ def _borrows(sequence: Sequence) -> str:
     borrowed, linked = sequence.borrowed_tokens, sequence.linked_tokens
     if not borrowed:
         return ""
+    fetches = sequence.tier.fetches
+    fetched = f" ({fetches} of its parts were not on the device and came first)" if fetches else ""
     return (
-        f"{borrowed} tokens are used as they were encoded elsewhere, and {linked} of the same "
-        "parts are computed in context; of the rest, "
+        f"{borrowed} tokens are used as they were encoded elsewhere{fetched}, and {linked} of the "
+        "same parts are computed in context; of the rest, "
     )
 
 

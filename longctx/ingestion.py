@@ -75,7 +75,9 @@ class Ingestion:
         end, name = sequence.document_ends[-1]
         owner, keys = owner_of(name), self._cache.prefixes.known_keys(name)
         before = 0 if sequence.layout.closed else tokens_before(sequence.document_ends)
-        self._chains[owner] = _Chain(keys, sequence.layout, before, end)
+        known = self._chains.get(owner)
+        if known is None or known.end_tokens <= end or not sequence.layout.closed:
+            self._chains[owner] = _Chain(keys, sequence.layout, before, end)
         self._store.retain(owner, keys)
         self._changed = True
 

@@ -89,7 +89,7 @@ class KVCacheManager:
             self.migration.admitted(sequence, depth)
         self.residents.keep(sequence)
         found = depth if load is None else load.begin
-        self.hits += found
+        self.hits += found + sum(len(borrowed.blocks) for borrowed in sequence.layout.borrowed)
         self.misses += limit - found
         return True
 
@@ -97,7 +97,10 @@ class KVCacheManager:
         """Whether all that the sequence borrows is resident, and it has got it now."""
         sources = sequence.layout.sources
         absent = [source for source in sources if source.name not in self.prefixes]
-        self.wanted |= {source.name: (source, sequence) for source in absent}
+        for source in absent:
+            wanted = self.wanted.setdefault(source.name, (source, sequence))
+            if sequence.rank < wanted[1].rank:
+                self.wanted[source.name] = (source, sequence)
         if not absent:
             sequence.lenders = tuple(self.prefixes.take(source.name) for source in sources)
         return not absent

@@ -157,22 +157,30 @@ class Layout:
 
     def blocks(self, tokens: int) -> int:
         """Blocks that are complete with the first `tokens` tokens; the block of the next one."""
+        if self.plain:  # asked several times for each sequence in each step
+            return tokens // BLOCK_TOKENS
         run = self.runs[bisect_right(self._tokens, tokens) - 1]
         return run.block + (tokens - run.token) // BLOCK_TOKENS
 
     def tokens(self, blocks: int) -> int:
         """Tokens of the first `blocks` blocks; the first token of the next one."""
+        if self.plain:
+            return blocks * BLOCK_TOKENS
         index = self._run_of_block(blocks)
         run = self.runs[index]
         tokens = run.token + (blocks - run.block) * BLOCK_TOKENS
         return tokens if index + 1 == len(self.runs) else min(tokens, self._tokens[index + 1])
 
     def position(self, token: int) -> int:
+        if self.plain:
+            return token
         run = self.runs[bisect_right(self._tokens, token) - 1]
         return run.position + token - run.token
 
     def entry(self, block: int) -> int:
         """Where the block stands in a table of all entries."""
+        if self.plain:
+            return block
         run = self.runs[self._run_of_block(block)]
         return run.entry + block - run.block
 

@@ -97,6 +97,8 @@ class Migration:
         documents = max((end for end, _ in sequence.document_ends), default=0)
         own_tokens = sequence.prompt_tokens - documents
         seen_again = prompt if own_tokens >= KEPT_PROMPT_TOKENS else min(depth, prompt)
+        if sequence.request.in_memory:
+            seen_again = 0
         sequence.tier.store_until = max(sequence.blocks_until(documents), seen_again)
         if sequence.tier.streams:
             sequence.tier.store_until = prompt

@@ -162,10 +162,12 @@ class Modules:
         return Prompt(TokenIds(module.token_ids, []), module.layout, tuple(ends))
 
     def upto(self, source: Source) -> Prompt:
-        """The prompt that computes a source. Raises DocumentMissing where its module was closed."""
-        module = self.get(source.owner)
-        if source not in module.sources.values():
-            raise DocumentMissing(f"module {source.owner} was changed while the request waited")
+        """The prompt that computes a source. Raises DocumentMissing where its owner was closed."""
+        module = self._modules.get(source.owner)
+        if module is None or source not in module.sources.values():
+            raise DocumentMissing(
+                f"{source.owner} was closed while a request waited to borrow from it; open it again"
+            )
         token_ids = module.token_ids[: source.tokens]
         ends = ((len(token_ids), source.name),)
         return Prompt(TokenIds(token_ids, []), source.layout, ends)
@@ -174,7 +176,7 @@ class Modules:
 
     def note(self, sequence: Sequence) -> None:
         """A prompt is to be computed and kept: its last document can be borrowed from it."""
-        if sequence.document_ends and not sequence.layout.closed:
+        if sequence.document_ends and sequence.layout.plain:
             ends = sequence.document_ends
             ingested = Ingested(sequence.request.segments, ends, sequence.namespace)
             self._ingested[sequence.request.salt, owner_of(ends[-1][1])] = ingested

@@ -24,10 +24,11 @@ _ROLE = re.compile(r"[A-Za-z][A-Za-z_-]*")  # a role is written into the templat
 
 @dataclass(frozen=True, slots=True)
 class FilePart:
-    """A document inside a message; some templates show its title."""
+    """A document inside a message; some templates show its title. `link_tokens`: `Segment`'s."""
 
     document_id: str
     title: str
+    link_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +100,8 @@ class ChatPrompts:
     def render(
         self, messages: Sequence[Message], *, date: str | None = None
     ) -> tuple[Segment, ...]:
-        """The prompt that asks for the assistant's next message; it has no places."""
-        segments = []
-        for piece in self.pieces(messages, date=date):
-            assert not isinstance(piece, Place), "a place is the caller's to fill"
-            if isinstance(piece, FilePart):
-                segments.append(Segment(document_id=piece.document_id))
-            else:
-                segments.append(Segment(token_ids=piece))
-        return tuple(segments)
+        """The prompt that asks for the assistant's next message; as `pieces`, without places."""
+        return segments_of(self.pieces(messages, date=date))
 
     def pieces(
         self, messages: Sequence[Message], *, date: str | None = None
@@ -219,6 +213,18 @@ class ChatPrompts:
         if ids:
             result.append(tuple(ids))
         return tuple(result)
+
+
+def segments_of(pieces: Iterable[PromptPiece]) -> tuple[Segment, ...]:
+    segments = []
+    for piece in pieces:
+        assert not isinstance(piece, Place), "a place is the caller's to fill"
+        if isinstance(piece, FilePart):
+            link_tokens = piece.link_tokens
+            segments.append(Segment(document_id=piece.document_id, link_tokens=link_tokens))
+        else:
+            segments.append(Segment(token_ids=piece))
+    return tuple(segments)
 
 
 def frames_of(

@@ -121,6 +121,7 @@ class Request:
     request_class: RequestClass = RequestClass.INTERACTIVE
     salt: str = ""  # tenant salt; blocks are shared only between equal salts
     explain: bool = False  # its usage says why the cache had what it had
+    in_memory: bool = False  # what it computes, but for documents, is not written to disk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -93,6 +93,10 @@ class PlacedScaffold:
     def pieces(self) -> tuple[Piece, ...]:
         return tuple(piece for member in self.members for piece in member.pieces)
 
+    @property
+    def tokens(self) -> int:
+        return sum(member.tokens for member in self.members)
+
 
 Part: TypeAlias = Piece | Slot | PlacedModule | PlacedUnion | PlacedScaffold
 

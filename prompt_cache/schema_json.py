@@ -34,6 +34,7 @@ from prompt_cache.schema import (
 )
 
 NAMED = ("module", "parameter")  # the field has the element's name
+FIELDS = {"module": ("content",), "parameter": ("length", "default")}  # beside the first
 ELEMENTS = (*NAMED, "union", "scaffold", *ROLES)  # of the others, the field has the content
 
 
@@ -113,10 +114,11 @@ class _Elements:
                 self._fill(element, given, f"{where}.{kind}", depth=depth + 1)
             elif field == "content" and kind == "module":
                 self._fill(element, given, f"{where}.content", depth=depth + 1)
-            elif field == "name":
-                raise element.fault(f"there is no field 'name'; its name is the field {kind!r}")
-            elif field != kind:
+            elif field in FIELDS.get(kind, ()):
                 element.attributes[field] = given
+            elif field != kind:
+                known = ", ".join((kind, *FIELDS.get(kind, ())))
+                raise element.fault(f"there is no field {field!r}; it has {known}")
         return element
 
 

@@ -1,6 +1,7 @@
 """Modules and prompts made of them: what they mean, whatever the model, level or neighbour."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,29 @@ def test_borrowing_computes_only_what_is_new(llama: Path) -> None:
     assert answered.counts.linked_tokens == 16
     assert answered.counts.computed_tokens == 23
     assert answered.progress[-1].processed == answered.progress[-1].total == 172
+
+
+def test_an_explanation_tells_what_is_borrowed_from_what_is_computed(llama: Path) -> None:
+    engine = with_modules(build_engine(llama), MODULES)
+    segments = borrowed("a", link=16), borrowed("d"), literal(70, 1)
+    explanations = []
+    for name in ("first", "again"):
+        request = replace(prompt(name, *segments), explain=True)
+        (answered,) = engine.finish(request)
+        told = answered.counts.explanation
+        assert told is not None
+        assert (told.prompt_tokens, told.borrowed_tokens, told.linked_tokens) == (298, 212, 16)
+        assert told.device_tokens + 212 == answered.counts.cached_tokens
+        explanations.append(told)
+    first, again = explanations
+    assert first.reason == "never_seen" and again.reason == "below_block"
+    assert (first.device_tokens, again.device_tokens) == (0, 16 + 64)
+    assert first.detail.startswith(
+        "212 tokens are used as they were encoded elsewhere (2 of its parts were not on the device "
+        "and came first), and 16 of the same parts are computed in context; of the rest, found up "
+        "to token 0; what follows was never seen"
+    )
+    assert "came first" not in again.detail
 
 
 def test_a_module_that_was_never_encoded_is_encoded_when_it_is_needed(llama: Path) -> None:

@@ -12,8 +12,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from longctx.layer_attention import ATTENTION, register_attention
 from longctx.model import LoadedModel
 from longctx.rotation import find_relocation
+from tests.assembled import (
+    MODULES,
+    DenseModel,
+    assert_means,
+    borrowed,
+    literal,
+    prompt,
+    with_modules,
+)
 from tests.plain_attention import load, some_tokens
+from tests.recorded_engine import build_engine
 from tests.tiny_models import BASE, OWN, ROPE_VARIANTS, write_model
+from tests.tiny_tokenizer import write_tokenizer
 
 LONG = {"max_position_embeddings": 20_000}
 
@@ -126,3 +137,24 @@ def test_a_context_too_short_to_tell_is_not_shiftable(tmp_path: Path) -> None:
     relocation = load(write_model(tmp_path, "llama"), max_context=20).spec.relocation
     assert not relocation.shiftable
     assert "too short" in relocation.reason
+
+
+@pytest.mark.parametrize("name", ["linear", "llama3", "yarn", "partial, phi", "two frequencies"])
+def test_modules_that_moved_far_equal_a_dense_pass(tmp_path: Path, name: str) -> None:
+    architecture, options, _ = FOUND[name]
+    write_tokenizer(write_model(tmp_path, architecture, **LONG | options))
+    requests = [
+        prompt(
+            "far",
+            literal(70, 1),
+            borrowed("a", position=9_000),
+            literal(30, 2),
+            borrowed("d", position=9_300, link=5),
+            literal(4, 3),
+        ),
+        prompt("near", borrowed("d"), borrowed("a", position=400), literal(9, 4)),
+    ]
+    engine = build_engine(tmp_path, codec="raw", max_batch_tokens=64)
+    with_modules(engine, MODULES)
+    engine.finish(*requests)
+    assert_means(engine, DenseModel(tmp_path), MODULES, *requests, tolerance=2e-3)

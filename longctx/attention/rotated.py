@@ -64,30 +64,36 @@ class RotatedAttention:
             return self._inner.plan(chunks, group)
         chunks = sorted(chunks, key=lambda chunk: chunk.row_begin)
         parted = [_part(chunk, group, self._windows[group]) for chunk in chunks]
-        if not any(moved for _, moved in parted):
-            return self._inner.plan([unmoved for unmoved, _ in parted], group)
+        if not any(part.moved for part in parted):
+            return self._inner.plan(
+                [
+                    _seeing(chunk, group, part.unmoved, chunk.row_begin, chunk.own_pages)
+                    for chunk, part in zip(chunks, parted, strict=True)
+                ],
+                group,
+            )
         rows = sum(chunk.rows for chunk in chunks)
-        most = 1 + max(len(moved) for _, moved in parted)
-        empty = rows + sum(chunk.rows * len(moved) for chunk, moved in parted)
+        copied = [chunk.rows * len(part.moved) for chunk, part in zip(chunks, parted, strict=True)]
+        most, empty = 1 + max(len(part.moved) for part in parted), rows + sum(copied)
         source = np.zeros(empty + 1, dtype=np.int64)
         offsets = np.zeros(empty - rows, dtype=np.int64)
         base, copies, parts = [], [], []
         begin, copy_begin = 0, rows
-        for unmoved, moved in parted:
-            step_rows = np.arange(unmoved.row_begin, unmoved.row_begin + unmoved.rows)
-            source[begin : begin + unmoved.rows] = step_rows
-            base.append(replace(unmoved, row_begin=begin))
-            members = np.full((unmoved.rows if moved else 0, most), empty, dtype=np.int64)
+        for chunk, part in zip(chunks, parted, strict=True):
+            step_rows = np.arange(chunk.row_begin, chunk.row_begin + chunk.rows)
+            source[begin : begin + chunk.rows] = step_rows
+            base.append(_seeing(chunk, group, part.unmoved, begin, chunk.own_pages))
+            members = np.full((chunk.rows if part.moved else 0, most), empty, dtype=np.int64)
             members[:, 0] = begin + np.arange(len(members))
-            for number, (offset, copy) in enumerate(moved, 1):
-                end = copy_begin + copy.rows
+            for number, (offset, entries) in enumerate(part.moved, 1):
+                end = copy_begin + chunk.rows
                 source[copy_begin:end] = step_rows
                 offsets[copy_begin - rows : end - rows] = offset
-                copies.append(replace(copy, row_begin=copy_begin))
+                copies.append(_seeing(chunk, group, entries, copy_begin, chunk.own_pages[:0]))
                 members[:, number] = np.arange(copy_begin, end)
                 copy_begin = end
             parts.append(members)
-            begin += unmoved.rows
+            begin += chunk.rows
         joined = np.concatenate(parts)
         return _Plan(
             wide=self._inner.plan([*base, *copies], group),
@@ -137,34 +143,47 @@ class RotatedAttention:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
 
 
-def _part(
-    chunk: ChunkRows, group: int, window: int | None
-) -> tuple[ChunkRows, list[tuple[int, ChunkRows]]]:
-    """The chunk without its rotated entries, and for each rotation one that sees only those."""
-    if not chunk.rotated_entries:
-        return chunk, []
-    assert chunk.rotated_entries <= chunk.past_entries, "a block that is being computed is rotated"
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """A chunk's table: the entries that did not move, and those of each rotation."""
+
+    unmoved: NDArray[np.int64]
+    moved: list[tuple[int, NDArray[np.int64]]]
+
+
+def _part(chunk: ChunkRows, group: int, window: int | None) -> _Parts:
+    """Moved entries that no row of the chunk sees are left out."""
+    table = chunk.entries[group][: None if len(chunk.own_pages) else chunk.past_entries]
+    count = chunk.rotated_entries
+    if not count:
+        return _Parts(table, [])
+    assert count <= chunk.past_entries, "a block that is being computed is rotated"
     assert not chunk.absent_keys, "rotated entries and absent ones are told apart by nobody"
-    table = chunk.entries[group]
-    offsets = np.zeros(len(table), dtype=np.int64)
-    offsets[: chunk.rotated_entries] = table[: chunk.rotated_entries, ROTATION]
-    unmoved = _seeing(chunk, group, table[offsets == 0], np.count_nonzero(offsets))
-    if window is not None:  # what no row of the chunk sees needs no copies
-        unseen = table[:, FIRST_POSITION] + table[:, ROWS] <= chunk.first_position - window + 1
-        offsets[unseen] = 0
-    moved = []
-    for offset in np.unique(offsets[offsets != 0]).tolist():
-        entries = table[offsets == offset]
-        copy = replace(chunk, own_pages=chunk.own_pages[:0])
-        moved.append((offset, _seeing(copy, group, entries, chunk.past_entries - len(entries))))
-    return unmoved, moved
+    past, offsets = table[:count], table[:count, ROTATION]
+    unmoved = np.concatenate([past[offsets == 0], table[count:]])
+    if window is not None:
+        seen = past[:, FIRST_POSITION] + past[:, ROWS] > chunk.first_position - window + 1
+        past, offsets = past[seen], offsets[seen]
+    distinct = dict.fromkeys(offsets.tolist())
+    return _Parts(unmoved, [(each, past[offsets == each]) for each in distinct if each])
 
 
 def _seeing(
-    chunk: ChunkRows, group: int, entries: NDArray[np.int64], fewer: int | np.intp
+    chunk: ChunkRows,
+    group: int,
+    entries: NDArray[np.int64],
+    row_begin: int,
+    own_pages: NDArray[np.int64],
 ) -> ChunkRows:
-    """The chunk with another table, of which `fewer` entries are past ones."""
+    """The chunk's rows, from `row_begin` of another batch on, with another table."""
+    # Entries that are not past are of own blocks, and rows without own blocks see none of them
+    own_entries = len(chunk.entries[group]) - chunk.past_entries if len(own_pages) else 0
     tables = tuple(entries if i == group else table for i, table in enumerate(chunk.entries))
     return replace(
-        chunk, entries=tables, past_entries=chunk.past_entries - int(fewer), rotated_entries=0
+        chunk,
+        row_begin=row_begin,
+        own_pages=own_pages,
+        past_entries=len(entries) - own_entries,
+        entries=tables,
+        rotated_entries=0,
     )

@@ -118,8 +118,7 @@ class _Planner:
                 yield from self._past(chunk, past)
             elif chunk.rows == 1:
                 entries = self._visible(chunk, 0, chunk.past_entries)
-                short = len(entries) <= SHORT_BLOCKS and len(chunks) > 1
-                if short or not _whole(entries):
+                if len(entries) <= SHORT_BLOCKS and len(chunks) > 1:
                     padded[1, _bucket(len(entries))].append(_Rectangle(chunk, 0, 1, entries, 0))
                 else:
                     yield from self._one_row(chunk, entries)
@@ -163,14 +162,20 @@ class _Planner:
         return _cut(entries, viewed if self._in_place else copied, copied)
 
     def _one_row(self, chunk: ChunkRows, entries: Entries) -> Iterator[Tile]:
-        """One row against all that it sees, cut to exactly that: nothing is masked or copied."""
+        """One row against all that it sees, cut to exactly that: nothing is copied.
+
+        Nothing is masked either, but for tiles with parts of blocks.
+        """
         position, own_rows = chunk.first_position, chunk.own_row + 1
         oldest = 0 if self._window is None else max(0, position - self._window + 1)
         skip = max(0, oldest - int(entries[0, FIRST_POSITION])) if len(entries) else 0
         parts = list(self._past_parts(chunk, entries))
-        last = parts.pop() if parts else None
+        last = parts.pop() if parts and _whole(parts[-1]) else None
         for part in parts:
-            yield replace(self._one(chunk, part, None), skip=skip)
+            if _whole(part):
+                yield replace(self._one(chunk, part, None), skip=skip)
+            else:
+                yield self._one(chunk, part, self._sees(chunk, np.arange(1), part))
             skip = 0
         # An own block that began before the window has no past in it.
         unseen = max(0, oldest - (position - chunk.own_row))

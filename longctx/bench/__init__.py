@@ -12,6 +12,7 @@ from longctx.bench.config import (
     DocumentConfig,
     EvictionConfig,
     KernelsConfig,
+    ModulesConfig,
     NiahConfig,
     QualityConfig,
     RestartConfig,
@@ -44,6 +45,11 @@ BENCHES: dict[str, Bench] = {
         "what a document costs after a restart, read back from disk",
         "longctx.bench.restart",
         (EngineConfig, BenchConfig, RoundsConfig, DocumentConfig, RestartConfig),
+    ),
+    "modules": Bench(
+        "prompts made of modules: what each level of exactness costs and saves",
+        "longctx.bench.modules",
+        (EngineConfig, BenchConfig, RoundsConfig, ModulesConfig),
     ),
     "quality": Bench(
         "what each codec costs a model: KL divergence, changed tokens, perplexity",

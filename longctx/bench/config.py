@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from longctx.embedded.generator import KINDS
+from prompt_cache.level import EXACT, Level, parse_level
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +76,40 @@ class RestartConfig:
     random_model: Annotated[
         Literal["100m", "213m"] | None, "a model of random weights of that size; else as told"
     ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModulesConfig:
+    parts: Annotated[str, "what is measured: quality, retrieval, speed"] = "quality,retrieval,speed"
+    levels: Annotated[str, "levels of exactness besides exact"] = "link:16,modular"
+    modules: Annotated[int, "modules in a prompt"] = 6
+    module_tokens: Annotated[int, "tokens of each where speed is measured"] = 2000
+    fact_tokens: Annotated[int, "tokens of each where facts are asked for"] = 1000
+    fact_questions: Annotated[int, "questions of each kind"] = 100
+    speed_model: Annotated[
+        Literal["100m", "213m"], "parameters of the model of random weights, without --model"
+    ] = "100m"
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.every_part) - {"quality", "retrieval", "speed"}:
+            raise ValueError(
+                f"parts={self.parts} has {', '.join(sorted(unknown))}; choose from quality, "
+                "retrieval, speed"
+            )
+        _at_least("modules", self.modules, 1)
+        _at_least("module_tokens", self.module_tokens, 1)
+        _at_least("fact_tokens", self.fact_tokens, 256)
+        _at_least("fact_questions", self.fact_questions, 5)
+        if EXACT in self.every_level:
+            raise ValueError(f"levels={self.levels} has exact, which all are compared with")
+
+    @property
+    def every_part(self) -> tuple[str, ...]:
+        return tuple(self.parts.split(","))
+
+    @property
+    def every_level(self) -> tuple[Level, ...]:
+        return tuple(parse_level(level, param="levels") for level in self.levels.split(","))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

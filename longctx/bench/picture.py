@@ -93,13 +93,14 @@ def draw_bars(
     values = [value for each in series for value in each.values if value is not None]
     floor = min(values) / 3 if logarithmic else 0.0
     for number, each in enumerate(series):
+        drawn = [group for group, value in enumerate(each.values) if value is not None]
         for group, value in enumerate(each.values):
             if value is None:
                 continue
             place = group * (len(series) + 0.7) + number
             axes.barh(
                 place, value - floor, left=floor, height=0.82, color=SERIES[number % len(SERIES)],
-                label=each.label if group == 0 else "",
+                label=each.label if group == drawn[0] else "",
             )  # fmt: skip
             axes.annotate(
                 f"{value:,.3g} {unit}", (value, place), xytext=(4, 0), textcoords="offset points",

@@ -80,7 +80,7 @@ def run(
         for tokens in documents.token_lengths:
             measured.append(_Restarts(config, tokens, bench.seed).measure(rounds.rounds))
             say(f"document of {measured[-1].tokens:,} tokens done")
-        with _opened(config) as llm:
+        with opened(config) as llm:
             info = llm.engine.info
     parameters = {
         "model": restart.random_model or info.model_name,
@@ -104,7 +104,7 @@ class _Restarts:
         self._config = config
         self._kv_dir = config.cache.kv_dir
         self._rng = np.random.default_rng(seed)
-        with _opened(config) as llm:
+        with opened(config) as llm:
             self._info: EngineInfo = llm.engine.info
         # What the document says makes no difference to what it costs
         self._token_ids = self._random_ids(tokens)
@@ -118,23 +118,23 @@ class _Restarts:
             turns = [(plain, cold_without), (self._config, cold)]
             for config, found in reversed(turns) if number % 2 else turns:
                 self._forget()
-                with _opened(config) as llm:
+                with opened(config) as llm:
                     llm.generate("a", FIRST_TOKEN)  # the first answer is slow on its own account
                     found.append(self._ask(llm))
                     if config is self._config:
                         warm.append(self._ask(llm))
         if not self._files():  # the last turn was without a store
-            with _opened(self._config) as llm:
+            with opened(self._config) as llm:
                 self._ask(llm)
         restored: list[float] = []
         cached: list[float] = []
         raw_read: list[float] = []
         for _ in range(rounds):
-            _drop_from_memory(self._files())
+            drop_from_memory(self._files())
             raw_read.append(_read_all(self._files()))
-            _drop_from_memory(self._files())
+            drop_from_memory(self._files())
             for found in (restored, cached):
-                with _opened(self._config) as llm:
+                with opened(self._config) as llm:
                     llm.generate("a", FIRST_TOKEN)
                     found.append(self._ask(llm))
         return Restart(
@@ -170,7 +170,7 @@ class _Restarts:
 
 
 @contextmanager
-def _opened(config: EngineConfig) -> Iterator[LLM]:
+def opened(config: EngineConfig) -> Iterator[LLM]:
     llm = LLM(config=config)
     try:
         yield llm
@@ -178,7 +178,7 @@ def _opened(config: EngineConfig) -> Iterator[LLM]:
         llm.close(flush_seconds=FLUSH_SECONDS)
 
 
-def _drop_from_memory(files: Sequence[Path]) -> None:
+def drop_from_memory(files: Sequence[Path]) -> None:
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)  # what is not on the disk yet would stay

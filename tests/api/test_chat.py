@@ -244,6 +244,8 @@ def test_models_tell_the_capacity(server: LiveServer) -> None:
     assert model["longctx"]["max_context_tokens"] == 32_768
     assert model["longctx"]["kv_codec"] == "raw"
     assert model["longctx"]["kv_codec_reason"] == "raw, as asked; it is exact"
+    assert model["longctx"]["shiftable"] is True
+    assert "layers turn their keys" in model["longctx"]["shiftable_reason"]
     assert server.http.get(f"/v1/models/{MODEL}").json() == model
     assert server.http.get("/v1/models/other").status_code == 404
 

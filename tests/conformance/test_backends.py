@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from compress.codec import CODECS
 from compress.shape import BLOCK_TOKENS
-from longctx.attention.backend import ENTRY_COLUMNS, FIRST_POSITION, PAGE, ROWS, ChunkRows
+from longctx.attention.backend import (
+    ENTRY_COLUMNS,
+    FIRST_POSITION,
+    PAGE,
+    ROW_BEGIN,
+    ROWS,
+    ChunkRows,
+)
 from longctx.attention.reference import ReferenceAttention
 from longctx.kv_memory import KVMemory
 from longctx.layer_attention import LayerSpec
@@ -34,6 +41,7 @@ class Case:
     scattered: bool
     softcap: float | None
     seed: int
+    ragged: bool = False  # past entries are parts of blocks, with gaps between them
 
 
 def cases() -> st.SearchStrategy[Case]:
@@ -52,6 +60,7 @@ def cases() -> st.SearchStrategy[Case]:
         scattered=st.booleans(),
         softcap=st.sampled_from([None, None, 5.0]),
         seed=st.integers(0, 1000),
+        ragged=st.booleans(),
     )
 
 
@@ -97,6 +106,11 @@ def build(
         entries[:, PAGE] = pages[page_at : page_at + sealed]
         entries[:, ROWS] = BLOCK_TOKENS
         entries[:, FIRST_POSITION] = np.arange(sealed) * BLOCK_TOKENS
+        if case.ragged:
+            begins = random.integers(BLOCK_TOKENS, size=first)
+            counts = 1 + random.integers(BLOCK_TOKENS - begins)
+            entries[:first, ROW_BEGIN], entries[:first, ROWS] = begins, counts
+            entries[:first, FIRST_POSITION] += random.integers(BLOCK_TOKENS + 1 - counts)
         own_pages = raw_pages[raw_at : raw_at + own]
         for index in range(first, sealed):  # sealed in this step: raw and packed agree
             raw = memory.raw_rows(0).view(-1, *memory.codecs[0].shape.rows)

@@ -157,7 +157,7 @@ JSON_FAULTS: dict[str, tuple[str, str]] = {
     ),
     "an unknown field": (
         '{"name": "s", "content": ["a", {"module": "a", "content": "x", "size": 3}]}',
-        "content.1, module \"a\": there is no attribute 'size'; it has name",
+        "content.1, module \"a\": there is no field 'size'; it has module, content",
     ),
     "a true length": (
         '{"name": "s", "content": [{"parameter": "a", "length": true}]}',
@@ -170,7 +170,7 @@ JSON_FAULTS: dict[str, tuple[str, str]] = {
     "a surrogate": ('{"name": "s", "content": "\\ud800"}', "half of a surrogate pair"),
     "a name beside": (
         '{"name": "s", "content": [{"module": "a", "name": "b", "content": "x"}]}',
-        "there is no field 'name'; its name is the field 'module'",
+        "there is no field 'name'; it has module, content",
     ),
 }
 

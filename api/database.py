@@ -1,0 +1,58 @@
+"""An SQLite file of ours, opened with care. One thread does all the work, so the event loop never
+waits for a disk and nothing needs a lock."""
+
+import asyncio
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from longctx.errors import LongctxError
+
+Result = TypeVar("Result")
+
+
+class Database:
+    def __init__(self, path: Path, *, tables: str, version: int) -> None:
+        """`tables`: SQL that makes those which are not there. `version`: of their form."""
+        self._path = path
+        self._tables = tables
+        self._version = version
+        self._thread = ThreadPoolExecutor(1, path.stem)
+        self._connection: sqlite3.Connection | None = None
+
+    async def open(self) -> None:
+        """Raises LongctxError when the file is no database of ours."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._open)
+
+    async def close(self) -> None:
+        if self._connection is not None:
+            await self.run(lambda connection: connection.close())
+        self._thread.shutdown()
+
+    async def run(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
+        """On the database's thread; what it writes is durable when this returns."""
+        connection = self._connection
+        assert connection is not None, "not open"
+        return await asyncio.get_running_loop().run_in_executor(
+            self._thread, lambda: work(connection)
+        )
+
+    def _open(self) -> None:
+        try:
+            self._connection = connection = sqlite3.connect(self._path, isolation_level=None)
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if version > self._version:
+                raise LongctxError(
+                    f"{self._path} was written by a newer longctx (format {version}, known "
+                    f"{self._version}); use that one or another --store-dir"
+                )
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.executescript(self._tables)
+            connection.execute(f"PRAGMA user_version = {self._version}")
+        except sqlite3.Error as error:
+            raise LongctxError(
+                f"{self._path} cannot be read: {error}; move it away to start without it"
+            ) from error

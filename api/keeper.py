@@ -1,0 +1,126 @@
+"""Modules that are kept computed: opened in the engine, encoded in the background, taken up again
+whenever the engine has been restarted."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from api.errors import logger
+from api.lane import Lane
+from api.prefill import prefill
+from longctx.client import EngineClient
+from longctx.errors import EngineDied, LongctxError
+from longctx.request import Piece, Progress, Segment
+
+KeptState = Literal["queued", "processing", "ready", "error"]
+Modules: TypeAlias = Sequence[tuple[str, tuple[Piece, ...]]]  # id and pieces of each
+
+
+@dataclass(slots=True, eq=False)
+class Kept:
+    """Modules that come and go together, and how far they are in this process.
+
+    `prepare` makes them, each time that the engine is to be told. It may wait, and raises
+    LongctxError where they cannot be had.
+    """
+
+    id: str
+    salt: str
+    prepare: Callable[[], Awaitable[Modules]]
+    opened: asyncio.Event = field(default_factory=asyncio.Event)  # or failed, or dropped
+    module_ids: tuple[str, ...] = ()
+    computed: int = 0  # how many of them
+    progress: Progress | None = None
+    error: str | None = None
+    dropped: bool = False
+
+    async def settled(self, *, timeout_seconds: float) -> bool:
+        """Whether the engine knows its modules, or never will; waits at most so long for it."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.opened.wait(), timeout_seconds)
+        return self.opened.is_set()
+
+
+class Keeper:
+    def __init__(self, engine: EngineClient) -> None:
+        self._engine = engine
+        self._kept: dict[str, Kept] = {}
+        self._opening = Lane(self._open, width=4)
+        self._encoding = Lane(self._encode, width=1)
+
+    def keep(self, kept: Kept) -> None:
+        self._kept[kept.id] = kept
+        self._opening.add(kept.id)
+
+    async def drop(self, kept: Kept) -> None:
+        """Frees what nothing else needs; requests that wait for it go on without."""
+        kept.dropped = True
+        kept.opened.set()
+        self._kept.pop(kept.id, None)
+        await self._opening.cancel(kept.id)
+        await self._encoding.cancel(kept.id)
+        for module_id in kept.module_ids:
+            with suppress(LongctxError):  # an engine that is not there holds nothing
+                await self._engine.close_module(module_id)
+
+    async def reopen(self) -> None:
+        """After the engine was restarted: it knows no module."""
+        for kept in self._kept.values():
+            if kept.error is None:
+                kept.computed, kept.progress = 0, None
+                kept.opened.clear()
+                self._opening.add(kept.id)
+
+    async def close(self) -> None:
+        """Stops all work, which is taken up again next time."""
+        await self._opening.close()
+        await self._encoding.close()
+
+    def state(self, kept: Kept) -> KeptState:
+        if kept.error is not None:
+            return "error"
+        if kept.opened.is_set() and kept.computed == len(kept.module_ids):
+            return "ready" if self._engine.state != "restarting" else "queued"
+        if self._opening.runs(kept.id) or self._encoding.runs(kept.id):
+            return "processing"
+        return "queued"
+
+    async def _open(self, name: str) -> None:
+        kept = self._kept[name]
+        try:
+            modules = await kept.prepare()
+            kept.module_ids = tuple(module_id for module_id, _ in modules)
+            with suppress(EngineDied):  # `reopen` comes when it is back
+                for module_id, pieces in modules:
+                    await self._engine.open_module(module_id, pieces)
+                self._encoding.add(name)
+        except LongctxError as error:
+            kept.error = str(error)
+        except Exception as error:  # a bug of ours must not leave anybody waiting
+            logger.error("opening %s failed", name, exc_info=error)
+            kept.error = "the server failed; its log says why"
+        kept.opened.set()
+
+    async def _encode(self, name: str) -> None:
+        kept = self._kept[name]
+
+        def note(progress: Progress) -> None:
+            kept.progress = progress
+
+        kept.computed = 0
+        try:
+            for module_id in kept.module_ids:
+                encoded = await prefill(
+                    self._engine,
+                    f"encode-{module_id}",
+                    (Segment(encodes=module_id),),
+                    salt=kept.salt,
+                    on_progress=note,
+                )
+                if not encoded:
+                    return
+                kept.computed += 1
+        except LongctxError as error:
+            kept.error = str(error)
