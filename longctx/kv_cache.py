@@ -272,16 +272,13 @@ class KVCacheManager:
 
     def _make_room(self, sequence: Sequence, sealed: range) -> bool:
         needed = self.memory.pages_needed(sealed)
-        if self.residents.make_room(needed):
-            return True
-        self._stream_out(sequence, len(sealed))
+        if not self.residents.make_room(needed) and sequence.tier.streams:
+            self._stream_out(sequence, len(sealed))
         return self.residents.make_room(needed)
 
     def _stream_out(self, sequence: Sequence, blocks: int) -> None:
         """Let go of the oldest blocks of a sequence that streams, as far as they are stored."""
         tier = sequence.tier
-        if not tier.streams:
-            return
         begin = tier.absent
         end = min(begin + blocks, tier.store_until, sequence.layout.blocks(sequence.computed))
         while tier.absent < end and self._is_stored(sequence, tier.absent):

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
@@ -170,11 +171,15 @@ def _serve(
     ranks: ProcessRanks | None,
 ) -> bool:
     """Whether it was told to end."""
+    judging = ThreadPoolExecutor(max_workers=1)  # takes seconds, and answers have to flow
     while True:
         while not (engine.has_work or engine.is_writing) or not commands.empty():
             command = commands.get()
             if command is None or isinstance(command, Stop):
                 return command is not None
+            if isinstance(command, JudgeLevel):
+                judging.submit(_judge, engine, command, channel)
+                continue
             event = _obey(engine, command, ranks)
             if event is not None:
                 channel.send(encode(event))
@@ -208,8 +213,6 @@ def _obey(engine: Engine, command: Command, ranks: ProcessRanks | None) -> Event
             case GetModules():
                 modules = engine.module_states(command.module_ids)
                 return Done(command.ticket, modules=modules)
-            case JudgeLevel():
-                return Done(command.ticket, level=judge_level(engine, command.level))
             case GetStats():
                 more = {} if ranks is None else ranks.stats()
                 return Done(command.ticket, stats=engine.stats() | more)
@@ -218,11 +221,22 @@ def _obey(engine: Engine, command: Command, ranks: ProcessRanks | None) -> Event
     except LongctxError as error:
         if isinstance(command, Submit):
             return Rejected(command.request.request_id, Fault.of(error))
-        assert isinstance(
-            command, OpenDocument | CloseDocument | OpenModule | JudgeLevel | Clear
-        ), command
+        assert isinstance(command, OpenDocument | CloseDocument | OpenModule | Clear), command
         return Done(command.ticket, Fault.of(error))
     return None
+
+
+def _judge(engine: Engine, command: JudgeLevel, channel: Channel) -> None:
+    """With an engine of its own, beside what is served. Whatever happens, who asked is told."""
+    try:
+        done = Done(command.ticket, level=judge_level(engine, command.level))
+    except LongctxError as error:
+        done = Done(command.ticket, Fault.of(error))
+    except Exception as error:
+        reason = f"{command.level.name} could not be measured: {type(error).__name__}: {error}"
+        done = Done(command.ticket, Fault.of(LongctxError(reason)))
+    with contextlib.suppress(PeerLost):  # nobody is there to hear it
+        channel.send(encode(done))
 
 
 def _token_ids(file: Path) -> "np.memmap[tuple[int, ...], np.dtype[np.int32]]":

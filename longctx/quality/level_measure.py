@@ -17,7 +17,7 @@ from torch import Tensor
 from compress.codec import CODECS
 from compress.shape import BLOCK_TOKENS, KVShape
 from longctx.batch import Batch
-from longctx.config import CacheConfig, SchedulerConfig
+from longctx.config import CacheConfig, RingConfig, SchedulerConfig
 from longctx.engine import Engine
 from longctx.errors import LongctxError
 from longctx.quality.damage import Tally, compare
@@ -130,7 +130,7 @@ class _WatchedEngine(Engine):
             kv_codec=codec, force_codec=True, device_pool_gib=POOL_BLOCKS * block_bytes / GIB
         )
         scheduler = SchedulerConfig(max_batch_tokens=STEP_TOKENS, max_sequences=2)
-        config = replace(serving.config, cache=cache, scheduler=scheduler)
+        config = replace(serving.config, cache=cache, scheduler=scheduler, ring=RingConfig())
         super().__init__(config, serving.folder, cache_dir=serving.cache_dir, model=model)
         assert isinstance(self._runner, ModelRunner)
         self._watched = _WatchedRunner(model, self._memory, self._runner.backend)
