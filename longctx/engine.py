@@ -377,8 +377,8 @@ class Engine:
         """Gauges and counters, by flat names."""
         return {
             "steps_total": self._steps,
-            "computed_tokens_total": self._runner.computed_tokens,
             "documents_open": len(self._intake.prompts.documents),
             "modules_open": len(self._intake.prompts.modules),
+            **self._runner.stats(),
             **self._figures.read(self._scheduler, self._cache),
         }

@@ -37,6 +37,10 @@ class Runner(Protocol):
         """Logits [drawing chunks, vocab], float32. The chunks' KV is in the pools afterwards."""
         ...
 
+    def stats(self) -> dict[str, float]:
+        """As `Engine.stats`."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:

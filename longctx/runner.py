@@ -51,6 +51,9 @@ class ModelRunner:
         """`run` for chunks whose pages have been allocated."""
         return self.run(Batch.build(chunks, device=self._memory.device))
 
+    def stats(self) -> dict[str, float]:
+        return {"computed_tokens_total": self.computed_tokens}
+
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """Logits [drawing chunks, vocab], float32. The batch's KV is in the pools afterwards."""

@@ -95,6 +95,9 @@ class RecordingRunner:
     def computed_tokens(self) -> int:
         return self.inner.computed_tokens
 
+    def stats(self) -> dict[str, float]:
+        return self.inner.stats()
+
     def run_chunks(self, chunks: Sequence[Chunk]) -> Tensor:
         if self.failures:
             raise self.failures.pop()

@@ -15,6 +15,7 @@ from longctx.bench.config import (
     ModulesConfig,
     NiahConfig,
     QualityConfig,
+    RanksConfig,
     RestartConfig,
     RoundsConfig,
 )
@@ -65,6 +66,11 @@ BENCHES: dict[str, Bench] = {
         "prefill and decode of one sequence, against transformers.generate",
         "longctx.bench.decode",
         (EngineConfig, BenchConfig, RoundsConfig, DecodeConfig),
+    ),
+    "ring": Bench(
+        "what it costs to share a prompt among ranks, and a projection to many GPUs",
+        "longctx.bench.ring",
+        (EngineConfig, BenchConfig, RanksConfig),
     ),
     "eviction": Bench(
         "replay questions on documents against each eviction policy",

@@ -180,6 +180,30 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RanksConfig:
+    rank_counts: Annotated[str, "numbers of ranks that share a prompt"] = "1,2,4"
+    prompt_tokens: Annotated[int, "length of the prompt; whole chunks of it are read"] = 8192
+    model_size: Annotated[Literal["100m", "213m"], "parameters of the random model"] = "100m"
+
+    def __post_init__(self) -> None:
+        _at_least("rank_counts", min(self.every_rank_count), 1)
+        _at_least("prompt_tokens", self.prompt_tokens, self.chunk_tokens)
+
+    @property
+    def every_rank_count(self) -> tuple[int, ...]:
+        return _whole_numbers("rank_counts", self.rank_counts)
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Enough for every rank to compute an early and a late run of two blocks."""
+        return 256 * max(self.every_rank_count)
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens // self.chunk_tokens * self.chunk_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvictionConfig:
     trace_requests: Annotated[int, "questions in a trace; the first half only fills the tier"] = (
         3000

@@ -104,16 +104,17 @@ class MeasuredEngine(Engine):
         if profile is None or (profile.decode_only and not self._decodes):
             return super().step()
         began = time.perf_counter()
-        assert isinstance(self._runner, ModelRunner)
-        backend = self._runner.backend
-        self._runner.backend = _TimedAttention(backend, profile)
+        runner = self._runner
+        assert isinstance(runner, ModelRunner), "on one rank"
+        backend = runner.backend
+        runner.backend = _TimedAttention(backend, profile)
         try:
             with ExitStack() as stack:
-                for linear in self._runner.model.linear_types:
+                for linear in runner.model.linear_types:
                     stack.enter_context(_timed_calls(linear, profile))
                 outputs = super().step()
         finally:
-            self._runner.backend = backend
+            runner.backend = backend
         profile.seconds += time.perf_counter() - began
         profile.steps += 1
         return outputs

@@ -44,23 +44,26 @@ async def compare(
     pieces = []
     async with AsyncExitStack() as stack:
         ranks, threads = [
-            await stack.enter_async_context(_engine(folder, codec, ranks=count))
+            await stack.enter_async_context(started_engine(folder, codec, ranks=count, cores=RANKS))
             for count in (RANKS, 1)
         ]
         for engine in (ranks, threads):
-            await _read(engine, [chance.randrange(VOCABULARY) for _ in range(PIECE_TOKENS)])
+            await read_prompt(engine, [chance.randrange(VOCABULARY) for _ in range(PIECE_TOKENS)])
         for end in range(PIECE_TOKENS, tokens + 1, PIECE_TOKENS):
             before = (await ranks.stats())["ring_sent_bytes_total"]
-            seconds = await _read(ranks, prompt[:end])
+            seconds = await read_prompt(ranks, prompt[:end])
             sent = (await ranks.stats())["ring_sent_bytes_total"] - before
-            pieces.append(Piece(end, seconds, await _read(threads, prompt[:end]), sent))
+            pieces.append(Piece(end, seconds, await read_prompt(threads, prompt[:end]), sent))
     return pieces
 
 
 @asynccontextmanager
-async def _engine(folder: Path, codec: str, *, ranks: int) -> AsyncGenerator[EngineClient, None]:
+async def started_engine(
+    folder: Path, codec: str, *, ranks: int, cores: int
+) -> AsyncGenerator[EngineClient, None]:
+    """An engine over so many processes, which share so many cores."""
     config = EngineConfig(
-        model=ModelConfig(model=folder, device="cpu", threads=RANKS // ranks),
+        model=ModelConfig(model=folder, device="cpu", threads=max(1, cores // ranks)),
         cache=CacheConfig(kv_codec=codec, force_codec=True, device_pool_gib=POOL_GIB / ranks),
         ring=RingConfig(ranks=ranks),
     )
@@ -72,7 +75,7 @@ async def _engine(folder: Path, codec: str, *, ranks: int) -> AsyncGenerator[Eng
         await client.stop()
 
 
-async def _read(engine: EngineClient, prompt: list[int]) -> float:
+async def read_prompt(engine: EngineClient, prompt: list[int]) -> float:
     """Seconds until the first token of an answer."""
     request = Request(
         request_id=f"{len(prompt)}-{time.monotonic_ns()}",

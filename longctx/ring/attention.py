@@ -8,6 +8,7 @@ Source: Ring Attention, https://arxiv.org/abs/2310.01889. Differs: pages go from
 to each other one, not from neighbour to neighbour: as many bytes, and no rank waits for two others.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -87,6 +88,7 @@ class RankAttention:
         self._backend = backend
         self._transport = transport
         self._calls = calls
+        self.waited_seconds = 0.0  # for what other ranks sent
         self._slots = self._indices(step.slots)
         self._seals = len(step.sealed_raw) > 0
         self._sealed_raw = self._indices(step.sealed_raw)
@@ -138,7 +140,7 @@ class RankAttention:
             if arrived.passing.plan is not None:
                 here = self._attend(layer, query, arrived.passing.plan)
                 out, lse = merge(out, lse, *here)
-        results.transfer.wait()
+        self._wait(results.transfer)
         for rows, their_out, their_lse in results.parts:
             out[rows], lse[rows] = merge(out[rows], lse[rows], their_out, their_lse)
         return out, lse
@@ -151,6 +153,11 @@ class RankAttention:
             return out, torch.full(query.shape[:2], -torch.inf, device=query.device)
         call = self._calls[layer]
         return self._backend.attend(layer, query, plan, scaling=call.scaling, softcap=call.softcap)
+
+    def _wait(self, transfer: Transfer) -> None:
+        began = time.perf_counter()
+        transfer.wait()
+        self.waited_seconds += time.perf_counter() - began
 
     # -- keys ------------------------------------------------------------------------------------
 
@@ -173,7 +180,7 @@ class RankAttention:
 
     def _end(self, layer: int, under_way: _UnderWay) -> None:
         """What was under way is in its pages, and what stays on this rank where it belongs."""
-        under_way.transfer.wait()
+        self._wait(under_way.transfer)
         passing = under_way.passing
         words = self._memory.packed_pages(layer).view(torch.int64)
         if not isinstance(passing.receives, slice):
@@ -194,7 +201,7 @@ class RankAttention:
 
     def _answer(self, layer: int, group: _Group, asking: Transfer, guests: Tensor) -> _Results:
         """Attend the rows of others; the results are on their way, and those of the own rows."""
-        asking.wait()
+        self._wait(asking)
         sends: list[tuple[int, Tensor]] = []
         if group.guests is not None:
             out, lse = self._attend(layer, guests, group.guests)

@@ -3,6 +3,7 @@
 Bytes sent per layer, by all ranks together, for one sequence whose rank r computes `rows[r]` rows
 and has `pages[r]` pages that they see:
 
+    new       of a chunk that is cut, `new_pages_sent` * page_bytes
     keys      sum over r with rows of (pages that r lacks) * page_bytes
     queries   sum over r of rows[r] * (other ranks with pages) * row_bytes
 
@@ -17,6 +18,7 @@ compared, by the bytes of the rank that sends most and by how many messages foll
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from longctx.ring.layout import Part, owner
 from longctx.ring.link import Link
 
 RESULT_BYTES = 4  # of a value or an lse: float32
@@ -66,6 +68,18 @@ def queries_traffic(rows: Sequence[int], pages: Sequence[int], *, row_bytes: Row
         for sender in ranks
     )
     return Traffic(sent, 2)
+
+
+def new_pages_sent(cut: Sequence[Part], ranks: int) -> int:
+    """Of a chunk that is cut: blocks that a rank sees and has not computed, or that it keeps."""
+    sent = 0
+    for rank in range(ranks):
+        latest = max((part.begin for part in cut if part.rank == rank), default=-1)
+        for part in cut:
+            if part.rank != rank:
+                keeps = sum(owner(block, ranks) == rank for block in part.sealed)
+                sent += len(part.sealed) if part.begin < latest else keeps
+    return sent
 
 
 def passes_queries(keys: Traffic, queries: Traffic, link: Link) -> bool:

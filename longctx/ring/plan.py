@@ -17,7 +17,7 @@ from longctx.ring.draft import NONE, Draft, Piece, indices
 from longctx.ring.exchange import Exchange, Past, Spread
 from longctx.ring.layout import is_zigzag, parts
 from longctx.ring.link import Link
-from longctx.ring.passing import RowBytes, keys_traffic, passes_queries, queries_traffic
+from longctx.ring.passing import RowBytes, Traffic, keys_traffic, passes_queries, queries_traffic
 from longctx.ring.step import GroupStep, Queries, RankStep, Round
 from longctx.scheduler import Chunk
 from longctx.sequence import BlockTable
@@ -133,23 +133,26 @@ class StepPlanner:
                 rank = piece.part.rank
                 rows = piece.rows_of(spread.sees(rank, piece.first_block), spread.tables[rank])
                 drafts[rank].add_local(0, rows, last=is_last)
+        rows = [0] * len(drafts)
+        for piece in pieces:
+            rows[piece.part.rank] += piece.rows
+        asks, _ = self.choose(rows, spread.past)
         every.add(
             spread,
             pieces,
-            asks_past=self._passes_queries(pieces, spread),
+            asks_past=asks,
             asks_new=not is_zigzag(begin, end, len(drafts)),
         )
         last.add(spread, wanted, asks_past=True, asks_new=True)
 
-    def _passes_queries(self, pieces: list[Piece], spread: Spread) -> bool:
-        rows = [0] * self._ring.ranks
-        for piece in pieces:
-            rows[piece.part.rank] += piece.rows
+    def choose(self, rows: Items[int], pages: Items[int]) -> tuple[bool, Traffic]:
+        """For rows and past pages by rank: whether queries are passed, and what that sends."""
         keys = keys_traffic(
-            rows, spread.past, page_bytes=self._page_bytes, tile_pages=self._ring.tile_blocks
+            rows, pages, page_bytes=self._page_bytes, tile_pages=self._ring.tile_blocks
         )
-        queries = queries_traffic(rows, spread.past, row_bytes=self._row_bytes)
-        return passes_queries(keys, queries, self.link)
+        queries = queries_traffic(rows, pages, row_bytes=self._row_bytes)
+        asks = passes_queries(keys, queries, self.link)
+        return asks, queries if asks else keys
 
     def _steps(
         self,

@@ -93,6 +93,7 @@ class Rank:
         self._backend = BACKENDS[ring.backend](self.memory)
         self._calls = _layer_calls(model)
         self.link = measure(transport, model.spec.device)
+        self.waited_seconds = 0.0  # in attention, for other ranks, ever
 
     @torch.inference_mode()
     def run(self, step: RankStep) -> Tensor | None:
@@ -114,6 +115,7 @@ class Rank:
         else:
             for layer in sorted(self.memory.group_of):
                 attention.serve(layer)
+        self.waited_seconds += attention.waited_seconds
         return self._gather(step, logits)
 
     def _gather(self, step: RankStep, logits: Tensor) -> Tensor | None:

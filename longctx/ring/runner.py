@@ -37,3 +37,11 @@ class RingRunner:
         assert logits is not None, "the leader gets the logits"
         self.computed_tokens += sum(chunk.num_tokens for chunk in chunks)
         return logits
+
+    def stats(self) -> dict[str, float]:
+        return {
+            "computed_tokens_total": self.computed_tokens,
+            "ring_wait_seconds_total": self.rank.waited_seconds,
+            "ring_link_latency_seconds": self.rank.link.latency_seconds,
+            "ring_link_bytes_per_second": self.rank.link.bytes_per_second,
+        }

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +14,7 @@ from longctx.ring.passing import (
     RowBytes,
     Traffic,
     keys_traffic,
+    new_pages_sent,
     passes_queries,
     queries_traffic,
 )
@@ -88,7 +88,7 @@ def test_prefill_sends_what_the_formula_says(llama: Path, codec: str, ranks: int
     first = 14 * BLOCK_TOKENS
     before = bytes_sent(engine)
     engine.finish(ask("first", some_ids(first, 1), max_tokens=0))
-    new = new_blocks_sent(0, first, ranks)
+    new = new_pages_sent(layout.parts(0, first, ranks), ranks)
     moved = blocks_moved(0, first, ranks)
     # The last layer's rows are not wanted: its pages only go where they stay.
     assert bytes_sent(engine) - before == ((layers - 1) * new + moved) * page_bytes
@@ -108,19 +108,6 @@ def test_decode_sends_what_the_formula_says(llama: Path, ranks: int) -> None:
     rows = 2 * (1803 - 1792) + 1 + 3  # in the last layer only those whose logits are wanted
     logits = 2 * engine._spec.vocab_size * 4 * (rank != 0)
     assert bytes_sent(engine) - before == rows * others * row_bytes(engine) + logits
-
-
-def new_blocks_sent(begin: int, end: int, ranks: int) -> int:
-    """A rank gets the blocks of another that its rows see, and those that it keeps."""
-    cut = layout.parts(begin, end, ranks)
-    sent = 0
-    for rank in range(ranks):
-        latest = max(part.begin for part in cut if part.rank == rank)
-        for part in cut:
-            if part.rank != rank:
-                keeps = layout.owners(np.array(part.sealed), ranks) == rank
-                sent += len(part.sealed) if part.begin < latest else int(keeps.sum())
-    return sent
 
 
 def blocks_moved(begin: int, end: int, ranks: int) -> int:
