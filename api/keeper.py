@@ -34,7 +34,7 @@ class Kept:
     computed: int = 0  # how many of them
     progress: Progress | None = None
     error: str | None = None
-    dropped: bool = False
+    before: "Kept | None" = None  # goes once this is computed: what both say is not twice
 
     async def settled(self, *, timeout_seconds: float) -> bool:
         """Whether the engine knows its modules, or never will; waits at most so long for it."""
@@ -56,7 +56,6 @@ class Keeper:
 
     async def drop(self, kept: Kept) -> None:
         """Frees what nothing else needs; requests that wait for it go on without."""
-        kept.dropped = True
         kept.opened.set()
         self._kept.pop(kept.id, None)
         await self._opening.cancel(kept.id)
@@ -64,6 +63,7 @@ class Keeper:
         for module_id in kept.module_ids:
             with suppress(LongctxError):  # an engine that is not there holds nothing
                 await self._engine.close_module(module_id)
+        await self._drop_before(kept)
 
     async def reopen(self) -> None:
         """After the engine was restarted: it knows no module."""
@@ -122,5 +122,11 @@ class Keeper:
                 if not encoded:
                     return
                 kept.computed += 1
+            await self._drop_before(kept)
         except LongctxError as error:
             kept.error = str(error)
+
+    async def _drop_before(self, kept: Kept) -> None:
+        before, kept.before = kept.before, None
+        if before is not None:
+            await self.drop(before)

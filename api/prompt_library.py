@@ -73,15 +73,15 @@ class PromptLibrary:
         await asyncio.to_thread(self._pieces, record, files)
         known = self._entries.get((record.tenant, record.name))
         entry = self._begin(record)
-        if not files or known is not None:
-            await entry.kept.opened.wait()  # what both say is not computed again
+        if not files:
+            await entry.kept.opened.wait()
         if entry.kept.error is not None and not files:
+            entry.kept.before = None
+            if self._entries.get((record.tenant, record.name)) is entry:
+                self._put_back(record, known)
             await self._keeper.drop(entry.kept)
-            self._put_back(record, known)
             raise InvalidRequest(entry.kept.error, param="system")
         await self._records.save_prompt(record)
-        if known is not None:
-            await self._keeper.drop(known.kept)
         return entry
 
     async def remove(self, entry: PromptEntry) -> None:
@@ -130,8 +130,9 @@ class PromptLibrary:
 
         kept = Kept(id=f"prompt-{secrets.token_hex(12)}", salt=record.tenant, prepare=prepare)
         entry = PromptEntry(record, kept)
-        self._entries.pop((record.tenant, record.name), None)  # the new one is the youngest
-        self._entries[record.tenant, record.name] = entry
+        known = self._entries.pop((record.tenant, record.name), None)
+        kept.before = None if known is None else known.kept
+        self._entries[record.tenant, record.name] = entry  # the youngest
         self._keeper.keep(kept)
         self._expiry.changed()
         return entry

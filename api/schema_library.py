@@ -15,7 +15,7 @@ from api.errors import ApiError
 from api.keeper import Keeper, Kept, Modules
 from api.prompt_records import PromptRecords, SchemaRecord
 from longctx.client import EngineClient
-from longctx.errors import LongctxError
+from longctx.errors import InvalidRequest, LongctxError
 from longctx.prompt import ChatPrompts, Message, Place
 from longctx.request import Piece, Segment
 from longctx.tokenizer import Tokenizer
@@ -90,12 +90,16 @@ class SchemaLibrary:
             schema=schema,
         )
         entry = await self._entry(record)
-        await self._records.save_schema(record)
-        self._add(entry)
         assert entry.kept is not None
+        known = self._add(entry)
         await entry.kept.opened.wait()
-        if known is not None and known.kept is not None:
-            await self._keeper.drop(known.kept)
+        if entry.kept.error is not None:
+            if self._entries.get((tenant, schema.name)) is entry:
+                self._put_back(entry, known)
+            entry.kept.before = None
+            await self._keeper.drop(entry.kept)
+            raise InvalidRequest(entry.kept.error, param="schema")
+        await self._records.save_schema(record)
         return entry
 
     async def remove(self, entry: SchemaEntry) -> None:
@@ -139,12 +143,21 @@ class SchemaLibrary:
         layout = self.check(entry)
         return await asyncio.to_thread(assemble, layout, modules, arguments, self._encode)
 
-    def _add(self, entry: SchemaEntry) -> None:
+    def _add(self, entry: SchemaEntry) -> SchemaEntry | None:
+        """What it stands in place of."""
         key = (entry.record.tenant, entry.record.name)
-        self._entries.pop(key, None)  # the new one is the youngest
+        known = self._entries.pop(key, None)  # the new one is the youngest
         self._entries[key] = entry
         if entry.kept is not None:
+            entry.kept.before = None if known is None else known.kept
             self._keeper.keep(entry.kept)
+        return known
+
+    def _put_back(self, entry: SchemaEntry, known: SchemaEntry | None) -> None:
+        key = (entry.record.tenant, entry.record.name)
+        del self._entries[key]
+        if known is not None:
+            self._entries[key] = known
 
     async def _entry(self, record: SchemaRecord) -> SchemaEntry:
         frames, layout = await asyncio.to_thread(self._lay_out, record.schema, record.date)

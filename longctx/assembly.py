@@ -172,7 +172,9 @@ class Prompts:
             else:
                 self._check(segment.token_ids)
                 assembly.compute(segment.token_ids, segment.position)
-        return assembly.prompt()
+        prompt = assembly.prompt()
+        self.modules.count({source.owner for source in prompt.layout.sources})
+        return prompt
 
     def _add_piece(self, assembly: Assembly, segment: Segment, salt: str) -> None:
         assert segment.module_id is not None
@@ -187,7 +189,6 @@ class Prompts:
             return
         assembly.link(computed)
         if computed < size:
-            module.hits += 1
             end = module.ends[segment.piece]
             begin = end - size + computed
             source = self.modules.source(module, segment.piece, salt, self._root_of(salt))

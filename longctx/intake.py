@@ -142,9 +142,11 @@ class Intake:
             sequence.tier.streams = longest > self._limits.capacity_tokens
         else:
             self._check_shifts(layout)
-            sources = {source.owner: source for source in layout.sources}
-            borrowed = sum(len(source.keys) for source in sources.values())
-            self._check_blocks(layout.blocks(longest) + 1 + borrowed, "the prompt with its modules")
+            borrowed: dict[str, int] = {}
+            for source in layout.sources:
+                borrowed[source.owner] = max(len(source.keys), borrowed.get(source.owner, 0))
+            blocks = layout.blocks(longest) + 1 + sum(borrowed.values())
+            self._check_blocks(blocks, "the prompt with what it borrows")
         return sequence
 
     def namespace(self, salt: str, codec: Codec) -> BlockKey:

@@ -218,6 +218,9 @@ class Layout:
 
     def cut(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
         """Tokens `begin` to `end`, run by run."""
+        if self.plain and begin < end:
+            yield begin, end
+            return
         while begin < end:
             index = bisect_right(self._tokens, begin)
             stop = end if index == len(self.runs) else min(end, self._tokens[index])

@@ -38,10 +38,12 @@ def _state(
     ]
     tiers = [_tier(own, cache, store) for own in keys] or ["none"]
     blocks = module.layout.runs[-1].block
+    pools = cache.memory.packed
+    block_bytes = cache.memory.block_bytes or sum(sum(pool.page_bytes) for pool in pools)
     return ModuleState(
         tokens=len(module.token_ids),
         blocks=blocks,
-        kv_bytes=blocks * cache.memory.block_bytes,
+        kv_bytes=blocks * block_bytes,
         tier=min(tiers, key=TIERS.index),
         hits=module.hits,
         durable_tokens=durable_tokens,

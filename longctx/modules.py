@@ -6,6 +6,7 @@ blocks have the keys of an ordinary prompt of the same pieces, so they are found
 like any others. Nothing here holds a block: a `Source` says only what its blocks are called.
 """
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
@@ -136,6 +137,11 @@ class Modules:
 
     def find(self, module_id: str) -> Module | None:
         return self._modules.get(module_id)
+
+    def count(self, owners: Iterable[str]) -> None:
+        """A prompt borrows of these."""
+        for module in filter(None, map(self._modules.get, owners)):
+            module.hits += 1
 
     def piece(self, module_id: str, piece: int) -> tuple[Module, Piece]:
         """Raises DocumentMissing, or InvalidRequest where it has no such piece."""

@@ -189,7 +189,7 @@ class Progress:
 class ModuleState:
     """An open module. `tier`: the best one that has all of it; `hits`: how often it was borrowed.
 
-    `kv_bytes`: of its sealed blocks in all layers that see everything.
+    `kv_bytes`: of its sealed blocks in all layers that see everything, or in all where none does.
     """
 
     tokens: int

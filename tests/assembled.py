@@ -123,7 +123,7 @@ class DenseModel:
             folder, attn_implementation="eager", dtype=torch.float32
         )
         self._model = model.eval()
-        self._by_type = "causal_mask_mapping" in inspect.getsource(type(model.model).forward)
+        self._by_type = "causal_mask_mapping" in inspect.getsource(type(model.base_model).forward)
 
     def logits(self, rows: Rows) -> Tensor:
         """[rows, vocab]."""

@@ -18,8 +18,9 @@ from longctx.client import EngineClient
 from longctx.config import EngineConfig
 from longctx.errors import ContextTooLong, DocumentMissing, EngineDied, InvalidRequest, ModelRefused
 from longctx.launch import Child
-from longctx.request import FinishReason, Request, RequestOutput
+from longctx.request import FinishReason, Piece, Request, RequestOutput
 from prompt_cache.level import EXACT, MODULAR
+from tests.assembled import MODULES, borrowed, encode, literal, prompt, with_modules
 from tests.recorded_engine import ask, build_engine, engine_config, some_ids
 
 PATIENCE_SECONDS = 120.0
@@ -133,6 +134,34 @@ def test_documents_are_opened_asked_and_closed(
             await client.open_document("e", tmp_path / "empty")
         with pytest.raises(InvalidRequest, match="cannot be read"):
             await client.open_document("e", tmp_path / "missing")
+
+    run(test())
+
+
+def test_modules_are_opened_encoded_borrowed_and_closed(
+    run: Run, client: EngineClient, llama: Path
+) -> None:
+    engine = with_modules(build_engine(llama, max_batch_tokens=64, max_sequences=4), MODULES)
+    request = prompt("q", borrowed("a"), literal(7, 1), borrowed("d"), literal(5, 2))
+    (expected,) = engine.finish(request)
+
+    async def test() -> None:
+        for module_id, pieces in MODULES.items():
+            await client.open_module(module_id, pieces)
+        await collect(client, encode("a"))
+        outputs = await collect(client, request)
+        assert tokens_of(outputs) == expected.answer
+        assert outputs[-1].usage == expected.counts
+        states = await client.module_states(["a", "b", "nobody"])
+        assert set(states) == {"a", "b"}
+        assert (states["a"].tokens, states["a"].hits, states["a"].tier) == (100, 1, "device")
+        assert (states["b"].blocks, states["b"].hits, states["b"].tier) == (3, 0, "none")
+        with pytest.raises(InvalidRequest, match="is empty"):
+            await client.open_module("x", [Piece(token_ids=(), position=0)])
+        for module_id in MODULES:
+            await client.close_module(module_id)
+        with pytest.raises(DocumentMissing, match="module a is not open"):
+            await collect(client, request)
 
     run(test())
 

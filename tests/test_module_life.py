@@ -114,6 +114,19 @@ def test_pieces_stand_in_any_order_and_place(
         engine.assert_idle()
 
 
+def test_a_model_whose_keys_cannot_be_turned_uses_modules_where_they_were_encoded(
+    model_folders: ModelFolders,
+) -> None:
+    folder = model_folders("gpt2")
+    engine = with_modules(build_engine(folder), MODULES)
+    request = prompt("q", borrowed("a"), borrowed("b", link=9), literal(5, 1, 300))
+    engine.finish(request)
+    assert_means(engine, DenseModel(folder), MODULES, request)
+    with pytest.raises(InvalidRequest, match="elsewhere than it was encoded"):
+        engine.submit(prompt("moved", borrowed("a", position=1), literal(5, 1)))
+    engine.assert_idle()
+
+
 @pytest.mark.parametrize("architecture", FAMILY)
 def test_documents_are_reused_after_any_text_and_in_any_order(
     architecture: str, model_folders: ModelFolders
@@ -258,6 +271,8 @@ def test_modules_that_do_not_fit_together_come_from_disk_by_turns(
     assert engine.runner.computed_tokens - before == 8 * 5 + 3 * 16
     assert engine.stats()["disk_hits_total"] > 0
     assert_means(engine, DenseModel(folder), modules, *requests)
+    while engine.is_writing:
+        engine.step()
     engine.assert_idle()
     engine.close(flush_seconds=10)
 

@@ -133,10 +133,10 @@ class StepPlanner:
                 rank = piece.part.rank
                 rows = piece.rows_of(spread.sees(rank, piece.first_block), spread.tables[rank])
                 drafts[rank].add_local(0, rows, last=is_last)
-        rows = [0] * len(drafts)
+        computed_rows = [0] * len(drafts)
         for piece in pieces:
-            rows[piece.part.rank] += piece.rows
-        asks, _ = self.choose(rows, spread.past)
+            computed_rows[piece.part.rank] += piece.rows
+        asks, _ = self.choose(computed_rows, spread.past)
         every.add(
             spread,
             pieces,

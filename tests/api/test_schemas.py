@@ -250,6 +250,11 @@ def test_a_schema_is_replaced_and_deleted(server: LiveServer, client: openai.Ope
     again = stored(server.http, f'<schema name="mine"><module name="b">{FISH}</module></schema>')
     assert [module["name"] for module in one["modules"]] == ["#1", "a"]
     assert [module["name"] for module in again["modules"]] == ["#1", "b"]
+    before = server.engine_stats()["computed_tokens_total"]
+    more = f'<module name="b">{FISH}</module><module name="c">Fresh.</module>'
+    stored(server.http, f'<schema name="mine">{more}</schema>')
+    computed = server.engine_stats()["computed_tokens_total"] - before
+    assert computed < 100  # what stands as it stood is not computed again
     answer = ask(client, schema="mine", modules=["b"], level="modular")
     assert answer.prompt_cache["borrowed_tokens"] > 100
     path = "/v1/prompt_cache/schemas/mine"

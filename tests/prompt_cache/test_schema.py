@@ -1,6 +1,7 @@
 """Schemas: what PML and JSON say, what is refused, and with which words."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from prompt_cache.errors import SchemaError
 from prompt_cache.pml import read_pml, write_pml
+from prompt_cache.read import read_schema
 from prompt_cache.schema import MAX_DEPTH, Module, Parameter, Role, Scaffold, Text, Union
 from prompt_cache.schema_json import read_json, schema_from, schema_object
 from tests.prompt_cache.schemas import TRAVEL, XML_TEXTS, schema_objects
@@ -39,6 +41,17 @@ def test_a_schema_is_read_with_all_that_it_may_have() -> None:
     assert [module.name for module in schema.modules()] == [
         *("trip", "harbour", "mountains", "hotel", "prices")
     ]
+
+
+def test_the_documentation_says_the_same_in_both_forms() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "prompt_cache.md").read_text()
+    markup, text = (
+        page.partition(f"```{kind}\n")[2].partition("```")[0] for kind in ("xml", "json")
+    )
+    one, other = read_schema(markup), read_schema(text)
+    assert [module.name for module in one.modules()] == [module.name for module in other.modules()]
+    assert [role.role for role in one.roles] == [role.role for role in other.roles]
+    assert one.content[0] == other.content[0]
 
 
 def test_space_is_kept_where_it_is_asked_for() -> None:
