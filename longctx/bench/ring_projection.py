@@ -138,8 +138,9 @@ def _layer_seconds(
     if begin and ranks > 1:
         keys = keys_traffic(rows, past, page_bytes=model.page_bytes, tile_pages=TILE_BLOCKS)
         queries = queries_traffic(rows, past, row_bytes=model.row_bytes)
-        asks = passes_queries(keys, queries, link)
-        sending += (queries if asks else keys).seconds(link)
+        pairs_per_second = flop_per_second / model.attention_flop(1)
+        asks = passes_queries(keys, queries, link, pairs_per_second=pairs_per_second)
+        sending += (queries if asks else keys).link_seconds(link)
     else:
         asks = False
     for rank in range(ranks):

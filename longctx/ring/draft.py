@@ -8,9 +8,7 @@ from numpy.typing import NDArray
 
 from compress.shape import BLOCK_TOKENS
 from longctx.ring.layout import Part
-from longctx.ring.step import GroupStep, RankStep, Rows
-
-NONE: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+from longctx.ring.step import NONE, GroupStep, RankStep, Rows
 
 
 def indices(values: Items[int]) -> NDArray[np.int64]:

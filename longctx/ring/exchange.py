@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from longctx.attention.backend import PAGE
 from longctx.ring.books import LeaderMemory
-from longctx.ring.draft import NONE, Piece
-from longctx.ring.step import Queries, Round, Rows
+from longctx.ring.draft import Piece
+from longctx.ring.step import NONE, Queries, Round, Rows
 
 
 @dataclass(frozen=True, slots=True)

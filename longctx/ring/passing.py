@@ -12,12 +12,15 @@ where a row's query goes out and its result, with the lse, comes back in float32
     row_bytes = heads * (head_dim * (query_bytes + 4) + 4)
 
 Source of the choice: https://arxiv.org/abs/2411.01783; differs: encoded pages travel, and time is
-compared, by the bytes of the rank that sends most and by how many messages follow each other.
+compared, by the bytes of the rank that sends most, by how many messages follow each other, and by
+how evenly the ranks would work.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from compress.shape import BLOCK_TOKENS
 from longctx.ring.layout import Part, owner
 from longctx.ring.link import Link
 
@@ -38,12 +41,15 @@ class RowBytes:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Of one layer: bytes that each rank sends, and messages that wait for each other."""
+    """Of one layer, for what is past: bytes that each rank sends, messages that wait for each
+    other, and rows times keys that each rank then attends.
+    """
 
     bytes_sent: tuple[int, ...]
     messages: int
+    pairs: tuple[int, ...]
 
-    def seconds(self, link: Link) -> float:
+    def link_seconds(self, link: Link) -> float:
         return link.seconds(self.messages, max(self.bytes_sent))
 
 
@@ -56,7 +62,8 @@ def keys_traffic(
         pages[sender] * page_bytes * sum(rows[r] > 0 for r in ranks if r != sender)
         for sender in ranks
     )
-    return Traffic(sent, (len(rows) - 1) * -(-max(pages) // tile_pages))
+    messages = (len(rows) - 1) * -(-max(pages) // tile_pages)
+    return Traffic(sent, messages, tuple(own * sum(pages) * BLOCK_TOKENS for own in rows))
 
 
 def queries_traffic(rows: Sequence[int], pages: Sequence[int], *, row_bytes: RowBytes) -> Traffic:
@@ -67,7 +74,7 @@ def queries_traffic(rows: Sequence[int], pages: Sequence[int], *, row_bytes: Row
         + (sum(rows) - rows[sender]) * row_bytes.result * (pages[sender] > 0)
         for sender in ranks
     )
-    return Traffic(sent, 2)
+    return Traffic(sent, 2, tuple(own * sum(rows) * BLOCK_TOKENS for own in pages))
 
 
 def new_pages_sent(cut: Sequence[Part], ranks: int) -> int:
@@ -82,6 +89,18 @@ def new_pages_sent(cut: Sequence[Part], ranks: int) -> int:
     return sent
 
 
-def passes_queries(keys: Traffic, queries: Traffic, link: Link) -> bool:
-    """Whether the queries are sooner there and back than the keys."""
-    return queries.seconds(link) < keys.seconds(link)
+def passes_queries(
+    keys: Traffic, queries: Traffic, link: Link, *, pairs_per_second: float = math.inf
+) -> bool:
+    """Whether passing the queries is the faster way.
+
+    What travels is hidden behind attention, as far as that takes time: so the longer of the two
+    counts, at the rank that attends most. With keys that depends on who has rows, with queries on
+    who has pages. Where both take as long, the wires decide.
+    """
+
+    def cost(way: Traffic) -> tuple[float, float]:
+        sending = way.link_seconds(link)
+        return max(sending, max(way.pairs) / pairs_per_second), sending
+
+    return cost(queries) < cost(keys)

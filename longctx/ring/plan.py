@@ -13,23 +13,26 @@ from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import PAGE
 from longctx.model import ModelSpec
 from longctx.ring.books import LeaderMemory
-from longctx.ring.draft import NONE, Draft, Piece, indices
+from longctx.ring.draft import Draft, Piece, indices
 from longctx.ring.exchange import Exchange, Past, Spread
 from longctx.ring.layout import is_zigzag, parts
 from longctx.ring.link import Link
 from longctx.ring.passing import RowBytes, Traffic, keys_traffic, passes_queries, queries_traffic
-from longctx.ring.step import GroupStep, Queries, RankStep, Round
+from longctx.ring.step import NONE, GroupStep, Queries, RankStep, Round
 from longctx.scheduler import Chunk
 from longctx.sequence import BlockTable
 
 
 class StepPlanner:
-    def __init__(self, memory: LeaderMemory, spec: ModelSpec, link: Link) -> None:
+    def __init__(
+        self, memory: LeaderMemory, spec: ModelSpec, link: Link, pairs_per_second: float
+    ) -> None:
+        """`pairs_per_second`: rows times keys that a rank attends in one layer."""
         self._memory = memory
         self._ring = memory.ring
         # Of sequences that are computed: most steps add no block to it.
         self._pasts: WeakKeyDictionary[BlockTable, Past] = WeakKeyDictionary()
-        self.link = link
+        self.link, self.pairs_per_second = link, pairs_per_second
         self._last_group = memory.group_of[len(spec.layers) - 1]
         self._global = memory.groups[0].window is None
         if self._global:
@@ -133,10 +136,10 @@ class StepPlanner:
                 rank = piece.part.rank
                 rows = piece.rows_of(spread.sees(rank, piece.first_block), spread.tables[rank])
                 drafts[rank].add_local(0, rows, last=is_last)
-        computed_rows = [0] * len(drafts)
+        row_counts = [0] * len(drafts)
         for piece in pieces:
-            computed_rows[piece.part.rank] += piece.rows
-        asks, _ = self.choose(computed_rows, spread.past)
+            row_counts[piece.part.rank] += piece.rows
+        asks, _ = self.choose(row_counts, spread.past)
         every.add(
             spread,
             pieces,
@@ -151,7 +154,7 @@ class StepPlanner:
             rows, pages, page_bytes=self._page_bytes, tile_pages=self._ring.tile_blocks
         )
         queries = queries_traffic(rows, pages, row_bytes=self._row_bytes)
-        asks = passes_queries(keys, queries, self.link)
+        asks = passes_queries(keys, queries, self.link, pairs_per_second=self.pairs_per_second)
         return asks, queries if asks else keys
 
     def _steps(

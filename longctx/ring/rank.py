@@ -1,5 +1,6 @@
 """One rank: its copy of the model, its pools, and the steps that the leader tells it."""
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,15 +8,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from compress.shape import BLOCK_TOKENS
 from longctx.kv_memory import KVMemory, layer_codecs
 from longctx.model import LoadedModel, ModelSpec
 from longctx.ring.attention import LayerCall, RankAttention
 from longctx.ring.link import measure
-from longctx.ring.step import RankStep
+from longctx.ring.step import NONE, RankStep, Rows
 from longctx.ring.transport import Transport
 from longctx.runner import BACKENDS
+from longctx.sequence import full_blocks
 
 LEADER = 0
+RATE_ROWS, RATE_BLOCKS = 64, 16  # of the attention that is timed at the start
 MOST_TILE_BLOCKS = 64
 
 
@@ -92,6 +96,7 @@ class Rank:
         self.transport = transport
         self._backend = BACKENDS[ring.backend](self.memory)
         self._calls = _layer_calls(model)
+        self.pairs_per_second = self._attention_rate()
         self.link = measure(transport, model.spec.device)
         self.waited_seconds = 0.0  # in attention, for other ranks, ever
 
@@ -117,6 +122,26 @@ class Rank:
                 attention.serve(layer)
         self.waited_seconds += attention.waited_seconds
         return self._gather(step, logits)
+
+    @torch.inference_mode()
+    def _attention_rate(self) -> float:
+        """Rows times keys of one layer that this rank attends in a second, measured."""
+        layer = self.memory.groups[0].layers[0]  # one that sees everything, if any does
+        device, call = self.model.spec.device, self._calls[layer]
+        entries = full_blocks(RATE_BLOCKS)  # all on page 0, which is all zeros
+        rows = Rows(0, RATE_ROWS, RATE_BLOCKS * BLOCK_TOKENS, 0, NONE, RATE_BLOCKS, entries)
+        plan = self._backend.plan([rows.chunk(0)], 0)
+        shape = (RATE_ROWS, call.heads, call.head_dim)
+        query = torch.zeros(shape, dtype=call.dtype, device=device)
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            out, _ = self._backend.attend(
+                layer, query, plan, scaling=call.scaling, softcap=call.softcap
+            )
+            out[:1].cpu()  # a GPU is done
+            times.append(time.perf_counter() - began)
+        return RATE_ROWS * RATE_BLOCKS * BLOCK_TOKENS / min(times)
 
     def _gather(self, step: RankStep, logits: Tensor) -> Tensor | None:
         """All ranks' logits, at the leader, in the order of the chunks."""

@@ -20,7 +20,7 @@ class RingRunner:
         ranks.open(memory.ring, model)
         self.ranks = ranks
         self.rank = Rank(model, memory.ring, ranks.transport, memory)
-        self.planner = StepPlanner(memory, model.spec, self.rank.link)
+        self.planner = StepPlanner(memory, model.spec, self.rank.link, self.rank.pairs_per_second)
         self.computed_tokens = 0
 
     def run_chunks(self, chunks: Items[Chunk]) -> Tensor:

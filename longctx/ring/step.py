@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from longctx.attention.backend import ChunkRows
 
 Indices = np.ndarray  # int64; msgspec cannot read numpy's parametrized types
+NONE: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """The same requests on one rank and on several, and how far apart their logits are."""
 
 import itertools
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ def ringed_engine(folder: Path, ranks: int, **options: Any) -> RecordedEngine:
     if ranks == 1:
         return build_engine(folder, **options)
     engine = build_engine(folder, ranks=VirtualRanks(ranks), **options)
-    runner_of(engine).planner.link = LINK
+    planner = runner_of(engine).planner
+    planner.link, planner.pairs_per_second = LINK, math.inf
     return engine
 
 

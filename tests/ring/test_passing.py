@@ -56,7 +56,16 @@ def test_latency_counts_where_there_is_little_to_send() -> None:
 
 def test_tiles_that_follow_each_other_cost_their_latency() -> None:
     traffic = keys_traffic([8, 8], [129, 3], page_bytes=100, tile_pages=64)
-    assert traffic == Traffic((12900, 300), 3)
+    assert traffic == Traffic((12900, 300), 3, (8 * 132 * BLOCK_TOKENS,) * 2)
+
+
+def test_queries_are_not_passed_to_a_rank_that_would_work_alone() -> None:
+    """One rank has all the past: its wires are fast, but the other would wait for its attention."""
+    keys = keys_traffic([256, 256], [16, 0], page_bytes=PAGE_BYTES, tile_pages=64)
+    queries = queries_traffic([256, 256], [16, 0], row_bytes=RowBytes(100, 100))
+    assert passes_queries(keys, queries, LINK)
+    assert not passes_queries(keys, queries, LINK, pairs_per_second=1e7)
+    assert passes_queries(keys, queries, Link(0.0, 1e6), pairs_per_second=1e7), "a slow link"
 
 
 @given(
