@@ -41,6 +41,7 @@ PLAIN = {
     "generated_tokens_total": ("generated_tokens_total", "Tokens in the answers of ended requests"),
     "preemptions_total": ("preemptions_total", "Sequences that gave way for want of memory"),
     "documents_open": ("documents_open", "Documents that the engine knows"),
+    "modules_open": ("modules_open", "Modules of schemas and kept prompts that the engine knows"),
     "prefixes_held": ("prefixes_held", "Documents, each after its prompt, whole on the device"),
     "raw_blocks_held": ("raw_blocks_in_use", "Blocks that are being filled"),
     "ranks": ("ranks", "Processes that share each prompt"),

@@ -246,7 +246,7 @@ def _story(console: Console, config: DemoConfig, folder: Path, store: Path) -> N
         _section(
             console,
             "A library of texts, used in any combination",
-            "a prompt schema: each text is computed once, alone, whatever stands beside it later",
+            "a prompt schema: each text is computed once, whatever stands beside it",
         )
         show_library(
             console,

@@ -40,12 +40,12 @@ PARTS = tuple(
         value,
     )
     for name, what, city, value in (
-        ("harbour", "gate number", "Lisbon", "4417"),
+        ("port", "gate number", "Lisbon", "4417"),
         ("archive", "access code", "Vienna", "8305"),
         ("museum", "door code", "Prague", "2964"),
         ("station", "platform number", "Madrid", "7180"),
         ("library", "shelf number", "Dublin", "3526"),
-        ("theatre", "seat number", "Athens", "6092"),
+        ("opera", "seat number", "Athens", "6092"),
     )
 )
 # Which of them, and whose fact is asked for. No two begin alike: no prefix makes `exact` faster
@@ -60,8 +60,6 @@ class Answer(Protocol):
     def text(self) -> str: ...
     @property
     def first_token_seconds(self) -> float: ...
-    @property
-    def prompt_tokens(self) -> int: ...
     @property
     def prompt_cache(self) -> dict[str, Any]: ...
 
@@ -100,10 +98,10 @@ def _show_combinations(console: Console, ask: Ask) -> None:
     # The first request at a level has it measured on the model: not what is shown here
     first = ask(PARTS[0].question, _chosen((PARTS[0],), "modular"))
     reason = first.prompt_cache["level_reason"].partition("; ")[2]
-    console.print(f"  [dim]may modules be used as they were computed alone? {reason}[/]\n")
+    console.print(f"  [dim]measured on the model: {reason}[/]\n")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("texts", "tokens", "modular", "exact", "sooner", "modular says", "exact says"):
-        table.add_column(heading, justify="left" if "s" in heading[-1:] else "right", no_wrap=True)
+    for heading in ("texts", "modular", "exact", "sooner", "answers"):
+        table.add_column(heading, justify="left" if heading[-1] == "s" else "right", no_wrap=True)
     for numbers, asked in zip(COMBINATIONS, ASKED, strict=True):
         parts = [PARTS[number] for number in numbers]
         fact = PARTS[asked]
@@ -112,12 +110,10 @@ def _show_combinations(console: Console, ask: Ask) -> None:
         )
         table.add_row(
             ", ".join(part.name for part in parts),
-            f"{exact.prompt_tokens:,}",
             f"{1000 * modular.first_token_seconds:,.0f} ms",
             f"{1000 * exact.first_token_seconds:,.0f} ms",
             f"{exact.first_token_seconds / modular.first_token_seconds:,.0f} x",
-            _judged(modular.text, fact.answer),
-            _judged(exact.text, fact.answer),
+            f"{_judged(modular.text, fact.answer)}, {_judged(exact.text, fact.answer)}",
         )
     console.print(Padding(table, (0, 0, 0, 2)))
 
@@ -129,4 +125,4 @@ def _chosen(parts: Sequence[Part], level: str) -> dict[str, Any]:
 def _judged(given: str, expected: str) -> str:
     if given.strip() == expected:
         return f"[green]{expected}[/]"
-    return f"[red]{given.strip()[:16]}[/], not {expected}"
+    return f"[red]{given.strip()[:16] or 'nothing'}[/] (not {expected})"

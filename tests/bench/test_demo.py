@@ -30,5 +30,5 @@ def test_it_shows_everything_and_stops_cleanly(model: Path, tmp_path: Path) -> N
     assert warm[3] == restored[3] != cold[3]  # computed
     assert warm[4] == restored[5] and cold[5] == warm[5] == restored[4] == "0"  # memory, disk
     assert demo.stdout.count("exit code 0") == 2
-    assert "6 texts," in demo.stdout and "harbour, archive, museum" in demo.stdout
+    assert "6 texts," in demo.stdout and "port, archive, museum" in demo.stdout
     assert (tmp_path / "niah.png").read_bytes().startswith(b"\x89PNG")

@@ -151,7 +151,7 @@ def test_a_prompt_of_no_text_at_all_is_refused() -> None:
         prompt(layout)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(schema_objects(), st.data())
 def test_every_prompt_is_in_reading_order_and_within_the_schema(
     value: dict[str, Any], data: st.DataObject
@@ -178,7 +178,7 @@ def test_every_prompt_is_in_reading_order_and_within_the_schema(
     assert made.end == position <= layout.end
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(schema_objects())
 def test_what_stands_side_by_side_never_overlaps(value: dict[str, Any]) -> None:
     layout = placed(schema_from(value))

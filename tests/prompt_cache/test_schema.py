@@ -65,14 +65,14 @@ def test_space_is_kept_where_it_is_asked_for() -> None:
     assert schema.content == (Module("m", (Text(" y "),)),)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(schema_objects())
 def test_json_reads_back_as_the_same_schema(value: dict[str, Any]) -> None:
     schema = schema_from(value)
     assert read_json(json.dumps(schema_object(schema))) == schema
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(schema_objects(XML_TEXTS))
 def test_pml_reads_back_as_the_same_schema(value: dict[str, Any]) -> None:
     schema = schema_from(value)
@@ -210,6 +210,7 @@ MARKUP = st.lists(
 ).map("".join)
 
 
+@settings(deadline=None)
 @given(MARKUP | st.text() | MARKUP.map(_in_schema))
 def test_no_markup_ends_in_anything_but_a_schema_or_an_error(markup: str) -> None:
     try:
@@ -236,6 +237,7 @@ JSON_VALUES = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(JSON_VALUES)
 def test_no_json_ends_in_anything_but_a_schema_or_an_error(value: object) -> None:
     try:
