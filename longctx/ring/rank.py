@@ -10,13 +10,13 @@ from torch import Tensor
 
 from compress.shape import BLOCK_TOKENS
 from longctx.kv_memory import KVMemory, layer_codecs
+from longctx.layout import Layout
 from longctx.model import LoadedModel, ModelSpec
 from longctx.ring.attention import LayerCall, RankAttention
 from longctx.ring.link import measure
 from longctx.ring.step import NONE, RankStep, Rows
 from longctx.ring.transport import Transport
 from longctx.runner import BACKENDS
-from longctx.sequence import full_blocks
 
 LEADER = 0
 RATE_ROWS, RATE_BLOCKS = 64, 16  # of the attention that is timed at the start
@@ -128,7 +128,7 @@ class Rank:
         """Rows times keys of one layer that this rank attends in a second, measured."""
         layer = self.memory.groups[0].layers[0]  # one that sees everything, if any does
         device, call = self.model.spec.device, self._calls[layer]
-        entries = full_blocks(RATE_BLOCKS)  # all on page 0, which is all zeros
+        entries = Layout().table(RATE_BLOCKS)  # all on page 0, which is all zeros
         rows = Rows(0, RATE_ROWS, RATE_BLOCKS * BLOCK_TOKENS, 0, NONE, RATE_BLOCKS, entries)
         plan = self._backend.plan([rows.chunk(0)], 0)
         shape = (RATE_ROWS, call.heads, call.head_dim)

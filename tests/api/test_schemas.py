@@ -1,5 +1,7 @@
 """Prompt schemas over HTTP: stored, described, used in conversations, refused with the cure."""
 
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from longctx.client import EngineClient
 from longctx.request import LevelVerdict
 from prompt_cache.level import Level
 from tests.api.live_server import MODEL, LiveServer
+from tests.api.test_restart import engine_process
 
 KEYS = ("alice", "bob")
 FISH = "The boats come back with fish in the evening, and the market opens. " * 8
@@ -282,9 +285,7 @@ def test_schemas_survive_the_engine_and_the_server_and_are_a_tenants_own(
         refused = server.http.post("/v1/chat/completions", json=body, headers=bob)
         assert refused.status_code == 404
 
-        process = server.application.engine._process
-        assert process is not None
-        process.kill()
+        os.kill(engine_process(server), signal.SIGKILL)
         wait_until(lambda: server.application.engine.state == "restarting")
         wait_until(lambda: server.http.get(path, headers=alice).json().get("state") == "ready")
         answer = server.http.post("/v1/chat/completions", json=body, headers=alice).json()
