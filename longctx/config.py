@@ -51,7 +51,9 @@ class CacheConfig:
         bool, "answer prompts of modules at levels of exactness that cost this model too much"
     ] = False
     device_pool_gib: Annotated[
-        float | None, "memory for KV blocks; a quarter of RAM, or most of what the GPU has free"
+        float | None,
+        "memory for KV blocks, of each rank; a quarter of RAM for all ranks, or most of what the "
+        "GPU has free",
     ] = None
     host_pool_gib: Annotated[
         float | None, "RAM for KV blocks below a GPU's; an eighth of it with CUDA, else none"

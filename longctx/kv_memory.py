@@ -205,14 +205,17 @@ def _take(pool: Tensor, pages: Tensor | slice) -> Tensor:
     return pool[pages] if isinstance(pages, slice) else pool.index_select(0, pages)
 
 
-def pool_bytes(gib: float | None, device: torch.device) -> int:
-    """What the packed pools may take: as told, or what can be spared."""
+def pool_bytes(gib: float | None, device: torch.device, *, ranks: int = 1) -> int:
+    """What the packed pools of one rank may take: as told, or what can be spared.
+
+    Ranks on CPUs are taken to share one machine's RAM.
+    """
     if gib is not None:
         return int(gib * (1 << 30))
     if device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(device)
         return int(0.85 * free_bytes)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 // ranks
 
 
 def _pages_per_group(

@@ -92,7 +92,7 @@ class Machine:
             ranks=ranks.size,
             codec=codec,
             backend=backend,
-            pool_bytes=pool_bytes(config.cache.device_pool_gib, spec.device),
+            pool_bytes=pool_bytes(config.cache.device_pool_gib, spec.device, ranks=ranks.size),
             step_blocks=_step_blocks(config.scheduler, batch_tokens),
             batch_blocks=batch_tokens // BLOCK_TOKENS,
         )
