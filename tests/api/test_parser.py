@@ -112,8 +112,9 @@ def test_too_little_memory_is_an_error_that_says_so(
     with_parser: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("api.parser.DATA_BYTES", 100 << 20)
+    monkeypatch.setattr("api.parser.PIECE_CHARACTERS", 1 << 24)  # more than what is free in a heap
     text = tmp_path / "text"
-    text.write_text("a long story, " * 100_000)
+    text.write_text("a long story, " * 1_000_000)
     with pytest.raises(ParseFailed, match="GiB"):
         with_parser(lambda parser: parser.tokenize(text, tmp_path / "tokens", continues=False))
 
