@@ -72,7 +72,9 @@ def listen(address: str) -> socket.socket:
         listener.bind(address.removeprefix("unix:"))
         listener.listen()
         return listener
-    return socket.create_server(_host_and_port(address))
+    host, port = _host_and_port(address)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family)
 
 
 def connect(address: str, timeout_seconds: float) -> socket.socket:

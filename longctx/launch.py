@@ -20,6 +20,7 @@ from longctx.config import EngineConfig
 from longctx.errors import EngineDied, LongctxError
 from longctx.protocol import Joined
 from longctx.ring.head import Head
+from longctx.ring.join import cores
 from longctx.ring.secret import make_secret
 
 STOP_SECONDS = 10.0  # a process that was told to stop and has not done so by then is killed
@@ -139,7 +140,7 @@ class Ring:
                 raise EngineDied(f"the ranks did not call within {CALL_SECONDS:.0f} s")
 
     def _launch(self, folder: Path) -> subprocess.Popen[bytes]:
-        threads = self._threads or max(1, (os.cpu_count() or 1) // self._ranks)
+        threads = self._threads or max(1, cores() // self._ranks)
         options = {
             "--ranks": self._ranks,
             "--threads": threads,

@@ -105,6 +105,7 @@ def _lead(post: LeaderPost, place: Place) -> None:
     def lost(reason: str) -> NoReturn:
         with contextlib.suppress(PeerLost):
             post.channel.send(encode(Lost(reason)))
+        post.kill_others()
         os._exit(1)  # whatever other threads wait for will not come
 
     commands = _commands(post.channel)

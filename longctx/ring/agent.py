@@ -18,7 +18,6 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 MAX_RESTARTS = 1_000_000  # torchrun's default is none; the server gives up when a start fails
-SHUTDOWN_SECONDS = 1  # ranks that still run when one has ended are of no use
 MONITOR_SECONDS = 0.1
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
@@ -39,7 +38,6 @@ def main(words: Sequence[str]) -> None:
         OMP_NUM_THREADS=str(arguments.threads),  # torchrun's default is 1
         GLOO_SOCKET_IFNAME=LOOPBACK,
         NCCL_SOCKET_IFNAME=LOOPBACK,
-        TORCH_ELASTIC_SHUTDOWN_TIMEOUT=str(SHUTDOWN_SECONDS),
         TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",  # it would listen to every machine's questions
     )
     options = {

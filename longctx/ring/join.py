@@ -6,8 +6,10 @@ A launcher that starts them again needs to agree with nobody about which attempt
 """
 
 import array
+import contextlib
 import fcntl
 import os
+import signal
 import socket
 import struct
 import time
@@ -80,6 +82,7 @@ class LeaderPost:
         connection = _call_head(head, secret)
         self.channel = Channel(connection)
         self._place = place
+        self._pids: list[int] = []
         if head.startswith("unix:"):
             self._host, address = "", f"{head}-{os.getpid()}"
         else:
@@ -116,6 +119,7 @@ class LeaderPost:
                 member = to_leader(body)
                 assert isinstance(member, Member), member
                 members[member.rank] = channel
+                self._pids.append(member.pid)
         return members
 
     def meet(
@@ -128,6 +132,12 @@ class LeaderPost:
             channel.send(group)
         device = torch.device(self._place.own(config).model.device)
         return ProcessGroupTransport(store, 0, self._place.ranks, device)
+
+    def kill_others(self) -> None:
+        """End ranks of this machine that may hang: the launcher would wait long for that."""
+        for pid in () if self._host else self._pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def _open_store(self) -> tuple[Store, str]:
         if not self._host:
@@ -170,7 +180,7 @@ class FollowerPost:
         if connection.family == socket.AF_INET:
             _use_interface(connection.getsockname()[0])
         channel = Channel(connection)
-        channel.send(messages.encode(Member(self._place.rank)))
+        channel.send(messages.encode(Member(self._place.rank, os.getpid())))
         return channel
 
     def meet(self, group: Group) -> ProcessGroupTransport:

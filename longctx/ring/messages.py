@@ -21,6 +21,7 @@ class Member(Message, frozen=True):
     """The first word of a rank to its leader."""
 
     rank: int
+    pid: int
 
 
 class Group(Message, frozen=True):

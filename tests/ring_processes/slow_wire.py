@@ -33,6 +33,7 @@ def slow_network(*, delay_seconds: float, bits_per_second: float) -> Iterator[No
     """This namespace has the address NEAR, the other one FAR. Skips the test without the rights."""
     if os.geteuid() != 0 or not os.path.exists("/dev/net/tun"):
         pytest.skip("needs root and /dev/net/tun to make a namespace with a slow wire")
+    _ip("netns", "del", NAMESPACE)  # of a run that was killed
     if _ip("netns", "add", NAMESPACE):
         pytest.skip("cannot make a network namespace here")
     try:
@@ -97,6 +98,7 @@ class _Direction:
 
 
 def main(delay_seconds: float, bits_per_second: float) -> None:
+    os.nice(-10)  # a wire does not wait for those who use it
     near, far = _tun(NEAR_DEVICE), _tun(FAR_DEVICE)
     print("ready", flush=True)
     ways = [

@@ -64,10 +64,15 @@ def torchrun(secret: Path, log: Path, *, far: bool) -> Iterator[subprocess.Popen
     """One machine's launcher, as a user starts it."""
     words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node=1"]
     words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", MEETING, "--rdzv-id", "test"]
+    words += ["--rdzv-conf", f"is_host={int(not far)}"]
     words += ["--local-addr", FAR if far else NEAR, "--max-restarts", "100"]
     words += ["-m", "longctx.worker", "--head", HEAD, "--secret", str(secret)]
     with log.open("w") as errors:
-        process = subprocess.Popen([*(INSIDE if far else ()), *words], stderr=errors, stdout=errors)
+        process = subprocess.Popen(
+            [*(INSIDE if far else ()), *words],
+            stderr=errors,
+            stdout=errors,
+        )
     try:
         yield process
     finally:
@@ -86,28 +91,24 @@ def worker_of(launcher: subprocess.Popen[bytes]) -> int:
 def test_what_travels_is_hidden_behind_work(network: None, tmp_path: Path) -> None:
     wire = measured(tmp_path / "far", far=True)
     assert DELAY_SECONDS < wire["latency_seconds"] < 5 * DELAY_SECONDS
-    assert 0.5 < wire["bytes_per_second"] * 8 / BITS_PER_SECOND < 1.1
-    one_after_the_other = 2 * wire["transfer_seconds"]  # the work took as long as the transfer
+    assert 0.2 < wire["bytes_per_second"] * 8 / BITS_PER_SECOND < 1.1
+    one_after_the_other = 2 * wire["transfer_seconds"]  # rank 0 worked as long as it takes
     assert wire["both_seconds"] < 0.75 * one_after_the_other, wire
 
 
-def test_over_a_slow_wire_fewer_messages_are_worth_more_bytes(
+def test_keys_that_share_the_work_are_passed_unless_the_wire_is_slow(
     network: None, tmp_path: Path
 ) -> None:
-    far = measured(tmp_path / "far", far=True)
-    near = measured(tmp_path / "near", far=False)
-    links = [Link(each["latency_seconds"], each["bytes_per_second"]) for each in (near, far)]
-    products = [link.latency_seconds * link.bytes_per_second for link in links]
-    assert products[0] < products[1], links
-    # One message more for keys, and as many bytes fewer as lie between what that is worth here
-    # and there.
-    saved_bytes = sum(products) / 2
-    rows, pages, tile = (512, 512), (32, 32), 11  # three messages, against two
-    row = RowBytes.of(8, 64, query_bytes=4)
-    queries = queries_traffic(rows, pages, row_bytes=row)
-    page_bytes = int((max(queries.bytes_sent) - saved_bytes) / max(pages))
-    keys = keys_traffic(rows, pages, page_bytes=page_bytes, tile_pages=tile)
-    assert [passes_queries(keys, queries, link) for link in links] == [False, True]
+    """All of the past is on one rank: with queries it works alone, with keys much more travels."""
+    rows, pages = (512, 512), (64, 0)
+    queries = queries_traffic(rows, pages, row_bytes=RowBytes.of(8, 64, query_bytes=4))
+    keys = keys_traffic(rows, pages, page_bytes=96 << 10, tile_pages=32)
+    pairs_per_second = max(queries.pairs) / 0.030  # so keys, shared, take 15 ms
+    for far, chosen in ((False, "keys"), (True, "queries")):
+        found = measured(tmp_path / str(far), far=far)
+        link = Link(found["latency_seconds"], found["bytes_per_second"])
+        passed = passes_queries(keys, queries, link, pairs_per_second=pairs_per_second)
+        assert ("queries" if passed else "keys") == chosen, link
 
 
 def test_ranks_on_two_machines_answer_and_come_back(network: None, tmp_path: Path) -> None:

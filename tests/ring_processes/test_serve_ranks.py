@@ -68,7 +68,7 @@ def check_is_back(server: RingServer, file_id: str, expected: str) -> None:
 
 def test_two_ranks_answer_as_one_and_outlive_a_rank(tmp_path: Path) -> None:
     with RingServer(tmp_path / "store") as server:
-        file_id = server.upload(document(250))
+        file_id = server.upload(document(100))
         expected, _ = server.ask(file_id)
         assert "4711" in expected
 
