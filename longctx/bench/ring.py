@@ -10,6 +10,7 @@ import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from longctx.bench.ring_projection import (
 from longctx.bench.ring_virtual import Chunk, chunks
 from longctx.config import EngineConfig
 
+PIECE_TOKENS = 2048  # of the prompt, read by each number of processes in turn
 PROJECTED_TOKENS = (1 << 17, 1 << 20)
 PROJECTED_GPUS = (2, 8, 32, 128)
 
@@ -65,7 +67,6 @@ def run(
         scheduler=replace(engine.scheduler, max_batch_tokens=ranks.chunk_tokens),
     )
     virtual: dict[int, list[Chunk]] = {}
-    processes: list[Processes] = []
     with tempfile.TemporaryDirectory(prefix="longctx-ring-") as name:
         folder = Path(name)
         write_random_llama(folder, SIZES[ranks.model_size], seed=bench.seed)
@@ -73,9 +74,9 @@ def run(
         for count in ranks.every_rank_count:
             say(f"{count} virtual ranks")
             virtual[count] = list(chunks(config, folder, count, prompt))
-        for count in ranks.every_rank_count:
-            say(f"{count} processes")
-            processes.append(asyncio.run(_processes(folder, codec, count, cores, list(prompt))))
+        say("processes")
+        counts = ranks.every_rank_count
+        processes = asyncio.run(_processes(folder, codec, counts, cores, list(prompt)))
     projections = [
         project(model, link, tokens, gpus, flop_per_second=GPU_FLOP_PER_SECOND)
         for model in MODELS
@@ -103,24 +104,41 @@ def run(
 
 
 async def _processes(
-    folder: Path, codec: str, count: int, cores: int, prompt: list[int]
+    folder: Path, codec: str, counts: Sequence[int], cores: int, prompt: list[int]
+) -> list[Processes]:
+    """Piece by piece, by turns: a machine that gets slower for a while slows all alike."""
+    async with AsyncExitStack() as stack:
+        engines = [
+            await stack.enter_async_context(started_engine(folder, codec, ranks=count, cores=cores))
+            for count in counts
+        ]
+        for engine in engines:
+            await read_prompt(engine, prompt[::-1][:1024])  # warms up
+        before = [await engine.stats() for engine in engines]
+        seconds = [0.0] * len(engines)
+        turn = list(enumerate(engines))
+        for end in (*range(PIECE_TOKENS, len(prompt), PIECE_TOKENS), len(prompt)):
+            for index, engine in turn:
+                seconds[index] += await read_prompt(engine, prompt[:end])
+            turn.reverse()
+        after = [await engine.stats() for engine in engines]
+    return [_process_figures(*each) for each in zip(counts, seconds, before, after, strict=True)]
+
+
+def _process_figures(
+    ranks: int, seconds: float, before: Mapping[str, float], after: Mapping[str, float]
 ) -> Processes:
-    async with started_engine(folder, codec, ranks=count, cores=cores) as engine:
-        await read_prompt(engine, prompt[::-1][:1024])  # warms up
-        before = await engine.stats()
-        seconds = await read_prompt(engine, prompt)
-        stats = await engine.stats()
-    if count == 1:
+    if ranks == 1:
         return Processes(
             ranks=1, seconds=seconds, sent_bytes=0, waited_seconds=0, transfer_seconds=0
         )
-    sent = stats["ring_sent_bytes_total"] - before["ring_sent_bytes_total"]
+    sent = after["ring_sent_bytes_total"] - before["ring_sent_bytes_total"]
     return Processes(
-        ranks=count,
+        ranks=ranks,
         seconds=seconds,
         sent_bytes=sent,
-        waited_seconds=stats["ring_wait_seconds_total"] - before["ring_wait_seconds_total"],
-        transfer_seconds=sent / count / stats["ring_link_bytes_per_second"],
+        waited_seconds=after["ring_wait_seconds_total"] - before["ring_wait_seconds_total"],
+        transfer_seconds=sent / ranks / after["ring_link_bytes_per_second"],
     )
 
 
