@@ -164,8 +164,8 @@ class Intake:
         ranks = self._cache.memory.packed[0].ranks
         if ranks > 1:
             raise InvalidRequest(
-                f"prompts of modules, and files that are reused elsewhere, are for one rank; this "
-                f"server has {ranks}: start it without --ranks, or ask for level exact"
+                f"stored prompts, modules and the reuse of files elsewhere are for one rank, and "
+                f"this server has {ranks}; start it without --ranks"
             )
 
     def _check_length(self, prompt_tokens: int, max_tokens: int) -> None:

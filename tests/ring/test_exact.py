@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from compress.codec import CODECS
 from longctx.embedded import MODELS, model_path
+from longctx.errors import InvalidRequest
+from longctx.request import Piece, Request, Segment
 from tests.conftest import ModelFolders
 from tests.recorded_engine import Eager, ask, assert_equals_eager, gib_of_blocks, some_ids
 from tests.ring.side_by_side import SideBySide, ringed_engine
@@ -132,3 +134,12 @@ def test_questions_on_documents_equal_one_rank(gemma3: Path) -> None:
     assert both.finish(*questions) < LIMITS["raw"]
     assert both.many.answered["9"].counts.cached_tokens == 1792
     both.many.assert_idle()
+
+
+def test_what_many_ranks_cannot_do_is_refused(llama: Path) -> None:
+    engine = ringed_engine(llama, 2)
+    with pytest.raises(InvalidRequest, match="start it without --ranks"):
+        engine.open_module("m", [Piece(token_ids=tuple(some_ids(100, 0)), position=0)])
+    gap = (Segment(token_ids=(5, 6)), Segment(token_ids=(7, 8), position=40))
+    with pytest.raises(InvalidRequest, match="start it without --ranks"):
+        engine.submit(Request(request_id="gap", segments=gap))
