@@ -35,9 +35,9 @@ struct Head {
     int64_t row_bytes; // raw only: from token to token
 };
 
-// What is computed on takes long enough to fetch as many bytes, one after another in memory.
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
-inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); } // a whole raw page ahead
+// What is computed on takes long enough to fetch as many bytes, one after another in memory: into the
+// second cache, which waits for more lines at once than the first.
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 template <class V, Dtype D> struct Value;
 template <class V> struct Value<V, Dtype::float32> {
@@ -90,7 +90,7 @@ template <class V, Dtype D> struct RawPage {
 #pragma GCC unroll 8
                 for (int i = 0; i < TOKENS; ++i) {
                     if (i * VECTOR_BYTES % 64 == 0)
-                        prefetch_far(ahead + i * VECTOR_BYTES);
+                        prefetch(ahead + i * VECTOR_BYTES);
                     k[i] = Value<V, D>::load(key[i] + d);
                 }
                 ahead += TOKENS * VECTOR_BYTES;
@@ -134,7 +134,7 @@ template <class V, Dtype D> struct RawPage {
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) {
                 if (n * VECTOR_BYTES % 64 == 0)
-                    prefetch_far(ahead + n * VECTOR_BYTES);
+                    prefetch(ahead + n * VECTOR_BYTES);
                 v[n] = count < W ? load_some<V, D>(value, count) : Value<V, D>::load(value + n * W);
             }
 #pragma GCC unroll 4

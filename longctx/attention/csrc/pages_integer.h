@@ -10,11 +10,38 @@
 namespace {
 
 // The largest magnitude, in all lanes.
-template <class V> typename V::F largest(const float* x, int count) {
+template <class V> float largest(const float* x, int count) {
     typename V::F top = V::zero();
     for (int i = 0; i < count; i += V::W)
         top = V::max(top, V::max(V::load(x + i), V::sub(V::zero(), V::load(x + i))));
-    return V::set1(V::reduce_max(top));
+    return V::reduce_max(top);
+}
+
+// The weights of one row times the scales of the values, and what makes them integers up to `limit`.
+template <class V> struct Scaled {
+    static constexpr int N = BLOCK / V::W;
+    typename V::F x[N], inverse;
+    float unit;
+
+    Scaled(const float* weights, const typename V::F (&scales)[N], float limit) {
+        typename V::F most = V::zero();
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i) {
+            x[i] = V::mul(V::load(weights + i * V::W), scales[i]);
+            most = V::max(most, x[i]);
+        }
+        const float top = V::reduce_max(most);
+        inverse = V::set1(top > 0 ? limit / top : 0.f);
+        unit = top / limit;
+    }
+    typename V::I integers(int i) const { return V::to_int(V::mul(x[i], inverse)); }
+};
+
+// The scales of the record that is read next lie behind its codes, where nothing else leads to them.
+inline void prefetch_scales(const Head& head, int64_t codes, int64_t scales) {
+    const uint8_t* next = head.values + head.values_ahead;
+    for (int64_t byte = codes; byte < codes + scales; byte += 64)
+        prefetch(next + byte);
 }
 
 // Keys [head_dim / 4, BLOCK, 4], values [BLOCK / 4, head_dim, 4], scales [2, BLOCK].
@@ -29,15 +56,13 @@ template <class V> struct Int8Page {
     static float& unit_of(uint8_t* prepared, int head_dim) {
         return *(float*)(prepared + row_floats(head_dim) * 2);
     }
-    static void round_row(const float* x, int count, int16_t* to, float& unit) {
-        const float top = V::first(largest<V>(x, count));
+    static void prepare(const float* query, int head_dim, uint8_t* to) {
+        const int count = row_floats(head_dim);
+        const float top = largest<V>(query, count);
         const F inverse = V::set1(top > 0 ? TOP / top : 0.f);
         for (int i = 0; i < count; i += W)
-            V::store16(to + i, V::to_int(V::mul(V::load(x + i), inverse)));
-        unit = top / TOP;
-    }
-    static void prepare(const float* query, int head_dim, uint8_t* to) {
-        round_row(query, row_floats(head_dim), (int16_t*)to, unit_of(to, head_dim));
+            V::store16((int16_t*)to + i, V::to_int(V::mul(V::load(query + i), inverse)));
+        unit_of(to, head_dim) = top / TOP;
     }
 
     template <int R, int N>
@@ -48,6 +73,7 @@ template <class V> struct Int8Page {
         for (auto& row : acc)
             for (auto& sum : row)
                 sum = V::izero();
+#pragma GCC unroll 4
         for (int j = 0; j < steps; ++j, p += step) {
             if (fetch)
                 for (int byte = 0; byte < 4 * W * N; byte += 64)
@@ -107,14 +133,18 @@ template <class V> struct Int8Page {
     static void add(const Head& head, const float* weights, const float* factor, float* out) {
         constexpr int N = R == 1 ? 4 : R == 2 ? 2 : 1;
         const uint16_t* scales = (const uint16_t*)(head.values + BLOCK * head.head_dim) + BLOCK;
+        prefetch_scales(head, 2 * BLOCK * head.head_dim, 4 * BLOCK);
         alignas(64) int16_t rounded[R * BLOCK];
-        alignas(64) float scaled[BLOCK];
         float units[R];
+        F scale[BLOCK / W];
+        for (int i = 0; i < BLOCK / W; ++i)
+            scale[i] = V::load_bf16(scales + i * W);
         for (int r = 0; r < R; ++r) {
-            for (int t = 0; t < BLOCK; t += W)
-                V::store(scaled + t,
-                         V::mul(V::load(weights + r * BLOCK + t), V::load_bf16(scales + t)));
-            round_row(scaled, BLOCK, rounded + r * BLOCK, units[r]);
+            const Scaled<V> row(weights + r * BLOCK, scale, TOP);
+#pragma GCC unroll 8
+            for (int i = 0; i < BLOCK / W; ++i)
+                V::store16(rounded + r * BLOCK + i * W, row.integers(i));
+            units[r] = row.unit;
         }
         int d = 0;
         for (; d + N * W <= head.head_dim; d += N * W)
@@ -198,7 +228,7 @@ template <class V> struct Int4Page {
         return (float*)((uint8_t*)prepared + round_up(head_dim, 64));
     }
     static float unit_of(const float* query, int head_dim) {
-        return V::first(largest<V>(query, row_floats(head_dim))) / 127.f;
+        return largest<V>(query, row_floats(head_dim)) / 127.f;
     }
     static void prepare(const float* query, int head_dim, uint8_t* to) {
         const int group = int4_group(head_dim);
@@ -290,38 +320,41 @@ template <class V> struct Int4Page {
         const int head_dim = head.head_dim, group = int4_group(head_dim);
         const int stride = row_floats(head_dim);
         const Scales scales = scales_of(head, group);
+        constexpr int N = BLOCK / W;
+        prefetch_scales(head, BLOCK * head_dim, head_dim / group * 8 * BLOCK);
         alignas(64) uint8_t parts[2 * R * BLOCK]; // high parts of each row, then low parts
-        alignas(64) float scaled[BLOCK];
         for (int g = 0; g < head_dim / group; ++g) {
-            const uint16_t* value_scales = scales.value + g * BLOCK;
+            // A value is scale * (code + minimum / scale), so that minimums meet the weights as they
+            // were rounded: where values of one sign are a large minimum plus a small code, only
+            // then do the two roundings cancel. Without a scale there is only the minimum.
+            F scale[N], offset[N], alone[N];
+            for (int i = 0; i < N; ++i) {
+                const F minimum = V::load_bf16(scales.value_minimum + g * BLOCK + i * W);
+                scale[i] = V::load_bf16(scales.value + g * BLOCK + i * W);
+                offset[i] = V::if_zero(scale[i], V::zero(), V::div(minimum, scale[i]));
+                alone[i] = V::if_zero(scale[i], minimum, V::zero());
+            }
             float units[R], minimums[R];
             for (int r = 0; r < R; ++r) {
-                for (int t = 0; t < BLOCK; t += W)
-                    V::store(scaled + t, V::mul(V::load(weights + r * BLOCK + t),
-                                                V::load_bf16(value_scales + t)));
-                const float top = V::first(largest<V>(scaled, BLOCK));
-                const F inverse = V::set1(top > 0 ? TOP / top : 0.f);
-                units[r] = top / TOP;
-                F sum = V::zero();
-                for (int t = 0; t < BLOCK; t += W) {
-                    I number = V::to_int(V::mul(V::load(scaled + t), inverse));
-                    V::store_parts(parts + r * BLOCK + t, parts + (R + r) * BLOCK + t, number);
-                    // Minimums take the weights as they were rounded: where values of one sign are
-                    // a large minimum plus a small code, only then do the two roundings cancel.
-                    F scale = V::load_bf16(value_scales + t);
-                    F rounded = V::div(V::mul(V::to_float(number), V::set1(units[r])), scale);
-                    F weight = V::if_zero(scale, V::load(weights + r * BLOCK + t), rounded);
-                    F minimum = V::load_bf16(scales.value_minimum + g * BLOCK + t);
-                    sum = V::fma(weight, minimum, sum);
+                const Scaled<V> row(weights + r * BLOCK, scale, TOP);
+                F sum = V::zero(), rest = V::zero();
+#pragma GCC unroll 8
+                for (int i = 0; i < N; ++i) {
+                    const I number = row.integers(i);
+                    const int at = r * BLOCK + i * W;
+                    V::store_parts(parts + at, parts + R * BLOCK + at, number);
+                    sum = V::fma(V::to_float(number), offset[i], sum);
+                    rest = V::fma(V::load(weights + at), alone[i], rest);
                 }
-                minimums[r] = V::reduce_add(sum);
+                units[r] = row.unit;
+                minimums[r] = V::reduce_add(V::fma(sum, V::set1(row.unit), rest));
             }
             for (int d = g * group; d < (g + 1) * group; d += W) {
                 const int lanes = min_of(W, (g + 1) * group - d);
                 F sums[R];
                 dot<R, 2>(head.values + d * 4, 4 * head_dim, BLOCK / 8, lanes, parts, BLOCK,
-                          R * BLOCK, head.values + head.values_ahead + d * BLOCK / 2, d * 4 % 64 == 0,
-                          sums);
+                          R * BLOCK, head.values + head.values_ahead + d * BLOCK / 2,
+                          d * 4 % 64 == 0, sums);
                 for (int r = 0; r < R; ++r) {
                     float* to = out + r * stride + d;
                     F kept = V::fma(V::load(to), V::set1(factor[r]), V::set1(minimums[r]));
