@@ -57,9 +57,7 @@ class PageTransfer:
             copy.copy_(layer[torch.tensor(pages, device=layer.device)], non_blocking=True)
             copies.append(copy.numpy())
         if self._pool.pages[0].is_cuda:
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-            ready = event.query
+            ready = _copied(self._pool.pages[0].device)
         return PageSlots(tuple(copies), tuple(range(len(pages)))), ready
 
     def incoming(self, pages: Sequence[int]) -> PageSlots:
@@ -87,6 +85,14 @@ class PageTransfer:
     def _staging(self, pages: int, layer: Tensor) -> Tensor:
         shape = (pages, layer.shape[1])
         return torch.empty(shape, dtype=torch.uint8, pin_memory=layer.is_cuda)
+
+
+def _copied(device: torch.device) -> Callable[[], bool]:
+    """Whether all has been done that this thread has asked of the device until now."""
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))  # by default: of the current device, not this
+    query: Callable[[], bool] = event.query
+    return query
 
 
 def _now() -> bool:
