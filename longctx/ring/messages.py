@@ -1,7 +1,7 @@
 """What the leader and another rank say to each other, beside tensors: msgpack, never pickle.
 
 The leader asks for pages to be written, read or copied at any time, from any thread; the answer
-carries the same ticket. Everything else follows in order: `Group`, `Loading`, `Ready`, `Open`, then
+carries the same ticket. Everything else follows in order: `Group`, `Ready`, `Open`, `Ready`, then
 `Step` and `Stepped` again and again.
 """
 
@@ -12,7 +12,7 @@ from longctx.errors import LongctxError, PeerLost
 from longctx.protocol import Beat, Fault, Message, decode_hook, encode_hook
 from longctx.ring.pages import WrittenAs
 from longctx.ring.rank import RingMemory
-from offload.extent import ExtentUnreadable
+from offload.extent import ExtentUnreadable, OtherVersion
 from offload.extent_file import LayoutDiffers
 from offload.run import BlockRun
 
@@ -115,7 +115,7 @@ FromLeader = Group | Open | Step | End | WritePages | ReadPages | CopyPages | Be
 ToLeader = Member | Ready | Stepped | Answer | Beat
 
 _FAILURES: dict[str, type[Exception]] = {
-    kind.__name__: kind for kind in (ExtentUnreadable, LayoutDiffers, PeerLost)
+    kind.__name__: kind for kind in (ExtentUnreadable, OtherVersion, LayoutDiffers, PeerLost)
 }
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=encode_hook)

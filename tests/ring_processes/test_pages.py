@@ -2,7 +2,7 @@
 
 import errno
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,9 @@ from longctx.kv_memory import KVMemory
 from longctx.layer_attention import LayerSpec
 from longctx.ring.messages import Answer, ReadPages, WritePages, encode, from_leader, to_leader
 from longctx.ring.pages import LocalPages, RingExtents, RingTransfer, WrittenAs
+from offload import extent, extent_file, extent_io
 from offload.disk import DiskTier
-from offload.extent import ExtentUnreadable
+from offload.extent import OtherVersion
 from offload.extent_file import LayoutDiffers
 from offload.policy import LRU
 from tests.offload.extents import run_of
@@ -72,6 +73,14 @@ class Ranks:
     def read(self, chain: str, group: int, pages: list[int]) -> list[bool]:
         run = run_of(chain, 0, len(pages), group=group)
         return self.disk.read(group, run.keys, self.transfers[group].incoming(pages))
+
+
+def errors_of(*modules: ModuleType) -> list[type[Exception]]:
+    """Every kind of error that is defined there."""
+    found = (kind for module in modules for kind in vars(module).values())
+    kinds = {kind for kind in found if isinstance(kind, type) and issubclass(kind, Exception)}
+    assert OtherVersion in kinds and LayoutDiffers in kinds
+    return sorted(kinds, key=lambda kind: kind.__name__)
 
 
 def contents(group: int, layer: int, seed: int, size: int) -> torch.Tensor:
@@ -147,9 +156,9 @@ def test_a_full_disk_of_another_rank_turns_writing_off(
     [
         OSError(errno.ENOSPC, "no space left"),
         FileNotFoundError(errno.ENOENT, "gone"),
-        ExtentUnreadable("cut off"),
-        LayoutDiffers("other pages"),
+        *(kind("what is wrong") for kind in errors_of(extent, extent_file, extent_io)),
     ],
+    ids=lambda error: type(error).__name__,
 )
 def test_what_goes_wrong_on_a_rank_is_raised_at_the_leader(error: Exception) -> None:
     answer = to_leader(encode(Answer.failed(3, error)))
