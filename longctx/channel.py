@@ -53,18 +53,6 @@ class Channel:
         self._connection.close()
 
 
-def receive_one(connection: socket.socket) -> bytes:
-    """The next message and not a byte more, where there is no channel yet. Raises PeerLost."""
-    connection.settimeout(PROVING_SECONDS)
-    try:
-        (length,) = HEADER.unpack(_read(connection, HEADER.size))
-        body = _read(connection, length)
-    except OSError as error:
-        raise PeerLost(f"the other end says nothing: {error}") from error
-    connection.settimeout(None)
-    return body
-
-
 def listen(address: str) -> socket.socket:
     """At `unix:PATH` or `HOST:PORT`, port 0 for any. Raises OSError."""
     if address.startswith("unix:"):
@@ -99,13 +87,33 @@ def prove(connection: socket.socket, secret: bytes, *, caller: bool) -> None:
 
     `caller`: this end has connected, the other one was listening. Raises PeerLost.
     """
-    own = secrets.token_bytes(NONCE_BYTES)
-    connection.settimeout(PROVING_SECONDS)
+    _prove(connection, secret, caller, time.monotonic() + PROVING_SECONDS)
+
+
+def first_word(connection: socket.socket, secret: bytes) -> bytes:
+    """The first message of a caller who shows that it knows the secret, and not a byte more.
+
+    Proof and message have to be there after `PROVING_SECONDS`. Raises PeerLost.
+    """
+    deadline = time.monotonic() + PROVING_SECONDS
+    _prove(connection, secret, False, deadline)
     try:
+        (length,) = HEADER.unpack(_read(connection, HEADER.size, deadline))
+        body = _read(connection, length, deadline)
+    except OSError as error:
+        raise PeerLost(f"the other end says nothing: {error}") from error
+    connection.settimeout(None)
+    return body
+
+
+def _prove(connection: socket.socket, secret: bytes, caller: bool, deadline: float) -> None:
+    own = secrets.token_bytes(NONCE_BYTES)
+    try:
+        connection.settimeout(_left(deadline))
         connection.sendall(own)
-        other = _read(connection, NONCE_BYTES)
+        other = _read(connection, NONCE_BYTES, deadline)
         connection.sendall(_proof(secret, caller, own, other))
-        theirs = _read(connection, hashlib.sha256().digest_size)
+        theirs = _read(connection, hashlib.sha256().digest_size, deadline)
     except OSError as error:
         raise PeerLost(f"the other end did not show that it knows the secret: {error}") from error
     if not hmac.compare_digest(theirs, _proof(secret, not caller, other, own)):
@@ -118,14 +126,23 @@ def _proof(secret: bytes, caller: bool, own: bytes, other: bytes) -> bytes:
     return hmac.digest(secret, role + own + other, "sha256")
 
 
-def _read(connection: socket.socket, length: int) -> bytes:
+def _read(connection: socket.socket, length: int, deadline: float) -> bytes:
     found = b""
     while len(found) < length:
+        connection.settimeout(_left(deadline))  # of one call: who dribbles gets no more in all
         part = connection.recv(length - len(found))
         if not part:
             raise ConnectionResetError("closed")
         found += part
     return found
+
+
+def _left(deadline: float) -> float:
+    """Seconds; raises TimeoutError where there are none."""
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError("timed out")
+    return seconds
 
 
 def _host_and_port(address: str) -> tuple[str, int]:

@@ -30,7 +30,6 @@ from longctx.errors import InvalidRequest, LongctxError, PeerLost
 from longctx.lifetime import die_with_parent
 from longctx.protocol import (
     Abort,
-    Beat,
     Clear,
     CloseDocument,
     CloseModule,
@@ -57,7 +56,6 @@ from longctx.protocol import (
 )
 from longctx.quality.level_gate import judge_level
 from longctx.ring.follower import follow
-from longctx.ring.heartbeat import beat
 from longctx.ring.join import FollowerPost, LeaderPost, Place
 from longctx.ring.process_ranks import ProcessRanks
 from longctx.ring.secret import read_secret
@@ -109,7 +107,6 @@ def _lead(post: LeaderPost, place: Place) -> None:
         os._exit(1)  # whatever other threads wait for will not come
 
     commands = _commands(post.channel)
-    beat([post.channel], encode(Beat()))
     start = commands.get()
     if isinstance(start, Leader) and start.fault is not None:
         raise start.fault.error()

@@ -5,28 +5,23 @@ import contextlib
 import socket
 import threading
 
-from longctx.channel import Channel, listen, prove, receive_one
+from longctx.channel import Channel
 from longctx.errors import EngineDied, PeerLost
 from longctx.protocol import Fault, Joined, Leader, encode, read_event
+from longctx.ring.reception import Reception
 
 WAITING_SECONDS = 60.0  # of another rank for rank 0
 
 
 class Head:
-    """Calls are answered by threads, so that strangers who say nothing keep nobody waiting."""
-
     def __init__(self, address: str, secret: bytes, ranks: int) -> None:
         """Raises OSError."""
-        self._secret, self._ranks = secret, ranks
-        self._listener = listen(address)
-        self.address = address
-        if not address.startswith("unix:"):
-            host, port = self._listener.getsockname()[:2]
-            self.address = f"{host}:{port}"
+        self._ranks = ranks
         self._changed = threading.Condition()
         self._leader: Joined | None = None
         self._waiting: asyncio.Future[tuple[socket.socket, Joined]] | None = None
-        threading.Thread(target=self._listen, name="longctx-head", daemon=True).start()
+        self._reception = Reception(address, secret, self._answer)
+        self.address = self._reception.address
 
     async def leader(self) -> tuple[socket.socket, Joined]:
         """The next rank 0 that calls, once its connection awaits `Start`."""
@@ -40,25 +35,10 @@ class Head:
             self._leader = None
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
-        self._listener.close()
+        self._reception.close()
 
-    def _listen(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
-
-    def _answer(self, connection: socket.socket) -> None:
-        try:
-            prove(connection, self._secret, caller=False)
-            joined = read_event(receive_one(connection))
-        except PeerLost:
-            connection.close()
-            return
+    def _answer(self, connection: socket.socket, word: bytes) -> None:
+        joined = read_event(word)
         assert isinstance(joined, Joined), joined
         if joined.rank == 0 and joined.ranks == self._ranks:
             self._take(connection, joined)

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import struct
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,13 +21,15 @@ from typing import Self
 import torch
 from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from longctx.channel import Channel, connect, listen, prove
+from longctx.channel import Channel, connect, prove
 from longctx.config import EngineConfig
 from longctx.errors import LongctxError, PeerLost
-from longctx.protocol import Joined, Leader, encode, read_command
+from longctx.protocol import Beat, Joined, Leader, encode, read_command
 from longctx.ring import messages
+from longctx.ring.heartbeat import beat
 from longctx.ring.messages import Group, Member, to_leader
 from longctx.ring.process_group import ProcessGroupTransport
+from longctx.ring.reception import Reception
 
 GATHERING_SECONDS = 120.0  # until every rank is there: Python and torch load slowly from cold disks
 CALL_SECONDS = 5.0  # for one connection
@@ -83,44 +86,41 @@ class LeaderPost:
         self.channel = Channel(connection)
         self._place = place
         self._pids: list[int] = []
+        self.members: dict[int, Channel] = {}
+        self._arrival = threading.Condition()
+        self._gathering = True
         if head.startswith("unix:"):
             self._host, address = "", f"{head}-{os.getpid()}"
         else:
             self._host = connection.getsockname()[0]
             _use_interface(self._host)
             address = f"{self._host}:0"
-        with listen(address) as listener:
-            if self._host:
-                address = f"{self._host}:{listener.getsockname()[1]}"
-            joined = Joined(0, place.ranks, os.getpid(), address)
+        with contextlib.closing(Reception(address, secret, self._welcome)) as reception:
+            self._address = reception.address
+            joined = Joined(0, place.ranks, os.getpid(), self._address)
             self.channel.send(encode(joined))
-            self.members = self._gather(listener, secret)
-        self._address = address
+            beat([self.channel], encode(Beat()))  # others may be late; the head waits for less
+            self._gather()
 
-    def _gather(self, listener: socket.socket, secret: bytes) -> dict[int, Channel]:
-        members: dict[int, Channel] = {}
-        deadline = time.monotonic() + GATHERING_SECONDS
-        while len(members) < self._place.ranks - 1:
-            listener.settimeout(max(0.01, deadline - time.monotonic()))
-            try:
-                connection, _ = listener.accept()
-            except TimeoutError as error:
-                missing = sorted(set(range(1, self._place.ranks)) - members.keys())
-                raise PeerLost(f"ranks {missing} did not come") from error
-            connection.settimeout(None)
-            try:
-                prove(connection, secret, caller=False)
-            except PeerLost:
+    def _gather(self) -> None:
+        others = self._place.ranks - 1
+        with self._arrival:
+            self._arrival.wait_for(lambda: len(self.members) == others, GATHERING_SECONDS)
+            self._gathering = False
+        if len(self.members) < others:
+            missing = sorted(set(range(1, self._place.ranks)) - self.members.keys())
+            raise PeerLost(f"ranks {missing} did not come")
+
+    def _welcome(self, connection: socket.socket, word: bytes) -> None:
+        member = to_leader(word)
+        assert isinstance(member, Member), member
+        with self._arrival:
+            if not self._gathering:
                 connection.close()
-                continue
-            channel = Channel(connection)
-            body = channel.receive()
-            if body is not None:
-                member = to_leader(body)
-                assert isinstance(member, Member), member
-                members[member.rank] = channel
-                self._pids.append(member.pid)
-        return members
+                return
+            self.members[member.rank] = Channel(connection)
+            self._pids.append(member.pid)
+            self._arrival.notify_all()
 
     def meet(
         self, config: EngineConfig, model_folder: str, cache_dir: str

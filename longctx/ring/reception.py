@@ -1,0 +1,47 @@
+"""Where other processes call: who knows the secret is heard, and nobody keeps anybody waiting."""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable
+
+from longctx.channel import first_word, listen
+from longctx.errors import PeerLost
+
+
+class Reception:
+    """Each caller has a thread of its own, so that strangers who say nothing hold up no other."""
+
+    def __init__(
+        self, address: str, secret: bytes, heard: Callable[[socket.socket, bytes], None]
+    ) -> None:
+        """`heard` gets each connection with its first message, from any thread. Raises OSError."""
+        self._secret, self._heard = secret, heard
+        self._listener = listen(address)
+        self.address = address
+        if not address.startswith("unix:"):
+            host, port = self._listener.getsockname()[:2]
+            self.address = f"{host}:{port}"
+        threading.Thread(target=self._listen, name="longctx-reception", daemon=True).start()
+
+    def close(self) -> None:
+        """Take no more calls; who has called already is still heard."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        self._listener.close()
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+
+    def _answer(self, connection: socket.socket) -> None:
+        try:
+            word = first_word(connection, self._secret)
+        except PeerLost:
+            connection.close()
+            return
+        self._heard(connection, word)

@@ -1,0 +1,125 @@
+"""How ranks come together while some are late, and strangers call too."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from longctx import channel
+from longctx.channel import Channel, connect, first_word, prove
+from longctx.errors import PeerLost
+from longctx.protocol import HEADER, Beat, read_event
+from longctx.ring import join
+from longctx.ring.head import Head
+from longctx.ring.join import FollowerPost, LeaderPost, Place
+
+SECRET = b"s" * 32
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[Head]:
+    head = Head(f"unix:{tmp_path}/head", SECRET, ranks=2)
+    yield head
+    head.close()
+
+
+def place(rank: int) -> Place:
+    return Place(rank=rank, ranks=2, local_rank=rank, local_ranks=2)
+
+
+def dribble(connection: socket.socket) -> None:
+    """A byte now and then, until nobody listens."""
+    with contextlib.suppress(OSError):
+        while True:
+            connection.sendall(b"x")
+            time.sleep(0.02)
+
+
+def test_the_head_hears_of_rank_0_while_it_waits_for_others(head: Head) -> None:
+    async def test() -> None:
+        with ThreadPoolExecutor() as threads:
+            calling = asyncio.ensure_future(head.leader())
+            await asyncio.sleep(0)
+            leading = threads.submit(LeaderPost, head.address, SECRET, place(0))
+            connection, _ = await calling
+            heard = Channel(connection)
+            for _ in range(2):
+                body = await asyncio.to_thread(heard.receive)
+                assert body is not None and isinstance(read_event(body), Beat)
+            assert not leading.done()
+            follower = await asyncio.to_thread(FollowerPost, head.address, SECRET, place(1))
+            leader = await asyncio.wrap_future(leading)
+            assert list(leader.members) == [1]
+            for end in (follower.channel, leader.channel, leader.members[1], heard):
+                end.close()
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("dribbling", [False, True], ids=["silent", "dribbling"])
+def test_strangers_keep_no_rank_waiting(head: Head, dribbling: bool) -> None:
+    async def test() -> None:
+        with ThreadPoolExecutor() as threads:
+            calling = asyncio.ensure_future(head.leader())
+            await asyncio.sleep(0)
+            leading = threads.submit(LeaderPost, head.address, SECRET, place(0))
+            connection, joined = await calling
+            strangers = [connect(each, 5) for each in (head.address, joined.address) * 4]
+            for stranger in strangers if dribbling else ():
+                threading.Thread(target=dribble, args=(stranger,), daemon=True).start()
+            began = time.monotonic()
+            follower = await asyncio.to_thread(FollowerPost, head.address, SECRET, place(1))
+            leader = await asyncio.wrap_future(leading)
+            assert time.monotonic() - began < channel.PROVING_SECONDS / 2
+            for end in (follower.channel, leader.channel, leader.members[1]):
+                end.close()
+            for end in (connection, *strangers):
+                end.close()
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("proves", [False, True])
+@pytest.mark.parametrize("dribbling", [False, True], ids=["silent", "dribbling"])
+def test_a_caller_has_one_deadline(
+    proves: bool, dribbling: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many bytes it sends: for its proof and its first message together."""
+    monkeypatch.setattr(channel, "PROVING_SECONDS", 0.4)
+    ours, theirs = socket.socketpair()
+
+    def call() -> None:
+        if proves:
+            prove(theirs, SECRET, caller=True)
+            theirs.sendall(HEADER.pack(1000))
+        if dribbling:
+            dribble(theirs)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    began = time.monotonic()
+    with ours, theirs:
+        with pytest.raises(PeerLost, match="says nothing" if proves else "secret"):
+            first_word(ours, SECRET)
+        assert 0.3 < time.monotonic() - began < 3
+        ours.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def test_ranks_that_do_not_come_are_named(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(join, "GATHERING_SECONDS", 0.2)
+
+    async def test() -> None:
+        calling = asyncio.ensure_future(head.leader())
+        await asyncio.sleep(0)
+        with pytest.raises(PeerLost, match=r"ranks \[1\] did not come"):
+            await asyncio.to_thread(LeaderPost, head.address, SECRET, place(0))
+        (await calling)[0].close()
+
+    asyncio.run(test())
