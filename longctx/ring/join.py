@@ -21,7 +21,7 @@ from typing import Self
 import torch
 from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from longctx.channel import Channel, connect, prove
+from longctx.channel import Channel, connect, listen, prove
 from longctx.config import EngineConfig
 from longctx.errors import LongctxError, PeerLost
 from longctx.protocol import Beat, Joined, Leader, encode, read_command
@@ -143,8 +143,16 @@ class LeaderPost:
         if not self._host:
             path = self._address.removeprefix("unix:") + "-store"
             return FileStore(path, self._place.ranks), f"file:{path}"
-        store = TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
-        return store, f"{self._host}:{store.port}"
+        listener = listen(f"{self._host}:0")  # by itself the store would be open at every address
+        port = listener.getsockname()[1]
+        store = TCPStore(
+            self._host,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+        return store, f"{self._host}:{port}"
 
 
 class FollowerPost:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from longctx import channel
 from longctx.channel import Channel, connect, first_word, prove
@@ -123,3 +124,27 @@ def test_ranks_that_do_not_come_are_named(head: Head, monkeypatch: pytest.Monkey
         (await calling)[0].close()
 
     asyncio.run(test())
+
+
+def test_where_the_group_meets_is_open_at_one_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # or it would be set for all tests
+    head = Head("127.0.0.1:0", SECRET, ranks=1)
+
+    async def test() -> None:
+        calling = asyncio.ensure_future(head.leader())
+        await asyncio.sleep(0)
+        alone = Place(rank=0, ranks=1, local_rank=0, local_ranks=1)
+        leader = await asyncio.to_thread(LeaderPost, head.address, SECRET, alone)
+        connection, _ = await calling
+        store, name = leader._open_store()
+        host, _, port = name.rpartition(":")
+        member = TCPStore(host, int(port), is_master=False)
+        member.set("word", "said")
+        assert store.get("word") == b"said"
+        with pytest.raises(ConnectionRefusedError):
+            connect(f"127.0.0.2:{port}", 5)
+        connection.close()
+        leader.channel.close()
+
+    asyncio.run(test())
+    head.close()
