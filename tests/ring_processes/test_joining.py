@@ -1,6 +1,8 @@
 """Who may join a group, who finds whom, and who is missed."""
 
 import asyncio
+import errno
+import os
 import socket
 import threading
 import time
@@ -107,6 +109,28 @@ def test_a_secret_is_made_once_and_private(tmp_path: Path) -> None:
         read_secret(file)
     with pytest.raises(LongctxError, match="cannot read"):
         read_secret(tmp_path / "nothing")
+
+
+def test_a_start_that_fails_leaves_no_half_of_a_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = tmp_path / "secret"
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", full)
+        with pytest.raises(LongctxError, match="cannot keep a secret in .*: No space left"):
+            make_secret(file)
+    assert list(tmp_path.iterdir()) == []
+    assert make_secret(file) == read_secret(file)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_heads_that_start_together_have_one_secret(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    with ThreadPoolExecutor(8) as threads:
+        assert len(set(threads.map(make_secret, [file] * 8))) == 1
 
 
 def test_a_process_that_torchrun_did_not_start_is_no_rank() -> None:
