@@ -149,6 +149,11 @@ class EngineConfig:
                 f"host_pool_gib={self.cache.host_pool_gib} is for one rank; with "
                 f"ranks={self.ring.ranks} blocks go from the devices to kv_dir at once"
             )
+        if self.ring.ranks > 1 and self.cache.disk_compress:
+            raise ValueError(
+                f"disk_compress is for one rank; with ranks={self.ring.ranks} blocks are written "
+                "as they are, so leave it out"
+            )
 
 
 def check_name(option: str, name: str, known: Iterable[str]) -> None:

@@ -187,3 +187,12 @@ def test_the_engines_options_have_the_names_of_its_fields():
     config = read_options(namespace, EngineConfig, environment={}, file=None)
     assert (config.model.max_context, config.cache.kv_codec) == (4096, "int8")
     assert all(len(line) < 200 for line in parser.format_help().splitlines())
+
+
+@pytest.mark.parametrize("words", [("--disk-compress",), ("--host-pool-gib", "1")])
+def test_what_many_ranks_cannot_do_is_refused(words: tuple[str, ...]) -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser, EngineConfig)
+    namespace = parser.parse_args([*words, "--ranks", "2"])
+    with pytest.raises(SystemExit, match="is for one rank; with ranks=2 blocks"):
+        read_options(namespace, EngineConfig, environment={}, file=None)

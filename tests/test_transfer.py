@@ -1,4 +1,4 @@
-"""A copy out of a GPU may be read when that GPU has made it, whichever device is the current one."""
+"""A copy out of a GPU may be read once that GPU has made it, whichever is the current one."""
 
 from types import SimpleNamespace
 from typing import Any
