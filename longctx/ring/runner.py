@@ -26,8 +26,8 @@ class RingRunner:
     def run_chunks(self, chunks: Items[Chunk]) -> Tensor:
         """Logits [drawing chunks, vocab], float32. Raises PeerLost: then all ranks start again."""
         steps = self.planner.plan(chunks)
-        self.ranks.start(steps)
         try:
+            self.ranks.start(steps)
             logits = self.rank.run(steps[0])
         except PeerLost:
             raise

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from longctx.errors import PeerLost
 from longctx.ring.virtual import VirtualRanks
 from tests.conftest import ModelFolders
 from tests.recorded_engine import RecordedEngine, ask, engine_config, some_ids
@@ -62,4 +63,18 @@ def test_each_rank_holds_its_share_of_a_document(tmp_path: Path, llama: Path) ->
     ]
     assert sum(filled) == len(DOCUMENT) // 64
     assert all(abs(pages - sum(filled) / 4) <= 16 for pages in filled)
+    engine.close()
+
+
+def test_a_step_that_cannot_be_sent_is_a_lost_rank(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = durable_engine(llama, tmp_path, 2, "raw")
+
+    def surprise(steps: object) -> None:
+        raise ValueError("too large")
+
+    monkeypatch.setattr(runner_of(engine).ranks, "start", surprise)
+    with pytest.raises(PeerLost, match="ValueError: too large"):
+        engine.finish(ask("read", "d", max_tokens=0))
     engine.close()
