@@ -21,7 +21,7 @@ from api.documents import Document, DocumentStore
 from api.errors import ApiError
 from api.lane import Lane
 from api.parser import Parser
-from api.prefill import prefill
+from api.prefill import Failures, prefill
 from api.store_dir import StoreDir
 from longctx.client import EngineClient
 from longctx.errors import ContextTooLong, EngineDied, InvalidRequest, LongctxError
@@ -44,6 +44,7 @@ class Entry:
     tokenized: asyncio.Event = field(default_factory=asyncio.Event)  # or failed, or removed
     progress: Progress | None = None
     ready: bool = False
+    failures: Failures = field(default_factory=Failures)
     error: str | None = None
     removed: bool = False
     differed: str | None = None  # why the last question had to compute it again
@@ -295,6 +296,8 @@ class Library:
 
     async def _prefill(self, document_id: str) -> None:
         entry = self._entries[document_id]
+        if entry.error is not None:  # since it was queued
+            return
         document = Segment(document_id=document_id)
         before = (Segment(token_ids=entry.prefix),) if entry.prefix else ()
 
@@ -302,13 +305,17 @@ class Library:
             entry.progress = progress
 
         try:
-            entry.ready |= await prefill(
+            computed = await prefill(
                 self._engine,
                 f"ingest-{document_id}",
                 (*before, document),
                 salt=entry.document.tenant,
+                failures=entry.failures,
                 on_progress=note,
             )
+            if computed:
+                entry.ready = True
+                entry.failures.count = 0
         except LongctxError as error:
             entry.error = str(error)
 
