@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from api.errors import logger
 from api.lane import Lane
-from api.prefill import Failures, prefill
+from api.prefill import Failures, prefill, to_keep
 from longctx.client import EngineClient
 from longctx.errors import EngineDied, LongctxError
 from longctx.request import Piece, Progress, Segment
@@ -117,9 +117,7 @@ class Keeper:
             for module_id in kept.module_ids:
                 encoded = await prefill(
                     self._engine,
-                    f"encode-{module_id}",
-                    (Segment(encodes=module_id),),
-                    salt=kept.salt,
+                    to_keep(f"encode-{module_id}", (Segment(encodes=module_id),), salt=kept.salt),
                     failures=kept.failures,
                     on_progress=note,
                 )

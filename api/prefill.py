@@ -28,12 +28,21 @@ class Failures:
     count: int = 0
 
 
+def to_keep(name: str, segments: tuple[Segment, ...], *, salt: str) -> Request:
+    """The request that computes a prompt to be kept."""
+    return Request(
+        request_id=name,
+        segments=segments,
+        sampling=SamplingParams(max_tokens=0),
+        request_class=RequestClass.INGEST,
+        salt=salt,
+    )
+
+
 async def prefill(
     engine: EngineClient,
-    name: str,
-    segments: tuple[Segment, ...],
+    request: Request,
     *,
-    salt: str,
     failures: Failures,
     on_progress: Callable[[Progress], None],
 ) -> bool:
@@ -41,24 +50,16 @@ async def prefill(
     not know (any more) what is to be computed: whoever opens it there begins again.
 
     Raises LongctxError where it can never be computed, or the engine failed at it ATTEMPTS times.
-    `name` is the beginning of the request's.
+    The ids of what is asked begin with the request's.
     """
-    request = Request(
-        request_id=name,
-        segments=segments,
-        sampling=SamplingParams(max_tokens=0),
-        request_class=RequestClass.INGEST,
-        salt=salt,
-    )
     while True:
         while engine.state in ("starting", "restarting"):
             await asyncio.sleep(RETRY_SECONDS)
         if engine.state != "ready":
             return False
         try:
-            return await _once(
-                engine, replace(request, request_id=f"{name}-{failures.count}"), on_progress
-            )
+            request_id = f"{request.request_id}-{failures.count}"
+            return await _once(engine, replace(request, request_id=request_id), on_progress)
         except DocumentMissing:
             return False
         except Overloaded:

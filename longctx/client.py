@@ -132,9 +132,14 @@ class EngineClient:
             if not over:
                 self._send(Abort(request.request_id))
 
-    async def open_document(self, document_id: str, tokens: Path) -> None:
-        """Make a document known: `tokens` is a file of little-endian int32 ids, kept in place."""
-        await self._call(lambda ticket: OpenDocument(ticket, document_id, str(tokens)))
+    async def open_document(
+        self, document_id: str, tokens: Path, *, keep: Request | None = None
+    ) -> None:
+        """Make a document known: `tokens` is a file of little-endian int32 ids, kept in place.
+
+        `keep`: as the `Engine`'s.
+        """
+        await self._call(lambda ticket: OpenDocument(ticket, document_id, str(tokens), keep))
 
     async def close_document(self, document_id: str) -> None:
         """Forget a document and free the blocks that only it uses."""

@@ -13,7 +13,7 @@ from api.documents import Document, DocumentStore
 from api.keeper import Keeper, Kept
 from api.library import Entry, Library
 from api.store_dir import StoreDir
-from longctx.errors import DocumentMissing, EngineDied
+from longctx.errors import DocumentMissing, EngineDied, InvalidRequest
 from longctx.request import FinishReason, Piece, Request, RequestOutput
 
 
@@ -27,12 +27,25 @@ class MortalEngine:
         )
         self.known: set[str] = set()
         self.deadly: dict[str, int] = {}  # how often each is the end of it
-        self.computed: list[str] = []
+        self.stored: set[str] = set()  # on disk: closed documents leave it if they are registered
+        self.calls: list[str] = []
+        self.restarts = 0
         self.on_restart: Callable[[], Awaitable[None]]
 
-    async def open_document(self, document_id: str, tokens: Path) -> None:
+    async def open_document(self, document_id: str, tokens: Path, *, keep: Request) -> None:
         self._check()
+        if not tokens.exists():
+            raise InvalidRequest("cannot be read")
+        assert [s.document_id for s in keep.segments] == [None, document_id]
         self.known.add(document_id)
+        self.calls.append(f"open {document_id}")
+
+    async def close_document(self, document_id: str) -> None:
+        self._check()
+        if document_id in self.known:
+            self.known.remove(document_id)
+            self.stored.discard(document_id)
+        self.calls.append(f"close {document_id}")
 
     async def open_module(self, module_id: str, pieces: Sequence[Piece]) -> None:
         self._check()
@@ -48,7 +61,7 @@ class MortalEngine:
             self.deadly[name] -= 1
             self.die()
             raise EngineDied(f"died of {name}")
-        self.computed.append(name)
+        self.stored.add(name)
         yield RequestOutput(
             request_id=request.request_id, finish_reason=FinishReason.LENGTH, finished=True
         )
@@ -61,6 +74,7 @@ class MortalEngine:
     async def _restart(self) -> None:
         await asyncio.sleep(0.02)
         self.state = "ready"
+        self.restarts += 1
         await self.on_restart()
 
     def _check(self) -> None:
@@ -173,7 +187,7 @@ def test_crashes_are_counted_from_the_last_time_that_all_went_well(tmp_path: Pat
             bench.engine.die()
             await bench.until(entry, "queued")
         await bench.until(entry, "ready")
-        assert bench.engine.computed == ["a"] * 4
+        assert bench.engine.deadly["a"] == 0
 
     on_bench(tmp_path, test)
 
@@ -196,5 +210,95 @@ def test_modules_are_encoded_again_after_crashes_until_there_are_too_many(
             await asyncio.sleep(0.005)
         assert bench.engine.deadly["n"] == 0
         await keeper.close()
+
+    on_bench(tmp_path, test)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+def files(bench: Bench) -> list[str]:
+    return sorted(path.name for path in (bench.folder.path / "documents").iterdir())
+
+
+async def two_ready(bench: Bench) -> tuple[Entry, Entry]:
+    entries = await bench.upload("a", "short"), await bench.upload("b", "short")
+    for entry in entries:
+        await bench.until(entry, "ready")
+    bench.engine.calls.clear()
+    return entries
+
+
+def test_what_is_stored_of_a_deleted_document_is_dropped_once_the_engine_is_back(
+    tmp_path: Path,
+) -> None:
+    async def test(bench: Bench) -> None:
+        first, second = await two_ready(bench)
+        bench.engine.die()
+        await bench.library.remove(first)
+        assert list(bench.library.entries()) == [second]
+        assert await bench.store.all() == [second.document]
+        assert files(bench) == ["a.tokens", "b.tokens", "b.txt"]
+        await until(lambda: bench.engine.stored == {"b"})
+        # Others come first: they may share blocks with it.
+        assert bench.engine.calls == ["open b", "open a", "close a"]
+        await until(lambda: files(bench) == ["b.tokens", "b.txt"])
+        assert await bench.store.deleted() == []
+
+    on_bench(tmp_path, test)
+
+
+def test_what_is_stored_of_a_deleted_document_is_dropped_by_the_next_server_if_need_be(
+    tmp_path: Path,
+) -> None:
+    async def end(bench: Bench) -> None:
+        first, _ = await two_ready(bench)
+        bench.engine.state = "restarting"
+        await bench.library.remove(first)
+
+    async def begin(bench: Bench) -> None:
+        bench.engine.stored = {"a", "b"}
+        await bench.library.open()
+        assert [entry.document.id for entry in bench.library.entries()] == ["b"]
+        page = await bench.store.page("t", purpose=None, order="asc", after=None, limit=9)
+        assert [document.id for document in page] == ["b"]
+        await until(lambda: bench.engine.stored == {"b"})
+        await until(lambda: files(bench) == ["b.tokens", "b.txt"])
+        assert await bench.store.deleted() == []
+
+    on_bench(tmp_path, end)
+    on_bench(tmp_path, begin)
+
+
+def test_a_document_deleted_while_it_waits_to_be_opened_again_is_dropped_in_its_turn(
+    tmp_path: Path,
+) -> None:
+    async def test(bench: Bench) -> None:
+        first, _ = await two_ready(bench)
+        long = await bench.upload("c", "long")
+        await asyncio.sleep(0.01)
+        bench.engine.die()
+        await until(lambda: bench.engine.restarts == 1)
+        await bench.library.remove(first)
+        assert bench.engine.stored == {"a", "b"}
+        bench.parser.may_go_on.set()
+        await until(lambda: bench.engine.stored >= {"b", "c"} and "a" not in bench.engine.stored)
+        await bench.until(long, "ready")
+
+    on_bench(tmp_path, test)
+
+
+def test_a_document_that_the_engine_knows_is_dropped_at_once(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        first, _ = await two_ready(bench)
+        await bench.library.remove(first)
+        assert bench.engine.calls == ["close a"] and bench.engine.stored == {"b"}
+        assert files(bench) == ["b.tokens", "b.txt"]
+        unread = await bench.upload("c", "long")
+        await bench.library.remove(unread)
+        assert files(bench) == ["b.tokens", "b.txt"]
+        assert await bench.store.deleted() == []
 
     on_bench(tmp_path, test)
