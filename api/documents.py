@@ -28,6 +28,7 @@ CREATE TABLE IF NOT EXISTS documents (
     fingerprint TEXT
 ) STRICT;
 CREATE INDEX IF NOT EXISTS documents_of_tenant ON documents (tenant, number);
+CREATE TABLE IF NOT EXISTS deleted (id TEXT PRIMARY KEY) STRICT;
 """
 
 
@@ -50,6 +51,7 @@ class Document:
 
 
 COLUMNS = ", ".join(field.name for field in fields(Document))
+DELETED = "SELECT id FROM deleted"
 MARKS = ", ".join("?" for _ in fields(Document))
 
 
@@ -79,16 +81,32 @@ class DocumentStore:
             )
         )
 
-    async def remove(self, document_id: str) -> None:
+    async def delete(self, document_id: str) -> None:
+        """It is `deleted` from now on, and nothing else."""
         await self._database.run(
             lambda connection: connection.execute(
-                "DELETE FROM documents WHERE id = ?", (document_id,)
+                "INSERT OR IGNORE INTO deleted (id) VALUES (?)", (document_id,)
             )
         )
 
+    async def remove(self, document_id: str) -> None:
+        """Nothing is known about it any more."""
+
+        def remove(connection: sqlite3.Connection) -> None:
+            for table in ("documents", "deleted"):
+                connection.execute(f"DELETE FROM {table} WHERE id = ?", (document_id,))
+
+        await self._database.run(remove)
+
     async def all(self) -> list[Document]:
         """Oldest first."""
-        return await self._database.run(lambda connection: _select(connection, "ORDER BY number"))
+        clause = f"WHERE id NOT IN ({DELETED}) ORDER BY number"
+        return await self._database.run(lambda connection: _select(connection, clause))
+
+    async def deleted(self) -> list[Document]:
+        """Those of which something may still be stored elsewhere."""
+        clause = f"WHERE id IN ({DELETED}) ORDER BY number"
+        return await self._database.run(lambda connection: _select(connection, clause))
 
     async def page(
         self,
@@ -100,7 +118,7 @@ class DocumentStore:
         limit: int,
     ) -> list[Document]:
         """At most `limit` documents of the tenant that come after the one with id `after`."""
-        conditions, values = ["tenant = ?"], [tenant]
+        conditions, values = ["tenant = ?", f"id NOT IN ({DELETED})"], [tenant]
         if purpose is not None:
             conditions.append("purpose = ?")
             values.append(purpose)

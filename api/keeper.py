@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from api.errors import logger
 from api.lane import Lane
-from api.prefill import prefill
+from api.prefill import Failures, prefill, to_keep
 from longctx.client import EngineClient
 from longctx.errors import EngineDied, LongctxError
 from longctx.request import Piece, Progress, Segment
@@ -33,6 +33,7 @@ class Kept:
     module_ids: tuple[str, ...] = ()
     computed: int = 0  # how many of them
     progress: Progress | None = None
+    failures: Failures = field(default_factory=Failures)  # at any of them, until all are computed
     error: str | None = None
     before: "Kept | None" = None  # goes once this is computed: what both say is not twice
 
@@ -105,6 +106,8 @@ class Keeper:
 
     async def _encode(self, name: str) -> None:
         kept = self._kept[name]
+        if kept.error is not None:  # since it was queued
+            return
 
         def note(progress: Progress) -> None:
             kept.progress = progress
@@ -114,14 +117,14 @@ class Keeper:
             for module_id in kept.module_ids:
                 encoded = await prefill(
                     self._engine,
-                    f"encode-{module_id}",
-                    (Segment(encodes=module_id),),
-                    salt=kept.salt,
+                    to_keep(f"encode-{module_id}", (Segment(encodes=module_id),), salt=kept.salt),
+                    failures=kept.failures,
                     on_progress=note,
                 )
                 if not encoded:
                     return
                 kept.computed += 1
+            kept.failures.count = 0
             await self._drop_before(kept)
         except LongctxError as error:
             kept.error = str(error)

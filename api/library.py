@@ -7,6 +7,10 @@ One document is tokenized at a time, two are computed. The state is derived from
 not stored: after a restart of the server, or of the engine, every known document is taken up again
 in the background. What the tiers below the device have kept of it is not computed again, and a
 question that comes first joins that work.
+
+What they have kept of a deleted one can be named, and dropped, by an engine that knows its tokens.
+Where the engine does not know them (yet), that waits its turn behind the documents there are, which
+may share blocks with it, and outlives the server.
 """
 
 import asyncio
@@ -21,12 +25,12 @@ from api.documents import Document, DocumentStore
 from api.errors import ApiError
 from api.lane import Lane
 from api.parser import Parser
-from api.prefill import prefill
+from api.prefill import Failures, prefill, to_keep
 from api.store_dir import StoreDir
 from longctx.client import EngineClient
 from longctx.errors import ContextTooLong, EngineDied, InvalidRequest, LongctxError
 from longctx.prompt import ChatPrompts
-from longctx.request import Progress, Segment
+from longctx.request import Progress, Request, Segment
 
 logger = logging.getLogger("longctx.api")
 
@@ -44,8 +48,10 @@ class Entry:
     tokenized: asyncio.Event = field(default_factory=asyncio.Event)  # or failed, or removed
     progress: Progress | None = None
     ready: bool = False
+    failures: Failures = field(default_factory=Failures)
     error: str | None = None
     removed: bool = False
+    opened_by: int | None = None  # how often the engine had been restarted then
     differed: str | None = None  # why the last question had to compute it again
 
     @property
@@ -74,19 +80,23 @@ class Library:
         self._prompts = prompts
         self._engine = engine
         self._entries: dict[str, Entry] = {}
+        self._deleted: dict[str, Entry] = {}  # which the tiers may still have something of
         self._tokenizing = Lane(self._tokenize, width=1)
         self._prefilling = Lane(self._prefill, width=2)
 
     async def open(self) -> None:
         """Takes up every known document again."""
-        documents = await self._store.all()
-        self._folder.remove_strangers(frozenset(document.id for document in documents))
+        documents, deleted = await self._store.all(), await self._store.deleted()
+        self._folder.remove_strangers(frozenset(d.id for d in (*documents, *deleted)))
         for document in documents:
             if not self._folder.text_path(document.id).exists():
                 logger.warning("the text of %s is gone; forgetting it", document.id)
                 await self._store.remove(document.id)
                 continue
             await self._take_up(document)
+        for document in deleted:
+            with suppress(InvalidRequest):  # this model's template takes no documents
+                self._drop_later(Entry(document=document, prefix=await self._prefix(document)))
 
     async def close(self) -> None:
         """Stops all work, which is taken up again next time."""
@@ -102,17 +112,19 @@ class Library:
         return self._begin(document, prefix)
 
     async def remove(self, entry: Entry) -> None:
-        """Forgets it everywhere; requests that wait for it get 404."""
+        """Forgets it; requests that wait for it get 404."""
         document_id = entry.document.id
         entry.removed = True
         entry.tokenized.set()
         del self._entries[document_id]
         await self._tokenizing.cancel(document_id)
         await self._prefilling.cancel(document_id)
-        with suppress(LongctxError):  # an engine that is not there holds nothing
-            await self._engine.close_document(document_id)
-        await self._store.remove(document_id)
-        await asyncio.to_thread(self._folder.remove_document, document_id)
+        await self._store.delete(document_id)
+        await asyncio.to_thread(self._folder.remove_text, document_id)
+        if entry.document.tokens is None or entry.opened_by == self._engine.restarts:
+            await self._drop(entry)
+        else:
+            self._drop_later(entry)
 
     def find(self, tenant: str, document_id: str, *, param: str | None = None) -> Entry:
         """Raises ApiError 404 when the tenant has no such document."""
@@ -222,6 +234,9 @@ class Library:
                 entry.progress = None
                 entry.tokenized.clear()
                 self._tokenizing.add(entry.document.id)
+        for entry in list(self._deleted.values()):
+            await self._tokenizing.cancel(entry.document.id)  # its place is behind all others
+            self._drop_later(entry)
 
     async def _take_up(self, document: Document) -> None:
         tokens = self._folder.tokens_path(document.id)
@@ -250,6 +265,9 @@ class Library:
         )
 
     async def _tokenize(self, document_id: str) -> None:
+        if (deleted := self._deleted.get(document_id)) is not None:
+            await self._drop(deleted)
+            return
         entry = self._entries[document_id]
         try:
             if entry.document.tokens is None:
@@ -288,29 +306,64 @@ class Library:
             )
 
     async def _open_and_prefill(self, entry: Entry) -> None:
-        document_id = entry.document.id
         with suppress(EngineDied):  # `reopen` comes when it is back
-            await self._engine.open_document(document_id, self._folder.tokens_path(document_id))
-            self._prefilling.add(document_id)
+            await self._open(entry)
+            self._prefilling.add(entry.document.id)
+
+    async def _open(self, entry: Entry) -> None:
+        tokens = self._folder.tokens_path(entry.document.id)
+        opened_by = self._engine.restarts
+        await self._engine.open_document(entry.document.id, tokens, keep=_to_keep(entry))
+        entry.opened_by = opened_by
+
+    def _drop_later(self, entry: Entry) -> None:
+        self._deleted[entry.document.id] = entry
+        self._tokenizing.add(entry.document.id)
+
+    async def _drop(self, entry: Entry) -> None:
+        """What is left of a deleted document. The engine must know it to find its blocks."""
+        document_id = entry.document.id
+        try:
+            if entry.document.fingerprint == self._engine.info.fingerprint:
+                if entry.opened_by != self._engine.restarts:
+                    await self._open(entry)
+                await self._engine.close_document(document_id)
+        except EngineDied:  # `reopen` comes when it is back
+            self._deleted[document_id] = entry
+            return
+        except LongctxError as error:
+            logger.warning("what is stored of %s stays until it expires: %s", document_id, error)
+        await self._store.remove(document_id)
+        await asyncio.to_thread(self._folder.remove_document, document_id)
+        self._deleted.pop(document_id, None)
 
     async def _prefill(self, document_id: str) -> None:
         entry = self._entries[document_id]
-        document = Segment(document_id=document_id)
-        before = (Segment(token_ids=entry.prefix),) if entry.prefix else ()
+        if entry.error is not None:  # since it was queued
+            return
 
         def note(progress: Progress) -> None:
             entry.progress = progress
 
         try:
-            entry.ready |= await prefill(
+            computed = await prefill(
                 self._engine,
-                f"ingest-{document_id}",
-                (*before, document),
-                salt=entry.document.tenant,
+                _to_keep(entry),
+                failures=entry.failures,
                 on_progress=note,
             )
+            if computed:
+                entry.ready = True
+                entry.failures.count = 0
         except LongctxError as error:
             entry.error = str(error)
+
+
+def _to_keep(entry: Entry) -> Request:
+    document = Segment(document_id=entry.document.id)
+    before = (Segment(token_ids=entry.prefix),) if entry.prefix else ()
+    name = f"ingest-{entry.document.id}"
+    return to_keep(name, (*before, document), salt=entry.document.tenant)
 
 
 def _unknown(document_id: str, param: str | None) -> ApiError:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from longctx.client import EngineClient
 from longctx.errors import DocumentMissing, EngineDied, Overloaded
@@ -20,44 +20,57 @@ ATTEMPTS = 3  # what ends the engine this often is left alone
 RETRY_SECONDS = 0.5
 
 
-async def prefill(
-    engine: EngineClient,
-    name: str,
-    segments: tuple[Segment, ...],
-    *,
-    salt: str,
-    on_progress: Callable[[Progress], None],
-) -> bool:
-    """True when it is computed and stored; False when the server is going down.
+@dataclass(slots=True)
+class Failures:
+    """How often the engine failed at something since that was last computed. Outlives `prefill`,
+    which begins anew with each engine."""
 
-    Raises LongctxError where it can never be computed, or ended the engine ATTEMPTS times. `name`
-    is the beginning of the request's.
-    """
-    request = Request(
+    count: int = 0
+
+
+def to_keep(name: str, segments: tuple[Segment, ...], *, salt: str) -> Request:
+    """The request that computes a prompt to be kept."""
+    return Request(
         request_id=name,
         segments=segments,
         sampling=SamplingParams(max_tokens=0),
         request_class=RequestClass.INGEST,
         salt=salt,
     )
-    reason = ""
-    attempts = 0
-    while attempts < ATTEMPTS:
+
+
+async def prefill(
+    engine: EngineClient,
+    request: Request,
+    *,
+    failures: Failures,
+    on_progress: Callable[[Progress], None],
+) -> bool:
+    """True when it is computed and stored; False when the server is going down, or the engine does
+    not know (any more) what is to be computed: whoever opens it there begins again.
+
+    Raises LongctxError where it can never be computed, or the engine failed at it ATTEMPTS times.
+    The ids of what is asked begin with the request's.
+    """
+    while True:
         while engine.state in ("starting", "restarting"):
             await asyncio.sleep(RETRY_SECONDS)
         if engine.state != "ready":
             return False
         try:
-            return await _once(
-                engine, replace(request, request_id=f"{name}-{attempts}"), on_progress
-            )
+            request_id = f"{request.request_id}-{failures.count}"
+            return await _once(engine, replace(request, request_id=request_id), on_progress)
+        except DocumentMissing:
+            return False
         except Overloaded:
             pass
-        except (EngineDied, DocumentMissing) as error:
-            attempts += 1
-            reason = str(error)
+        except EngineDied as error:
+            failures.count += 1
+            if failures.count >= ATTEMPTS:
+                raise EngineDied(
+                    f"computing it failed {failures.count} times, at last because: {error}"
+                ) from error
         await asyncio.sleep(RETRY_SECONDS)
-    raise EngineDied(f"computing it failed {ATTEMPTS} times, at last because: {reason}")
 
 
 async def _once(

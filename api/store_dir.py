@@ -74,8 +74,11 @@ class StoreDir:
             draft.rename(path)
         return path.read_bytes()
 
-    def remove_document(self, document_id: str) -> None:
+    def remove_text(self, document_id: str) -> None:
         self.text_path(document_id).unlink(missing_ok=True)
+
+    def remove_document(self, document_id: str) -> None:
+        self.remove_text(document_id)
         self.tokens_path(document_id).unlink(missing_ok=True)
 
     def remove_strangers(self, known: frozenset[str]) -> None:

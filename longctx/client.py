@@ -55,7 +55,8 @@ from longctx.request import (
 from longctx.ring.heartbeat import LOADING_SILENCE_SECONDS, SILENCE_SECONDS
 from prompt_cache.level import Level
 
-RESTARTS = 3  # in a row that may fail, where ranks start together
+RESTARTS = 5  # in a row that may fail before the last
+PAUSE_SECONDS = 0.5  # after the first of them, then twice as long each time
 LOOK_SECONDS = 0.5
 
 State = Literal["starting", "ready", "restarting", "draining", "stopped"]
@@ -131,9 +132,14 @@ class EngineClient:
             if not over:
                 self._send(Abort(request.request_id))
 
-    async def open_document(self, document_id: str, tokens: Path) -> None:
-        """Make a document known: `tokens` is a file of little-endian int32 ids, kept in place."""
-        await self._call(lambda ticket: OpenDocument(ticket, document_id, str(tokens)))
+    async def open_document(
+        self, document_id: str, tokens: Path, *, keep: Request | None = None
+    ) -> None:
+        """Make a document known: `tokens` is a file of little-endian int32 ids, kept in place.
+
+        `keep`: as the `Engine`'s.
+        """
+        await self._call(lambda ticket: OpenDocument(ticket, document_id, str(tokens), keep))
 
     async def close_document(self, document_id: str) -> None:
         """Forget a document and free the blocks that only it uses."""
@@ -193,11 +199,11 @@ class EngineClient:
         self._started = False
         self._end_all("the server is shutting down")
         self._send(Stop())
-        for task in (self._reading, self._watching):
-            if task is not None:
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+        tasks = [task for task in (self._reading, self._watching) if task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)  # one that has failed does not keep the others alive
         if self._writer is not None:
             self._writer.close()
         await self.processes.stop()
@@ -229,7 +235,10 @@ class EngineClient:
         self.durable_tokens.clear()
         self._started, self._lost = True, None
         self._silence_seconds = LOADING_SILENCE_SECONDS
-        reader, self._writer = await asyncio.open_connection(sock=await self.processes.open())
+        try:
+            reader, self._writer = await asyncio.open_connection(sock=await self.processes.open())
+        except OSError as error:
+            raise EngineDied(f"no engine process could be started: {error.strerror}") from error
         self._send(Start(self.config, str(self.model_folder), str(self.cache_dir)))
         loaded = await self._next_event(reader)
         while isinstance(loaded, Beat):
@@ -279,11 +288,12 @@ class EngineClient:
                 self._restarted = asyncio.ensure_future(self.on_restart())
 
     async def _restart(self) -> asyncio.StreamReader:
-        """Ranks that start together may lose one again: a few times that is tried once more."""
+        """What ended it, a lack of memory say, may last: a few times that is tried once more."""
         self.restarts += 1
-        for _ in range(RESTARTS if self.config.ring.ranks > 1 else 0):
+        for restart in range(RESTARTS):
             with contextlib.suppress(EngineDied):
                 return await self._spawn()
+            await asyncio.sleep(PAUSE_SECONDS * 2**restart)
         return await self._spawn()
 
     async def _watch(self) -> None:

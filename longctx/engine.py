@@ -154,10 +154,19 @@ class Engine:
         for sequence in [s for s in answers.sequences if s.finish_reason is None]:
             self._early += self._finish(sequence, FinishReason.ABORT)
 
-    def open_document(self, document_id: str, token_ids: NDArray[np.int32]) -> None:
-        """Make a document known by its tokens; requests may then name it as a segment."""
+    def open_document(
+        self, document_id: str, token_ids: NDArray[np.int32], *, keep: Request | None = None
+    ) -> None:
+        """Make a document known by its tokens; requests may then name it as a segment.
+
+        `keep`: the request for no answer that will be submitted to compute it. What the tiers have
+        of its prompt is retained from now on, and leaves them when the document is closed.
+        Raises as `submit`.
+        """
         if self._intake.open_document(document_id, token_ids):
             self._forget_blocks(document_id)  # it said something else before
+        if keep is not None and self._ingestion is not None:
+            self._ingestion.register(self._intake.sequence(keep))
 
     def close_document(self, document_id: str) -> None:
         """Forget a document and free the blocks that only it uses."""

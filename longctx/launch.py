@@ -63,12 +63,16 @@ class Child:
     async def open(self) -> socket.socket:
         ours, theirs = socket.socketpair()
         with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "longctx.worker", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # a terminal's Ctrl-C is for the server alone
-            )
+            try:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", "longctx.worker", str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,  # a terminal's Ctrl-C is for the server alone
+                )
+            except OSError:
+                ours.close()
+                raise
         return ours
 
     async def ended(self) -> str:
@@ -80,7 +84,8 @@ class Child:
         """It has no threads that would tell; its requests have their own deadlines."""
 
     async def stop(self) -> None:
-        await self.ended()
+        if self.process is not None:
+            await self.ended()
 
 
 class Ring:

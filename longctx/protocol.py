@@ -90,6 +90,7 @@ class OpenDocument(Message, frozen=True):
     ticket: int
     document_id: str
     tokens: str  # file of little-endian int32 token ids
+    keep: Request | None = None
 
 
 class CloseDocument(Message, frozen=True):

@@ -197,7 +197,8 @@ def _obey(engine: Engine, command: Command, ranks: ProcessRanks | None) -> Event
             case Abort():
                 engine.abort(command.request_id)
             case OpenDocument():
-                engine.open_document(command.document_id, _token_ids(Path(command.tokens)))
+                token_ids = _token_ids(Path(command.tokens))
+                engine.open_document(command.document_id, token_ids, keep=command.keep)
                 return Done(command.ticket)
             case CloseDocument():
                 engine.close_document(command.document_id)

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from longctx.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from longctx.llm import LLM
-from longctx.request import SamplingParams
+from longctx.request import Request, SamplingParams, Segment
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 TEXT = "The lighthouse keeper counts nine ships before breakfast and writes them down. " * 60
@@ -77,4 +78,27 @@ def test_a_closed_document_leaves_nothing_on_disk(tmp_path: Path) -> None:
     llm = LLM(config=config(tmp_path))
     llm.document_from_text(TEXT).close()
     llm.close()
+    assert not list(tmp_path.glob("*.kv"))
+
+
+def test_a_document_that_is_closed_before_its_turn_leaves_nothing_on_disk(tmp_path: Path) -> None:
+    first = LLM(config=config(tmp_path))
+    token_ids = np.array(first.engine.tokenizer.encode(TEXT), dtype=np.int32)
+    keep = Request(
+        request_id="read",
+        segments=(Segment(document_id="d"),),
+        sampling=SamplingParams(max_tokens=0),
+    )
+    first.engine.open_document("d", token_ids, keep=keep)
+    first.engine.submit(keep)
+    while first.engine.has_work:
+        first.engine.step()
+    first.close()
+    assert list(tmp_path.glob("*.kv"))
+
+    second = LLM(config=config(tmp_path))
+    second.engine.open_document("d", token_ids, keep=keep)
+    assert second.engine.durable_documents()["d"] == len(token_ids)
+    second.engine.close_document("d")
+    second.close()
     assert not list(tmp_path.glob("*.kv"))

@@ -165,3 +165,28 @@ def test_a_port_in_use_is_one_line_with_the_cure() -> None:
     with pytest.raises(LongctxError, match=f"cannot listen on 127.0.0.1:{port}: .* --port"):
         listen(ServerConfig(port=port))
     taken.close()
+
+
+def test_a_file_deleted_while_the_engine_is_away_leaves_nothing_on_disk(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    kv_dir = tmp_path / "kv"
+    cache = {"kv_dir": kv_dir, "disk_cap_gib": 0.5, "disk_free_gib": 0.0}
+    with (
+        LiveServer(model_folder, tmp_path / "store", cache=cache) as server,
+        server.openai() as client,
+    ):
+        file_id = client.files.create(file=("a.txt", STORY.encode()), purpose="user_data").id
+        wait_until_ready(client, file_id)
+        assert list(kv_dir.glob("*.kv"))
+        os.kill(engine_process(server), signal.SIGKILL)
+        while server.application.engine.state == "ready":
+            time.sleep(0.01)
+        assert client.files.delete(file_id).deleted
+        with pytest.raises(openai.NotFoundError):
+            client.files.retrieve(file_id)
+        deadline = time.monotonic() + 40
+        while list(kv_dir.glob("*.kv")):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert not list((tmp_path / "store" / "documents").iterdir())
