@@ -12,9 +12,10 @@ from api.lane import Lane
 from api.prefill import Failures, prefill, to_keep
 from longctx.client import EngineClient
 from longctx.errors import EngineDied, LongctxError
-from longctx.request import Piece, Progress, Segment
+from longctx.request import Piece, Progress, Request, Segment
 
 KeptState = Literal["queued", "processing", "ready", "error"]
+OTHERS_SECONDS = 10.0  # openings that take longer, of files say, hold no deletion up
 Modules: TypeAlias = Sequence[tuple[str, tuple[Piece, ...]]]  # id and pieces of each
 
 
@@ -44,6 +45,10 @@ class Kept:
         return self.opened.is_set()
 
 
+def _encoding_of(module_id: str, kept: Kept) -> Request:
+    return to_keep(f"encode-{module_id}", (Segment(encodes=module_id),), salt=kept.salt)
+
+
 class Keeper:
     def __init__(self, engine: EngineClient) -> None:
         self._engine = engine
@@ -58,13 +63,23 @@ class Keeper:
     async def drop(self, kept: Kept) -> None:
         """Frees what nothing else needs; requests that wait for it go on without."""
         kept.opened.set()
-        self._kept.pop(kept.id, None)
+        if self._kept.get(kept.id) is kept:
+            del self._kept[kept.id]
         await self._opening.cancel(kept.id)
         await self._encoding.cancel(kept.id)
+        await self._others_open()
         for module_id in kept.module_ids:
             with suppress(LongctxError):  # an engine that is not there holds nothing
                 await self._engine.close_module(module_id)
         await self._drop_before(kept)
+
+    async def _others_open(self) -> None:
+        """After a start nobody owns what several share until it is open: it would be deleted."""
+        waiting = [asyncio.ensure_future(kept.opened.wait()) for kept in self._kept.values()]
+        if waiting:
+            await asyncio.wait(waiting, timeout=OTHERS_SECONDS)
+        for task in waiting:
+            task.cancel()
 
     async def reopen(self) -> None:
         """After the engine was restarted: it knows no module."""
@@ -95,7 +110,8 @@ class Keeper:
             kept.module_ids = tuple(module_id for module_id, _ in modules)
             with suppress(EngineDied):  # `reopen` comes when it is back
                 for module_id, pieces in modules:
-                    await self._engine.open_module(module_id, pieces)
+                    keep = _encoding_of(module_id, kept)
+                    await self._engine.open_module(module_id, pieces, keep=keep)
                 self._encoding.add(name)
         except LongctxError as error:
             kept.error = str(error)
@@ -117,7 +133,7 @@ class Keeper:
             for module_id in kept.module_ids:
                 encoded = await prefill(
                     self._engine,
-                    to_keep(f"encode-{module_id}", (Segment(encodes=module_id),), salt=kept.salt),
+                    _encoding_of(module_id, kept),
                     failures=kept.failures,
                     on_progress=note,
                 )

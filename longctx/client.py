@@ -146,9 +146,11 @@ class EngineClient:
         self.durable_tokens.pop(document_id, None)
         await self._call(lambda ticket: CloseDocument(ticket, document_id))
 
-    async def open_module(self, module_id: str, pieces: Sequence[Piece]) -> None:
-        """Make a module known. Raises InvalidRequest or ContextTooLong."""
-        await self._call(lambda ticket: OpenModule(ticket, module_id, tuple(pieces)))
+    async def open_module(
+        self, module_id: str, pieces: Sequence[Piece], *, keep: Request | None = None
+    ) -> None:
+        """Make a module known; `keep` as the `Engine`'s. Raises InvalidRequest or ContextTooLong."""
+        await self._call(lambda ticket: OpenModule(ticket, module_id, tuple(pieces), keep))
 
     async def close_module(self, module_id: str) -> None:
         """Forget a module and free the blocks that only it uses."""

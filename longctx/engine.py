@@ -165,21 +165,23 @@ class Engine:
         """
         if self._intake.open_document(document_id, token_ids):
             self._forget_blocks(document_id)  # it said something else before
-        if keep is not None and self._ingestion is not None:
-            self._ingestion.register(self._intake.sequence(keep))
+        self._retain(keep)
 
     def close_document(self, document_id: str) -> None:
         """Forget a document and free the blocks that only it uses."""
         self._intake.close(document_id)
         self._forget_blocks(document_id)
 
-    def open_module(self, module_id: str, pieces: Items[Piece]) -> None:
+    def open_module(
+        self, module_id: str, pieces: Items[Piece], *, keep: Request | None = None
+    ) -> None:
         """Make a module known; requests may then encode it, and use its pieces as segments.
 
-        Raises InvalidRequest or ContextTooLong.
+        `keep` and what it raises: as `open_document`. Also raises ContextTooLong.
         """
         if self._intake.open_module(module_id, pieces):
             self._forget_blocks(module_id)
+        self._retain(keep)
 
     def close_module(self, module_id: str) -> None:
         """As `close_document`. Prompts that still wait to borrow of it end with an error."""
@@ -200,6 +202,10 @@ class Engine:
             self.abort(request_id)
         if self._migration is not None:
             self._migration.close(flush_seconds)
+
+    def _retain(self, keep: Request | None) -> None:
+        if keep is not None and self._ingestion is not None:
+            self._ingestion.register(self._intake.sequence(keep))
 
     def _forget_blocks(self, document_id: str) -> None:
         for answers in self._requests.values():

@@ -102,6 +102,7 @@ class OpenModule(Message, frozen=True):
     ticket: int
     module_id: str
     pieces: tuple[Piece, ...]
+    keep: Request | None = None
 
 
 class CloseModule(Message, frozen=True):

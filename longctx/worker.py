@@ -204,7 +204,7 @@ def _obey(engine: Engine, command: Command, ranks: ProcessRanks | None) -> Event
                 engine.close_document(command.document_id)
                 return Done(command.ticket)
             case OpenModule():
-                engine.open_module(command.module_id, command.pieces)
+                engine.open_module(command.module_id, command.pieces, keep=command.keep)
                 return Done(command.ticket)
             case CloseModule():
                 engine.close_module(command.module_id)
