@@ -87,8 +87,8 @@ class PromptLibrary:
     async def remove(self, entry: PromptEntry) -> None:
         record = entry.record
         if self._entries.get((record.tenant, record.name)) is entry:
-            del self._entries[record.tenant, record.name]
             await self._records.remove_prompt(record.tenant, record.name)
+            del self._entries[record.tenant, record.name]
         await self._keeper.drop(entry.kept)
 
     def find(self, tenant: str, name: str, *, param: str | None = None) -> PromptEntry:

@@ -72,8 +72,9 @@ class Retention:
         self._expiry.changed()
 
     async def _let_go(self, name: str) -> None:
-        record, kept = self._retained.pop(name)
-        await self._records.remove_retained(record.id)
+        record, kept = self._retained[name]
+        await self._records.remove_retained(record.id)  # first: where it fails, all is as it was
+        del self._retained[name]
         await self._keeper.drop(kept)
 
     def _token_ids(self, segments: Sequence[Segment]) -> bytes:
