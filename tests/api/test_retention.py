@@ -31,3 +31,15 @@ def test_an_answer_is_complete_though_its_prompt_cannot_be_kept(
     assert answer.status_code == 200
     assert '"finish_reason":"length"' in answer.text and "error" not in answer.text
     assert not stream or answer.text.endswith("data: [DONE]\n\n")
+
+
+def test_what_a_tiny_device_can_never_stream_is_refused_at_once(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    disk = {"kv_dir": tmp_path / "kv", "device_pool_gib": 0.001}
+    with LiveServer(model_folder, tmp_path, cache=disk) as server:
+        longer = [{"role": "user", "content": "word " * 800}]
+        body = {"messages": longer, "max_tokens": 0}
+        answer = server.http.post("/v1/chat/completions", json=body, timeout=20)
+    assert answer.status_code == 400
+    assert "raise --device-pool-gib" in answer.json()["error"]["message"]
