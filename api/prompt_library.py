@@ -90,6 +90,9 @@ class PromptLibrary:
             known = self._entries.pop((record.tenant, record.name), None)
             self._entries[record.tenant, record.name] = entry  # the youngest
             self._expiry.changed()
+            for file in files:
+                if not self._folder.text_path(file.document_id).exists():  # deleted meanwhile
+                    await self.forget_file(file.document_id)
             if known is not None:
                 await self._keeper.replace(known.kept, entry.kept)
             return entry
@@ -99,6 +102,14 @@ class PromptLibrary:
         async with self._locks.of(tenant, name):
             if (entry := self._entries.get((tenant, name))) is not None:
                 await self._forget(entry)
+
+    async def forget_file(self, file_id: str) -> None:
+        """A file was deleted: what was computed of its text goes, and the prompts have an error."""
+        for entry in list(self._entries.values()):
+            if file_id in entry.record.file_ids:
+                await self._keeper.drop(entry.kept)
+                entry.kept.module_ids = ()
+                entry.kept.error = f"there is no file {file_id!r} any more; store the prompt again"
 
     def find(self, tenant: str, name: str, *, param: str | None = None) -> PromptEntry:
         """Raises ApiError 404 when the tenant has no such prompt, or no more."""

@@ -1,14 +1,17 @@
 """Prompts that were asked to be kept, where keeping them is not possible or no longer wanted."""
 
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from api.retention import Retention
 from tests.api.live_server import LiveServer
-from tests.api.test_prompts import HELLO
+from tests.api.test_prompts import HELLO, STORY, chat, stored
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +46,38 @@ def test_what_a_tiny_device_can_never_stream_is_refused_at_once(
         answer = server.http.post("/v1/chat/completions", json=body, timeout=20)
     assert answer.status_code == 400
     assert "raise --device-pool-gib" in answer.json()["error"]["message"]
+
+
+def retained(server: LiveServer) -> list[str]:
+    """What the database keeps, in words."""
+    path = server.config.folder / "prompts.sqlite"
+    with closing(sqlite3.connect(path)) as database:
+        rows = database.execute("SELECT token_ids FROM retained").fetchall()
+    return [server.tokenizer.decode(np.frombuffer(row[0], "<i4").tolist()) for row in rows]
+
+
+def test_nothing_keeps_the_text_of_a_deleted_file(server: LiveServer) -> None:
+    with server.openai() as client:
+        file_id = client.files.create(file=("a.txt", STORY.encode()), purpose="user_data").id
+    stored(server.http, name="with-a-file", file_ids=[file_id])
+    part = {"type": "file", "file": {"file_id": file_id}}
+    question = [{"role": "user", "content": [part, {"type": "text", "text": "Well?"}]}]
+    chat(server.http, messages=question, prompt_cache_retention="24h")
+    assert any("The lift goes up" in text for text in retained(server))
+    assert server.http.delete(f"/v1/files/{file_id}").status_code == 200
+    assert not any("The lift goes up" in text for text in retained(server))
+    prompt = server.http.get("/v1/prompt_cache/prompts/with-a-file").json()
+    assert prompt["state"] == "error" and file_id in prompt["error"]
+    assert (prompt["bytes"], prompt["durable_tokens"]) == (0, 0)
+
+
+def test_a_conversation_is_kept_once_however_many_turns_it_has(server: LiveServer) -> None:
+    before = len(retained(server))
+    messages = [{"role": "user", "content": f"Turns. {STORY}"}]
+    for _ in range(3):
+        answer = chat(server.http, messages=messages, prompt_cache_retention="24h")
+        said = answer["choices"][0]["message"]["content"]
+        messages += [{"role": "assistant", "content": said}, {"role": "user", "content": "And?"}]
+    assert len(retained(server)) == before + 1
+    chat(server.http, messages=[messages[0]], prompt_cache_options={"ttl": "30m"})
+    assert len(retained(server)) == before + 2
