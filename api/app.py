@@ -80,7 +80,7 @@ async def open_application(
         named = PromptLibrary(records, library, folder, prompts, keeper)
         stack.push_async_callback(named.close)
         await named.open()
-        retention = Retention(records, folder, keeper)
+        retention = Retention(records, folder, engine, keeper)
         stack.push_async_callback(retention.close)
         await retention.open()
 

@@ -17,15 +17,21 @@ from api.expiry import Expiry
 from api.keeper import Keeper, Kept, Modules
 from api.prompt_records import PromptRecords, RetainedRecord
 from api.store_dir import StoreDir
+from compress.shape import BLOCK_TOKENS
+from longctx.client import EngineClient
+from longctx.errors import ContextTooLong, InvalidRequest
 from longctx.request import Piece, Segment
 
-BLOCK_BYTES = 4 * 64  # of token ids; less fills no block, and is not found again
+BLOCK_BYTES = 4 * BLOCK_TOKENS  # of token ids; less fills no block, and is not found again
 
 
 class Retention:
-    def __init__(self, records: PromptRecords, folder: StoreDir, keeper: Keeper) -> None:
+    def __init__(
+        self, records: PromptRecords, folder: StoreDir, engine: EngineClient, keeper: Keeper
+    ) -> None:
         self._records = records
         self._folder = folder
+        self._engine = engine
         self._keeper = keeper
         self._retained: dict[str, tuple[RetainedRecord, Kept]] = {}
         self._changing = asyncio.Lock()
@@ -46,9 +52,29 @@ class Retention:
     async def close(self) -> None:
         await self._expiry.close()
 
+    def check(self, segments: Sequence[Segment], tokens: int) -> None:
+        """Raises InvalidRequest where a prompt of so many tokens cannot be retained."""
+        if not _plain(segments):
+            return
+        if self._engine.config.ring.ranks > 1:
+            raise InvalidRequest(
+                "a prompt is kept by one rank only, and this server has "
+                f"{self._engine.config.ring.ranks}; leave out prompt_cache_retention and "
+                "prompt_cache_options.ttl, or start it without --ranks",
+                param="prompt_cache_retention",
+            )
+        limit = self._engine.info.limits.capacity_tokens - BLOCK_TOKENS
+        if tokens > limit:
+            raise ContextTooLong(
+                f"the prompt has {tokens} tokens, and only one of up to {limit}, which fits the "
+                "device, can be kept; shorten it, leave out prompt_cache_retention and "
+                "prompt_cache_options.ttl, or raise --device-pool-gib",
+                param="prompt_cache_retention",
+            )
+
     async def retain(self, tenant: str, segments: Sequence[Segment], seconds: int) -> None:
         """Keep a prompt of literal text and documents; of others, the modules are kept anyway."""
-        if any(s.module_id is not None or s.link_tokens is not None for s in segments):
+        if not _plain(segments):
             return
         async with self._changing:
             try:
@@ -117,6 +143,10 @@ class Retention:
             else np.array(segment.token_ids, dtype="<i4").tobytes()
             for segment in segments
         )
+
+
+def _plain(segments: Sequence[Segment]) -> bool:
+    return all(s.module_id is None and s.link_tokens is None for s in segments)
 
 
 def _extends(later: RetainedRecord, earlier: RetainedRecord) -> bool:

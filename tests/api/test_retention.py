@@ -81,3 +81,32 @@ def test_a_conversation_is_kept_once_however_many_turns_it_has(server: LiveServe
     assert len(retained(server)) == before + 1
     chat(server.http, messages=[messages[0]], prompt_cache_options={"ttl": "30m"})
     assert len(retained(server)) == before + 2
+
+
+def test_what_the_device_cannot_keep_is_refused_before_it_is_answered(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    disk = {"kv_dir": tmp_path / "kv", "device_pool_gib": 0.006}
+    with LiveServer(model_folder, tmp_path, cache=disk) as server:
+        limit = server.application.engine.info.capacity_tokens - 64
+        one, two = (_tokens(server, "Hello" + " Hello" * words) for words in (1, 2))
+        words = 1 + (limit - one) // (two - one)
+        for more in (0, 1):
+            text = "Hello" + " Hello" * (words + more)
+            body = {
+                "messages": [{"role": "user", "content": text}],
+                "max_tokens": 0,
+                "prompt_cache_retention": "24h",
+            }
+            answer = server.http.post("/v1/chat/completions", json=body)
+            assert answer.status_code == (400 if more else 200)
+        assert len(retained(server)) == 1
+        error = answer.json()["error"]
+        assert error["param"] == "prompt_cache_retention"
+        assert f"only one of up to {limit}" in error["message"]
+
+
+def _tokens(server: LiveServer, text: str) -> int:
+    messages = [{"role": "user", "content": text}]
+    counted: int = server.http.post("/tokenize", json={"messages": messages}).json()["count"]
+    return counted
