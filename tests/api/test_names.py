@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 
+from api.errors import ApiError
 from api.keeper import Keeper
+from api.opening import SchemaOpening
 from api.prompt_records import PromptRecords
 from api.schema_library import SchemaLibrary
 from longctx.errors import ContextTooLong, InvalidRequest
 from longctx.request import FinishReason, Piece, Request, RequestOutput
+from prompt_cache.level import EXACT
 from prompt_cache.read import read_schema
 from prompt_cache.schema import Schema
 
@@ -143,5 +146,17 @@ def test_what_was_there_stays_where_its_replacement_cannot_be_saved(
         await shelf.check(schema("old"))
         await shelf.library.add("", schema("new"))
         await shelf.check(schema("new"))
+
+    run(tmp_path, steps)
+
+
+def test_a_schema_that_is_deleted_while_it_is_waited_for_is_not_found(tmp_path: Path) -> None:
+    async def steps(shelf: Shelf) -> None:
+        entry = await shelf.library.add("", schema("a"))
+        opening = SchemaOpening(shelf.library, entry, ("m",), {}, EXACT, "")
+        await shelf.library.remove("", "x")
+        with pytest.raises(ApiError, match="there is no schema 'x'") as refused:
+            await opening.open(())
+        assert refused.value.status == 404
 
     run(tmp_path, steps)

@@ -80,6 +80,13 @@ def test_pml_reads_back_as_the_same_schema(value: dict[str, Any]) -> None:
     assert schema_from(schema_object(read_pml(write_pml(schema)))) == schema
 
 
+@pytest.mark.parametrize("length", [0, True, 10**8, int("9" * 4300), "9" * 9, "x", 1.5, None])
+def test_a_length_that_no_argument_has_is_refused(length: object) -> None:
+    parameter = {"parameter": "p", "length": length}
+    with pytest.raises(SchemaError, match="must be a number of tokens from 1 on, of 8 digits"):
+        schema_from({"name": "a", "content": [{"module": "m", "content": [parameter]}]})
+
+
 def test_pml_says_which_character_it_cannot_have() -> None:
     with pytest.raises(SchemaError, match=r"XML cannot have the character '\\x00'; .*JSON"):
         write_pml(schema_from({"name": "a", "content": "\0"}))
