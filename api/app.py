@@ -80,7 +80,7 @@ async def open_application(
         named = PromptLibrary(records, library, folder, prompts, keeper)
         stack.push_async_callback(named.close)
         await named.open()
-        retention = Retention(records, folder, keeper)
+        retention = Retention(records, folder, engine, keeper)
         stack.push_async_callback(retention.close)
         await retention.open()
 
@@ -131,7 +131,8 @@ def _routes(
     pings = config.ping_seconds
     chat = Chat(generation, prompts, library, attachments, openings, retention, ping_seconds=pings)
     completions = Completions(generation, tokenizer, ping_seconds=config.ping_seconds)
-    files = Files(library, folder, max_upload_bytes=limit)
+    forget = (prompt_library.forget_file, retention.forget_file)
+    files = Files(library, folder, forget, max_upload_bytes=limit)
     about = About(generation, tokenizer, chat)
     metrics = Metrics(engine, library, measured)
     cache = Cache(engine, library)

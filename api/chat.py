@@ -86,11 +86,17 @@ class Chat:
         files = list({entry.document.id: entry for entry in (*more, *files)}.values())
         keep_seconds = wanted.keep_seconds
 
+        def check(segments: Sequence[Segment], tokens: int) -> None:
+            if keep_seconds is not None:
+                self.retention.check(segments, tokens)
+
         async def keep(segments: Sequence[Segment]) -> None:
             if keep_seconds is not None:
                 await self.retention.retain(tenant, segments, keep_seconds)
 
-        conversation = Conversation(messages, files, self.prompts, self.library, opening, keep=keep)
+        conversation = Conversation(
+            messages, files, self.prompts, self.library, opening, check=check, keep=keep
+        )
         reply = Reply(self.generation, ChatShape(), conversation, wanted, tenant)
         return await reply.respond(request, ping_seconds=self.ping_seconds)
 

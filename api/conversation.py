@@ -26,9 +26,11 @@ class Conversation:
         library: Library,
         opening: Opening,
         *,
+        check: Callable[[Sequence[Segment], int], None],
         keep: Callable[[Sequence[Segment]], Awaitable[None]],
     ) -> None:
-        """`keep`: what is to be done with the prompt when it has been answered.
+        """`check`: raises for what may not be answered, a prompt of so many tokens. `keep`: what is
+        to be done with it when it has been answered.
 
         Raises ApiError where the messages do not go together with what they begin with.
         """
@@ -38,6 +40,7 @@ class Conversation:
         self._prompts = prompts
         self._library = library
         self._opening = opening
+        self._check = check
         self._keep = keep
         self._segments: tuple[Segment, ...] = ()
         self._reused = [
@@ -76,10 +79,12 @@ class Conversation:
         )
         self._note_prefixes(opened.segments, rest)
         self._segments = (*opened.segments, *rest)
+        tokens += opened.tokens
+        self._check(self._segments, tokens)
         return [
             Prompt(
                 segments=self._segments,
-                tokens=opened.tokens + tokens,
+                tokens=tokens,
                 gap_tokens=opened.gap_tokens,
             )
         ]

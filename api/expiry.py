@@ -6,6 +6,8 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from typing import Generic, TypeVar
 
+from api.errors import logger
+
 Item = TypeVar("Item")
 
 LOOK_SECONDS = 60.0  # how often the clock is looked at, at least: it may be set
@@ -17,7 +19,8 @@ class Expiry(Generic[Item]):
         moments: Callable[[], Iterable[tuple[float, Item]]],
         let_go: Callable[[Item], Awaitable[None]],
     ) -> None:
-        """`moments`: all that there is, each with its last moment, as of `time.time`."""
+        """`moments`: all that there is, each with its last moment, as of `time.time`. What
+        `let_go` fails on is logged, and tried again when the clock is looked at next."""
         self._moments = moments
         self._let_go = let_go
         self._changed = asyncio.Event()
@@ -41,8 +44,14 @@ class Expiry(Generic[Item]):
             now = time.time()
             for moment, item in list(self._moments()):
                 if moment <= now:
-                    await self._let_go(item)
-            pauses = (max(moment - now, 0.0) for moment, _ in self._moments())
+                    await self._try(item)
             self._changed.clear()
+            pauses = (moment - now for moment, _ in self._moments() if moment > now)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), min([LOOK_SECONDS, *pauses]))
+
+    async def _try(self, item: Item) -> None:
+        try:
+            await self._let_go(item)
+        except Exception as error:  # a full disk, say, must not keep the others for ever
+            logger.error("letting go of what has expired failed", exc_info=error)

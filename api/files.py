@@ -7,6 +7,7 @@ given with it, so that the first question already finds it.
 import datetime
 import time
 import uuid
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -36,9 +37,18 @@ class ListQuery(Wire):
 
 
 class Files:
-    def __init__(self, library: Library, folder: StoreDir, *, max_upload_bytes: int) -> None:
+    def __init__(
+        self,
+        library: Library,
+        folder: StoreDir,
+        forget: Sequence[Callable[[str], Awaitable[None]]],
+        *,
+        max_upload_bytes: int,
+    ) -> None:
+        """`forget`: what else is to be told the id of a file that was deleted."""
         self.library = library
         self.folder = folder
+        self.forget = forget
         self.max_upload_bytes = max_upload_bytes
 
     async def create(self, request: Request) -> Response:
@@ -100,6 +110,8 @@ class Files:
     async def delete(self, request: Request) -> Response:
         entry = self._find(request)
         await self.library.remove(entry)
+        for forget in self.forget:
+            await forget(entry.document.id)
         return JSONResponse({"id": entry.document.id, "object": "file", "deleted": True})
 
     def _find(self, request: Request) -> Entry:

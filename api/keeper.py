@@ -81,6 +81,12 @@ class Keeper:
         for task in waiting:
             task.cancel()
 
+    async def replace(self, before: Kept, kept: Kept) -> None:
+        """`before` goes once `kept` is computed."""
+        kept.before = before
+        if kept.opened.is_set() and kept.computed == len(kept.module_ids):
+            await self._drop_before(kept)
+
     async def reopen(self) -> None:
         """After the engine was restarted: it knows no module."""
         for kept in self._kept.values():

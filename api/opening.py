@@ -150,7 +150,9 @@ class SchemaOpening:
         return [*self.entry.opening(), Message("user", (place, *first.content)), *others]
 
     async def open(self, pieces: tuple[PromptPiece, ...]) -> Opened:
-        entry = self.entry
+        record = self.entry.record  # may have been deleted or replaced while it was waited for
+        entry = self.library.find(record.tenant, record.name, param="prompt_cache.schema")
+        self.entry = entry
         try:
             assembly = await self.library.assemble(entry, self.modules, self.arguments)
         except SchemaError as error:

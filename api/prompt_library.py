@@ -17,6 +17,7 @@ from api.errors import ApiError
 from api.expiry import Expiry
 from api.keeper import Keeper, Kept, Modules
 from api.library import Library
+from api.names import NameLocks
 from api.prompt_records import PromptRecord, PromptRecords
 from api.store_dir import StoreDir
 from longctx.errors import InvalidRequest
@@ -52,44 +53,63 @@ class PromptLibrary:
         self._prompts = prompts
         self._keeper = keeper
         self._entries: dict[tuple[str, str], PromptEntry] = {}
-        self._expiry = Expiry(self._moments, self.remove)
+        self._locks = NameLocks()
+        self._expiry = Expiry(self._moments, self._expire)
 
     async def open(self) -> None:
         """Takes up every prompt that has not expired meanwhile."""
         for record in await self._records.prompts():
-            self._begin(record)
+            entry = self._entry(record)
+            self._entries[record.tenant, record.name] = entry
+            self._keeper.keep(entry.kept)
         self._expiry.start()
 
     async def close(self) -> None:
         await self._expiry.close()
 
     async def add(self, record: PromptRecord) -> PromptEntry:
-        """In place of the tenant's prompt of that name.
+        """In place of the tenant's prompt of that name, once it is stored.
 
         Raises InvalidRequest where the model's chat template has no place for it, or its text is
         too long; how long files are is known later, and said by the prompt's state.
         """
-        files = [FilePart(name, self._title(record, name)) for name in record.file_ids]
-        await asyncio.to_thread(self._pieces, record, files)
-        known = self._entries.get((record.tenant, record.name))
-        entry = self._begin(record)
-        if not files:
-            await entry.kept.opened.wait()
-        if entry.kept.error is not None and not files:
-            entry.kept.before = None
-            if self._entries.get((record.tenant, record.name)) is entry:
-                self._put_back(record, known)
-            await self._keeper.drop(entry.kept)
-            raise InvalidRequest(entry.kept.error, param="system")
-        await self._records.save_prompt(record)
-        return entry
+        async with self._locks.of(record.tenant, record.name):
+            files = [FilePart(name, self._title(record, name)) for name in record.file_ids]
+            await asyncio.to_thread(self._pieces, record, files)
+            entry = self._entry(record)
+            self._keeper.keep(entry.kept)
+            try:
+                if not files:
+                    await entry.kept.opened.wait()
+                    if entry.kept.error is not None:
+                        raise InvalidRequest(entry.kept.error, param="system")
+                await self._records.save_prompt(record)
+            except BaseException:
+                await self._keeper.drop(entry.kept)
+                raise
+            known = self._entries.pop((record.tenant, record.name), None)
+            self._entries[record.tenant, record.name] = entry  # the youngest
+            self._expiry.changed()
+            for file in files:
+                if not self._folder.text_path(file.document_id).exists():  # deleted meanwhile
+                    await self.forget_file(file.document_id)
+            if known is not None:
+                await self._keeper.replace(known.kept, entry.kept)
+            return entry
 
-    async def remove(self, entry: PromptEntry) -> None:
-        record = entry.record
-        if self._entries.get((record.tenant, record.name)) is entry:
-            del self._entries[record.tenant, record.name]
-            await self._records.remove_prompt(record.tenant, record.name)
-        await self._keeper.drop(entry.kept)
+    async def remove(self, tenant: str, name: str) -> None:
+        """Whatever the tenant has under that name now."""
+        async with self._locks.of(tenant, name):
+            if (entry := self._entries.get((tenant, name))) is not None:
+                await self._forget(entry)
+
+    async def forget_file(self, file_id: str) -> None:
+        """A file was deleted: what was computed of its text goes, and the prompts have an error."""
+        for entry in list(self._entries.values()):
+            if file_id in entry.record.file_ids:
+                await self._keeper.drop(entry.kept)
+                entry.kept.module_ids = ()
+                entry.kept.error = f"there is no file {file_id!r} any more; store the prompt again"
 
     def find(self, tenant: str, name: str, *, param: str | None = None) -> PromptEntry:
         """Raises ApiError 404 when the tenant has no such prompt, or no more."""
@@ -117,12 +137,19 @@ class PromptLibrary:
             if entry.record.expires_at is not None:
                 yield entry.record.expires_at, entry
 
-    def _put_back(self, record: PromptRecord, known: PromptEntry | None) -> None:
-        del self._entries[record.tenant, record.name]
-        if known is not None:
-            self._entries[record.tenant, record.name] = known
+    async def _expire(self, entry: PromptEntry) -> None:
+        record = entry.record
+        async with self._locks.of(record.tenant, record.name):
+            if self._entries.get((record.tenant, record.name)) is entry:
+                await self._forget(entry)
 
-    def _begin(self, record: PromptRecord) -> PromptEntry:
+    async def _forget(self, entry: PromptEntry) -> None:
+        record = entry.record
+        await self._records.remove_prompt(record.tenant, record.name)
+        del self._entries[record.tenant, record.name]
+        await self._keeper.drop(entry.kept)
+
+    def _entry(self, record: PromptRecord) -> PromptEntry:
         async def prepare() -> Modules:
             token_ids = await self._token_ids(record)
             entry.tokens = len(token_ids)
@@ -130,11 +157,6 @@ class PromptLibrary:
 
         kept = Kept(id=f"prompt-{secrets.token_hex(12)}", salt=record.tenant, prepare=prepare)
         entry = PromptEntry(record, kept)
-        known = self._entries.pop((record.tenant, record.name), None)
-        kept.before = None if known is None else known.kept
-        self._entries[record.tenant, record.name] = entry  # the youngest
-        self._keeper.keep(kept)
-        self._expiry.changed()
         return entry
 
     async def _token_ids(self, record: PromptRecord) -> tuple[int, ...]:

@@ -5,11 +5,12 @@ Names are a tenant's own. How far a schema or prompt is computed in this process
 """
 
 import json
+import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from api.database import Database
+from api.database import Database, transaction
 from prompt_cache.schema import Schema
 from prompt_cache.schema_json import read_json, schema_object
 
@@ -38,6 +39,11 @@ CREATE TABLE IF NOT EXISTS retained (
     tenant TEXT NOT NULL,
     expires_at INTEGER NOT NULL,
     token_ids BLOB NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS retained_files (
+    id TEXT NOT NULL,
+    file_id TEXT NOT NULL,
+    PRIMARY KEY (id, file_id)
 ) STRICT;
 """
 
@@ -74,6 +80,7 @@ class RetainedRecord:
     tenant: str
     expires_at: int
     token_ids: bytes
+    file_ids: tuple[str, ...]  # whose text is among them
 
 
 class PromptRecords:
@@ -144,18 +151,39 @@ class PromptRecords:
 
     async def save_retained(self, record: RetainedRecord) -> None:
         """In place of what was known of it; durable when this returns."""
-        await self._execute(
-            "INSERT OR REPLACE INTO retained VALUES (?, ?, ?, ?)",
-            (record.id, record.tenant, record.expires_at, record.token_ids),
-        )
+        files = [(record.id, file_id) for file_id in record.file_ids]
+
+        def save(connection: sqlite3.Connection) -> None:
+            with transaction(connection):
+                connection.executemany("INSERT OR REPLACE INTO retained_files VALUES (?, ?)", files)
+                connection.execute(
+                    "INSERT OR REPLACE INTO retained VALUES (?, ?, ?, ?)",
+                    (record.id, record.tenant, record.expires_at, record.token_ids),
+                )
+
+        await self._database.run(save)
 
     async def remove_retained(self, name: str) -> None:
-        await self._execute("DELETE FROM retained WHERE id = ?", (name,))
+        def remove(connection: sqlite3.Connection) -> None:
+            with transaction(connection):
+                connection.execute("DELETE FROM retained WHERE id = ?", (name,))
+                connection.execute("DELETE FROM retained_files WHERE id = ?", (name,))
+
+        await self._database.run(remove)
 
     async def retained(self) -> list[RetainedRecord]:
         rows = await self._select("SELECT id, tenant, expires_at, token_ids FROM retained")
+        files: dict[str, list[str]] = {}
+        for name, file_id in await self._select("SELECT id, file_id FROM retained_files"):
+            files.setdefault(name, []).append(file_id)
         return [
-            RetainedRecord(id=name, tenant=tenant, expires_at=expires, token_ids=token_ids)
+            RetainedRecord(
+                id=name,
+                tenant=tenant,
+                expires_at=expires,
+                token_ids=token_ids,
+                file_ids=tuple(files.get(name, ())),
+            )
             for name, tenant, expires, token_ids in rows
         ]
 

@@ -92,7 +92,7 @@ class Prompts:
 
     async def delete(self, request: Request) -> Response:
         entry = self.library.find(tenant_of(request), request.path_params["name"])
-        await self.library.remove(entry)
+        await self.library.remove(entry.record.tenant, entry.record.name)
         return JSONResponse(
             {"name": entry.record.name, "object": "prompt_cache.prompt.deleted", "deleted": True}
         )

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from api.errors import logger
 from api.generation import Generation, Prompt
 from api.stream import EventStream, while_connected
 from api.wire import Sampled
@@ -74,7 +75,7 @@ class Preparation(Protocol):
     async def prompts(self) -> list[Prompt]: ...
 
     async def answered(self) -> None:
-        """The prompts were read, and answered."""
+        """The prompts were read, and answered. What this raises is logged."""
         ...
 
 
@@ -193,7 +194,10 @@ class Reply:
                 if output.usage is not None:
                     self.tally.add(output.usage)
                 yield output
-        await self.preparation.answered()
+        try:
+            await self.preparation.answered()
+        except Exception as error:  # the answer is complete, and not to be taken back
+            logger.error("keeping the prompt of %s failed", self.id, exc_info=error)
 
     async def _prepare(self) -> list[EngineRequest]:
         prompts = await self.preparation.prompts()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from api.errors import ApiError
 from api.keeper import Keeper, Kept, Modules
+from api.names import NameLocks
 from api.prompt_records import PromptRecords, SchemaRecord
 from longctx.client import EngineClient
 from longctx.errors import InvalidRequest, LongctxError
@@ -67,6 +68,7 @@ class SchemaLibrary:
         self._engine = engine
         self._keeper = keeper
         self._entries: dict[tuple[str, str], SchemaEntry] = {}
+        self._locks = NameLocks()
 
     async def open(self) -> None:
         """Takes up every known schema again."""
@@ -75,38 +77,50 @@ class SchemaLibrary:
                 entry = await self._entry(record)
             except (LongctxError, SchemaError) as error:
                 entry = SchemaEntry(record, error=str(error))
-            self._add(entry)
+            self._entries[record.tenant, record.name] = entry
+            if entry.kept is not None:
+                self._keeper.keep(entry.kept)
 
     async def add(self, tenant: str, schema: Schema) -> SchemaEntry:
-        """In place of the tenant's schema of that name. Raises SchemaError and InvalidRequest."""
-        known = self._entries.get((tenant, schema.name))
-        if known is not None and known.record.schema == schema and known.error is None:
-            return known
-        record = SchemaRecord(
-            tenant=tenant,
-            name=schema.name,
-            created_at=int(time.time()),
-            date=datetime.date.today().isoformat(),
-            schema=schema,
-        )
-        entry = await self._entry(record)
-        assert entry.kept is not None
-        known = self._add(entry)
-        await entry.kept.opened.wait()
-        if entry.kept.error is not None:
-            if self._entries.get((tenant, schema.name)) is entry:
-                self._put_back(entry, known)
-            entry.kept.before = None
-            await self._keeper.drop(entry.kept)
-            raise InvalidRequest(entry.kept.error, param="schema")
-        await self._records.save_schema(record)
-        return entry
+        """In place of the tenant's schema of that name, once it is stored. Raises SchemaError and
+        InvalidRequest."""
+        async with self._locks.of(tenant, schema.name):
+            known = self._entries.get((tenant, schema.name))
+            if known is not None and known.record.schema == schema and known.error is None:
+                return known
+            record = SchemaRecord(
+                tenant=tenant,
+                name=schema.name,
+                created_at=int(time.time()),
+                date=datetime.date.today().isoformat(),
+                schema=schema,
+            )
+            entry = await self._entry(record)
+            assert entry.kept is not None
+            self._keeper.keep(entry.kept)
+            try:
+                await entry.kept.opened.wait()
+                if entry.kept.error is not None:
+                    raise InvalidRequest(entry.kept.error, param="schema")
+                await self._records.save_schema(record)
+            except BaseException:
+                await self._keeper.drop(entry.kept)
+                raise
+            self._entries.pop((tenant, schema.name), None)  # the new one is the youngest
+            self._entries[tenant, schema.name] = entry
+            if known is not None and known.kept is not None:
+                await self._keeper.replace(known.kept, entry.kept)
+            return entry
 
-    async def remove(self, entry: SchemaEntry) -> None:
-        del self._entries[entry.record.tenant, entry.record.name]
-        await self._records.remove_schema(entry.record.tenant, entry.record.name)
-        if entry.kept is not None:
-            await self._keeper.drop(entry.kept)
+    async def remove(self, tenant: str, name: str) -> None:
+        """Whatever the tenant has under that name now."""
+        async with self._locks.of(tenant, name):
+            if (entry := self._entries.get((tenant, name))) is None:
+                return
+            await self._records.remove_schema(tenant, name)
+            del self._entries[tenant, name]
+            if entry.kept is not None:
+                await self._keeper.drop(entry.kept)
 
     def find(self, tenant: str, name: str, *, param: str | None = None) -> SchemaEntry:
         """Raises ApiError 404 when the tenant has no such schema."""
@@ -142,22 +156,6 @@ class SchemaLibrary:
         """Raises ApiError and SchemaError."""
         layout = self.check(entry)
         return await asyncio.to_thread(assemble, layout, modules, arguments, self._encode)
-
-    def _add(self, entry: SchemaEntry) -> SchemaEntry | None:
-        """What it stands in place of."""
-        key = (entry.record.tenant, entry.record.name)
-        known = self._entries.pop(key, None)  # the new one is the youngest
-        self._entries[key] = entry
-        if entry.kept is not None:
-            entry.kept.before = None if known is None else known.kept
-            self._keeper.keep(entry.kept)
-        return known
-
-    def _put_back(self, entry: SchemaEntry, known: SchemaEntry | None) -> None:
-        key = (entry.record.tenant, entry.record.name)
-        del self._entries[key]
-        if known is not None:
-            self._entries[key] = known
 
     async def _entry(self, record: SchemaRecord) -> SchemaEntry:
         frames, layout = await asyncio.to_thread(self._lay_out, record.schema, record.date)

@@ -47,7 +47,7 @@ class Schemas:
 
     async def delete(self, request: Request) -> Response:
         entry = self.library.find(tenant_of(request), request.path_params["name"])
-        await self.library.remove(entry)
+        await self.library.remove(entry.record.tenant, entry.record.name)
         return JSONResponse(
             {
                 "name": entry.record.name,

@@ -17,9 +17,10 @@ class ContextLimits:
     def of(
         cls, max_context_tokens: int, memory: KVMemory, *, below_tokens: int = 0
     ) -> "ContextLimits":
-        """`below_tokens`: what the largest tier below the device holds."""
+        """`below_tokens`: what the largest tier below the device holds. Nothing is streamed through
+        a device that does not hold the blocks of one step."""
         capacity = held = memory.capacity_tokens
-        if memory.can_stream:
+        if memory.can_stream and memory.capacity_blocks >= memory.step_blocks:
             held = max(capacity, below_tokens)
         return cls(
             max_context_tokens=max_context_tokens,

@@ -12,7 +12,6 @@ import re
 from dataclasses import dataclass, field
 from typing import NoReturn
 from xml.parsers import expat
-from xml.sax.saxutils import escape, quoteattr
 
 from prompt_cache.errors import SchemaError
 from prompt_cache.schema import (
@@ -21,32 +20,17 @@ from prompt_cache.schema import (
     MAX_ELEMENTS,
     ROLES,
     Element,
-    Module,
-    Node,
-    Parameter,
-    Scaffold,
     Schema,
-    Text,
-    Union,
     schema_of,
 )
 
 SPACE = "xml:space"
 _LINE_BREAK = re.compile(r"[ \t]*\n[ \t]*")
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def read_pml(text: str) -> Schema:
     """Raises SchemaError for what is no well-formed XML, and for what is no schema."""
     return schema_of(_Parser().parse(text))
-
-
-def write_pml(schema: Schema) -> str:
-    """Markup that reads back as the same schema. Raises SchemaError for characters that XML
-    cannot have."""
-    roles = "".join(f"<{role.role}>{_markup(role.content)}</{role.role}>" for role in schema.roles)
-    name = _attribute("name", schema.name)
-    return f'<schema{name} {SPACE}="preserve">{roles}{_markup(schema.content)}</schema>\n'
 
 
 @dataclass(slots=True)
@@ -172,34 +156,3 @@ def _trim(element: Element) -> None:
             trimmed.append(child)
     end_run(last=True)
     element.children = trimmed
-
-
-def _markup(nodes: tuple[Node, ...]) -> str:
-    return "".join(map(_node_markup, nodes))
-
-
-def _node_markup(node: Node) -> str:
-    match node:
-        case Text(text):
-            return escape(_representable(text), {"\r": "&#13;"})
-        case Parameter(name, length, default):
-            given = "" if default is None else _attribute("default", default)
-            return f'<parameter{_attribute("name", name)} length="{length}"{given}/>'
-        case Module(name, content):
-            return f"<module{_attribute('name', name)}>{_markup(content)}</module>"
-        case Union(members):
-            return f"<union>{_markup(members)}</union>"
-        case Scaffold(members):
-            return f"<scaffold>{_markup(members)}</scaffold>"
-
-
-def _attribute(name: str, value: str) -> str:
-    return f" {name}={quoteattr(_representable(value))}"
-
-
-def _representable(text: str) -> str:
-    if (found := _NOT_XML.search(text)) is not None:
-        raise SchemaError(
-            f"XML cannot have the character {found[0]!r}; remove it or write the schema as JSON"
-        )
-    return text

@@ -31,6 +31,7 @@ MAX_NAME_CHARACTERS = 64
 MAX_BYTES = 16 << 20
 MAX_DEPTH = 32
 MAX_ELEMENTS = 10_000
+MAX_LENGTH_DIGITS = 8  # of a parameter's length
 
 _NAME = re.compile(rf"[^\W\d][\w.-]{{0,{MAX_NAME_CHARACTERS - 1}}}")
 _NAME_RULE = (
@@ -228,11 +229,13 @@ class _Reader:
         if element.children:
             raise element.fault("a parameter has no content; its text is the attribute default")
         length, default = element.attributes.get("length"), element.attributes.get("default")
-        if isinstance(length, str) and length.isascii() and length.isdigit() and len(length) < 9:
-            length = int(length)
-        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+        if isinstance(length, str) and length.isascii() and length.isdigit():
+            length = int(length) if len(length) <= MAX_LENGTH_DIGITS else None
+        too_long = isinstance(length, int) and length >= 10**MAX_LENGTH_DIGITS
+        if not isinstance(length, int) or isinstance(length, bool) or length < 1 or too_long:
             raise element.fault(
-                "its length must be a number of tokens from 1 on: as long as the longest argument"
+                f"its length must be a number of tokens from 1 on, of {MAX_LENGTH_DIGITS} digits "
+                "at most: as long as the longest argument"
             )
         if default is not None and not isinstance(default, str):
             raise element.fault("its default must be text")

@@ -163,7 +163,7 @@ def test_prompts_survive_restarts_and_are_a_tenants_own(model_folder: Path, tmp_
     disk = {"kv_dir": tmp_path / "kv"}
     with LiveServer(model_folder, tmp_path, api_key=KEYS, cache=disk) as server:
         stored(server.http, headers=alice, name="a", system=SYSTEM)
-        stored(server.http, headers=alice, name="brief", system="Only now.", ttl=1)
+        stored(server.http, headers=alice, name="brief", system=SYSTEM, ttl=1)  # the same
         assert server.http.get(f"{PROMPTS}/a", headers=bob).status_code == 404
         assert server.http.get(PROMPTS, headers=bob).json()["data"] == []
     time.sleep(1)

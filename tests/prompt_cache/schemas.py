@@ -1,8 +1,11 @@
-"""Schemas for tests: one that has everything, and hypothesis strategies."""
+"""Schemas for tests: one that has everything, hypothesis strategies, and a writer of PML."""
 
 from typing import Any
+from xml.sax.saxutils import escape, quoteattr
 
 from hypothesis import strategies as st
+
+from prompt_cache.schema import Module, Node, Parameter, Scaffold, Schema, Text, Union
 
 TRAVEL = """<?xml version="1.0" encoding="UTF-8"?>
 <schema name="travel">
@@ -79,3 +82,29 @@ def schema_objects(draw: st.DrawFn, texts: st.SearchStrategy[str] = TEXTS) -> di
         "name": draw(NAMES),
         "content": [*({role: content(0)} for role in roles), *content(0)],
     }
+
+
+def write_pml(schema: Schema) -> str:
+    """Markup that reads back as the same schema, where XML can have its characters."""
+    roles = "".join(f"<{role.role}>{_markup(role.content)}</{role.role}>" for role in schema.roles)
+    name = quoteattr(schema.name)
+    return f'<schema name={name} xml:space="preserve">{roles}{_markup(schema.content)}</schema>'
+
+
+def _markup(nodes: tuple[Node, ...]) -> str:
+    return "".join(map(_node_markup, nodes))
+
+
+def _node_markup(node: Node) -> str:
+    match node:
+        case Text(text):
+            return escape(text, {"\r": "&#13;"})
+        case Parameter(name, length, default):
+            given = "" if default is None else f" default={quoteattr(default)}"
+            return f'<parameter name="{name}" length="{length}"{given}/>'
+        case Module(name, content):
+            return f'<module name="{name}">{_markup(content)}</module>'
+        case Union(members):
+            return f"<union>{_markup(members)}</union>"
+        case Scaffold(members):
+            return f"<scaffold>{_markup(members)}</scaffold>"

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prompt_cache.errors import SchemaError
-from prompt_cache.pml import read_pml, write_pml
+from prompt_cache.pml import read_pml
 from prompt_cache.read import read_schema
 from prompt_cache.schema import MAX_DEPTH, Module, Parameter, Role, Scaffold, Text, Union
 from prompt_cache.schema_json import read_json, schema_from, schema_object
-from tests.prompt_cache.schemas import TRAVEL, XML_TEXTS, schema_objects
+from tests.prompt_cache.schemas import TRAVEL, XML_TEXTS, schema_objects, write_pml
 
 
 def test_a_schema_is_read_with_all_that_it_may_have() -> None:
@@ -80,9 +80,11 @@ def test_pml_reads_back_as_the_same_schema(value: dict[str, Any]) -> None:
     assert schema_from(schema_object(read_pml(write_pml(schema)))) == schema
 
 
-def test_pml_says_which_character_it_cannot_have() -> None:
-    with pytest.raises(SchemaError, match=r"XML cannot have the character '\\x00'; .*JSON"):
-        write_pml(schema_from({"name": "a", "content": "\0"}))
+@pytest.mark.parametrize("length", [0, True, 10**8, int("9" * 4300), "9" * 9, "x", 1.5, None])
+def test_a_length_that_no_argument_has_is_refused(length: object) -> None:
+    parameter = {"parameter": "p", "length": length}
+    with pytest.raises(SchemaError, match="must be a number of tokens from 1 on, of 8 digits"):
+        schema_from({"name": "a", "content": [{"module": "m", "content": [parameter]}]})
 
 
 def _in_schema(inner: str) -> str:
