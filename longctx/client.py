@@ -149,7 +149,10 @@ class EngineClient:
     async def open_module(
         self, module_id: str, pieces: Sequence[Piece], *, keep: Request | None = None
     ) -> None:
-        """Make a module known; `keep` as the `Engine`'s. Raises InvalidRequest or ContextTooLong."""
+        """Make a module known; `keep`: as the `Engine`'s.
+
+        Raises InvalidRequest or ContextTooLong.
+        """
         await self._call(lambda ticket: OpenModule(ticket, module_id, tuple(pieces), keep))
 
     async def close_module(self, module_id: str) -> None:

@@ -47,7 +47,7 @@ class MortalEngine:
             self.stored.discard(document_id)
         self.calls.append(f"close {document_id}")
 
-    async def open_module(self, module_id: str, pieces: Sequence[Piece]) -> None:
+    async def open_module(self, module_id: str, pieces: Sequence[Piece], *, keep: Request) -> None:
         self._check()
         self.known.add(module_id)
 

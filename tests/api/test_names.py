@@ -33,7 +33,9 @@ class SlowEngine:
     def __init__(self) -> None:
         self.open: set[str] = set()
 
-    async def open_module(self, module_id: str, pieces: tuple[Piece, ...]) -> None:
+    async def open_module(
+        self, module_id: str, pieces: tuple[Piece, ...], *, keep: Request
+    ) -> None:
         tokens = len(pieces[0].token_ids)
         await asyncio.sleep(0.05 if tokens > LONG else 0)
         if tokens > TOO_LONG:
