@@ -44,13 +44,15 @@ class Words:
         return rng.choice(lexicon.VERBS)
 
     def place(self, rng: random.Random) -> str:
-        return rng.choice(_half(lexicon.PLACES, self.heldout))
+        if self.extra and rng.random() < 0.08:
+            return f"{self._name(rng, lexicon.PLACES)} {self._name(rng, lexicon.PLACES)}"
+        return self._name(rng, lexicon.PLACES)
 
     def first(self, rng: random.Random) -> str:
-        return rng.choice(_half(lexicon.FIRST_NAMES, self.heldout))
+        return self._name(rng, lexicon.FIRST_NAMES)
 
     def surname(self, rng: random.Random) -> str:
-        return rng.choice(_half(lexicon.SURNAMES, self.heldout))
+        return self._name(rng, lexicon.SURNAMES)
 
     def person(self, rng: random.Random) -> str:
         return f"{self.first(rng)} {self.surname(rng)}"
@@ -65,6 +67,17 @@ class Words:
             )
             if self.heldout is None or lexicon.held_out(text) == self.heldout:
                 return text
+
+    def _name(self, rng: random.Random, names: tuple[str, ...]) -> str:
+        """In training often a name that no list has: few names would be learned by heart, where
+        unknown ones have to be copied, token for token."""
+        if self.extra:
+            form = rng.random()
+            if form < 0.3:
+                return rng.choice(self.extra).capitalize()
+            if form < 0.6:
+                return self.invented(rng).capitalize()
+        return rng.choice(_half(names, self.heldout))
 
     def _word(self, rng: random.Random, words: tuple[str, ...]) -> str:
         if self.extra:
