@@ -32,6 +32,7 @@ class Kept:
     prepare: Callable[[], Awaitable[Modules]]
     opened: asyncio.Event = field(default_factory=asyncio.Event)  # or failed, or dropped
     module_ids: tuple[str, ...] = ()
+    opened_by: int | None = None  # how often the engine had been restarted then
     computed: int = 0  # how many of them
     progress: Progress | None = None
     failures: Failures = field(default_factory=Failures)  # at any of them, until all are computed
@@ -55,22 +56,30 @@ class Keeper:
         self._kept: dict[str, Kept] = {}
         self._opening = Lane(self._open, width=4)
         self._encoding = Lane(self._encode, width=1)
+        self._gone: dict[str, Kept] = {}  # of which the tiers may still have something
+        self._leaving = Lane(self._leave, width=1)
 
     def keep(self, kept: Kept) -> None:
         self._kept[kept.id] = kept
         self._opening.add(kept.id)
 
     async def drop(self, kept: Kept) -> None:
-        """Frees what nothing else needs; requests that wait for it go on without."""
+        """Frees what nothing else needs; requests that wait for it go on without.
+
+        What the tiers have of it can be named, and deleted, by an engine that knows it: where that
+        does not (yet), this is done later.
+        """
         kept.opened.set()
         if self._kept.get(kept.id) is kept:
             del self._kept[kept.id]
         await self._opening.cancel(kept.id)
         await self._encoding.cancel(kept.id)
         await self._others_open()
-        for module_id in kept.module_ids:
-            with suppress(LongctxError):  # an engine that is not there holds nothing
-                await self._engine.close_module(module_id)
+        self._gone[kept.id] = kept
+        if kept.error is not None or kept.opened_by == self._engine.restarts:
+            await self._leave(kept.id)
+        else:
+            self._leaving.add(kept.id)
         await self._drop_before(kept)
 
     async def _others_open(self) -> None:
@@ -94,9 +103,12 @@ class Keeper:
                 kept.computed, kept.progress = 0, None
                 kept.opened.clear()
                 self._opening.add(kept.id)
+        for name in self._gone:
+            self._leaving.add(name)
 
     async def close(self) -> None:
         """Stops all work, which is taken up again next time."""
+        await self._leaving.close()
         await self._opening.close()
         await self._encoding.close()
 
@@ -112,12 +124,8 @@ class Keeper:
     async def _open(self, name: str) -> None:
         kept = self._kept[name]
         try:
-            modules = await kept.prepare()
-            kept.module_ids = tuple(module_id for module_id, _ in modules)
             with suppress(EngineDied):  # `reopen` comes when it is back
-                for module_id, pieces in modules:
-                    keep = _encoding_of(module_id, kept)
-                    await self._engine.open_module(module_id, pieces, keep=keep)
+                await self._tell(kept)
                 self._encoding.add(name)
         except LongctxError as error:
             kept.error = str(error)
@@ -125,6 +133,28 @@ class Keeper:
             logger.error("opening %s failed", name, exc_info=error)
             kept.error = "the server failed; its log says why"
         kept.opened.set()
+
+    async def _tell(self, kept: Kept) -> None:
+        modules = await kept.prepare()
+        kept.module_ids = tuple(module_id for module_id, _ in modules)
+        opened_by = self._engine.restarts
+        for module_id, pieces in modules:
+            await self._engine.open_module(module_id, pieces, keep=_encoding_of(module_id, kept))
+        kept.opened_by = opened_by
+
+    async def _leave(self, name: str) -> None:
+        kept = self._gone[name]
+        try:
+            if name not in self._kept:  # else its blocks are those of what is kept again
+                if kept.error is None and kept.opened_by != self._engine.restarts:
+                    await self._tell(kept)
+                for module_id in kept.module_ids:
+                    await self._engine.close_module(module_id)
+        except EngineDied:  # `reopen` comes when it is back
+            return
+        except LongctxError as error:
+            logger.warning("what is stored of %s stays until it is evicted: %s", name, error)
+        self._gone.pop(name, None)
 
     async def _encode(self, name: str) -> None:
         kept = self._kept[name]

@@ -50,6 +50,12 @@ class MortalEngine:
     async def open_module(self, module_id: str, pieces: Sequence[Piece], *, keep: Request) -> None:
         self._check()
         self.known.add(module_id)
+        self.calls.append(f"open {module_id}")
+
+    async def close_module(self, module_id: str) -> None:
+        self._check()
+        self.known.discard(module_id)
+        self.calls.append(f"close {module_id}")
 
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         self._check()
@@ -208,6 +214,32 @@ def test_modules_are_encoded_again_after_crashes_until_there_are_too_many(
         while keeper.state(kept) != state:
             await asyncio.sleep(0.005)
         assert bench.engine.deadly["n"] == 0
+        await keeper.close()
+
+    on_bench(tmp_path, test)
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_modules_that_are_dropped_while_the_engine_is_away_leave_the_tiers_later(
+    tmp_path: Path, opened: bool
+) -> None:
+    async def test(bench: Bench) -> None:
+        keeper = Keeper(bench.engine)
+        bench.engine.on_restart = keeper.reopen
+
+        async def prepare() -> list[tuple[str, tuple[Piece, ...]]]:
+            return [("m", ())]
+
+        kept = Kept(id="k", salt="t", prepare=prepare)
+        if opened:
+            keeper.keep(kept)
+            await until(lambda: keeper.state(kept) == "ready")
+        bench.engine.die()
+        if not opened:
+            keeper.keep(kept)
+        bench.engine.calls.clear()
+        await keeper.drop(kept)
+        await until(lambda: bench.engine.calls == ["open m", "close m"])
         await keeper.close()
 
     on_bench(tmp_path, test)

@@ -28,6 +28,7 @@ LONG, TOO_LONG = 100, 400
 
 class SlowEngine:
     state = "ready"
+    restarts = 0
     info = SimpleNamespace(limits=SimpleNamespace(longest_tokens=10_000))
 
     def __init__(self) -> None:

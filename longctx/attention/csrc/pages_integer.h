@@ -9,7 +9,7 @@
 
 namespace {
 
-// The largest magnitude, in all lanes.
+// The largest magnitude.
 template <class V> float largest(const float* x, int count) {
     typename V::F top = V::zero();
     for (int i = 0; i < count; i += V::W)
@@ -317,10 +317,10 @@ template <class V> struct Int4Page {
 
     template <int R>
     static void add(const Head& head, const float* weights, const float* factor, float* out) {
+        constexpr int N = BLOCK / W;
         const int head_dim = head.head_dim, group = int4_group(head_dim);
         const int stride = row_floats(head_dim);
         const Scales scales = scales_of(head, group);
-        constexpr int N = BLOCK / W;
         prefetch_scales(head, BLOCK * head_dim, head_dim / group * 8 * BLOCK);
         alignas(64) uint8_t parts[2 * R * BLOCK]; // high parts of each row, then low parts
         for (int g = 0; g < head_dim / group; ++g) {
