@@ -11,7 +11,7 @@ from api.chat import Chat
 from api.generation import Generation
 from api.wire import TokenizeRequest, read_json
 from longctx.quality.gate import CodecChoice
-from longctx.tokenizer import Tokenizer
+from longctx.text.tokenizer import Tokenizer
 
 
 class About:

@@ -33,8 +33,8 @@ from api.store_dir import StoreDir
 from api.wire import ChatRequest, CompletionRequest, FlushRequest, TokenizeRequest
 from longctx.client import EngineClient
 from longctx.config import EngineConfig
-from longctx.prompt import ChatPrompts
-from longctx.tokenizer import Tokenizer
+from longctx.text.chat_template import ChatPrompts
+from longctx.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

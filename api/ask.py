@@ -17,7 +17,6 @@ from api.parser import Parser
 from longctx.client import EngineClient
 from longctx.config import EngineConfig
 from longctx.errors import LongctxError
-from longctx.prompt import ChatPrompts, FilePart, Message
 from longctx.request import (
     FinishReason,
     Request,
@@ -27,7 +26,8 @@ from longctx.request import (
     Segment,
     Usage,
 )
-from longctx.tokenizer import Tokenizer
+from longctx.text.chat_template import ChatPrompts, FilePart, Message
+from longctx.text.tokenizer import Tokenizer
 
 DOCUMENT_ID = "document"
 MAX_FILE_BYTES = 1 << 30

@@ -21,10 +21,10 @@ from api.openings import Openings
 from api.reply import Body, Choice, Reply
 from api.retention import Retention
 from api.wire import ChatRequest, Message, TextPart, read_json
-from longctx import prompt
 from longctx.errors import InvalidRequest
-from longctx.prompt import ChatPrompts, FilePart
 from longctx.request import Segment
+from longctx.text import chat_template
+from longctx.text.chat_template import ChatPrompts, FilePart
 
 
 class ChatShape:
@@ -102,7 +102,7 @@ class Chat:
 
     async def read(
         self, messages: list[Message], tenant: str
-    ) -> tuple[list[prompt.Message], list[Entry]]:
+    ) -> tuple[list[chat_template.Message], list[Entry]]:
         """The messages and the files in them.
 
         Raises ApiError: 404 for an unknown file, 400 for one that came along and is no text.
@@ -122,7 +122,7 @@ class Chat:
                     FilePart(entry.document.id, entry.document.filename, level.link_tokens)
                 )
             role = "system" if message.role == "developer" else message.role
-            read.append(prompt.Message(role, tuple(parts)))
+            read.append(chat_template.Message(role, tuple(parts)))
         return read, list(files.values())
 
     async def tokens(self, messages: list[Message]) -> list[int]:

@@ -12,7 +12,7 @@ from api.reply import Body, Choice, Reply
 from api.wire import CompletionRequest, read_json
 from longctx.errors import InvalidRequest
 from longctx.request import Segment
-from longctx.tokenizer import Tokenizer
+from longctx.text.tokenizer import Tokenizer
 
 
 class TextShape:

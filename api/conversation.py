@@ -7,9 +7,9 @@ from api.generation import Prompt
 from api.library import Entry, Library
 from api.opening import NEWS_SECONDS, Opening
 from api.reply import Body
-from longctx import prompt
-from longctx.prompt import ChatPrompts, FilePart, PromptPiece
 from longctx.request import Segment
+from longctx.text import chat_template
+from longctx.text.chat_template import ChatPrompts, FilePart, PromptPiece
 from prompt_cache.level import Level
 
 # A conversation of this length renders and tokenizes in about a millisecond; a longer one goes to
@@ -20,7 +20,7 @@ SHORT_CHARACTERS = 4096
 class Conversation:
     def __init__(
         self,
-        messages: list[prompt.Message],
+        messages: list[chat_template.Message],
         files: list[Entry],
         prompts: ChatPrompts,
         library: Library,
@@ -71,7 +71,7 @@ class Conversation:
         for entry in self._files:
             self._library.check(entry)
         opened = await self._opening.open(await self._rendered())
-        rest = prompt.segments_of(opened.rest)
+        rest = chat_template.segments_of(opened.rest)
         counts = {entry.document.id: entry.tokens for entry in self._files}
         tokens = sum(
             len(segment.token_ids) if segment.document_id is None else counts[segment.document_id]

@@ -29,8 +29,8 @@ from api.prefill import Failures, prefill, to_keep
 from api.store_dir import StoreDir
 from longctx.client import EngineClient
 from longctx.errors import ContextTooLong, EngineDied, InvalidRequest, LongctxError
-from longctx.prompt import ChatPrompts
 from longctx.request import Progress, Request, Segment
+from longctx.text.chat_template import ChatPrompts
 
 logger = logging.getLogger("longctx.api")
 

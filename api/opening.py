@@ -10,8 +10,8 @@ from api.prompt_library import PromptEntry
 from api.reply import Body
 from api.schema_library import SchemaEntry, SchemaLibrary, segments_of
 from longctx.errors import InvalidRequest
-from longctx.prompt import FilePart, Message, PromptPiece, frames_of
 from longctx.request import Segment
+from longctx.text.chat_template import FilePart, Message, PromptPiece, frames_of
 from prompt_cache.errors import SchemaError
 from prompt_cache.level import Level
 

@@ -13,8 +13,8 @@ from api.prompt_library import PromptLibrary
 from api.schema_library import SchemaLibrary
 from api.wire import PromptCache
 from longctx.client import EngineClient
-from longctx.prompt import FilePart
 from longctx.request import LevelVerdict
+from longctx.text.chat_template import FilePart
 from prompt_cache.level import EXACT, Level, parse_level
 
 

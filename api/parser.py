@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.errors import InvalidRequest, LongctxError
-from longctx.tokenizer import Tokenizer
+from longctx.text.tokenizer import Tokenizer
 
 # A piece of 2**20 characters takes about 1 s and 200 MiB to tokenize. The limits are for what has
 # gone wrong: 30 times that time, and memory that no vocabulary needs. Data, not address space:

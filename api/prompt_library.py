@@ -21,8 +21,8 @@ from api.names import NameLocks
 from api.prompt_records import PromptRecord, PromptRecords
 from api.store_dir import StoreDir
 from longctx.errors import InvalidRequest
-from longctx.prompt import ChatPrompts, FilePart, Message, Place
 from longctx.request import Piece
+from longctx.text.chat_template import ChatPrompts, FilePart, Message, Place
 
 SETTLE_SECONDS = 60.0
 

@@ -17,9 +17,9 @@ from api.names import NameLocks
 from api.prompt_records import PromptRecords, SchemaRecord
 from longctx.client import EngineClient
 from longctx.errors import InvalidRequest, LongctxError
-from longctx.prompt import ChatPrompts, Message, Place
 from longctx.request import Piece, Segment
-from longctx.tokenizer import Tokenizer
+from longctx.text.chat_template import ChatPrompts, Message, Place
+from longctx.text.tokenizer import Tokenizer
 from prompt_cache.assembly import Assembly, Borrowed, assemble
 from prompt_cache.errors import SchemaError
 from prompt_cache.layout import Layout, lay_out

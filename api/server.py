@@ -24,7 +24,7 @@ from api.store_dir import StoreDir
 from longctx.config import EngineConfig
 from longctx.engine_info import EngineInfo
 from longctx.errors import LongctxError
-from longctx.tokenizer import Tokenizer
+from longctx.text.tokenizer import Tokenizer
 
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections: they close them, not we

@@ -22,7 +22,6 @@ from compress.codec import CODECS
 from longctx.answers import Answers
 from longctx.clearing import clear_tiers
 from longctx.config import EngineConfig, check_name
-from longctx.detokenizer import TextStream
 from longctx.engine_info import EngineInfo
 from longctx.errors import BlocksLost, InvalidRequest, PeerLost
 from longctx.explain import Explainer
@@ -40,7 +39,8 @@ from longctx.runner import BACKENDS, backend_for
 from longctx.sampler import SamplingError, sample
 from longctx.scheduler import Scheduler, SchedulerOutput
 from longctx.sequence import Sequence
-from longctx.tokenizer import Tokenizer
+from longctx.text.detokenizer import TextStream
+from longctx.text.tokenizer import Tokenizer
 from offload.policy import POLICIES
 
 MAX_SETBACKS = 3  # of one sequence, before it ends: its context does not stay in any tier

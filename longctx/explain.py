@@ -18,7 +18,7 @@ from compress.shape import BLOCK_TOKENS, ShapeRefused
 from longctx.kv_cache import KVCacheManager
 from longctx.request import CacheExplanation, Divergence
 from longctx.sequence import Sequence
-from longctx.tokenizer import Tokenizer
+from longctx.text.tokenizer import Tokenizer
 from longctx.trace import Place, Trace
 from offload.key import BlockKey, chain_keys
 from prompt_cache.prefix import PrefixName

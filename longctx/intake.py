@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from compress.codec import Codec
 from compress.shape import BLOCK_TOKENS
 from longctx.assembly import Prompts
-from longctx.detokenizer import TextStream
 from longctx.errors import ContextTooLong, InvalidRequest
 from longctx.kv_cache import KVCacheManager
 from longctx.layout import Layout, Source
@@ -26,7 +25,8 @@ from longctx.modules import Module
 from longctx.request import Piece, Request
 from longctx.sampler import SamplingState
 from longctx.sequence import Prompt, Sequence
-from longctx.tokenizer import Tokenizer
+from longctx.text.detokenizer import TextStream
+from longctx.text.tokenizer import Tokenizer
 from longctx.trace import Trace
 from offload.key import BlockKey, namespace
 

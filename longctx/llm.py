@@ -18,7 +18,6 @@ from longctx.config import EngineConfig, ModelConfig
 from longctx.embedded import model_path
 from longctx.engine import Engine
 from longctx.errors import InvalidRequest, LongctxError
-from longctx.prompt import ChatPrompts, FilePart, Message
 from longctx.request import (
     FinishReason,
     Piece,
@@ -29,6 +28,7 @@ from longctx.request import (
     Segment,
     Usage,
 )
+from longctx.text.chat_template import ChatPrompts, FilePart, Message
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from rich.text import Text
 from longctx.config import ModelConfig
 from longctx.errors import LongctxError
 from longctx.model import context_tokens
-from longctx.prompt import ChatPrompts
-from longctx.tokenizer import Tokenizer
+from longctx.text.chat_template import ChatPrompts
+from longctx.text.tokenizer import Tokenizer
 from prompt_cache.errors import SchemaError
 from prompt_cache.layout import (
     Layout,

@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 
 from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import ENTRY_COLUMNS, PAGE
-from longctx.detokenizer import TextStream
 from longctx.layout import PLAIN, Layout
 from longctx.request import FinishReason, Request
 from longctx.sampler import SamplingState
+from longctx.text.detokenizer import TextStream
 from longctx.tier_state import TierState
 from longctx.trace import Trace
 from offload.key import BlockKey

@@ -9,7 +9,6 @@ import torch
 
 from compress.shape import BLOCK_TOKENS, KVShape
 from longctx.config import SchedulerConfig
-from longctx.detokenizer import TextStream
 from longctx.kv_cache import KVCacheManager
 from longctx.kv_memory import KVMemory
 from longctx.layer_attention import LayerSpec
@@ -18,7 +17,8 @@ from longctx.sampler import SamplingState
 from longctx.scheduler import Scheduler, SchedulerOutput
 from longctx.sequence import Sequence as EngineSequence
 from longctx.sequence import TokenIds
-from longctx.tokenizer import Tokenizer
+from longctx.text.detokenizer import TextStream
+from longctx.text.tokenizer import Tokenizer
 from offload.key import namespace
 from prompt_cache.prefix import document_name
 

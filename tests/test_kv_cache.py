@@ -12,7 +12,7 @@ from longctx.kv_cache import EXTENT_BLOCKS, KVCacheManager
 from longctx.kv_memory import LayerGroup, layer_groups
 from longctx.layout import PLAIN
 from longctx.sequence import BlockTable, Sequence, SequenceState, TokenIds
-from longctx.tokenizer import Tokenizer
+from longctx.text.tokenizer import Tokenizer
 from tests.bare_cache import GLOBAL, Bench, bare_cache, blocks, numbers, window_of
 
 

@@ -14,7 +14,7 @@ from longctx.layer_attention import LayerSpec
 from longctx.migration import Migration
 from longctx.scheduler import SchedulerOutput
 from longctx.sequence import Sequence
-from longctx.tokenizer import Tokenizer
+from longctx.text.tokenizer import Tokenizer
 from offload.host import HostTier
 from offload.key import BlockKey
 from offload.policy import LRU

@@ -11,8 +11,8 @@ import pytest
 from longctx.bench.haystack import Planted, haystacks
 from longctx.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from longctx.llm import LLM
-from longctx.prompt import ChatPrompts, FilePart, Message
 from longctx.request import Piece, SamplingParams, Segment
+from longctx.text.chat_template import ChatPrompts, FilePart, Message
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 

@@ -23,7 +23,7 @@ from longctx.quality.measure import Measured, Workload, measure
 from longctx.quality.replay import Replay
 from longctx.quality.texts import TEXTS
 from longctx.request import SamplingParams
-from longctx.tokenizer import Tokenizer
+from longctx.text.tokenizer import Tokenizer
 from tests.conftest import ModelFolders
 from tests.recorded_engine import Eager, some_ids
 from tests.tiny_models import write_model

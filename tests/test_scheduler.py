@@ -11,7 +11,7 @@ from longctx.errors import Overloaded
 from longctx.request import RequestClass
 from longctx.scheduler import TIME_SHARE, DutyCycle, SchedulerOutput
 from longctx.sequence import Sequence, SequenceState
-from longctx.tokenizer import Tokenizer
+from longctx.text.tokenizer import Tokenizer
 from tests.bare_cache import Bench, bare_cache, blocks, numbers
 
 INTERACTIVE, BATCH, INGEST = RequestClass

@@ -27,8 +27,8 @@ from longctx.bench.timing import Stopwatch
 from longctx.config import EngineConfig
 from longctx.embedded.generator import needle
 from longctx.llm import LLM
-from longctx.prompt import ChatPrompts, FilePart, Message
 from longctx.request import SamplingParams, Segment, Usage
+from longctx.text.chat_template import ChatPrompts, FilePart, Message
 
 FIRST_TOKEN = SamplingParams(max_tokens=1, temperature=0.0)
 

@@ -33,11 +33,11 @@ from longctx.bench.timing import Stopwatch
 from longctx.config import EngineConfig
 from longctx.embedded import model_path
 from longctx.llm import LLM
-from longctx.prompt import ChatPrompts, FilePart, Message
 from longctx.quality.level_gate import LIMITS
 from longctx.quality.level_measure import LevelWorkload, measure_levels
 from longctx.quality.verdict import judge
 from longctx.request import Piece, SamplingParams, Segment
+from longctx.text.chat_template import ChatPrompts, FilePart, Message
 from prompt_cache.level import EXACT, Level
 
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)

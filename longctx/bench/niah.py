@@ -25,8 +25,8 @@ from longctx.bench.report import Parameter, Report, Result
 from longctx.bench.timing import Stopwatch
 from longctx.config import EngineConfig
 from longctx.llm import LLM, Document
-from longctx.prompt import ChatPrompts, FilePart, Message
 from longctx.request import SamplingParams
+from longctx.text.chat_template import ChatPrompts, FilePart, Message
 
 Z = 1.959964  # of the normal distribution, for 95%
 

@@ -26,7 +26,7 @@ from longctx.quality.measure import EXACT, Workload, measure
 from longctx.quality.texts import TEXTS, Text
 from longctx.quality.verdict import PARTS, Verdict
 from longctx.runner import BACKENDS, backend_for
-from longctx.tokenizer import Tokenizer
+from longctx.text.tokenizer import Tokenizer
 
 
 def run(

@@ -22,7 +22,7 @@ from longctx.quality.measure import EXACT, Backend, Measured, Workload, measure
 from longctx.quality.remembered import Remembered, identity_of
 from longctx.quality.texts import TEXTS
 from longctx.quality.verdict import LOSSLESS, NARROW, Verdict, judge
-from longctx.tokenizer import Tokenizer
+from longctx.text.tokenizer import Tokenizer
 
 AUTO = ("int8",)  # what `auto` may choose, best first
 # They decode pages anew in every step that reads them; kernels read them as they lie.

@@ -18,14 +18,14 @@ from longctx.attention.backend import AttentionBackend
 from longctx.errors import InvalidRequest
 from longctx.kv_memory import KVMemory
 from longctx.model import LoadedModel
-from longctx.prompt import ChatPrompts, FilePart, Message
 from longctx.quality.damage import SPAN_ROWS, Damage, Tally, compare
 from longctx.quality.replay import Replay
 from longctx.quality.texts import TEXTS, Text
 from longctx.request import SamplingParams
 from longctx.sampler import SamplingError, sample
 from longctx.sequence import Sequence as EngineSequence
-from longctx.tokenizer import Tokenizer
+from longctx.text.chat_template import ChatPrompts, FilePart, Message
+from longctx.text.tokenizer import Tokenizer
 
 EXACT = "raw"
 CHUNK_TOKENS = 2 * BLOCK_TOKENS

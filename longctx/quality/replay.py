@@ -16,7 +16,6 @@ from compress.codec import CODECS
 from compress.shape import BLOCK_TOKENS, KVShape
 from longctx.attention.backend import AttentionBackend
 from longctx.batch import Batch
-from longctx.detokenizer import TextStream
 from longctx.kv_cache import KVCacheManager
 from longctx.kv_memory import KVMemory
 from longctx.model import LoadedModel
@@ -25,7 +24,8 @@ from longctx.runner import ModelRunner
 from longctx.sampler import SamplingState
 from longctx.scheduler import Chunk
 from longctx.sequence import Sequence, TokenIds
-from longctx.tokenizer import Tokenizer
+from longctx.text.detokenizer import TextStream
+from longctx.text.tokenizer import Tokenizer
 from offload.key import namespace
 
 # Nobody else sees these blocks

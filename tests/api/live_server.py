@@ -17,7 +17,7 @@ from api.parser import Parser
 from api.server import Server, listen
 from api.store_dir import StoreDir
 from longctx.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
-from longctx.tokenizer import Tokenizer
+from longctx.text.tokenizer import Tokenizer
 
 Result = TypeVar("Result")
 

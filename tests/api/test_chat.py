@@ -6,7 +6,7 @@ import httpx
 import openai
 import pytest
 
-from longctx.prompt import ChatPrompts, Message
+from longctx.text.chat_template import ChatPrompts, Message
 from tests.api.live_server import MODEL, LiveServer
 
 HELLO: Any = [{"role": "user", "content": "What is the name of the ship?"}]

@@ -18,7 +18,7 @@ import pytest
 
 from longctx.bench.haystack import document
 from longctx.embedded import model_path
-from longctx.tokenizer import Tokenizer
+from longctx.text.tokenizer import Tokenizer
 
 KILLS = 30
 DOCUMENTS = 4

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from api.parser import PIECE_CHARACTERS, ParseFailed, Parser, cut
-from longctx.tokenizer import Tokenizer
+from longctx.text.tokenizer import Tokenizer
 from tests.tiny_tokenizer import write_tokenizer
 
 Run = Callable[[Callable[[Parser], Coroutine[Any, Any, Any]]], Any]

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from longctx.errors import InvalidRequest
-from longctx.prompt import ChatPrompts, FilePart, Message
 from longctx.request import Segment
-from longctx.tokenizer import Tokenizer
+from longctx.text.chat_template import ChatPrompts, FilePart, Message
+from longctx.text.tokenizer import Tokenizer
 from tests.tiny_tokenizer import (
     DOCUMENTS_FIRST_TEMPLATE,
     INST_TEMPLATE,

@@ -7,8 +7,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from longctx.detokenizer import TextStream
-from longctx.tokenizer import Tokenizer
+from longctx.text.detokenizer import TextStream
+from longctx.text.tokenizer import Tokenizer
 from tests.tiny_tokenizer import write_tokenizer
 
 VOCAB_SIZE = 400

@@ -13,7 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from longctx.errors import InvalidRequest, ModelRefused
-from longctx.tokenizer import Tokenizer
+from longctx.text.tokenizer import Tokenizer
 from tests.tiny_tokenizer import DOCUMENTS_FIRST_TEMPLATE, SPECIAL_TOKENS, write_tokenizer
 
 DATED_TEMPLATE = (

@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 from longctx.errors import InvalidRequest
 from longctx.request import Segment
-from longctx.tokenizer import Tokenizer
+from longctx.text.tokenizer import Tokenizer
 
 _ROLE = re.compile(r"[A-Za-z][A-Za-z_-]*")  # a role is written into the template as it is
 

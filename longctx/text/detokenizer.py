@@ -11,7 +11,7 @@ costs a decode of a few tokens, not of the answer. Two windows make it so:
 
 from typing import NamedTuple
 
-from longctx.tokenizer import Tokenizer
+from longctx.text.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
 _CHARACTER_BYTES = 4  # of the longest UTF-8 character: three bytes and tokens may be unfinished
