@@ -30,7 +30,7 @@ from longctx.figures import Figures
 from longctx.ingestion import Ingestion
 from longctx.intake import Intake
 from longctx.machine import Machine
-from longctx.model import LoadedModel, load_model
+from longctx.model.loader import LoadedModel, load_model
 from longctx.module_state import module_states
 from longctx.quality.gate import choose_codec
 from longctx.request import FinishReason, ModuleState, Piece, Request, RequestOutput

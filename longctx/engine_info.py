@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from compress.shape import BLOCK_TOKENS
 from longctx.kv_memory import KVMemory
 from longctx.limits import ContextLimits
-from longctx.model import ModelSpec
+from longctx.model.loader import ModelSpec
 from longctx.quality.gate import CodecChoice
 from offload.store import KVStore
 

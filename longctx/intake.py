@@ -20,7 +20,7 @@ from longctx.errors import ContextTooLong, InvalidRequest
 from longctx.kv_cache import KVCacheManager
 from longctx.layout import Layout, Source
 from longctx.limits import ContextLimits
-from longctx.model import ModelSpec
+from longctx.model.loader import ModelSpec
 from longctx.modules import Module
 from longctx.request import Piece, Request
 from longctx.sampler import SamplingState

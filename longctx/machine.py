@@ -13,7 +13,7 @@ from longctx.config import EngineConfig, SchedulerConfig
 from longctx.kv_cache import KVCacheManager
 from longctx.kv_memory import KVMemory, pool_bytes
 from longctx.migration import Migration
-from longctx.model import LoadedModel
+from longctx.model.loader import LoadedModel
 from longctx.open_store import open_store
 from longctx.ring.books import LeaderMemory
 from longctx.ring.pages import LocalPages, RingExtents, RingTransfer

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from longctx.config import ModelConfig
 from longctx.errors import LongctxError
-from longctx.model import context_tokens
+from longctx.model.loader import context_tokens
 from longctx.text.chat_template import ChatPrompts
 from longctx.text.tokenizer import Tokenizer
 from prompt_cache.errors import SchemaError

@@ -13,7 +13,7 @@ from longctx.attention.torch_backend import TorchAttention
 from longctx.batch import Batch
 from longctx.errors import ModelRefused
 from longctx.kv_memory import KVMemory
-from longctx.model import LoadedModel
+from longctx.model.loader import LoadedModel
 from longctx.scheduler import Chunk
 
 BACKENDS: dict[str, Callable[[KVMemory], AttentionBackend]] = {

@@ -11,7 +11,7 @@ from compress.shape import BLOCK_TOKENS, KVShape
 from longctx.config import SchedulerConfig
 from longctx.kv_cache import KVCacheManager
 from longctx.kv_memory import KVMemory
-from longctx.layer_attention import LayerSpec
+from longctx.model.hf_attention import LayerSpec
 from longctx.request import Request, RequestClass, SamplingParams, Segment
 from longctx.sampler import SamplingState
 from longctx.scheduler import Scheduler, SchedulerOutput

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from compress.shape import BLOCK_TOKENS
 from longctx.kv_cache import KVCacheManager
-from longctx.layer_attention import LayerSpec
 from longctx.migration import Migration
+from longctx.model.hf_attention import LayerSpec
 from longctx.scheduler import SchedulerOutput
 from longctx.sequence import Sequence
 from longctx.text.tokenizer import Tokenizer

@@ -16,7 +16,7 @@ from longctx.config import CacheConfig, ModelConfig
 from longctx.embedded import model_path
 from longctx.errors import ModelRefused
 from longctx.kv_memory import KVMemory
-from longctx.model import LoadedModel, load_model
+from longctx.model.loader import LoadedModel, load_model
 from longctx.quality.damage import Tally, compare
 from longctx.quality.gate import CodecChoice, choose_codec, judge_codec
 from longctx.quality.measure import Measured, Workload, measure

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from compress.shape import BLOCK_TOKENS
-from longctx.attention import _kernels
 from longctx.attention.backend import ChunkRows
+from longctx.kernels import _kernels
 from longctx.kv_memory import KVMemory
 
 if not _kernels.instruction_sets():

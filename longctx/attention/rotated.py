@@ -25,7 +25,7 @@ from longctx.attention.backend import (
 )
 from longctx.attention.merge import merge_parts
 from longctx.kv_memory import KVMemory
-from longctx.rotation import Rotation
+from longctx.model.key_rotation import Rotation
 
 
 @dataclass(frozen=True, slots=True)

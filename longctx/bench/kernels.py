@@ -35,8 +35,8 @@ from longctx.bench.report import Parameter, Report, Result
 from longctx.config import EngineConfig
 from longctx.errors import InvalidRequest
 from longctx.kv_memory import KVMemory
-from longctx.layer_attention import LayerSpec
-from longctx.model import computes_bfloat16
+from longctx.model.hf_attention import LayerSpec
+from longctx.model.loader import computes_bfloat16
 from longctx.runner import BACKENDS
 
 LEFT_OUT = "reference"  # obvious, not fast

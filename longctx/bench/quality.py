@@ -19,7 +19,7 @@ from longctx.bench.report import Parameter, Report, Result
 from longctx.config import EngineConfig
 from longctx.embedded import model_path
 from longctx.errors import InvalidRequest
-from longctx.model import ModelSpec, load_model
+from longctx.model.loader import ModelSpec, load_model
 from longctx.quality.damage import Damage
 from longctx.quality.gate import bits_per_value, judge_codec, refusal
 from longctx.quality.measure import EXACT, Workload, measure

@@ -18,7 +18,7 @@ from longctx.attention.backend import AttentionBackend
 from longctx.batch import Batch
 from longctx.kv_cache import KVCacheManager
 from longctx.kv_memory import KVMemory
-from longctx.model import LoadedModel
+from longctx.model.loader import LoadedModel
 from longctx.request import Request, SamplingParams, Segment
 from longctx.runner import ModelRunner
 from longctx.sampler import SamplingState

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from longctx.kv_memory import KVMemory
-from longctx.model import ModelSpec
+from longctx.model.loader import ModelSpec
 from longctx.ring import layout
 from longctx.ring.rank import RingMemory
 

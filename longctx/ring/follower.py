@@ -11,7 +11,7 @@ from typing import NoReturn
 from longctx.channel import Channel
 from longctx.config import EngineConfig
 from longctx.errors import LongctxError, ModelRefused, PeerLost
-from longctx.model import load_model
+from longctx.model.loader import load_model
 from longctx.protocol import Beat, Fault
 from longctx.ring.heartbeat import SILENCE_SECONDS, Watch, beat
 from longctx.ring.messages import (

@@ -11,7 +11,7 @@ import numpy as np
 
 from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import PAGE
-from longctx.model import ModelSpec
+from longctx.model.loader import ModelSpec
 from longctx.ring.books import LeaderMemory
 from longctx.ring.draft import Draft, Piece, indices
 from longctx.ring.exchange import Exchange, Past, Spread

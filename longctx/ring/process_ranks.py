@@ -13,7 +13,7 @@ from pathlib import Path
 
 from longctx.channel import Channel
 from longctx.errors import PeerLost
-from longctx.model import LoadedModel
+from longctx.model.loader import LoadedModel
 from longctx.protocol import Beat
 from longctx.ring.heartbeat import SILENCE_SECONDS, Watch, beat
 from longctx.ring.messages import (

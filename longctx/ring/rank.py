@@ -11,7 +11,7 @@ from torch import Tensor
 from compress.shape import BLOCK_TOKENS
 from longctx.kv_memory import KVMemory, layer_codecs
 from longctx.layout import Layout
-from longctx.model import LoadedModel, ModelSpec
+from longctx.model.loader import LoadedModel, ModelSpec
 from longctx.ring.attention import LayerCall, RankAttention
 from longctx.ring.link import measure
 from longctx.ring.step import NONE, RankStep, Rows

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from longctx.model import LoadedModel
+from longctx.model.loader import LoadedModel
 from longctx.ring.pages import RankPages
 from longctx.ring.rank import RingMemory
 from longctx.ring.step import RankStep

@@ -5,7 +5,7 @@ from collections.abc import Sequence as Items
 from torch import Tensor
 
 from longctx.errors import PeerLost
-from longctx.model import LoadedModel
+from longctx.model.loader import LoadedModel
 from longctx.ring.books import LeaderMemory
 from longctx.ring.plan import StepPlanner
 from longctx.ring.rank import Rank

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Sequence
 
 from longctx.errors import PeerLost
-from longctx.model import LoadedModel
+from longctx.model.loader import LoadedModel
 from longctx.ring.pages import LocalPages, RankPages
 from longctx.ring.rank import Rank, RingMemory
 from longctx.ring.step import RankStep

@@ -18,7 +18,7 @@ from longctx.bench.timing import Stopwatch
 from longctx.cli import main
 from longctx.config import CacheConfig, EngineConfig, ModelConfig
 from longctx.kv_memory import KVMemory
-from longctx.layer_attention import LayerSpec
+from longctx.model.hf_attention import LayerSpec
 from longctx.request import SamplingParams, Segment
 from longctx.runner import BACKENDS
 

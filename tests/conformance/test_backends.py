@@ -20,7 +20,7 @@ from longctx.attention.backend import (
 )
 from longctx.attention.reference import ReferenceAttention
 from longctx.kv_memory import KVMemory
-from longctx.layer_attention import LayerSpec
+from longctx.model.hf_attention import LayerSpec
 from longctx.runner import BACKENDS
 
 TOLERANCE = 4e-5  # float32 sums of up to 2,000 terms in another order, of scores up to 30

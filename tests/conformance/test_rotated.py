@@ -21,8 +21,8 @@ from longctx.attention.backend import (
 )
 from longctx.attention.rotated import RotatedAttention
 from longctx.kv_memory import KVMemory
-from longctx.layer_attention import LayerSpec
-from longctx.rotation import Rotation
+from longctx.model.hf_attention import LayerSpec
+from longctx.model.key_rotation import Rotation
 from longctx.runner import BACKENDS
 
 HEAD_DIM = 16

@@ -10,7 +10,7 @@ from compress.codec import CODECS
 from compress.shape import KVShape
 from longctx.errors import ModelRefused
 from longctx.kv_memory import KVMemory
-from longctx.layer_attention import LayerSpec
+from longctx.model.hf_attention import LayerSpec
 from longctx.runner import BACKENDS
 from tests.conformance.test_codecs import kinds, rows, shapes
 

@@ -11,7 +11,7 @@ import torch
 
 from compress.shape import BLOCK_TOKENS
 from longctx.kv_memory import KVMemory
-from longctx.layer_attention import LayerSpec
+from longctx.model.hf_attention import LayerSpec
 from longctx.ring.messages import Answer, ReadPages, WritePages, encode, from_leader, to_leader
 from longctx.ring.pages import LocalPages, RingExtents, RingTransfer, WrittenAs
 from offload import extent, extent_file, extent_io

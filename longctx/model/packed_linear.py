@@ -1,4 +1,4 @@
-"""A model's linear layers, packed once at load for our own kernels (`attention/csrc/linear.h`).
+"""A model's linear layers, packed once at load for our own kernels (`kernels/csrc/linear.h`).
 
 For models that compute in float32 on a CPU. The model stays transformers': each `nn.Linear` is
 replaced by a `PackedLinear`, which computes the same. Weights that are bfloat16 numbers, as those
@@ -9,8 +9,8 @@ the bytes to read. `--weights int8` rounds them to 8 bits. Read `pack_linears`.
 import torch
 from torch import Tensor, nn
 
-from longctx.attention import _kernels
 from longctx.config import Weights
+from longctx.kernels import _kernels
 
 if not _kernels.instruction_sets():
     raise ImportError("this CPU has none of the instruction sets that the kernels are compiled for")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from longctx.layer_attention import run_packed
+from longctx.model.hf_attention import run_packed
 
 TOKENS = 4  # watched at each position
 POSITIONS = ((0, 1, 2), (0, 31, 1_000, 10_000))  # of two contexts, a short and a long one

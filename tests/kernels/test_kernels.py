@@ -30,11 +30,11 @@ from longctx.attention.reference import ReferenceAttention
 from longctx.kv_memory import KVMemory
 from tests.conformance.test_backends import Case, build, cases, tolerance
 
-_kernels = pytest.importorskip("longctx.attention._kernels")
+_kernels = pytest.importorskip("longctx.kernels._kernels")
 from longctx.attention.cpu_backend import CPUAttention  # noqa: E402  # needs _kernels
 
 INSTRUCTION_SETS = _kernels.instruction_sets()
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCALING = 0.3
 
 
@@ -271,7 +271,7 @@ BUILDS = {
 REPEAT = """
 import importlib.util, sys
 import pytest, torch
-spec = importlib.util.spec_from_file_location("longctx.attention._kernels", sys.argv[1])
+spec = importlib.util.spec_from_file_location("longctx.kernels._kernels", sys.argv[1])
 kernels = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = kernels
 spec.loader.exec_module(kernels)
@@ -307,7 +307,10 @@ def test_other_builds_pass_too(kind: str, tmp_path: Path) -> None:
         "LD_PRELOAD": " ".join(map(str.strip, libraries)),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaks at its end
     }
-    tests = [str(ROOT / "tests" / name) for name in ("test_cpu_kernels.py", "test_linear.py")]
+    tests = [
+        str(ROOT / "tests" / name)
+        for name in ("kernels/test_kernels.py", "model/test_packed_linear.py")
+    ]
     repeated = subprocess.run(
         [sys.executable, "-c", REPEAT, str(module), *tests],
         env=environment,

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from longctx.config import ModelConfig, Weights
 from longctx.errors import ModelRefused
-from longctx.model import load_model
+from longctx.model.loader import load_model
 from tests.tiny_models import write_model
 
-_kernels = pytest.importorskip("longctx.attention._kernels")
+_kernels = pytest.importorskip("longctx.kernels._kernels")
 
-from longctx.linear import PackedLinear, pack_linears, quantize_rows  # noqa: E402
+from longctx.model.packed_linear import PackedLinear, pack_linears, quantize_rows  # noqa: E402
 
 INSTRUCTION_SETS = _kernels.instruction_sets()
 

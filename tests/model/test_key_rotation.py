@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from longctx.layer_attention import ATTENTION, register_attention
-from longctx.model import LoadedModel
-from longctx.rotation import find_relocation
+from longctx.model.hf_attention import ATTENTION, register_attention
+from longctx.model.key_rotation import find_relocation
+from longctx.model.loader import LoadedModel
 from tests.assembled import (
     MODULES,
     DenseModel,

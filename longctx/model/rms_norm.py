@@ -10,7 +10,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from longctx.attention import _kernels
+from longctx.kernels import _kernels
 
 EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")
 # At the smallest magnitude epsilon decides, at the largest it vanishes.

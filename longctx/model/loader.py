@@ -20,17 +20,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from longctx.config import ModelConfig, Weights
 from longctx.errors import ModelRefused
-from longctx.layer_attention import (
+from longctx.model.checkpoint import ModelFiles, fingerprint, read_model_folder
+from longctx.model.hf_attention import (
     ATTENTION,
     LayerAttention,
     LayerSpec,
     register_attention,
     run_packed,
 )
-from longctx.model_files import ModelFiles, fingerprint, read_model_folder
-from longctx.model_probe import PROBE, probe_layers, register_probe
-from longctx.rope import settle_rope
-from longctx.rotation import Relocation, find_relocation
+from longctx.model.key_rotation import Relocation, find_relocation
+from longctx.model.probe import PROBE, probe_layers, register_probe
+from longctx.model.rope import settle_rope
 
 __all__ = ["LayerAttention", "LayerSpec", "LoadedModel", "ModelSpec", "load_model"]
 
@@ -245,8 +245,8 @@ def _use_kernels(
             )
         return 0
     try:
-        linear = importlib.import_module("longctx.linear")
-        norm = importlib.import_module("longctx.norm")
+        linear = importlib.import_module("longctx.model.packed_linear")
+        norm = importlib.import_module("longctx.model.rms_norm")
     except ImportError as error:  # installed without a compiler
         if weights != "auto":
             raise ModelRefused(

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-pytest.importorskip("longctx.attention._kernels")
+pytest.importorskip("longctx.kernels._kernels")
 
-from longctx.norm import RMSNorm, fuse_rms_norms
+from longctx.model.rms_norm import RMSNorm, fuse_rms_norms
 
 
 class Centred(LlamaRMSNorm):

@@ -1,4 +1,4 @@
-// Linear layers as part of the Python module `longctx.attention._kernels`.
+// Linear layers as part of the Python module `longctx.kernels._kernels`.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
@@ -8,7 +8,7 @@ namespace nb = nanobind;
 using namespace longctx;
 
 // Addresses are plain numbers: a step makes a hundred of these calls, and arrays would cost more
-// to hand over than a small layer takes. longctx/linear.py checks the shapes.
+// to hand over than a small layer takes. longctx/model/packed_linear.py checks the shapes.
 void bind_linear(nb::module_& m) {
     nb::class_<PackedLinear>(m, "PackedLinear")
         .def(

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from longctx.config import ModelConfig
 from longctx.errors import ModelRefused
-from longctx.model import load_model
+from longctx.model.loader import load_model
 from tests.plain_attention import assert_equal_to_eager, edit_config, load
 from tests.tiny_models import write_model
 

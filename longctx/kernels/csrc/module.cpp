@@ -1,4 +1,4 @@
-// The Python module `longctx.attention._kernels`.
+// The Python module `longctx.kernels._kernels`.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>

@@ -1,0 +1,1 @@
+"""Compiled kernels: attention, sealing, linears and norms for x86-64 CPUs; see csrc/."""

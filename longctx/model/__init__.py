@@ -1,0 +1,1 @@
+"""A model folder, checked, loaded and watched: everything that touches transformers' models."""
