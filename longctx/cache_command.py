@@ -17,9 +17,9 @@ from rich.table import Table
 from compress.shape import BLOCK_TOKENS
 from longctx.config import CacheConfig
 from longctx.errors import LongctxError
-from offload.disk import DiskEntry, DiskTier, FolderInUse, FolderRefused
+from offload.disk.tier import DiskEntry, DiskTier, FolderInUse, FolderRefused
+from offload.eviction import LRU
 from offload.key import BlockKey
-from offload.policy import LRU
 
 GIB = 1 << 30
 DAY_SECONDS = 86_400.0

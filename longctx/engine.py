@@ -41,7 +41,7 @@ from longctx.scheduler import Scheduler, SchedulerOutput
 from longctx.sequence import Sequence
 from longctx.text.detokenizer import TextStream
 from longctx.text.tokenizer import Tokenizer
-from offload.policy import POLICIES
+from offload.eviction import POLICIES
 
 MAX_SETBACKS = 3  # of one sequence, before it ends: its context does not stay in any tier
 IDLE_SECONDS = 0.005  # a step that can only wait for a lower tier waits at most so long

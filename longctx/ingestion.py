@@ -14,8 +14,8 @@ from longctx.kv_cache import KVCacheManager
 from longctx.layout import Layout
 from longctx.match import deepest
 from longctx.sequence import Sequence
+from offload.block_run import EXTENT_BLOCKS
 from offload.key import BlockKey
-from offload.run import EXTENT_BLOCKS
 from offload.store import KVStore
 from prompt_cache.prefix import owner_of, tokens_before
 

@@ -14,8 +14,8 @@ from longctx.migration import Migration
 from longctx.residents import ResidentPrefixes
 from longctx.sequence import BlockTable, Sequence
 from longctx.trace import Place
+from offload.block_run import EXTENT_BLOCKS
 from offload.key import BlockKey
-from offload.run import EXTENT_BLOCKS
 from prompt_cache.prefix import PrefixIndex, PrefixName
 
 MAX_LOADS = 2  # a tier that lists what it cannot read makes nobody wait for ever

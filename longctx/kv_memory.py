@@ -15,7 +15,7 @@ from compress.codec import CODECS, Codec
 from compress.shape import BLOCK_TOKENS, KVShape, ShapeRefused
 from longctx.errors import ModelRefused
 from longctx.model.hf_attention import LayerSpec
-from offload.pool import BlockPool
+from offload.block_pool import BlockPool
 
 
 @dataclass(frozen=True, slots=True)

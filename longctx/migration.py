@@ -16,8 +16,8 @@ from longctx.kv_memory import KVMemory
 from longctx.sequence import Sequence
 from longctx.tier_state import Load
 from longctx.transfer import PageTransfer, Transfer
+from offload.block_run import EXTENT_BLOCKS, BlockRun, Slots
 from offload.key import BlockKey
-from offload.run import EXTENT_BLOCKS, BlockRun, Slots
 from offload.store import KVStore, Late, Loaded, Written
 
 KEPT_PROMPT_TOKENS = 1024  # prompts from here on are stored at once, shorter ones when seen again

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from longctx.config import CacheConfig
 from longctx.errors import LongctxError
 from longctx.kv_memory import KVMemory
-from offload.disk import DiskTier
-from offload.disk_folder import FolderRefused
-from offload.extent_io import ExtentIO
+from offload.disk.extent_io import ExtentIO
+from offload.disk.folder import FolderRefused
+from offload.disk.tier import DiskTier
+from offload.eviction import POLICIES
 from offload.host import HostTier
-from offload.policy import POLICIES
 from offload.store import KVStore
 
 GIB = 1 << 30

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from offload.block_run import Slots
 from offload.key import BlockKey
-from offload.run import Slots
 
 
 @dataclass(slots=True, eq=False)

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offload.pool import BlockPool
-from offload.run import PageSlots, Slots
+from offload.block_pool import BlockPool
+from offload.block_run import PageSlots, Slots
 
 
 class Transfer(Protocol):

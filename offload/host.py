@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from offload.block_run import PageSlots
+from offload.eviction import Block, Entry, EvictionPolicy
 from offload.key import BlockKey
-from offload.policy import Block, Entry, EvictionPolicy
-from offload.run import PageSlots
 
 _UNITS_PER_PAGE = 16  # at most: each costs a call of its own
 _REMEMBERED = 10_000  # keys whose end `explain` knows

@@ -11,11 +11,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from offload.block_run import EXTENT_BLOCKS, Slots
 from offload.events import Late, Loaded, Mailbox
+from offload.eviction import Block
 from offload.key import BlockKey
-from offload.policy import Block
-from offload.run import EXTENT_BLOCKS, Slots
-from offload.tiers import Tiers
+from offload.tier_stack import Tiers
 
 log = logging.getLogger(__name__)
 

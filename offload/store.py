@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
+from offload.block_run import BlockRun, Slots
 from offload.events import Event, Late, Loaded, Mailbox, Written
 from offload.host import HostTier
 from offload.key import BlockKey
 from offload.owners import Owners
 from offload.reader import Part, Reader
-from offload.run import BlockRun, Slots
 from offload.tier import DurableTier
-from offload.tiers import Tiers
+from offload.tier_stack import Tiers
 from offload.writer import Offer, Writer
 
 __all__ = ["Event", "KVStore", "Late", "Loaded", "Part", "Written"]

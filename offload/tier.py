@@ -8,8 +8,8 @@ a miss, what cannot be written is told to the caller.
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from offload.block_run import BlockRun, Slots
 from offload.key import BlockKey
-from offload.run import BlockRun, Slots
 
 
 class Tier(Protocol):

@@ -7,9 +7,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from offload.block_run import BlockRun, Slots
 from offload.events import Mailbox, Written
-from offload.run import BlockRun, Slots
-from offload.tiers import Tiers
+from offload.tier_stack import Tiers
 
 log = logging.getLogger(__name__)
 

@@ -71,9 +71,9 @@ def test_no_import_is_relative() -> None:
         ("longctx.llm", ("fastapi", "uvicorn", "api")),
         ("longctx.worker", ("fastapi", "uvicorn", "api")),
         ("offload.key", ("torch",)),
-        ("offload.disk", ("torch",)),
+        ("offload.disk.tier", ("torch",)),
         ("offload.store", ("torch", "zstandard")),
-        ("offload.disk", ("torch",)),
+        ("offload.disk.tier", ("torch",)),
     ],
 )
 def test_a_module_loads_no_more_than_it_needs(module: str, absent: tuple[str, ...]) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from longctx.cli import main
-from offload.disk import DiskTier
-from offload.disk_folder import INDEX
-from offload.policy import LRU
-from offload.run import BlockRun
+from offload.block_run import BlockRun
+from offload.disk.folder import INDEX
+from offload.disk.tier import DiskTier
+from offload.eviction import LRU
 from tests.offload.memory_disk import chain, filled_slots, key
 
 

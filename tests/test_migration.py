@@ -15,9 +15,9 @@ from longctx.model.hf_attention import LayerSpec
 from longctx.scheduler import SchedulerOutput
 from longctx.sequence import Sequence
 from longctx.text.tokenizer import Tokenizer
+from offload.eviction import LRU
 from offload.host import HostTier
 from offload.key import BlockKey
-from offload.policy import LRU
 from offload.store import KVStore
 from tests.bare_cache import GLOBAL, Bench, bare_cache, blocks, numbers, window_of
 

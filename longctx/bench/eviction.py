@@ -20,9 +20,9 @@ from compress.shape import BLOCK_TOKENS
 from longctx.bench.config import BenchConfig, EvictionConfig, RoundsConfig
 from longctx.bench.picture import Series, draw_bars
 from longctx.bench.report import Parameter, Report, Result
+from offload.block_run import EXTENT_BLOCKS
+from offload.eviction import POLICIES, Block, Entry, EvictionPolicy
 from offload.key import BlockKey
-from offload.policy import POLICIES, Block, Entry, EvictionPolicy
-from offload.run import EXTENT_BLOCKS
 
 EXTENT_TOKENS = EXTENT_BLOCKS * BLOCK_TOKENS
 BASELINE = "lru"

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.shape import BLOCK_TOKENS
-from offload.run import EXTENT_BLOCKS
+from offload.block_run import EXTENT_BLOCKS
 
 
 def owners(blocks: NDArray[np.int64], ranks: int) -> NDArray[np.int64]:

@@ -12,9 +12,9 @@ from longctx.errors import LongctxError, PeerLost
 from longctx.protocol import Beat, Fault, Message, decode_hook, encode_hook
 from longctx.ring.pages import WrittenAs
 from longctx.ring.rank import RingMemory
-from offload.extent import ExtentUnreadable, OtherVersion
-from offload.extent_file import LayoutDiffers
-from offload.run import BlockRun
+from offload.block_run import BlockRun
+from offload.disk.extent_file import LayoutDiffers
+from offload.disk.extent_header import ExtentUnreadable, OtherVersion
 
 
 class Member(Message, frozen=True):

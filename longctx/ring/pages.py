@@ -15,11 +15,11 @@ import numpy as np
 
 from longctx.kv_memory import KVMemory
 from longctx.transfer import PageTransfer
-from offload import extent_file
-from offload.extent import ExtentHeader, page_table
-from offload.extent_io import LocalExtents, Packed
-from offload.filesystem import FileSystem
-from offload.run import BlockRun, PageSlots, Slots
+from offload.block_run import BlockRun, PageSlots, Slots
+from offload.disk import extent_file
+from offload.disk.extent_header import ExtentHeader, page_table
+from offload.disk.extent_io import LocalExtents, Packed
+from offload.disk.filesystem import FileSystem
 
 COPY_SECONDS = 0.0005  # between two looks whether a GPU has copied pages out
 

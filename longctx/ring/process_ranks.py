@@ -34,7 +34,7 @@ from longctx.ring.pages import RankPages, WrittenAs
 from longctx.ring.process_group import ProcessGroupTransport
 from longctx.ring.rank import RingMemory
 from longctx.ring.step import RankStep
-from offload.run import BlockRun
+from offload.block_run import BlockRun
 
 LEAVING_SECONDS = 5.0  # for the other ranks to end when they are told to
 

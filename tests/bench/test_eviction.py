@@ -7,7 +7,7 @@ import pytest
 
 from longctx.bench.config import BenchConfig, EvictionConfig, RoundsConfig
 from longctx.bench.eviction import Trace, make_trace, measure, replay, run
-from offload.policy import LRU, POLICIES
+from offload.eviction import LRU, POLICIES
 
 SMALL = EvictionConfig(documents=30, trace_requests=300, median_tokens=4096, capacities="20,100")
 ONE_SECOND = replace(SMALL, tokens_per_second=1024.0, doubling_tokens=10**12, extent_bytes=10)

@@ -2,7 +2,7 @@
 
 import time
 
-from offload.run import BlockRun, PageSlots
+from offload.block_run import BlockRun, PageSlots
 from offload.store import Event, KVStore, Late, Written
 from tests.offload.memory_disk import filled_slots
 

@@ -7,12 +7,12 @@ from time import time as wall_clock
 import numpy as np
 from numpy.typing import NDArray
 
-from offload.clocks import seconds_since_boot
-from offload.disk import DiskTier
-from offload.filesystem import FileSystem
+from offload.block_run import BlockRun, PageSlots
+from offload.disk.clocks import seconds_since_boot
+from offload.disk.filesystem import FileSystem
+from offload.disk.tier import DiskTier
+from offload.eviction import LRU
 from offload.key import BlockKey
-from offload.policy import LRU
-from offload.run import BlockRun, PageSlots
 
 PAGE_BYTES = (96, 64)  # of the two layers of a group
 

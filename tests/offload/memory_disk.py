@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from offload.block_run import BlockRun, PageSlots
 from offload.key import BlockKey
-from offload.run import BlockRun, PageSlots
 
 PAGE_BYTES = (96, 64)  # of the two layers of every group in these tests
 

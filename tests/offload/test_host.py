@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from offload.block_run import BlockRun, PageSlots
+from offload.eviction import LRU, POLICIES, Block
 from offload.host import HostTier
 from offload.key import BlockKey
-from offload.policy import LRU, POLICIES, Block
-from offload.run import BlockRun, PageSlots
 from tests.offload.memory_disk import PAGE_BYTES, blank_slots, chain, filled_slots, key, pages
 
 BLOCK_BYTES = sum(PAGE_BYTES)

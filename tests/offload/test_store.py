@@ -7,8 +7,8 @@ from contextlib import closing
 
 import pytest
 
+from offload.eviction import LRU, Block
 from offload.host import HostTier
-from offload.policy import LRU, Block
 from offload.store import Event, KVStore, Late, Loaded, Written
 from tests.offload.asked_store import ended, offer, write
 from tests.offload.memory_disk import (

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from offload.disk import DiskTier
+from offload.disk.tier import DiskTier
+from offload.eviction import GDSF, LRU, Block
 from offload.host import HostTier
-from offload.policy import GDSF, LRU, Block
 from offload.store import KVStore, Late, Loaded, Written
 from tests.offload.asked_store import ended, offer, write
 from tests.offload.memory_disk import PAGE_BYTES, blank_slots, chain, filled_slots, key, pages

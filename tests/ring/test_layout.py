@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from compress.shape import BLOCK_TOKENS
 from longctx.ring import layout
-from offload.run import EXTENT_BLOCKS
+from offload.block_run import EXTENT_BLOCKS
 
 RANKS = st.integers(2, 8)
 

@@ -14,11 +14,12 @@ from longctx.kv_memory import KVMemory
 from longctx.model.hf_attention import LayerSpec
 from longctx.ring.messages import Answer, ReadPages, WritePages, encode, from_leader, to_leader
 from longctx.ring.pages import LocalPages, RingExtents, RingTransfer, WrittenAs
-from offload import extent, extent_file, extent_io
-from offload.disk import DiskTier
-from offload.extent import OtherVersion
-from offload.extent_file import LayoutDiffers
-from offload.policy import LRU
+from offload.disk import extent_file, extent_io
+from offload.disk import extent_file, extent_header, extent_io
+from offload.disk.extent_file import LayoutDiffers
+from offload.disk.extent_header import OtherVersion
+from offload.disk.tier import DiskTier
+from offload.eviction import LRU
 from tests.offload.extents import run_of
 
 BLOCKS = 8
@@ -156,7 +157,7 @@ def test_a_full_disk_of_another_rank_turns_writing_off(
     [
         OSError(errno.ENOSPC, "no space left"),
         FileNotFoundError(errno.ENOENT, "gone"),
-        *(kind("what is wrong") for kind in errors_of(extent, extent_file, extent_io)),
+        *(kind("what is wrong") for kind in errors_of(extent_header, extent_file, extent_io)),
     ],
     ids=lambda error: type(error).__name__,
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from offload.filesystem import FileSystem
+from offload.disk.filesystem import FileSystem
 
 
 @pytest.mark.parametrize("step", [1, 7, 64])

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from offload import extent_file
-from offload.extent import ExtentHeader, ExtentUnreadable
-from offload.filesystem import FileSystem
-from offload.run import BlockRun, PageSlots, Slots
-from offload.shuffle import PageShuffle
+from offload.block_run import BlockRun, PageSlots, Slots
+from offload.disk import extent_file
+from offload.disk.extent_header import ExtentHeader, ExtentUnreadable
+from offload.disk.filesystem import FileSystem
+from offload.disk.shuffle import PageShuffle
 
 
 @dataclass(frozen=True, slots=True)

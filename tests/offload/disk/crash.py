@@ -1,6 +1,6 @@
 """Kills a process that stores extents, over and over, and looks at what it left behind.
 
-    python -m tests.offload.crash FOLDER KILLS SEED
+    python -m tests.offload.disk.crash FOLDER KILLS SEED
 
 A process of its own, without torch: forking it costs a millisecond. Ends in one JSON line.
 """

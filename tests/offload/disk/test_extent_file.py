@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from offload import extent_file
-from offload.extent import RAW, SHUFFLED
-from offload.extent_file import LayoutDiffers
-from offload.filesystem import FileSystem
-from offload.run import PageSlots
-from offload.shuffle import PageShuffle
+from offload.block_run import PageSlots
+from offload.disk import extent_file
+from offload.disk.extent_file import LayoutDiffers
+from offload.disk.extent_header import RAW, SHUFFLED
+from offload.disk.filesystem import FileSystem
+from offload.disk.shuffle import PageShuffle
 from tests.offload.extents import blank, filled, is_right, run_of
 
 

@@ -9,9 +9,9 @@ from tempfile import TemporaryDirectory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload.run import BlockRun
+from offload.block_run import BlockRun
+from tests.offload.disk.power import PowerLost, RecordingFiles
 from tests.offload.extents import open_tier, run_of, served, store
-from tests.offload.power import PowerLost, RecordingFiles
 
 CAP_BYTES = 30_000  # six extents
 

@@ -15,8 +15,8 @@ from hypothesis.stateful import (
     rule,
 )
 
+from offload.block_pool import NO_PAGE, BlockPool
 from offload.key import BlockKey, chain_keys, namespace
-from offload.pool import NO_PAGE, BlockPool
 
 
 def pool_of(pages: int) -> BlockPool:

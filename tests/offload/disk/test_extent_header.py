@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.extent import (
+from offload.disk.extent_header import (
     VERSION,
     ExtentHeader,
     ExtentUnreadable,

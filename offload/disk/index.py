@@ -8,10 +8,10 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from offload.extent import ExtentHeader, file_name
+from offload.block_run import BlockRun
+from offload.disk.extent_header import ExtentHeader, file_name
+from offload.eviction import Block, Entry, EvictionPolicy
 from offload.key import BlockKey
-from offload.policy import Block, Entry, EvictionPolicy
-from offload.run import BlockRun
 
 _REMEMBERED = 10_000  # blocks whose end `why_gone` knows
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload.policy import GDSF, LRU, POLICIES, Block, Entry, EvictionPolicy
+from offload.eviction import GDSF, LRU, POLICIES, Block, Entry, EvictionPolicy
 from tests.offload.memory_disk import key
 
 

@@ -9,11 +9,11 @@ import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from offload.disk_folder import DiskFolder
-from offload.disk_index import DiskIndex, Extent
-from offload.extent import checksum
+from offload.block_run import BlockRun
+from offload.disk.extent_header import checksum
+from offload.disk.folder import DiskFolder
+from offload.disk.index import DiskIndex, Extent
 from offload.key import BlockKey
-from offload.run import BlockRun
 
 _HEAD = struct.Struct("<8sQ")  # magic and version, checksum of the rest
 _MAGIC = b"lctxidx\1"

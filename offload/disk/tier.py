@@ -17,21 +17,21 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from offload.clocks import Clocks, seconds_since_boot
-from offload.disk_folder import TEMPORARY, DiskFolder, FolderInUse, FolderRefused
-from offload.disk_index import DiskEntry, DiskIndex, Extent
-from offload.disk_keeper import IndexKeeper
-from offload.disk_room import Collected, DiskBounds, DiskRoom
-from offload.disk_verify import DiskVerifier, Verified
-from offload.extent import ExtentUnreadable, file_name
-from offload.extent_file import LayoutDiffers
-from offload.extent_io import ExtentIO, LocalExtents
-from offload.filesystem import FileSystem
-from offload.incidents import Incidents
+from offload.block_run import BlockRun, Slots
+from offload.disk.clocks import Clocks, seconds_since_boot
+from offload.disk.extent_file import LayoutDiffers
+from offload.disk.extent_header import ExtentUnreadable, file_name
+from offload.disk.extent_io import ExtentIO, LocalExtents
+from offload.disk.filesystem import FileSystem
+from offload.disk.folder import TEMPORARY, DiskFolder, FolderInUse, FolderRefused
+from offload.disk.incidents import Incidents
+from offload.disk.index import DiskEntry, DiskIndex, Extent
+from offload.disk.index_snapshot import IndexKeeper
+from offload.disk.quota import Collected, DiskBounds, DiskRoom
+from offload.disk.shuffle import PageShuffle
+from offload.disk.verify import DiskVerifier, Verified
+from offload.eviction import EvictionPolicy
 from offload.key import BlockKey
-from offload.policy import EvictionPolicy
-from offload.run import BlockRun, Slots
-from offload.shuffle import PageShuffle
 
 __all__ = ["Collected", "DiskEntry", "DiskTier", "FolderInUse", "FolderRefused", "Verified"]
 

@@ -22,15 +22,15 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from offload.block_run import BlockRun
 from offload.key import BlockKey
-from offload.run import BlockRun
 
 MAGIC = b"longctx\0"
 VERSION = 1
 SUFFIX = ".kv"
 
 RAW = 0
-SHUFFLED = 1  # zstd over the low bytes of all values, then the high ones: offload/shuffle.py
+SHUFFLED = 1  # zstd over the low bytes of all values, then the high ones: offload/disk/shuffle.py
 
 PREFIX = struct.Struct("<8sII")  # magic, version, header_bytes: the same in every version
 _FIXED = struct.Struct("<32s32sIIIIQddQ")

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload.disk import DiskTier
+from offload.disk.tier import DiskTier
+from tests.offload.disk.faulty_files import FaultyFiles
 from tests.offload.extents import (
     Time,
     blank,
@@ -25,7 +26,6 @@ from tests.offload.extents import (
     served,
     store,
 )
-from tests.offload.faulty_files import FaultyFiles
 
 FILE_BYTES = 4160 + 4 * 160  # of four blocks
 RUN = run_of("a", 0, 4)

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from offload.extent import (
+from offload.block_run import BlockRun, PageSlots
+from offload.disk.extent_header import (
     PREFIX,
     RAW,
     SHUFFLED,
@@ -20,9 +21,8 @@ from offload.extent import (
     page_table,
     parse,
 )
-from offload.filesystem import FileSystem
-from offload.run import BlockRun, PageSlots
-from offload.shuffle import PageShuffle
+from offload.disk.filesystem import FileSystem
+from offload.disk.shuffle import PageShuffle
 
 _REQUEST_BYTES = 4 << 20  # large for the disk, and the checks still find it in cache
 _FIRST_READ_BYTES = 16 << 10  # holds most headers

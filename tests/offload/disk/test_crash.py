@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 def test_what_was_reported_durable_survives_kill_9(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.offload.crash", str(tmp_path / "kv"), "200", "1"]
+    command = [sys.executable, "-m", "tests.offload.disk.crash", str(tmp_path / "kv"), "200", "1"]
     run = subprocess.run(
         command,
         cwd=ROOT,

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload.disk import DiskTier, FolderInUse, FolderRefused
-from offload.run import PageSlots
+from offload.block_run import PageSlots
+from offload.disk.tier import DiskTier, FolderInUse, FolderRefused
 from tests.offload.extents import (
     Time,
     blank,

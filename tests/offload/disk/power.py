@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from offload.filesystem import FileSystem
+from offload.disk.filesystem import FileSystem
 
 
 @dataclass

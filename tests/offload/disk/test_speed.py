@@ -10,9 +10,9 @@ from statistics import median
 import numpy as np
 import pytest
 
-from offload.disk import DiskTier
-from offload.filesystem import FileSystem
-from offload.run import PageSlots
+from offload.block_run import PageSlots
+from offload.disk.filesystem import FileSystem
+from offload.disk.tier import DiskTier
 from tests.offload.extents import extent_files, open_tier, run_of
 
 PAGE_BYTES = (33 << 10,) * 12  # int8 pages of four heads of 64

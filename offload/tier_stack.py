@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import Literal
 
 from offload.bandwidth import Bandwidth
+from offload.block_run import BlockRun, PageSlots, Slots
 from offload.host import HostTier
 from offload.key import BlockKey
-from offload.run import BlockRun, PageSlots, Slots
 from offload.tier import DurableTier
 
 

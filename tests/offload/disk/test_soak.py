@@ -7,8 +7,8 @@ import resource
 from contextlib import closing
 from pathlib import Path
 
-from offload.filesystem import FileSystem
-from offload.run import BlockRun
+from offload.block_run import BlockRun
+from offload.disk.filesystem import FileSystem
 from tests.offload.extents import open_tier, run_of, served, store
 
 WRITES = 2000

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from offload.filesystem import FileSystem
+from offload.disk.filesystem import FileSystem
 
 
 class FaultyFiles(FileSystem):

@@ -4,13 +4,13 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from offload import extent_file
-from offload.disk_folder import DiskFolder
-from offload.disk_index import DiskIndex, Extent
-from offload.disk_room import DiskRoom
-from offload.extent import ExtentUnreadable
-from offload.filesystem import FileSystem
-from offload.shuffle import PageShuffle
+from offload.disk import extent_file
+from offload.disk.extent_header import ExtentUnreadable
+from offload.disk.filesystem import FileSystem
+from offload.disk.folder import DiskFolder
+from offload.disk.index import DiskIndex, Extent
+from offload.disk.quota import DiskRoom
+from offload.disk.shuffle import PageShuffle
 
 Report = Callable[[str], None]
 

@@ -7,12 +7,12 @@ this, one at a time.
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from offload.disk_folder import DiskFolder
-from offload.disk_index import DiskIndex, Extent
-from offload.filesystem import FileSystem
-from offload.incidents import Incidents
-from offload.policy import Block
-from offload.run import BlockRun
+from offload.block_run import BlockRun
+from offload.disk.filesystem import FileSystem
+from offload.disk.folder import DiskFolder
+from offload.disk.incidents import Incidents
+from offload.disk.index import DiskIndex, Extent
+from offload.eviction import Block
 
 _REFUSALS = 1000  # remembered
 

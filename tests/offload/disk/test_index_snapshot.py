@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload.disk_keeper import parse
-from offload.filesystem import FileSystem
+from offload.disk.filesystem import FileSystem
+from offload.disk.index_snapshot import parse
 from tests.offload.extents import extent_files, open_tier, run_of, served, store
 
 RUNS = [run_of(chain, 0, 4) for chain in "abcdef"]

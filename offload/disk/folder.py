@@ -15,10 +15,10 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 
-from offload import extent_file
-from offload.extent import ExtentHeader, ExtentUnreadable, OtherVersion, file_name
-from offload.filesystem import FileSystem
-from offload.incidents import Incidents
+from offload.disk import extent_file
+from offload.disk.extent_header import ExtentHeader, ExtentUnreadable, OtherVersion, file_name
+from offload.disk.filesystem import FileSystem
+from offload.disk.incidents import Incidents
 from offload.key import BlockKey
 
 LOCK = "lock"
