@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, field
 
-from longctx.kv_cache import KVCacheManager
+from longctx.kv.cache_manager import KVCacheManager
 from longctx.request import Progress, Request, RequestOutput, Usage
 from longctx.sequence import Sequence
 

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from compress.shape import BLOCK_TOKENS
 from longctx.errors import DocumentMissing, InvalidRequest
-from longctx.layout import PLAIN, Borrowed, Layout, Run, Source
+from longctx.kv.layout import PLAIN, Borrowed, Layout, Run, Source
+from longctx.kv.prefix_index import PrefixIndex, PrefixName, document_name
 from longctx.modules import Ingested, Modules
 from longctx.request import Request, Segment
 from longctx.sequence import Prompt, TokenIds
 from offload.key import BlockKey
-from prompt_cache.prefix import PrefixIndex, PrefixName, document_name
 
 
 class Assembly:

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from compress.codec import CODECS
 from longctx.answers import Answers
-from longctx.clearing import clear_tiers
 from longctx.config import EngineConfig, check_name
 from longctx.engine_info import EngineInfo
 from longctx.errors import BlocksLost, InvalidRequest, PeerLost
@@ -29,6 +28,7 @@ from longctx.fetches import Fetches
 from longctx.figures import Figures
 from longctx.ingestion import Ingestion
 from longctx.intake import Intake
+from longctx.kv.clear import clear_tiers
 from longctx.machine import Machine
 from longctx.model.loader import LoadedModel, load_model
 from longctx.module_state import module_states

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from compress.shape import BLOCK_TOKENS
-from longctx.kv_memory import KVMemory
+from longctx.kv.memory import KVMemory
 from longctx.limits import ContextLimits
 from longctx.model.loader import ModelSpec
 from longctx.quality.gate import CodecChoice

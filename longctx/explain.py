@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from compress.codec import CODECS, Codec
 from compress.shape import BLOCK_TOKENS, ShapeRefused
-from longctx.kv_cache import KVCacheManager
+from longctx.kv.cache_manager import KVCacheManager
+from longctx.kv.lookup_trace import Place, Trace
+from longctx.kv.prefix_index import PrefixName
 from longctx.request import CacheExplanation, Divergence
 from longctx.sequence import Sequence
 from longctx.text.tokenizer import Tokenizer
-from longctx.trace import Place, Trace
 from offload.key import BlockKey, chain_keys
-from prompt_cache.prefix import PrefixName
 
 RECENT_PROMPTS = 32  # of each tenant
 RECENT_TOKENS = 1 << 21  # of all tenants together, documents not counted

@@ -12,12 +12,12 @@ from longctx.answers import Answers
 from longctx.errors import LongctxError
 from longctx.ingestion import Ingestion
 from longctx.intake import Intake
-from longctx.kv_cache import KVCacheManager
-from longctx.layout import Source
+from longctx.kv.cache_manager import KVCacheManager
+from longctx.kv.layout import Source
+from longctx.kv.prefix_index import PrefixName
 from longctx.request import Request, SamplingParams, Segment
 from longctx.scheduler import Scheduler
 from longctx.sequence import Sequence
-from prompt_cache.prefix import PrefixName
 
 MOST_FETCHES = 8  # of each thing that a prompt borrows, before it gives up
 

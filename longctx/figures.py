@@ -3,7 +3,7 @@
 import operator
 from collections import Counter
 
-from longctx.kv_cache import KVCacheManager
+from longctx.kv.cache_manager import KVCacheManager
 from longctx.request import FinishReason, Usage
 from longctx.scheduler import Scheduler
 

@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from longctx.kv_cache import KVCacheManager
-from longctx.layout import Layout
-from longctx.match import deepest
+from longctx.kv.cache_manager import KVCacheManager
+from longctx.kv.layout import Layout
+from longctx.kv.prefix_index import owner_of, tokens_before
+from longctx.kv.prefix_match import deepest
 from longctx.sequence import Sequence
 from offload.block_run import EXTENT_BLOCKS
 from offload.key import BlockKey
 from offload.store import KVStore
-from prompt_cache.prefix import owner_of, tokens_before
 
 RECHECK_SECONDS = 1.0  # after something was evicted from the disk
 

@@ -17,8 +17,9 @@ from compress.codec import Codec
 from compress.shape import BLOCK_TOKENS
 from longctx.assembly import Prompts
 from longctx.errors import ContextTooLong, InvalidRequest
-from longctx.kv_cache import KVCacheManager
-from longctx.layout import Layout, Source
+from longctx.kv.cache_manager import KVCacheManager
+from longctx.kv.layout import Layout, Source
+from longctx.kv.lookup_trace import Trace
 from longctx.limits import ContextLimits
 from longctx.model.loader import ModelSpec
 from longctx.modules import Module
@@ -27,7 +28,6 @@ from longctx.sampler import SamplingState
 from longctx.sequence import Prompt, Sequence
 from longctx.text.detokenizer import TextStream
 from longctx.text.tokenizer import Tokenizer
-from longctx.trace import Trace
 from offload.key import BlockKey, namespace
 
 

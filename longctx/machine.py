@@ -10,11 +10,11 @@ from compress.shape import BLOCK_TOKENS
 from longctx.attention.rotated import RotatedAttention
 from longctx.attention.streamed import StreamedAttention
 from longctx.config import EngineConfig, SchedulerConfig
-from longctx.kv_cache import KVCacheManager
-from longctx.kv_memory import KVMemory, pool_bytes
-from longctx.migration import Migration
+from longctx.kv.cache_manager import KVCacheManager
+from longctx.kv.memory import KVMemory, pool_bytes
+from longctx.kv.offloading import Migration
+from longctx.kv.open_store import open_store
 from longctx.model.loader import LoadedModel
-from longctx.open_store import open_store
 from longctx.ring.books import LeaderMemory
 from longctx.ring.pages import LocalPages, RingExtents, RingTransfer
 from longctx.ring.rank import RingMemory

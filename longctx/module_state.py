@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from longctx.ingestion import Ingestion
-from longctx.kv_cache import KVCacheManager
+from longctx.kv.cache_manager import KVCacheManager
 from longctx.modules import Module, Modules
 from longctx.request import ModuleState
 from offload.key import BlockKey

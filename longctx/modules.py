@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from compress.shape import BLOCK_TOKENS
 from longctx.errors import DocumentMissing, InvalidRequest
-from longctx.layout import PLAIN, Layout, Run, Source
+from longctx.kv.layout import PLAIN, Layout, Run, Source
+from longctx.kv.prefix_index import PrefixName, module_name, owner_of, tokens_before
 from longctx.request import Piece, Segment
 from longctx.sequence import Prompt, Sequence, TokenIds
 from offload.key import BlockKey
-from prompt_cache.prefix import PrefixName, module_name, owner_of, tokens_before
 
 
 @dataclass(slots=True, eq=False)

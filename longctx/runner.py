@@ -12,7 +12,7 @@ from longctx.attention.reference import ReferenceAttention
 from longctx.attention.torch_backend import TorchAttention
 from longctx.batch import Batch
 from longctx.errors import ModelRefused
-from longctx.kv_memory import KVMemory
+from longctx.kv.memory import KVMemory
 from longctx.model.loader import LoadedModel
 from longctx.scheduler import Chunk
 

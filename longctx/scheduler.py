@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from longctx.config import SchedulerConfig
 from longctx.errors import Overloaded
-from longctx.kv_cache import KVCacheManager
+from longctx.kv.cache_manager import KVCacheManager
 from longctx.request import RequestClass
 from longctx.sequence import Sequence, SequenceState
 

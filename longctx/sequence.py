@@ -8,14 +8,14 @@ from numpy.typing import NDArray
 
 from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import ENTRY_COLUMNS, PAGE
-from longctx.layout import PLAIN, Layout
+from longctx.kv.layout import PLAIN, Layout
+from longctx.kv.lookup_trace import Trace
+from longctx.kv.offload_state import TierState
+from longctx.kv.prefix_index import Prefix, PrefixName, contains
 from longctx.request import FinishReason, Request
 from longctx.sampler import SamplingState
 from longctx.text.detokenizer import TextStream
-from longctx.tier_state import TierState
-from longctx.trace import Trace
 from offload.key import BlockKey
-from prompt_cache.prefix import Prefix, PrefixName, contains
 
 
 class SequenceState(Enum):

@@ -9,8 +9,9 @@ import torch
 
 from compress.shape import BLOCK_TOKENS, KVShape
 from longctx.config import SchedulerConfig
-from longctx.kv_cache import KVCacheManager
-from longctx.kv_memory import KVMemory
+from longctx.kv.cache_manager import KVCacheManager
+from longctx.kv.memory import KVMemory
+from longctx.kv.prefix_index import document_name
 from longctx.model.hf_attention import LayerSpec
 from longctx.request import Request, RequestClass, SamplingParams, Segment
 from longctx.sampler import SamplingState
@@ -20,7 +21,6 @@ from longctx.sequence import TokenIds
 from longctx.text.detokenizer import TextStream
 from longctx.text.tokenizer import Tokenizer
 from offload.key import namespace
-from prompt_cache.prefix import document_name
 
 GLOBAL = LayerSpec(heads=1, kv_heads=1, head_dim=8, window=None)
 SHAPE = KVShape(kv_heads=1, head_dim=8, dtype=torch.float32)

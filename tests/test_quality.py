@@ -15,7 +15,7 @@ from longctx.attention.torch_backend import TorchAttention
 from longctx.config import CacheConfig, ModelConfig
 from longctx.embedded import model_path
 from longctx.errors import ModelRefused
-from longctx.kv_memory import KVMemory
+from longctx.kv.memory import KVMemory
 from longctx.model.loader import LoadedModel, load_model
 from longctx.quality.damage import Tally, compare
 from longctx.quality.gate import CodecChoice, choose_codec, judge_codec

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.shape import BLOCK_TOKENS
-from longctx.kv_memory import KVMemory
+from longctx.kv.memory import KVMemory
 from offload.key import BlockKey
 
 # Columns of a block-table entry: a run of `ROWS` rows of one packed page, from `ROW_BEGIN`, that

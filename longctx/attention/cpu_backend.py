@@ -12,7 +12,7 @@ from torch import Tensor
 from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import ChunkRows
 from longctx.kernels import _kernels
-from longctx.kv_memory import KVMemory
+from longctx.kv.memory import KVMemory
 
 if not _kernels.instruction_sets():
     raise ImportError("this CPU has none of the instruction sets that the kernels are compiled for")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import FIRST_POSITION, PAGE, ROW_BEGIN, ROWS, ChunkRows
-from longctx.kv_memory import KVMemory
+from longctx.kv.memory import KVMemory
 
 
 class ReferenceAttention:

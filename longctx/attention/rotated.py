@@ -24,7 +24,7 @@ from longctx.attention.backend import (
     ChunkRows,
 )
 from longctx.attention.merge import merge_parts
-from longctx.kv_memory import KVMemory
+from longctx.kv.memory import KVMemory
 from longctx.model.key_rotation import Rotation
 
 

@@ -25,7 +25,7 @@ from longctx.attention.backend import (
 )
 from longctx.attention.merge import merge
 from longctx.errors import BlocksLost
-from longctx.kv_memory import KVMemory
+from longctx.kv.memory import KVMemory
 from offload.key import BlockKey
 
 ReadPages = Callable[[int, Sequence[BlockKey], Sequence[int]], bool]

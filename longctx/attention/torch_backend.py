@@ -11,7 +11,7 @@ from torch import Tensor
 from longctx.attention.backend import ChunkRows
 from longctx.attention.merge import merge
 from longctx.attention.torch_plan import Tile, plan_tiles
-from longctx.kv_memory import KVMemory
+from longctx.kv.memory import KVMemory
 
 PRODUCT_ROWS = 4  # 2 or 3 rows take twice as long in a product as 4: they are padded with zeros
 # On a CPU a softmax of one's own beats flash where few query rows share a key head and many keys

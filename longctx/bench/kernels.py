@@ -34,7 +34,7 @@ from longctx.bench.random_pages import random_chunk
 from longctx.bench.report import Parameter, Report, Result
 from longctx.config import EngineConfig
 from longctx.errors import InvalidRequest
-from longctx.kv_memory import KVMemory
+from longctx.kv.memory import KVMemory
 from longctx.model.hf_attention import LayerSpec
 from longctx.model.loader import computes_bfloat16
 from longctx.runner import BACKENDS

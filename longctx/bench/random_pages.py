@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import ENTRY_COLUMNS, FIRST_POSITION, PAGE, ROWS, ChunkRows
-from longctx.kv_memory import KVMemory
+from longctx.kv.memory import KVMemory
 
 DISTINCT_BLOCKS = 32
 

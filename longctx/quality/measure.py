@@ -16,7 +16,7 @@ from torch import Tensor
 from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import AttentionBackend
 from longctx.errors import InvalidRequest
-from longctx.kv_memory import KVMemory
+from longctx.kv.memory import KVMemory
 from longctx.model.loader import LoadedModel
 from longctx.quality.damage import SPAN_ROWS, Damage, Tally, compare
 from longctx.quality.replay import Replay

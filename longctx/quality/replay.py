@@ -16,8 +16,8 @@ from compress.codec import CODECS
 from compress.shape import BLOCK_TOKENS, KVShape
 from longctx.attention.backend import AttentionBackend
 from longctx.batch import Batch
-from longctx.kv_cache import KVCacheManager
-from longctx.kv_memory import KVMemory
+from longctx.kv.cache_manager import KVCacheManager
+from longctx.kv.memory import KVMemory
 from longctx.model.loader import LoadedModel
 from longctx.request import Request, SamplingParams, Segment
 from longctx.runner import ModelRunner

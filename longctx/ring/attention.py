@@ -19,7 +19,7 @@ from torch import Tensor
 
 from longctx.attention.backend import AttentionBackend, AttentionPlan
 from longctx.attention.merge import merge, merge_sink
-from longctx.kv_memory import KVMemory
+from longctx.kv.memory import KVMemory
 from longctx.ring.step import GroupStep, RankStep, Round, Rows
 from longctx.ring.transport import Transfer, Transport
 

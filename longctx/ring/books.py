@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from longctx.kv_memory import KVMemory
+from longctx.kv.memory import KVMemory
 from longctx.model.loader import ModelSpec
 from longctx.ring import layout
 from longctx.ring.rank import RingMemory

@@ -13,8 +13,8 @@ from typing import Protocol, Self
 
 import numpy as np
 
-from longctx.kv_memory import KVMemory
-from longctx.transfer import PageTransfer
+from longctx.kv.memory import KVMemory
+from longctx.kv.transfer import PageTransfer
 from offload.block_run import BlockRun, PageSlots, Slots
 from offload.disk import extent_file
 from offload.disk.extent_header import ExtentHeader, page_table

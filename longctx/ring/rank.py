@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.shape import BLOCK_TOKENS
-from longctx.kv_memory import KVMemory, layer_codecs
-from longctx.layout import Layout
+from longctx.kv.layout import Layout
+from longctx.kv.memory import KVMemory, layer_codecs
 from longctx.model.loader import LoadedModel, ModelSpec
 from longctx.ring.attention import LayerCall, RankAttention
 from longctx.ring.link import measure

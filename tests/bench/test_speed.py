@@ -17,7 +17,7 @@ from longctx.bench.random_pages import random_chunk
 from longctx.bench.timing import Stopwatch
 from longctx.cli import main
 from longctx.config import CacheConfig, EngineConfig, ModelConfig
-from longctx.kv_memory import KVMemory
+from longctx.kv.memory import KVMemory
 from longctx.model.hf_attention import LayerSpec
 from longctx.request import SamplingParams, Segment
 from longctx.runner import BACKENDS

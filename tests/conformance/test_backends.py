@@ -19,7 +19,7 @@ from longctx.attention.backend import (
     ChunkRows,
 )
 from longctx.attention.reference import ReferenceAttention
-from longctx.kv_memory import KVMemory
+from longctx.kv.memory import KVMemory
 from longctx.model.hf_attention import LayerSpec
 from longctx.runner import BACKENDS
 

@@ -20,7 +20,7 @@ from longctx.attention.backend import (
     ChunkRows,
 )
 from longctx.attention.rotated import RotatedAttention
-from longctx.kv_memory import KVMemory
+from longctx.kv.memory import KVMemory
 from longctx.model.hf_attention import LayerSpec
 from longctx.model.key_rotation import Rotation
 from longctx.runner import BACKENDS

@@ -9,7 +9,7 @@ from torch import Tensor
 from compress.codec import CODECS
 from compress.shape import KVShape
 from longctx.errors import ModelRefused
-from longctx.kv_memory import KVMemory
+from longctx.kv.memory import KVMemory
 from longctx.model.hf_attention import LayerSpec
 from longctx.runner import BACKENDS
 from tests.conformance.test_codecs import kinds, rows, shapes

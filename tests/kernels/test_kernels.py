@@ -27,7 +27,7 @@ from longctx.attention.backend import (
     ChunkRows,
 )
 from longctx.attention.reference import ReferenceAttention
-from longctx.kv_memory import KVMemory
+from longctx.kv.memory import KVMemory
 from tests.conformance.test_backends import Case, build, cases, tolerance
 
 _kernels = pytest.importorskip("longctx.kernels._kernels")

@@ -12,10 +12,10 @@ from compress.shape import BLOCK_TOKENS
 from longctx.assembly import Assembly
 from longctx.attention.backend import FIRST_POSITION, PAGE, ROTATION, ROW_BEGIN, ROWS
 from longctx.errors import InvalidRequest
-from longctx.layout import PLAIN, Layout, Run, Source
+from longctx.kv.layout import PLAIN, Layout, Run, Source
+from longctx.kv.prefix_index import module_name
 from longctx.sequence import BlockTable, Prompt
 from offload.key import BlockKey
-from prompt_cache.prefix import module_name
 
 ROOT = BlockKey(bytes(32))
 SOURCE_TOKENS = 200

@@ -28,9 +28,9 @@ from longctx.attention.backend import (
     ROW_BEGIN,
     ROWS,
 )
+from longctx.kv.prefix_index import PrefixName, owner_of
 from offload.key import BlockKey, chain_keys, short_key
 from prompt_cache.lineage import after_borrowed
-from prompt_cache.prefix import PrefixName, owner_of
 
 Entries = NDArray[np.int64]
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from longctx.config import CacheConfig
 from longctx.errors import LongctxError
-from longctx.kv_memory import KVMemory
+from longctx.kv.memory import KVMemory
 from offload.disk.extent_io import ExtentIO
 from offload.disk.folder import FolderRefused
 from offload.disk.tier import DiskTier

@@ -4,7 +4,7 @@ import operator
 from collections.abc import Iterable
 
 from longctx.errors import InvalidRequest
-from longctx.kv_cache import KVCacheManager
+from longctx.kv.cache_manager import KVCacheManager
 from offload.store import KVStore
 
 

@@ -7,8 +7,8 @@ where a window was kept (a checkpoint).
 
 from collections.abc import Callable, Sequence
 
-from longctx.kv_memory import LayerGroup
-from longctx.layout import Layout
+from longctx.kv.layout import Layout
+from longctx.kv.memory import LayerGroup
 
 Available = Callable[[int, int], bool]  # (layer group, block) -> is it there?
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.shape import BLOCK_TOKENS
-from longctx.kv_cache import EXTENT_BLOCKS, KVCacheManager
-from longctx.kv_memory import LayerGroup, layer_groups
-from longctx.layout import PLAIN
+from longctx.kv.cache_manager import EXTENT_BLOCKS, KVCacheManager
+from longctx.kv.layout import PLAIN
+from longctx.kv.memory import LayerGroup, layer_groups
 from longctx.sequence import BlockTable, Sequence, SequenceState, TokenIds
 from longctx.text.tokenizer import Tokenizer
 from tests.bare_cache import GLOBAL, Bench, bare_cache, blocks, numbers, window_of

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.shape import BLOCK_TOKENS
-from longctx.kv_cache import KVCacheManager
-from longctx.migration import Migration
+from longctx.kv.cache_manager import KVCacheManager
+from longctx.kv.offloading import Migration
 from longctx.model.hf_attention import LayerSpec
 from longctx.scheduler import SchedulerOutput
 from longctx.sequence import Sequence

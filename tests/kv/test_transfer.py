@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from longctx import transfer
-from longctx.transfer import PageTransfer
+from longctx.kv import transfer
+from longctx.kv.transfer import PageTransfer
 
 
 class PagesOfTheThirdGpu:

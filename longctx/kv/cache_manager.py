@@ -7,16 +7,16 @@ holds stay findable until their room is needed; so do whole prefixes that nobody
 """
 
 from longctx.attention.backend import PAGE
-from longctx.kv_memory import KVMemory
-from longctx.layout import Source
-from longctx.match import Available, deepest
-from longctx.migration import Migration
-from longctx.residents import ResidentPrefixes
+from longctx.kv.layout import Source
+from longctx.kv.lookup_trace import Place
+from longctx.kv.memory import KVMemory
+from longctx.kv.offloading import Migration
+from longctx.kv.prefix_index import PrefixIndex, PrefixName
+from longctx.kv.prefix_match import Available, deepest
+from longctx.kv.resident_prefixes import ResidentPrefixes
 from longctx.sequence import BlockTable, Sequence
-from longctx.trace import Place
 from offload.block_run import EXTENT_BLOCKS
 from offload.key import BlockKey
-from prompt_cache.prefix import PrefixIndex, PrefixName
 
 MAX_LOADS = 2  # a tier that lists what it cannot read makes nobody wait for ever
 
