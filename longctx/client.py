@@ -13,7 +13,7 @@ from typing import Literal
 
 from longctx.config import EngineConfig
 from longctx.embedded import model_path
-from longctx.engine import CACHE_DIR
+from longctx.engine.engine import CACHE_DIR
 from longctx.engine_info import EngineInfo
 from longctx.errors import EngineDied, InvalidRequest, LongctxError
 from longctx.launch import engine_processes

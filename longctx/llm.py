@@ -16,7 +16,7 @@ import numpy as np
 
 from longctx.config import EngineConfig, ModelConfig
 from longctx.embedded import model_path
-from longctx.engine import Engine
+from longctx.engine.engine import Engine
 from longctx.errors import InvalidRequest, LongctxError
 from longctx.request import (
     FinishReason,

@@ -25,7 +25,7 @@ import numpy as np
 import transformers
 
 from longctx.channel import Channel
-from longctx.engine import Engine
+from longctx.engine.engine import Engine
 from longctx.errors import InvalidRequest, LongctxError, PeerLost
 from longctx.lifetime import die_with_parent
 from longctx.protocol import (

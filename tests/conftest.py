@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny_models import write_model
-from tests.tiny_tokenizer import write_tokenizer
+from tests.support.tiny_models import write_model
+from tests.support.tiny_tokenizer import write_tokenizer
 
 ModelFolders = Callable[[str], Path]
 

@@ -20,8 +20,8 @@ from longctx.errors import ContextTooLong, DocumentMissing, EngineDied, InvalidR
 from longctx.launch import Child
 from longctx.request import FinishReason, Piece, Request, RequestOutput
 from prompt_cache.level import EXACT, MODULAR
-from tests.assembled import MODULES, borrowed, encode, literal, prompt, with_modules
-from tests.recorded_engine import ask, build_engine, engine_config, some_ids
+from tests.support.assembled import MODULES, borrowed, encode, literal, prompt, with_modules
+from tests.support.recorded_engine import ask, build_engine, engine_config, some_ids
 
 PATIENCE_SECONDS = 120.0
 

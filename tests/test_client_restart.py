@@ -14,7 +14,7 @@ import pytest
 from longctx import client as client_module
 from longctx.client import EngineClient
 from longctx.errors import EngineDied
-from tests.recorded_engine import ask
+from tests.support.recorded_engine import ask
 from tests.test_client import PATIENCE_SECONDS, collect, config_of, process_of, started, tokens_of
 
 

@@ -14,7 +14,7 @@ from longctx.errors import (
 )
 from longctx.llm import LLM, Message
 from longctx.request import FinishReason, SamplingParams
-from tests.recorded_engine import build_engine, engine_config
+from tests.support.recorded_engine import build_engine, engine_config
 
 TEXT = "The name of the ship is Meridian, and her captain is Ana Ruiz. " * 20
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)

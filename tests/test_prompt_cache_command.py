@@ -6,8 +6,8 @@ import pytest
 
 from longctx.cli import main
 from tests.prompt_cache.schemas import TRAVEL
-from tests.tiny_models import write_model
-from tests.tiny_tokenizer import write_tokenizer
+from tests.support.tiny_models import write_model
+from tests.support.tiny_tokenizer import write_tokenizer
 
 
 @pytest.fixture(scope="module")

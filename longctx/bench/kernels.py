@@ -37,7 +37,7 @@ from longctx.errors import InvalidRequest
 from longctx.kv.memory import KVMemory
 from longctx.model.hf_attention import LayerSpec
 from longctx.model.loader import computes_bfloat16
-from longctx.runner import BACKENDS
+from longctx.engine.model_runner import BACKENDS
 
 LEFT_OUT = "reference"  # obvious, not fast
 SDPA = "sdpa"

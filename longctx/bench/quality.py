@@ -25,7 +25,7 @@ from longctx.quality.gate import bits_per_value, judge_codec, refusal
 from longctx.quality.measure import EXACT, Workload, measure
 from longctx.quality.texts import TEXTS, Text
 from longctx.quality.verdict import PARTS, Verdict
-from longctx.runner import BACKENDS, backend_for
+from longctx.engine.model_runner import BACKENDS, backend_for
 from longctx.text.tokenizer import Tokenizer
 
 

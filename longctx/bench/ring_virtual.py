@@ -13,7 +13,7 @@ import torch
 
 from compress.shape import BLOCK_TOKENS
 from longctx.config import EngineConfig
-from longctx.engine import Engine
+from longctx.engine.engine import Engine
 from longctx.request import Request, SamplingParams, Segment
 from longctx.ring.layout import is_zigzag, owned, owner, parts
 from longctx.ring.passing import new_pages_sent

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from longctx.engine import Engine
+from longctx.engine.engine import Engine
 from longctx.errors import LongctxError
 from longctx.request import FinishReason, Request, SamplingParams, Segment, Usage
 

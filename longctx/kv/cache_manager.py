@@ -14,7 +14,7 @@ from longctx.kv.offloading import Migration
 from longctx.kv.prefix_index import PrefixIndex, PrefixName
 from longctx.kv.prefix_match import Available, deepest
 from longctx.kv.resident_prefixes import ResidentPrefixes
-from longctx.sequence import BlockTable, Sequence
+from longctx.engine.sequence import BlockTable, Sequence
 from offload.block_run import EXTENT_BLOCKS
 from offload.key import BlockKey
 

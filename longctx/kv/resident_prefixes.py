@@ -11,7 +11,7 @@ import numpy as np
 from longctx.attention.backend import PAGE
 from longctx.kv.memory import KVMemory
 from longctx.kv.prefix_index import Prefix, PrefixIndex, PrefixName
-from longctx.sequence import Sequence
+from longctx.engine.sequence import Sequence
 
 
 class ResidentPrefixes:

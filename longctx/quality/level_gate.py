@@ -6,7 +6,7 @@ fixed limits, and the figures are kept on disk like those of codecs. Read `judge
 
 from compress.codec import CODECS
 from compress.shape import KVShape
-from longctx.engine import Engine
+from longctx.engine.engine import Engine
 from longctx.quality.level_measure import LevelWorkload, measure_levels
 from longctx.quality.remembered import Remembered, identity_of
 from longctx.quality.texts import TEXTS

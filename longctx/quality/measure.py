@@ -22,8 +22,8 @@ from longctx.quality.damage import SPAN_ROWS, Damage, Tally, compare
 from longctx.quality.replay import Replay
 from longctx.quality.texts import TEXTS, Text
 from longctx.request import SamplingParams
-from longctx.sampler import SamplingError, sample
-from longctx.sequence import Sequence as EngineSequence
+from longctx.engine.sampler import SamplingError, sample
+from longctx.engine.sequence import Sequence as EngineSequence
 from longctx.text.chat_template import ChatPrompts, FilePart, Message
 from longctx.text.tokenizer import Tokenizer
 

@@ -15,15 +15,15 @@ from torch import Tensor
 from compress.codec import CODECS
 from compress.shape import BLOCK_TOKENS, KVShape
 from longctx.attention.backend import AttentionBackend
-from longctx.batch import Batch
+from longctx.engine.batch import Batch
 from longctx.kv.cache_manager import KVCacheManager
 from longctx.kv.memory import KVMemory
 from longctx.model.loader import LoadedModel
 from longctx.request import Request, SamplingParams, Segment
-from longctx.runner import ModelRunner
-from longctx.sampler import SamplingState
-from longctx.scheduler import Chunk
-from longctx.sequence import Sequence, TokenIds
+from longctx.engine.model_runner import ModelRunner
+from longctx.engine.sampler import SamplingState
+from longctx.engine.scheduler import Chunk
+from longctx.engine.sequence import Sequence, TokenIds
 from longctx.text.detokenizer import TextStream
 from longctx.text.tokenizer import Tokenizer
 from offload.key import namespace

@@ -19,8 +19,8 @@ from longctx.ring.layout import is_zigzag, parts
 from longctx.ring.link import Link
 from longctx.ring.passing import RowBytes, Traffic, keys_traffic, passes_queries, queries_traffic
 from longctx.ring.step import NONE, GroupStep, Queries, RankStep, Round
-from longctx.scheduler import Chunk
-from longctx.sequence import BlockTable
+from longctx.engine.scheduler import Chunk
+from longctx.engine.sequence import BlockTable
 
 
 class StepPlanner:

@@ -16,7 +16,7 @@ from longctx.ring.attention import LayerCall, RankAttention
 from longctx.ring.link import measure
 from longctx.ring.step import NONE, RankStep, Rows
 from longctx.ring.transport import Transport
-from longctx.runner import BACKENDS
+from longctx.engine.model_runner import BACKENDS
 
 LEADER = 0
 RATE_ROWS, RATE_BLOCKS = 64, 16  # of the attention that is timed at the start

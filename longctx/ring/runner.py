@@ -10,7 +10,7 @@ from longctx.ring.books import LeaderMemory
 from longctx.ring.plan import StepPlanner
 from longctx.ring.rank import Rank
 from longctx.ring.ranks import Ranks
-from longctx.scheduler import Chunk
+from longctx.engine.scheduler import Chunk
 
 
 class RingRunner:

@@ -5,8 +5,8 @@ import openai
 import pytest
 
 from tests.api.live_server import LiveServer
-from tests.tiny_models import write_model
-from tests.tiny_tokenizer import write_tokenizer
+from tests.support.tiny_models import write_model
+from tests.support.tiny_tokenizer import write_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 
 from api.parser import PIECE_CHARACTERS, ParseFailed, Parser, cut
 from longctx.text.tokenizer import Tokenizer
-from tests.tiny_tokenizer import write_tokenizer
+from tests.support.tiny_tokenizer import write_tokenizer
 
 Run = Callable[[Callable[[Parser], Coroutine[Any, Any, Any]]], Any]
 

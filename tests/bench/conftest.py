@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_models import write_model
-from tests.tiny_tokenizer import DOCUMENTS_FIRST_TEMPLATE, write_tokenizer
+from tests.support.tiny_models import write_model
+from tests.support.tiny_tokenizer import DOCUMENTS_FIRST_TEMPLATE, write_tokenizer
 
 
 @pytest.fixture(scope="session")

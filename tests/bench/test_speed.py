@@ -20,7 +20,7 @@ from longctx.config import CacheConfig, EngineConfig, ModelConfig
 from longctx.kv.memory import KVMemory
 from longctx.model.hf_attention import LayerSpec
 from longctx.request import SamplingParams, Segment
-from longctx.runner import BACKENDS
+from longctx.engine.model_runner import BACKENDS
 
 
 def results(capsys: pytest.CaptureFixture[str]) -> dict[str, list[dict[str, float]]]:

@@ -11,7 +11,7 @@ from compress.shape import KVShape
 from longctx.errors import ModelRefused
 from longctx.kv.memory import KVMemory
 from longctx.model.hf_attention import LayerSpec
-from longctx.runner import BACKENDS
+from longctx.engine.model_runner import BACKENDS
 from tests.conformance.test_codecs import kinds, rows, shapes
 
 PAGES = 6

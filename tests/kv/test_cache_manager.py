@@ -11,9 +11,9 @@ from compress.shape import BLOCK_TOKENS
 from longctx.kv.cache_manager import EXTENT_BLOCKS, KVCacheManager
 from longctx.kv.layout import PLAIN
 from longctx.kv.memory import LayerGroup, layer_groups
-from longctx.sequence import BlockTable, Sequence, SequenceState, TokenIds
+from longctx.engine.sequence import BlockTable, Sequence, SequenceState, TokenIds
 from longctx.text.tokenizer import Tokenizer
-from tests.bare_cache import GLOBAL, Bench, bare_cache, blocks, numbers, window_of
+from tests.support.bare_cache import GLOBAL, Bench, bare_cache, blocks, numbers, window_of
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,14 @@ from compress.shape import BLOCK_TOKENS
 from longctx.kv.cache_manager import KVCacheManager
 from longctx.kv.offloading import Migration
 from longctx.model.hf_attention import LayerSpec
-from longctx.scheduler import SchedulerOutput
-from longctx.sequence import Sequence
+from longctx.engine.scheduler import SchedulerOutput
+from longctx.engine.sequence import Sequence
 from longctx.text.tokenizer import Tokenizer
 from offload.eviction import LRU
 from offload.host import HostTier
 from offload.key import BlockKey
 from offload.store import KVStore
-from tests.bare_cache import GLOBAL, Bench, bare_cache, blocks, numbers, window_of
+from tests.support.bare_cache import GLOBAL, Bench, bare_cache, blocks, numbers, window_of
 
 PATIENCE_SECONDS = 10.0
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from longctx.config import ModelConfig
 from longctx.errors import ModelRefused
 from longctx.model.loader import load_model
-from tests.plain_attention import assert_equal_to_eager, edit_config, load
-from tests.tiny_models import write_model
+from tests.support.plain_attention import assert_equal_to_eager, edit_config, load
+from tests.support.tiny_models import write_model
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from longctx.model.hf_attention import ATTENTION, register_attention
 from longctx.model.key_rotation import find_relocation
 from longctx.model.loader import LoadedModel
-from tests.assembled import (
+from tests.support.assembled import (
     MODULES,
     DenseModel,
     assert_means,
@@ -21,10 +21,10 @@ from tests.assembled import (
     prompt,
     with_modules,
 )
-from tests.plain_attention import load, some_tokens
-from tests.recorded_engine import build_engine
-from tests.tiny_models import BASE, OWN, ROPE_VARIANTS, write_model
-from tests.tiny_tokenizer import write_tokenizer
+from tests.support.plain_attention import load, some_tokens
+from tests.support.recorded_engine import build_engine
+from tests.support.tiny_models import BASE, OWN, ROPE_VARIANTS, write_model
+from tests.support.tiny_tokenizer import write_tokenizer
 
 LONG = {"max_position_embeddings": 20_000}
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longctx.errors import ModelRefused
-from tests.plain_attention import (
+from tests.support.plain_attention import (
     PlainAttention,
     assert_equal_to_eager,
     edit_config,
@@ -16,7 +16,7 @@ from tests.plain_attention import (
     packed_logits,
     some_tokens,
 )
-from tests.tiny_models import ARCHITECTURES, VOCAB_SIZE, write_model
+from tests.support.tiny_models import ARCHITECTURES, VOCAB_SIZE, write_model
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

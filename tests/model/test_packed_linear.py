@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from longctx.config import ModelConfig, Weights
 from longctx.errors import ModelRefused
 from longctx.model.loader import load_model
-from tests.tiny_models import write_model
+from tests.support.tiny_models import write_model
 
 _kernels = pytest.importorskip("longctx.kernels._kernels")
 

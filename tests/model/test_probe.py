@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from longctx.errors import ModelRefused
-from tests.plain_attention import assert_equal_to_eager, load
-from tests.tiny_models import HEAD_DIM, VOCAB_SIZE, write_model
+from tests.support.plain_attention import assert_equal_to_eager, load
+from tests.support.tiny_models import HEAD_DIM, VOCAB_SIZE, write_model
 
 
 def test_the_layers_are_what_the_model_does(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from longctx.errors import ModelRefused
-from tests.plain_attention import (
+from tests.support.plain_attention import (
     assert_equal_to_eager,
     eager_logits,
     edit_config,
@@ -14,7 +14,7 @@ from tests.plain_attention import (
     packed_logits,
     some_tokens,
 )
-from tests.tiny_models import ROPE_VARIANTS, write_model
+from tests.support.tiny_models import ROPE_VARIANTS, write_model
 
 
 @pytest.mark.parametrize("variant", [name for name in ROPE_VARIANTS if name != "longrope"])

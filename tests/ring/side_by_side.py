@@ -10,7 +10,7 @@ from longctx.request import Request
 from longctx.ring.link import Link
 from longctx.ring.runner import RingRunner
 from longctx.ring.virtual import VirtualRanks
-from tests.recorded_engine import RecordedEngine, build_engine
+from tests.support.recorded_engine import RecordedEngine, build_engine
 
 # Only bytes count: what is passed does not depend on the machine that runs the test.
 LINK = Link(latency_seconds=0.0, bytes_per_second=1e9)

@@ -12,7 +12,7 @@ from longctx.embedded import MODELS, model_path
 from longctx.errors import InvalidRequest
 from longctx.request import Piece, Request, Segment
 from tests.conftest import ModelFolders
-from tests.recorded_engine import Eager, ask, assert_equals_eager, gib_of_blocks, some_ids
+from tests.support.recorded_engine import Eager, ask, assert_equals_eager, gib_of_blocks, some_ids
 from tests.ring.side_by_side import SideBySide, ringed_engine
 
 # Beside windows of 24 tokens: an extent and more, within one block, block boundaries.

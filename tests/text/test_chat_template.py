@@ -11,7 +11,7 @@ from longctx.errors import InvalidRequest
 from longctx.request import Segment
 from longctx.text.chat_template import ChatPrompts, FilePart, Message
 from longctx.text.tokenizer import Tokenizer
-from tests.tiny_tokenizer import (
+from tests.support.tiny_tokenizer import (
     DOCUMENTS_FIRST_TEMPLATE,
     INST_TEMPLATE,
     PLAIN_TEMPLATE,

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from longctx.text.detokenizer import TextStream
 from longctx.text.tokenizer import Tokenizer
-from tests.tiny_tokenizer import write_tokenizer
+from tests.support.tiny_tokenizer import write_tokenizer
 
 VOCAB_SIZE = 400
 

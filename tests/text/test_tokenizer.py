@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from longctx.errors import InvalidRequest, ModelRefused
 from longctx.text.tokenizer import Tokenizer
-from tests.tiny_tokenizer import DOCUMENTS_FIRST_TEMPLATE, SPECIAL_TOKENS, write_tokenizer
+from tests.support.tiny_tokenizer import DOCUMENTS_FIRST_TEMPLATE, SPECIAL_TOKENS, write_tokenizer
 
 DATED_TEMPLATE = (
     "{{ bos_token }}It is {{ strftime_now('%d %B %Y') }}, {{ strftime_now('%-d/%m') }}."

@@ -1,0 +1,1 @@
+"""Who runs now: requests in, steps, outputs out."""

@@ -1,0 +1,399 @@
+"""The engine: requests in, steps, outputs out. One class for the engine process, tests and library.
+
+    engine.submit(request)
+    while engine.has_work:
+        for output in engine.step(): ...
+
+`submit` refuses at once what can never be answered. Whatever happens later, every request ends in
+one output with `finished`. Read `step` first.
+"""
+
+import time
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from compress.codec import CODECS
+from longctx.engine.request_state import Answers
+from longctx.config import EngineConfig, check_name
+from longctx.engine_info import EngineInfo
+from longctx.errors import BlocksLost, InvalidRequest, PeerLost
+from longctx.engine.explain import Explainer
+from longctx.engine.module_prefill import Fetches
+from longctx.engine.stats import Figures
+from longctx.engine.ingestion import Ingestion
+from longctx.engine.input_processor import Intake
+from longctx.kv.clear import clear_tiers
+from longctx.engine.parts import Machine
+from longctx.model.loader import LoadedModel, load_model
+from longctx.engine.module_status import module_states
+from longctx.quality.gate import choose_codec
+from longctx.request import FinishReason, ModuleState, Piece, Request, RequestOutput
+from longctx.ring.ranks import Ranks
+from longctx.engine.model_runner import BACKENDS, backend_for
+from longctx.engine.sampler import SamplingError, sample
+from longctx.engine.scheduler import Scheduler, SchedulerOutput
+from longctx.engine.sequence import Sequence
+from longctx.text.detokenizer import TextStream
+from longctx.text.tokenizer import Tokenizer
+from offload.eviction import POLICIES
+
+MAX_SETBACKS = 3  # of one sequence, before it ends: its context does not stay in any tier
+IDLE_SECONDS = 0.005  # a step that can only wait for a lower tier waits at most so long
+
+# What is worth keeping between starts: checksums of weights, and what codecs cost a model.
+CACHE_DIR = Path.home() / ".cache" / "longctx"
+
+
+class Engine:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_folder: Path,
+        *,
+        cache_dir: Path = CACHE_DIR,
+        model: LoadedModel | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """Loads the model and settles its codec. `config.model.model` may differ from the folder.
+
+        `model`: that of the folder, where another engine has loaded it. `ranks`: further ones,
+        which share the work and keep a part of the KV blocks each.
+        Raises ModelRefused, also for a codec that costs the model too much.
+        """
+        if ranks is None and config.ring.ranks > 1:
+            raise InvalidRequest(
+                f"ranks={config.ring.ranks} are processes that only longctx serve starts; leave "
+                "it out here",
+                param="ranks",
+            )
+        if config.model.threads is not None:
+            torch.set_num_threads(config.model.threads)
+        check_name("attention_backend", config.model.attention_backend, ("auto", *BACKENDS))
+        check_name("eviction_policy", config.cache.eviction_policy, POLICIES)
+        check_name("kv_codec", config.cache.kv_codec, ("auto", *CODECS))
+        self.config, self.folder, self.cache_dir = config, model_folder, cache_dir
+        self.tokenizer = Tokenizer(model_folder)
+        model = model or load_model(config.model, model_folder, cache_dir=cache_dir)
+        self.model = model
+        self._spec = spec = model.spec
+        backend_name = backend_for(config.model.attention_backend, spec.device)
+        new_backend = BACKENDS[backend_name]
+        codec = choose_codec(
+            config.cache,
+            model,
+            self.tokenizer,
+            new_backend,
+            cache_dir=cache_dir,
+        )
+        machine = (
+            Machine.alone(config, model, codec=codec.codec, backend=backend_name)
+            if ranks is None
+            else Machine.over_ranks(config, model, ranks, codec=codec.codec, backend=backend_name)
+        )
+        self._memory, self._cache = machine.memory, machine.cache
+        self._migration, self._runner = machine.migration, machine.runner
+        self._store = store = machine.store
+        self._ingestion = None if store is None else Ingestion(machine.cache, store)
+        scheduler = config.scheduler
+        self._scheduler = Scheduler(scheduler, self._cache, batch_tokens=machine.batch_tokens)
+        self.info = EngineInfo.of(spec, self._memory, codec, store, backend=backend_name)
+        self._intake = Intake(
+            spec,
+            self._cache,
+            self.tokenizer,
+            self.info.limits,
+            max_sequences=scheduler.max_sequences,
+        )
+        self._fetches = Fetches(self._cache, self._intake, self._scheduler, self._ingestion)
+        self._explainer = Explainer(
+            self._cache, self._intake.prompts.documents, self.tokenizer, self._intake.namespace
+        )
+        self._figures = Figures()
+        self._requests: dict[str, Answers] = {}
+        self._steps = 0
+        self._early: list[RequestOutput] = []  # outputs that arose between steps
+
+    # -- requests -------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests or self._early)
+
+    @property
+    def is_writing(self) -> bool:
+        """Blocks are on their way to or from a lower tier: `step` takes note when they arrive."""
+        return self._migration is not None and self._migration.busy
+
+    def submit(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises InvalidRequest, ContextTooLong, DocumentMissing or Overloaded; then it is forgotten.
+        """
+        if request.request_id in self._requests:
+            raise InvalidRequest(f"request id {request.request_id} is in use", param="request_id")
+        sequence = self._intake.sequence(request)
+        self._scheduler.add(sequence)
+        self._requests[request.request_id] = Answers(request, [sequence])
+        if request.sampling.max_tokens == 0:
+            self._intake.prompts.modules.note(sequence)
+            if self._ingestion is not None and self._ingestion.register(sequence):
+                self._explainer.explain(sequence, ())
+                self._early += self._finish(sequence, FinishReason.LENGTH)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; what its prefill has sealed stays cached. Unknown ids are ignored."""
+        answers = self._requests.get(request_id)
+        if answers is None:
+            return
+        for sequence in [s for s in answers.sequences if s.finish_reason is None]:
+            self._early += self._finish(sequence, FinishReason.ABORT)
+
+    def open_document(
+        self, document_id: str, token_ids: NDArray[np.int32], *, keep: Request | None = None
+    ) -> None:
+        """Make a document known by its tokens; requests may then name it as a segment.
+
+        `keep`: the request for no answer that will be submitted to compute it. What the tiers have
+        of its prompt is retained from now on, and leaves them when the document is closed.
+        Raises as `submit`.
+        """
+        if self._intake.open_document(document_id, token_ids):
+            self._forget_blocks(document_id)  # it said something else before
+        self._retain(keep)
+
+    def close_document(self, document_id: str) -> None:
+        """Forget a document and free the blocks that only it uses."""
+        self._intake.close(document_id)
+        self._forget_blocks(document_id)
+
+    def open_module(
+        self, module_id: str, pieces: Items[Piece], *, keep: Request | None = None
+    ) -> None:
+        """Make a module known; requests may then encode it, and use its pieces as segments.
+
+        `keep` and what it raises: as `open_document`. Also raises ContextTooLong.
+        """
+        if self._intake.open_module(module_id, pieces):
+            self._forget_blocks(module_id)
+        self._retain(keep)
+
+    def close_module(self, module_id: str) -> None:
+        """As `close_document`. Prompts that still wait to borrow of it end with an error."""
+        self.close_document(module_id)
+
+    def module_states(self, module_ids: Iterable[str]) -> dict[str, ModuleState]:
+        """Of those that are open."""
+        modules = self._intake.prompts.modules
+        return module_states(modules, module_ids, self._cache, self._store, self._ingestion)
+
+    def durable_documents(self) -> dict[str, int]:
+        """Tokens that are on stable storage, of documents of which more or less is than before."""
+        return {} if self._ingestion is None else self._ingestion.news()
+
+    def close(self, *, flush_seconds: float = 0.0) -> None:
+        """End what runs, and let what it has sealed be written as long as that may take."""
+        for request_id in list(self._requests):
+            self.abort(request_id)
+        if self._migration is not None:
+            self._migration.close(flush_seconds)
+
+    def _retain(self, keep: Request | None) -> None:
+        if keep is not None and self._ingestion is not None:
+            self._ingestion.register(self._intake.sequence(keep))
+
+    def _forget_blocks(self, document_id: str) -> None:
+        for answers in self._requests.values():
+            for sequence in answers.sequences:
+                sequence.forget_document(document_id)
+        self._cache.close_document(document_id)
+        self._explainer.forget(document_id)
+        if self._ingestion is not None:
+            self._ingestion.forget(document_id)
+
+    # -- steps ----------------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one batch; the outputs that it, or calls since the last one, brought about."""
+        outputs, self._early = self._early, []
+        transferred = self._cache.poll_migration()
+        if self._ingestion is not None:
+            for sequence in self._ingestion.settled(transferred=transferred):
+                outputs += self._finish(sequence, FinishReason.LENGTH)
+        for sequence in self._scheduler.failed():
+            outputs += self._finish(sequence, FinishReason.ERROR, error=sequence.tier.failure)
+        scheduled = self._scheduler.schedule()
+        fetched = self._fetches.begin()
+        self._requests |= fetched
+        if fetched and not scheduled.chunks:
+            scheduled = self._scheduler.schedule()
+        for sequence in scheduled.complete:
+            outputs += self._prefilled(sequence)
+        if scheduled.chunks:
+            self._steps += 1
+            for chunk in scheduled.chunks:
+                self._explainer.explain(chunk.sequence, self._scheduler.running)
+            try:
+                drawn = self._compute(scheduled)
+            except PeerLost:
+                raise
+            except BlocksLost as error:
+                self._set_back(scheduled, str(error))
+                return outputs
+            except Exception as error:  # of whatever kind: it ends these requests, not the engine
+                return outputs + self._fail(scheduled, f"{type(error).__name__}: {error}")
+            for answers in self._requests.values():
+                outputs += answers.progress(self._cache)
+            for sequence, token in drawn:
+                outputs += self._advance(sequence, token)
+            for chunk in scheduled.chunks:
+                if chunk.sequence.remaining == 0 and chunk.sequence.finish_reason is None:
+                    outputs += self._prefilled(chunk.sequence)
+        elif not outputs and self._migration is not None and self._migration.busy:
+            self._migration.store.wait(IDLE_SECONDS)
+        return outputs
+
+    def _prefilled(self, sequence: Sequence) -> list[RequestOutput]:
+        """A prompt without an answer is computed: it ends as soon as it is safe."""
+        if self._ingestion is None:
+            return self._finish(sequence, FinishReason.LENGTH)
+        self._scheduler.remove(sequence)
+        self._ingestion.settle(sequence)
+        return []
+
+    def _compute(self, scheduled: SchedulerOutput) -> list[tuple[Sequence, int | SamplingError]]:
+        """Run the batch; each sequence that is to go on, with its next token."""
+        began = time.perf_counter()
+        drawing = [chunk.sequence for chunk in scheduled.chunks if chunk.draws]
+        logits = self._runner.run_chunks(scheduled.chunks)
+        self._scheduler.update(scheduled, time.perf_counter() - began)
+        # The choices of a request part here: they share the prompt and draw from the same row.
+        families = [[sequence, *self._fork(sequence)] for sequence in drawing]
+        if not families:
+            return []
+        if any(len(family) > 1 for family in families):
+            logits = logits[[row for row, family in enumerate(families) for _ in family]]
+        members = [sequence for family in families for sequence in family]
+        tokens = sample(logits, [sequence.sampling for sequence in members])
+        return list(zip(members, tokens, strict=True))
+
+    def _fork(self, first: Sequence) -> list[Sequence]:
+        """The other choices of a request whose prompt is computed, if it has not begun yet."""
+        forks = []
+        for index in range(1, first.width):
+            fork = first.fork(index, TextStream(self.tokenizer, stop=first.request.sampling.stop))
+            self._cache.fork(first, fork)
+            self._scheduler.add_fork(fork)
+            self._requests[first.request.request_id].sequences.append(fork)
+            forks.append(fork)
+        first.forked = True
+        return forks
+
+    def _advance(self, sequence: Sequence, token: int | SamplingError) -> list[RequestOutput]:
+        """Append a drawn token; the choice ends here if it must."""
+        if isinstance(token, SamplingError):
+            return self._finish(sequence, FinishReason.ERROR, error=str(token))
+        sampling = sequence.request.sampling
+        sequence.tokens.append(token)
+        sequence.sampling.observe(token)
+        if token in sampling.stop_token_ids:
+            return self._finish(sequence, FinishReason.STOP, token=token, stop_reason=token)
+        if token in self.tokenizer.eos_token_ids and not sampling.ignore_eos:
+            return self._finish(sequence, FinishReason.STOP, token=token)
+        delta = sequence.text.push(token)
+        if delta.stopped_by is not None:
+            return self._finish(
+                sequence,
+                FinishReason.STOP,
+                token=token,
+                text=delta.text,
+                stop_reason=delta.stopped_by,
+            )
+        full = sequence.layout.position(len(sequence.tokens)) >= self._spec.max_context
+        if full or sequence.completion_tokens >= sampling.max_tokens:
+            return self._finish(sequence, FinishReason.LENGTH, token=token, text=delta.text)
+        request_id, index = sequence.request.request_id, sequence.index
+        return [
+            RequestOutput(request_id=request_id, index=index, token_ids=(token,), text=delta.text)
+        ]
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        *,
+        token: int | None = None,
+        text: str = "",
+        stop_reason: str | int | None = None,
+        error: str | None = None,
+    ) -> list[RequestOutput]:
+        """End one choice, and with the last one the request."""
+        self._scheduler.remove(sequence)
+        self._explainer.finished(sequence)
+        sequence.finish_reason = reason
+        answers = self._requests[sequence.request.request_id]
+        # Choices that have not forked yet end with the first one.
+        indices = range(sequence.index, sequence.index + sequence.width)
+        answers.open_choices -= len(indices)
+        finished = answers.open_choices == 0
+        usage = answers.usage() if finished else None
+        if usage is not None:
+            del self._requests[sequence.request.request_id]
+        if answers.hidden:
+            self._fetches.ended(sequence, error)
+            return []
+        if usage is not None:
+            self._figures.finished(reason, usage)
+        last = RequestOutput(
+            request_id=sequence.request.request_id,
+            token_ids=() if token is None else (token,),
+            text=text + sequence.text.finish(),
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            error=error,
+        )
+        outputs = [replace(last, index=index) for index in indices]
+        outputs[-1] = replace(outputs[-1], finished=finished, usage=usage)
+        return outputs
+
+    def _set_back(self, scheduled: SchedulerOutput, message: str) -> None:
+        """A tier has lost what some of these sequences need: they begin again with what is left."""
+        for chunk in scheduled.chunks:
+            self._scheduler.preempt(chunk.sequence)
+            tier = chunk.sequence.tier
+            tier.setbacks += tier.streams
+            if tier.setbacks > MAX_SETBACKS:
+                tier.failure = message
+
+    def _fail(self, scheduled: SchedulerOutput, message: str) -> list[RequestOutput]:
+        """A step broke: its requests end, the others go on."""
+        failed = dict.fromkeys(chunk.sequence.request.request_id for chunk in scheduled.chunks)
+        outputs: list[RequestOutput] = []
+        for request_id in failed:
+            for sequence in [
+                s for s in self._requests[request_id].sequences if not s.finish_reason
+            ]:
+                outputs += self._finish(sequence, FinishReason.ERROR, error=message)
+        return outputs
+
+    def clear(self, tiers: Iterable[str]) -> dict[str, float]:
+        """Let go of what is cached in `device` or `host` and not in use; what that was.
+
+        Documents stay on disk, and known. Raises InvalidRequest for a tier that there is not.
+        """
+        return clear_tiers(self._cache, self._store, tiers)
+
+    def stats(self) -> dict[str, float]:
+        """Gauges and counters, by flat names."""
+        return {
+            "steps_total": self._steps,
+            "documents_open": len(self._intake.prompts.documents),
+            "modules_open": len(self._intake.prompts.modules),
+            **self._runner.stats(),
+            **self._figures.read(self._scheduler, self._cache),
+        }

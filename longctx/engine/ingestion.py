@@ -1,0 +1,149 @@
+"""Prompts that are computed to be kept: what is known of documents and modules, and when one is
+safe.
+
+A request for no answer (`max_tokens` 0) ends once everything that it can leave behind is on stable
+storage, or as safe as it will be. Where it all is there already, from an earlier run of the server
+say, it ends at once: nothing is loaded before somebody asks.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from longctx.kv.cache_manager import KVCacheManager
+from longctx.kv.layout import Layout
+from longctx.kv.prefix_index import owner_of, tokens_before
+from longctx.kv.prefix_match import deepest
+from longctx.engine.sequence import Sequence
+from offload.block_run import EXTENT_BLOCKS
+from offload.key import BlockKey
+from offload.store import KVStore
+
+RECHECK_SECONDS = 1.0  # after something was evicted from the disk
+
+
+@dataclass(slots=True)
+class _Chain:
+    """The blocks of one document in the prompt that it was ingested under, or of a module."""
+
+    keys: tuple[BlockKey, ...]
+    layout: Layout
+    before_tokens: int  # of the prompt, before the document
+    end_tokens: int
+    durable_blocks: int = 0
+    reported: int = -1
+
+
+class Ingestion:
+    def __init__(
+        self,
+        cache: KVCacheManager,
+        store: KVStore,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._cache = cache
+        self._store = store
+        self._clock = clock
+        self._chains: dict[str, _Chain] = {}
+        self._settling: list[Sequence] = []
+        self._changed = False  # what is durable, perhaps, since the last news
+        self._losses = 0
+        self._checked_seconds = 0.0
+
+    @property
+    def settling(self) -> int:
+        return len(self._settling)
+
+    def register(self, sequence: Sequence) -> bool:
+        """Note the documents of a prompt that is to be kept; whether all of it is safe already."""
+        self._cache.find_keys(sequence)
+        for end, name in sequence.document_ends:
+            keys = tuple(sequence.key(block) for block in range(sequence.blocks_until(end)))
+            self._cache.prefixes.know(name, keys)
+        if sequence.document_ends:
+            self._know(sequence)
+        limit = sequence.full_blocks()
+        keys = tuple(sequence.key(block) for block in range(limit))
+        depth = self._durable(keys, sequence.layout)
+        if depth == limit:
+            sequence.cached_tokens = sequence.layout.tokens(depth)
+        return depth == limit
+
+    def _know(self, sequence: Sequence) -> None:
+        """The module, or the last document of the prompt, is to be durable."""
+        end, name = sequence.document_ends[-1]
+        owner, keys = owner_of(name), self._cache.prefixes.known_keys(name)
+        before = 0 if sequence.layout.closed else tokens_before(sequence.document_ends)
+        known = self._chains.get(owner)
+        if known is None or known.end_tokens <= end or not sequence.layout.closed:
+            self._chains[owner] = _Chain(keys, sequence.layout, before, end)
+        self._store.retain(owner, keys)
+        self._changed = True
+
+    def durable_tokens(self, owner: str) -> int:
+        """Of a document or module."""
+        chain = self._chains.get(owner)
+        return 0 if chain is None else self._durable_tokens(chain)
+
+    def forget(self, document_id: str) -> None:
+        self._chains.pop(document_id, None)
+
+    def settle(self, sequence: Sequence) -> None:
+        """It is computed: wait until it is written."""
+        self._settling.append(sequence)
+
+    def settled(self, *, transferred: bool) -> list[Sequence]:
+        """Those whose blocks have all been written, as far as that was possible.
+
+        `transferred`: something was written or read since the last call.
+        """
+        self._changed |= transferred
+        over = [s for s in self._settling if s.tier.writing == 0 or s.finish_reason is not None]
+        self._settling = [s for s in self._settling if s not in over]
+        return [sequence for sequence in over if sequence.finish_reason is None]
+
+    def news(self) -> dict[str, int]:
+        """Tokens that are durable, of documents where that is more or less than was told last."""
+        losses, now = self._store.losses, self._clock()
+        lost = losses != self._losses and now - self._checked_seconds > RECHECK_SECONDS
+        if not (self._changed or lost):
+            return {}
+        self._changed = False
+        if lost:
+            self._losses, self._checked_seconds = losses, now
+        news = {}
+        for document_id, chain in self._chains.items():
+            if lost:
+                chain.durable_blocks = self._intact(chain)
+            tokens = self._durable_tokens(chain)
+            if tokens != chain.reported:
+                chain.reported = news[document_id] = tokens
+        return news
+
+    def _durable_tokens(self, chain: _Chain) -> int:
+        if chain.durable_blocks < len(chain.keys):
+            chain.durable_blocks = self._durable(
+                chain.keys, chain.layout, begin=chain.durable_blocks
+            )
+        if chain.durable_blocks == len(chain.keys):
+            # What is left fills no block and is computed with every question.
+            return chain.end_tokens - chain.before_tokens
+        return max(0, chain.layout.tokens(chain.durable_blocks) - chain.before_tokens)
+
+    def _intact(self, chain: _Chain) -> int:
+        """Blocks before the first extent that has lost its end: files leave from the end."""
+        for begin in range(0, chain.durable_blocks, EXTENT_BLOCKS):
+            last = min(begin + EXTENT_BLOCKS, chain.durable_blocks) - 1
+            if not self._store.durable(0, chain.keys[last]):
+                return begin
+        return chain.durable_blocks
+
+    def _durable(self, keys: tuple[BlockKey, ...], layout: Layout, begin: int = 0) -> int:
+        """How many blocks of a chain could be restored from disk alone."""
+
+        def available(group: int, block: int) -> bool:
+            return self._store.durable(group, keys[block])
+
+        groups = self._cache.memory.groups
+        return deepest(groups, layout, available, begin=begin, limit=len(keys))

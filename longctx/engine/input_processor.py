@@ -1,0 +1,243 @@
+"""From a request to a sequence: checked against what can be served, its tokens found and named.
+
+Whatever can never be answered is refused here, at once. Documents are known by id, so that a
+question carries only its own tokens.
+"""
+
+import secrets
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.codec import Codec
+from compress.shape import BLOCK_TOKENS
+from longctx.engine.prompt import Prompts
+from longctx.errors import ContextTooLong, InvalidRequest
+from longctx.kv.cache_manager import KVCacheManager
+from longctx.kv.layout import Layout, Source
+from longctx.kv.lookup_trace import Trace
+from longctx.limits import ContextLimits
+from longctx.model.loader import ModelSpec
+from longctx.engine.modules import Module
+from longctx.request import Piece, Request
+from longctx.engine.sampler import SamplingState
+from longctx.engine.sequence import Prompt, Sequence
+from longctx.text.detokenizer import TextStream
+from longctx.text.tokenizer import Tokenizer
+from offload.key import BlockKey, namespace
+
+
+class Intake:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        cache: KVCacheManager,
+        tokenizer: Tokenizer,
+        limits: ContextLimits,
+        *,
+        max_sequences: int,
+    ) -> None:
+        self.prompts = Prompts(
+            cache.prefixes,
+            by_piece=any(group.window is not None for group in cache.memory.groups),
+            root_of=lambda salt: self.namespace(salt, cache.memory.codecs[0]),
+            check=lambda ids: self._check_ids(
+                np.array(ids, dtype=np.int64), "the prompt", "prompt"
+            ),
+        )
+        self._spec = spec
+        self._cache = cache
+        self._tokenizer = tokenizer
+        self._limits = limits
+        self._max_sequences = max_sequences
+        self._arrivals = 0
+
+    def open_document(self, document_id: str, token_ids: NDArray[np.int32]) -> bool:
+        """Know a document by its tokens; whether it replaces other tokens under this id."""
+        self._check_ids(token_ids, f"document {document_id}", "document_id")
+        if document_id in self.prompts.modules:
+            raise InvalidRequest(f"{document_id} is a module; close it first", param="document_id")
+        known = self.prompts.documents.get(document_id)
+        self.prompts.documents[document_id] = token_ids
+        return known is not None and not np.array_equal(known, token_ids)
+
+    def open_module(self, module_id: str, pieces: Items[Piece]) -> bool:
+        """Know a module by its pieces; whether it replaces other pieces under this id."""
+        self._check_ranks()
+        if module_id in self.prompts.documents:
+            raise InvalidRequest(f"{module_id} is a document; close it first", param="module_id")
+        module = Module.of(module_id, pieces)
+        self._check_ids(module.token_ids, f"module {module_id}", "pieces")
+        end = module.layout.runs[-1]
+        self._check_positions(end.position)
+        self._check_blocks(end.block, f"module {module_id}")
+        return self.prompts.modules.open(module)
+
+    def close(self, owner: str) -> None:
+        """A document or module is forgotten."""
+        self.prompts.documents.pop(owner, None)
+        self.prompts.modules.forget(owner)
+
+    def sequence(self, request: Request) -> Sequence:
+        """The first choice of a request.
+
+        Raises InvalidRequest, ContextTooLong or DocumentMissing where it can never be served.
+        """
+        return self._sequence(request, self.prompts.read(request))
+
+    def encoding(self, source: Source, request: Request) -> Sequence:
+        """What computes a source, so that others can borrow from it; `request` says for whom.
+
+        Raises DocumentMissing where it was closed.
+        """
+        ingested = self.prompts.modules.ingested(source.owner, request.salt)
+        if ingested is not None and ingested.name == source.name:
+            request = replace(request, segments=ingested.segments)
+            return self._sequence(request, self.prompts.read(request))
+        return self._sequence(request, self.prompts.modules.upto(source))
+
+    def _sequence(self, request: Request, prompt: Prompt) -> Sequence:
+        sampling = request.sampling
+        if sampling.n > self._max_sequences:
+            raise InvalidRequest(
+                f"n={sampling.n} is more than the {self._max_sequences} sequences that may run at "
+                "once; lower it or raise --max-sequences",
+                param="n",
+            )
+        tokens, layout = prompt.tokens, prompt.layout
+        prompt_tokens = len(tokens)
+        if prompt_tokens == 0:
+            raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
+        if layout.plain:
+            self._check_length(prompt_tokens, sampling.max_tokens)
+        else:
+            self._check_ranks()
+            self._check_positions(layout.position(prompt_tokens) + sampling.max_tokens)
+        self._arrivals += 1
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        sequence = Sequence(
+            request=request,
+            index=0,
+            arrival=self._arrivals,
+            arrival_seconds=time.monotonic(),
+            tokens=tokens,
+            prompt_tokens=prompt_tokens,
+            sampling=SamplingState(sampling, seed=seed, prompt_token_ids=_said(prompt)),
+            seed=seed,
+            text=TextStream(self._tokenizer, stop=sampling.stop),
+            namespace=self.namespace(request.salt, self._cache.memory.codecs[0]),
+            layout=layout,
+            owners=_owners(request),
+            linked_tokens=prompt.linked_tokens,
+            document_ends=prompt.ends,
+            trace=Trace() if request.explain else None,
+        )
+        # A sequence that fits never streams, so that others can use what it computes.
+        longest = prompt_tokens + sampling.max_tokens
+        if layout.plain:
+            sequence.tier.streams = longest > self._limits.capacity_tokens
+        else:
+            self._check_shifts(layout)
+            borrowed: dict[str, int] = {}
+            for source in layout.sources:
+                borrowed[source.owner] = max(len(source.keys), borrowed.get(source.owner, 0))
+            blocks = layout.blocks(longest) + 1 + sum(borrowed.values())
+            self._check_blocks(blocks, "the prompt with what it borrows")
+        return sequence
+
+    def namespace(self, salt: str, codec: Codec) -> BlockKey:
+        """The root of what this model stores by that codec for a tenant."""
+        return namespace(
+            fingerprint=self._spec.fingerprint,
+            dtype=str(self._spec.dtype),
+            rope=self._spec.rope_identity,
+            codec=codec.name,
+            codec_version=codec.version,
+            salt=salt,
+        )
+
+    def _check_ranks(self) -> None:
+        ranks = self._cache.memory.packed[0].ranks
+        if ranks > 1:
+            raise InvalidRequest(
+                f"stored prompts, modules and the reuse of files elsewhere are for one rank, and "
+                f"this server has {ranks}; start it without --ranks"
+            )
+
+    def _check_length(self, prompt_tokens: int, max_tokens: int) -> None:
+        limits = self._limits
+        if prompt_tokens + max_tokens > limits.longest_tokens:
+            raise ContextTooLong(
+                f"the prompt has {prompt_tokens} tokens and the answer may have {max_tokens}, "
+                f"together more than the limit of {limits.longest_tokens}; shorten the prompt, "
+                f"lower max_tokens or {limits.cure}",
+                param="messages",
+            )
+        room = limits.answer_tokens(prompt_tokens)
+        if max_tokens > room:
+            raise ContextTooLong(
+                f"max_tokens={max_tokens} is more than the {room} tokens of an answer that the "
+                "device holds; lower it or raise --device-pool-gib",
+                param="max_tokens",
+            )
+
+    def _check_positions(self, end: int) -> None:
+        limit = self._limits.max_context_tokens
+        if end > limit:
+            raise ContextTooLong(
+                f"the last token would stand at position {end - 1}, beyond the limit of {limit}; "
+                "shorten the prompt or raise --max-context where the model allows it",
+                param="messages",
+            )
+
+    def _check_shifts(self, layout: Layout) -> None:
+        relocation = self._spec.relocation
+        if not relocation.shiftable and any(borrowed.rotation for borrowed in layout.borrowed):
+            raise InvalidRequest(
+                "a part of the prompt stands elsewhere than it was encoded, which this model does "
+                f"not allow: {relocation.reason}; leave it there or use it with exact reuse",
+                param="position",
+            )
+
+    def _check_blocks(self, blocks: int, what: str) -> None:
+        """Raises ContextTooLong for more than the device holds: what is borrowed never streams."""
+        capacity = self._cache.memory.capacity_blocks
+        if blocks > capacity:
+            raise ContextTooLong(
+                f"{what} takes {blocks} blocks of {BLOCK_TOKENS} tokens, the device holds "
+                f"{capacity}; shorten it or raise --device-pool-gib",
+                param="messages",
+            )
+
+    def _check_ids(
+        self, token_ids: NDArray[np.int32] | NDArray[np.int64], where: str, param: str
+    ) -> None:
+        if len(token_ids) == 0:
+            return
+        low, high = int(token_ids.min()), int(token_ids.max())
+        if low < 0 or high >= self._spec.vocab_size:
+            raise InvalidRequest(
+                f"{where} has token id {high if low >= 0 else low}, outside the vocabulary of "
+                f"{self._spec.vocab_size}",
+                param=param,
+            )
+
+
+def _said(prompt: Prompt) -> Callable[[], NDArray[np.int32]]:
+    """What penalties count: the prompt's tokens, though the sequence appends its answer to them."""
+    tokens, prompt_tokens = prompt.tokens, len(prompt.tokens)
+    return lambda: np.concatenate([tokens.slice(0, prompt_tokens), *prompt.borrowed_ids])
+
+
+def _owners(request: Request) -> frozenset[str]:
+    """Ids of the documents and modules in the prompt."""
+    return frozenset(
+        owner
+        for segment in request.segments
+        for owner in (segment.document_id, segment.module_id, segment.encodes)
+        if owner is not None
+    )

@@ -1,0 +1,102 @@
+"""One forward pass: the model computes, we hold the keys and values and do the attention."""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+
+import torch
+from torch import Tensor
+
+from longctx.attention.backend import AttentionBackend, AttentionPlan
+from longctx.attention.merge import merge_sink
+from longctx.attention.reference import ReferenceAttention
+from longctx.attention.torch_backend import TorchAttention
+from longctx.engine.batch import Batch
+from longctx.errors import ModelRefused
+from longctx.kv.memory import KVMemory
+from longctx.model.loader import LoadedModel
+from longctx.engine.scheduler import Chunk
+
+BACKENDS: dict[str, Callable[[KVMemory], AttentionBackend]] = {
+    "reference": ReferenceAttention,
+    "torch": TorchAttention,
+}
+try:  # compiled where there is a compiler, for x86-64
+    from longctx.attention.cpu_backend import CPUAttention
+except ImportError:
+    pass
+else:
+    BACKENDS["cpu"] = CPUAttention
+
+
+def backend_for(name: str, device: torch.device) -> str:
+    """The backend that a name stands for; `auto` is the fastest that this installation has.
+
+    Raises ModelRefused for one that does not work on the device.
+    """
+    if name == "cpu" and device.type != "cpu":
+        raise ModelRefused(f"attention_backend 'cpu' cannot work on {device}; use torch or auto")
+    if name != "auto":
+        return name
+    return "cpu" if device.type == "cpu" and "cpu" in BACKENDS else "torch"
+
+
+class ModelRunner:
+    def __init__(self, model: LoadedModel, memory: KVMemory, backend: AttentionBackend) -> None:
+        self.model = model
+        self._memory = memory
+        self.backend = backend
+        self.computed_tokens = 0  # rows that went through the model, ever
+
+    def run_chunks(self, chunks: Items[Chunk]) -> Tensor:
+        """`run` for chunks whose pages have been allocated."""
+        return self.run(Batch.build(chunks, device=self._memory.device))
+
+    def stats(self) -> dict[str, float]:
+        return {"computed_tokens_total": self.computed_tokens}
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> Tensor:
+        """Logits [drawing chunks, vocab], float32. The batch's KV is in the pools afterwards."""
+        step = _StepAttention(batch, self._memory, self.backend)
+        self._memory.clear_raw(batch.fresh_pages)
+        logits = self.model.forward(batch.token_ids, batch.positions, step, batch.logits_rows)
+        self.computed_tokens += len(batch.token_ids)
+        return logits
+
+
+class _StepAttention:
+    """What the model's layers call in one step (a `LayerAttention`)."""
+
+    def __init__(self, batch: Batch, memory: KVMemory, backend: AttentionBackend) -> None:
+        self._batch = batch
+        self._memory = memory
+        self._backend = backend
+        groups = range(len(memory.groups))
+        self._plans = [backend.plan(batch.chunks, group) for group in groups]
+        self._last_layer = max(memory.group_of)
+        # In the last layer only rows whose logits are wanted need attention; all need K and V.
+        self._last_plan: AttentionPlan = backend.plan(
+            batch.last_chunks, memory.group_of[self._last_layer]
+        )
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        batch, memory = self._batch, self._memory
+        group = memory.group_of[layer]
+        memory.write(layer, batch.slots, key, value)
+        if batch.sealed_blocks:
+            self._backend.seal(layer, batch.sealed_raw, batch.sealed_packed[group])
+        plan = self._last_plan if layer == self._last_layer else self._plans[group]
+        out, lse = self._backend.attend(layer, query, plan, scaling=scaling, softcap=softcap)
+        if sinks is not None:
+            out, lse = merge_sink(out, lse, sinks)
+        return out.to(query.dtype)

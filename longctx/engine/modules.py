@@ -1,0 +1,191 @@
+"""What can be borrowed: modules that were opened, and documents that were ingested.
+
+A module is a row of pieces, literal tokens at positions. It is encoded as a prompt of its own: a
+block ends with each piece, since what stands between two of them changes from prompt to prompt. Its
+blocks have the keys of an ordinary prompt of the same pieces, so they are found, stored and shared
+like any others. Nothing here holds a block: a `Source` says only what its blocks are called.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.shape import BLOCK_TOKENS
+from longctx.errors import DocumentMissing, InvalidRequest
+from longctx.kv.layout import PLAIN, Layout, Run, Source
+from longctx.kv.prefix_index import PrefixName, module_name, owner_of, tokens_before
+from longctx.request import Piece, Segment
+from longctx.engine.sequence import Prompt, Sequence, TokenIds
+from offload.key import BlockKey
+
+
+@dataclass(slots=True, eq=False)
+class Module:
+    """`ends`: own tokens up to the end of each piece."""
+
+    module_id: str
+    pieces: tuple[Piece, ...]
+    token_ids: NDArray[np.int32]
+    ends: tuple[int, ...]
+    layout: Layout
+    sources: dict[tuple[BlockKey, int], Source] = field(default_factory=dict)
+    hits: int = 0  # assemblies that have borrowed of it
+
+    @classmethod
+    def of(cls, module_id: str, pieces: Items[Piece]) -> "Module":
+        """Raises InvalidRequest where pieces are empty or their positions go back."""
+        runs: list[Run] = []
+        token, block, position = 0, 0, 0
+        ends = []
+        for number, piece in enumerate(pieces):
+            if not piece.token_ids:
+                raise InvalidRequest(
+                    f"piece {number} of module {module_id} is empty; leave it out", param="pieces"
+                )
+            if piece.position < position:
+                raise InvalidRequest(
+                    f"piece {number} of module {module_id} begins at position {piece.position}, "
+                    f"before the end of what precedes it at {position}",
+                    param="pieces",
+                )
+            runs.append(Run(token, block, piece.position, block))
+            token += len(piece.token_ids)
+            block += -(-len(piece.token_ids) // BLOCK_TOKENS)
+            position = piece.position + len(piece.token_ids)
+            ends.append(token)
+        if not runs:
+            raise InvalidRequest(f"module {module_id} has no pieces; give one", param="pieces")
+        runs.append(Run(token, block, position, block))
+        ids = np.concatenate([np.array(piece.token_ids, dtype=np.int32) for piece in pieces])
+        layout = Layout(tuple(runs), closed=True)
+        return cls(module_id, tuple(pieces), ids, tuple(ends), layout)
+
+    def source(self, salt: str, root: BlockKey, pieces: int) -> Source:
+        """The first `pieces` pieces in the namespace `root`."""
+        source = self.sources.get((root, pieces))
+        if source is None:
+            end = self.ends[pieces - 1]
+            last = self.pieces[pieces - 1]
+            block = self.layout.blocks(end)
+            after = Run(end, block, last.position + len(last.token_ids), block)
+            layout = Layout((*self.layout.runs[:pieces], after), closed=True)
+            keys = layout.keys(lambda first, stop: self.token_ids[first:stop], 0, block, root)
+            name = (salt, module_name(self.module_id), keys[-1].hex())
+            source = Source(name, layout, tuple(keys), root)
+            self.sources[root, pieces] = source
+        return source
+
+
+@dataclass(frozen=True, slots=True)
+class Ingested:
+    """The prompt that a document was ingested under."""
+
+    segments: tuple[Segment, ...]
+    ends: tuple[tuple[int, PrefixName], ...]
+    root: BlockKey
+
+    @property
+    def name(self) -> PrefixName:
+        return self.ends[-1][1]
+
+    @property
+    def before_tokens(self) -> int:
+        """Tokens before the document."""
+        return tokens_before(self.ends)
+
+    def source(self, keys: tuple[BlockKey, ...]) -> Source:
+        """`keys`: of the chain's blocks."""
+        return Source(self.name, PLAIN, keys, self.root)
+
+
+class Modules:
+    def __init__(self, *, by_piece: bool) -> None:
+        """`by_piece`: windows are kept at the end of each piece, so each is a source of its own."""
+        self._by_piece = by_piece
+        self._modules: dict[str, Module] = {}
+        self._ingested: dict[tuple[str, str], Ingested] = {}  # by salt and document
+
+    def __contains__(self, module_id: str) -> bool:
+        return module_id in self._modules
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def open(self, module: Module) -> bool:
+        """Know a module; whether it replaces other pieces under this id."""
+        known = self._modules.get(module.module_id)
+        if known is not None and known.pieces == module.pieces:
+            return False
+        self._modules[module.module_id] = module
+        return known is not None
+
+    def forget(self, owner: str) -> None:
+        """A module or document is closed."""
+        self._modules.pop(owner, None)
+        for salt, document_id in list(self._ingested):
+            if document_id == owner:
+                del self._ingested[salt, document_id]
+
+    def get(self, module_id: str) -> Module:
+        """Raises DocumentMissing."""
+        if module_id not in self._modules:
+            raise DocumentMissing(f"module {module_id} is not open")
+        return self._modules[module_id]
+
+    def find(self, module_id: str) -> Module | None:
+        return self._modules.get(module_id)
+
+    def count(self, owners: Iterable[str]) -> None:
+        """A prompt borrows of these."""
+        for module in filter(None, map(self._modules.get, owners)):
+            module.hits += 1
+
+    def piece(self, module_id: str, piece: int) -> tuple[Module, Piece]:
+        """Raises DocumentMissing, or InvalidRequest where it has no such piece."""
+        module = self.get(module_id)
+        if not 0 <= piece < len(module.pieces):
+            raise InvalidRequest(
+                f"module {module_id} has pieces 0 to {len(module.pieces) - 1}, not {piece}",
+                param="piece",
+            )
+        return module, module.pieces[piece]
+
+    def source(self, module: Module, piece: int, salt: str, root: BlockKey) -> Source:
+        """From which that piece is borrowed."""
+        return module.source(salt, root, piece + 1 if self._by_piece else len(module.pieces))
+
+    def whole(self, module_id: str, salt: str, root: BlockKey) -> Prompt:
+        """The prompt that encodes a module. Raises DocumentMissing."""
+        module = self.get(module_id)
+        first = 1 if self._by_piece else len(module.pieces)
+        ends = [
+            (module.ends[count - 1], module.source(salt, root, count).name)
+            for count in range(first, len(module.pieces) + 1)
+        ]
+        return Prompt(TokenIds(module.token_ids, []), module.layout, tuple(ends))
+
+    def upto(self, source: Source) -> Prompt:
+        """The prompt that computes a source. Raises DocumentMissing where its owner was closed."""
+        module = self._modules.get(source.owner)
+        if module is None or source not in module.sources.values():
+            raise DocumentMissing(
+                f"{source.owner} was closed while a request waited to borrow from it; open it again"
+            )
+        token_ids = module.token_ids[: source.tokens]
+        ends = ((len(token_ids), source.name),)
+        return Prompt(TokenIds(token_ids, []), source.layout, ends)
+
+    # -- documents --------------------------------------------------------------------------------
+
+    def note(self, sequence: Sequence) -> None:
+        """A prompt is to be computed and kept: its last document can be borrowed from it."""
+        if sequence.document_ends and sequence.layout.plain:
+            ends = sequence.document_ends
+            ingested = Ingested(sequence.request.segments, ends, sequence.namespace)
+            self._ingested[sequence.request.salt, owner_of(ends[-1][1])] = ingested
+
+    def ingested(self, document_id: str, salt: str) -> Ingested | None:
+        return self._ingested.get((salt, document_id))

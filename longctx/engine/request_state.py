@@ -1,0 +1,53 @@
+"""One request in the engine: its choices, what its caller was told last, and what it came to."""
+
+import time
+from dataclasses import dataclass, field
+
+from longctx.kv.cache_manager import KVCacheManager
+from longctx.request import Progress, Request, RequestOutput, Usage
+from longctx.engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class Answers:
+    request: Request
+    sequences: list[Sequence]
+    hidden: bool = False  # the engine's own: nobody hears of it
+    reported: int = -1  # prompt tokens in the last progress
+    open_choices: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.open_choices = self.request.sampling.n
+
+    def progress(self, cache: KVCacheManager) -> list[RequestOutput]:
+        """News of the prompt, if there are any: computed by its own sequence or by another's."""
+        first = self.sequences[0]
+        owner = cache.computed_by(first)
+        done = min(first.prompt_tokens, (owner or first).computed)
+        if self.hidden or first.completion_tokens or done <= self.reported:
+            return []
+        self.reported = done
+        total = first.prompt_tokens + first.borrowed_tokens
+        admitted = first.cached_tokens is not None
+        borrowed = first.borrowed_tokens if admitted else 0  # or it still waits for that
+        progress = Progress(
+            total=total,
+            cache=(first.cached_tokens or 0) + borrowed,
+            processed=done + borrowed,
+            time_ms=1000 * (time.monotonic() - first.arrival_seconds),
+        )
+        return [RequestOutput(request_id=self.request.request_id, progress=progress)]
+
+    def usage(self) -> Usage:
+        first = self.sequences[0]
+        borrowed = first.borrowed_tokens
+        found = None if first.cached_tokens is None else first.cached_tokens + borrowed
+        return Usage(
+            prompt_tokens=first.prompt_tokens + borrowed,
+            cached_tokens=found or 0,
+            completion_tokens=sum(sequence.completion_tokens for sequence in self.sequences),
+            computed_tokens=sum(sequence.computed_tokens for sequence in self.sequences),
+            borrowed_tokens=borrowed if found is not None else 0,
+            linked_tokens=first.linked_tokens,
+            explanation=None if first.trace is None else first.trace.explanation,
+        )

@@ -1,0 +1,256 @@
+"""Answers flow, prompts take turns, memory goes to who came first, and nobody waits for ever."""
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longctx.errors import Overloaded
+from longctx.request import RequestClass
+from longctx.engine.scheduler import TIME_SHARE, DutyCycle, SchedulerOutput
+from longctx.engine.sequence import Sequence, SequenceState
+from longctx.text.tokenizer import Tokenizer
+from tests.support.bare_cache import Bench, bare_cache, blocks, numbers
+
+INTERACTIVE, BATCH, INGEST = RequestClass
+
+
+@pytest.fixture(scope="module")
+def tokenizer(llama: Path) -> Tokenizer:
+    return Tokenizer(llama)
+
+
+def tokens_in(output: SchedulerOutput, sequence: Sequence) -> int:
+    return sum(chunk.num_tokens for chunk in output.chunks if chunk.sequence is sequence)
+
+
+def test_answers_come_first_and_prompts_share_the_rest(tokenizer: Tokenizer) -> None:
+    bench = Bench(tokenizer, bare_cache(blocks=100))
+    answer = bench.add(numbers(10), max_tokens=50)
+    bench.step()
+    prompt = bench.add(numbers(500, 1000))
+    output = bench.step()
+    assert output.chunks[0].sequence is answer and tokens_in(output, answer) == 1
+    assert 64 <= tokens_in(output, prompt) <= 127
+    assert output.num_tokens <= bench.batch_tokens
+
+
+def test_chunks_end_at_block_boundaries(tokenizer: Tokenizer) -> None:
+    bench = Bench(tokenizer, bare_cache(blocks=100), batch_tokens=100)
+    prompt = bench.add(numbers(300))
+    for computed in (64, 128, 192, 256, 300):
+        bench.step()
+        assert prompt.computed == computed or prompt.state is SequenceState.FINISHED
+
+
+def test_a_budget_below_a_block_still_moves(tokenizer: Tokenizer) -> None:
+    bench = Bench(tokenizer, bare_cache(blocks=20), batch_tokens=7, max_sequences=2)
+    bench.add(numbers(150))
+    bench.finish(steps=30)
+
+
+def test_short_prompts_overtake_a_long_one_until_it_has_aged(tokenizer: Tokenizer) -> None:
+    bench = Bench(tokenizer, bare_cache(blocks=1000), seconds_of=lambda output: 0.1)
+    long = bench.add(numbers(2000))
+    short = bench.add(numbers(128, 5000))
+    output = bench.step()
+    assert tokens_in(output, short) == 128 and tokens_in(output, long) == 0
+    for index in range(200):  # short ones keep coming, enough for every step
+        bench.add(numbers(128, 10_000 + 200 * index))
+        bench.step()
+        if long.state is SequenceState.FINISHED:
+            break
+    assert long.state is SequenceState.FINISHED
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "ratio"), [(INTERACTIVE, INGEST, 8), (INTERACTIVE, BATCH, 4)]
+)
+def test_competing_classes_get_their_share_of_the_tokens(
+    tokenizer: Tokenizer, one: RequestClass, other: RequestClass, ratio: float
+) -> None:
+    bench = Bench(tokenizer, bare_cache(blocks=2000))
+    served = {one: 0, other: 0}
+    sequences = [
+        bench.add(numbers(30_000, 100_000 * (1 + request_class)), request_class=request_class)
+        for request_class in served
+    ]
+    for _ in range(180):
+        output = bench.step()
+        for sequence in sequences:
+            served[sequence.request.request_class] += tokens_in(output, sequence)
+    assert served[one] / served[other] == pytest.approx(ratio, rel=0.15)
+
+
+def test_a_question_does_not_wait_behind_an_ingestion(tokenizer: Tokenizer) -> None:
+    bench = Bench(tokenizer, bare_cache(blocks=2000))
+    bench.add(numbers(50_000), request_class=INGEST)
+    for _ in range(50):
+        bench.step()
+    question = bench.add(numbers(256, 100_000))
+    for _ in range(4):
+        bench.step()
+    assert question.state is SequenceState.FINISHED
+
+
+def test_an_ingestion_moves_under_constant_questions_and_answers(tokenizer: Tokenizer) -> None:
+    bench = Bench(tokenizer, bare_cache(blocks=2000), seconds_of=seconds_by_tokens)
+    ingestion = bench.add(numbers(5_000), request_class=INGEST)
+    bench.add(numbers(5, 90_000), max_tokens=20_000)
+    for index in range(3000):
+        if len(bench.scheduler.running) + len(bench.scheduler.waiting) < 5:
+            bench.add(numbers(300, 100_000 + 400 * index))
+        bench.step()
+        if ingestion.state is SequenceState.FINISHED:
+            return
+    raise AssertionError(f"only {ingestion.computed} tokens were read")
+
+
+def seconds_by_tokens(output: SchedulerOutput) -> float:
+    return 0.01 + 0.001 * output.num_tokens
+
+
+def test_waiting_for_a_block_lends_its_computer_the_urgency(tokenizer: Tokenizer) -> None:
+    bench = Bench(tokenizer, bare_cache(blocks=200))
+    document = numbers(1000)
+    ingestion = bench.add(document, request_class=INGEST, max_tokens=0)
+    bench.step()
+    question = bench.add([*document, 5000, 5001])
+    rival = bench.add(numbers(900, 20_000), request_class=BATCH)
+    while question.state is not SequenceState.FINISHED:
+        bench.step()
+    assert ingestion.computed_tokens == 1000
+    assert rival.computed <= 256  # a fifth, its share beside questions; of ingestion it is twice
+    assert question.cached_tokens == 960 and question.computed_tokens == 1002 - 960
+
+
+def test_more_sequences_than_allowed_wait(tokenizer: Tokenizer) -> None:
+    bench = Bench(tokenizer, bare_cache(blocks=200), max_sequences=3)
+    for index in range(9):
+        bench.add(numbers(10, 100 * index), max_tokens=5)
+    while bench.scheduler.running or bench.scheduler.waiting:
+        assert len(bench.step().chunks) <= 3
+
+
+def test_a_full_queue_refuses(tokenizer: Tokenizer) -> None:
+    bench = Bench(tokenizer, bare_cache(blocks=200))
+    with pytest.raises(Overloaded, match="1024 requests are waiting"):
+        for _ in range(1025):
+            bench.add([1])
+
+
+# -- memory -----------------------------------------------------------------------------------
+
+
+def test_the_youngest_of_the_lowest_class_gives_way(tokenizer: Tokenizer) -> None:
+    bench = Bench(tokenizer, bare_cache(blocks=9), batch_tokens=512)
+    assert bench.cache.memory.packed[0].capacity == 9  # the four need 12 at 192 tokens
+    prompts = {
+        "old batch": (BATCH, 0),
+        "young batch": (BATCH, 1),
+        "old question": (INTERACTIVE, 2),
+        "young question": (INTERACTIVE, 3),
+    }
+    sequences = {
+        name: bench.add(numbers(100, 1000 * begin), request_class=its_class, max_tokens=300)
+        for name, (its_class, begin) in prompts.items()
+    }
+    preempted: list[str] = []
+    for _ in range(2000):
+        if not bench.scheduler.running and not bench.scheduler.waiting:
+            break
+        before = {name: sequence.preemptions for name, sequence in sequences.items()}
+        bench.step()
+        preempted += [n for n, sequence in sequences.items() if sequence.preemptions > before[n]]
+    assert preempted[0] == "young batch"
+    assert preempted.index("young batch") < preempted.index("old batch")
+    assert "old question" not in preempted
+    assert not bench.scheduler.running and not bench.scheduler.waiting
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    prompts=st.lists(
+        st.tuples(st.integers(1, 500), st.integers(0, 200), st.sampled_from(list(RequestClass))),
+        min_size=1,
+        max_size=8,
+    ),
+    pool_blocks=st.integers(11, 16),
+)
+def test_the_first_of_the_highest_class_never_gives_way_and_all_end(
+    tokenizer: Tokenizer, prompts: list[tuple[int, int, RequestClass]], pool_blocks: int
+) -> None:
+    bench = Bench(tokenizer, bare_cache(blocks=pool_blocks))
+    sequences = [
+        bench.add(numbers(length, 1000 * i), request_class=c, max_tokens=max_tokens)
+        for i, (length, max_tokens, c) in enumerate(prompts)
+    ]
+    first = min(sequences, key=lambda sequence: sequence.rank)
+    bench.finish()
+    assert first.preemptions == 0
+    assert all(sequence.state is SequenceState.FINISHED for sequence in sequences)
+    assert bench.cache.memory.packed[0].held == bench.cache.memory.raw.held == 0
+
+
+def test_a_preempted_sequence_goes_on_from_its_blocks(tokenizer: Tokenizer) -> None:
+    bench = Bench(tokenizer, bare_cache(blocks=6))
+    old = bench.add(blocks(2)[:-1], max_tokens=140)
+    young = bench.add(blocks(2, 1000)[:-1], max_tokens=140)
+    bench.finish()
+    assert (old.preemptions, young.preemptions) == (0, 1)
+    assert young.computed_tokens < 127 + 140 + 256
+
+
+# -- time -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("request_class", list(RequestClass))
+@pytest.mark.parametrize("chunk_seconds", [0.02, 0.5, 3.0])
+def test_prompts_take_no_more_than_their_share_of_the_time(
+    request_class: RequestClass, chunk_seconds: float
+) -> None:
+    duty = DutyCycle()
+    answer_seconds, total, taken = 0.01, 0.0, 0.0
+    for _ in range(20):
+        duty.record({}, answer_seconds, answers=True)
+    for _ in range(10_000):
+        if duty.allows(request_class):
+            seconds = answer_seconds + chunk_seconds
+            duty.record({request_class: 512}, seconds, answers=True)
+            taken += chunk_seconds
+        else:
+            seconds = answer_seconds
+            duty.record({}, seconds, answers=True)
+        total += seconds
+    share = TIME_SHARE[request_class]
+    assert taken - chunk_seconds < share * total  # the last chunk is not repaid yet
+    # And it is used, but for what whole steps cost: a chunk, then as many steps as repay it.
+    steps = math.ceil(chunk_seconds * (1 - share) / (answer_seconds * share))
+    cycle_seconds = chunk_seconds + (1 + steps) * answer_seconds
+    assert taken + chunk_seconds > 0.95 * total * chunk_seconds / cycle_seconds
+
+
+def test_an_ingestion_slows_running_answers_by_less_than_a_fifth(tokenizer: Tokenizer) -> None:
+    bench = Bench(tokenizer, bare_cache(blocks=3000), seconds_of=seconds_by_tokens)
+    answer = bench.add(numbers(5), max_tokens=100_000)
+    for _ in range(50):
+        bench.step()
+    alone = rate_of(bench, answer)
+    bench.add(numbers(100_000, 100_000), request_class=INGEST)
+    bench.step()
+    assert rate_of(bench, answer) > 0.8 * alone
+
+
+def rate_of(bench: Bench, answer: Sequence) -> float:
+    began, drawn = bench.now, answer.completion_tokens
+    for _ in range(2000):
+        bench.step()
+    return (answer.completion_tokens - drawn) / (bench.now - began)
+
+
+def test_without_answers_nothing_is_held_back(tokenizer: Tokenizer) -> None:
+    bench = Bench(tokenizer, bare_cache(blocks=3000), seconds_of=seconds_by_tokens)
+    bench.add(numbers(20_000), request_class=INGEST)
+    assert all(bench.step().num_tokens == 128 for _ in range(100))

@@ -1,0 +1,311 @@
+"""What a codec costs is measured through the real cache, judged by fixed limits, and acted upon."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from compress.codec import CODECS
+from compress.shape import BLOCK_TOKENS, KVShape
+from compress.unscaled import Raw
+from longctx.attention.torch_backend import TorchAttention
+from longctx.config import CacheConfig, ModelConfig
+from longctx.embedded import model_path
+from longctx.errors import ModelRefused
+from longctx.kv.memory import KVMemory
+from longctx.model.loader import LoadedModel, load_model
+from longctx.quality.damage import Tally, compare
+from longctx.quality.gate import CodecChoice, choose_codec, judge_codec
+from longctx.quality.measure import Measured, Workload, measure
+from longctx.quality.replay import Replay
+from longctx.quality.texts import TEXTS
+from longctx.request import SamplingParams
+from longctx.text.tokenizer import Tokenizer
+from tests.conftest import ModelFolders
+from tests.support.recorded_engine import Eager, some_ids
+from tests.support.tiny_models import write_model
+from tests.support.tiny_tokenizer import write_tokenizer
+
+SHORT = Workload(text_tokens=160, own_tokens=8, limit_seconds=None)
+
+
+class Rounded(Raw):
+    """Pages of what is left of rows after `rounding`: a codec by its damage alone."""
+
+    lossless = False
+
+    def __init__(self, shape: KVShape, rounding: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(shape)
+        self.lossless = False
+        self._rounding = rounding
+
+    def encode(self, rows: Tensor) -> Tensor:
+        return super().encode(self._rounding(rows.float()).to(rows.dtype))
+
+
+def four_levels(rows: Tensor) -> Tensor:
+    low, high = rows.aminmax(dim=-1, keepdim=True)
+    step = (high - low).clamp_min(1e-8) / 3
+    return ((rows - low) / step).round() * step + low
+
+
+def q4_0(rows: Tensor) -> Tensor:
+    """llama.cpp's 4-bit format: 32 values share a scale, which the largest sets to -8."""
+    parts = rows.unflatten(-1, (-1, 32))
+    peak = parts.gather(-1, parts.abs().argmax(-1, keepdim=True))
+    scale = (peak / -8).half().float()
+    inverse = torch.where(scale == 0, 0.0, 1 / scale)
+    return ((parts * inverse + 8.5).floor().clamp(0, 15).sub(8) * scale).flatten(-2)
+
+
+@pytest.fixture
+def more_codecs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, rounding in (("same", torch.clone), ("bad", four_levels), ("q4_0", q4_0)):
+        monkeypatch.setitem(CODECS, name, lambda shape, rounding=rounding: Rounded(shape, rounding))
+
+
+def loaded(folder: Path, **settings: object) -> tuple[LoadedModel, Tokenizer]:
+    return load_model(ModelConfig(**settings), folder), Tokenizer(folder)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def probe() -> tuple[LoadedModel, Tokenizer]:
+    return loaded(model_path("probe"))
+
+
+# -- the measurement ------------------------------------------------------------------------------
+
+
+def replayed(
+    model: LoadedModel, tokenizer: Tokenizer, codec: str, counts: Sequence[int]
+) -> tuple[list[int], Tensor]:
+    """Tokens and the logits of all rows, computed `counts` at a time."""
+    cache = Replay(
+        model, tokenizer, TorchAttention, codec=codec, blocks=8, sequences=1, chunk_tokens=192
+    )
+    tokens = list(some_ids(sum(counts), 3))
+    prompt = tokens[: -counts.count(1) or None]
+    sequence = cache.admit(prompt, SamplingParams(max_tokens=64))
+    rows = []
+    for count in counts:
+        if sequence.remaining == 0:
+            sequence.tokens.append(tokens[sequence.computed])
+        rows.append(cache.feed([sequence], count))
+    return tokens, torch.cat(rows)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_raw_rows_are_those_of_transformers(architecture: str, model_folders: ModelFolders) -> None:
+    folder = model_folders(architecture)
+    tokens, rows = replayed(*loaded(folder), "raw", [192, 40, 1, 1, 1])
+    torch.testing.assert_close(rows, Eager(folder).rows(tokens), atol=1e-4, rtol=1e-4)
+
+
+def test_chunks_and_single_tokens_show_the_same_damage(llama: Path) -> None:
+    together = replayed(*loaded(llama), "int8", [190, 2, 64, 1, 1])[1]
+    apart = replayed(*loaded(llama), "int8", [64, 128, 30, 34, 1, 1])[1]
+    exact = replayed(*loaded(llama), "raw", [190, 2, 64, 1, 1])[1]
+    assert (together - apart).abs().median() < (together - exact).abs().median() / 100
+
+
+def test_the_figures_are_those_of_their_definitions() -> None:
+    exact, coded = torch.randn(40, 9), torch.randn(40, 9)
+    targets = torch.randint(9, (40,))
+    tally = Tally()
+    tally.add(compare(exact, coded, targets))
+    damage = tally.damage()
+    assert damage is not None and damage.rows == 40
+    p, q = exact.double().softmax(-1), coded.double().softmax(-1)
+    assert damage.kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-5)
+    assert damage.flips == pytest.approx(float((p.argmax(-1) != q.argmax(-1)).double().mean()))
+    nats = -p.gather(-1, targets[:, None]).log().mean()
+    more = -q.gather(-1, targets[:, None]).log().mean() - nats
+    assert damage.raw_perplexity == pytest.approx(float(nats.exp()), rel=1e-5)
+    assert damage.perplexity_rise == pytest.approx(float(more.exp()) - 1, rel=1e-4)
+
+
+def test_the_interval_knows_that_neighbours_are_alike() -> None:
+    torch.manual_seed(0)
+    levels = torch.rand(400, 1).expand(400, 16).reshape(-1, 1)
+    alike, independent = Tally(), Tally()
+    alike.add(levels.expand(-1, 4))
+    independent.add(torch.rand(6400, 1).expand(-1, 4))
+    wide, narrow = alike.damage(), independent.damage()
+    assert wide is not None and narrow is not None
+    assert narrow.kl_error == pytest.approx(1.96 * 12**-0.5 / 80, rel=0.1)
+    assert wide.kl_error == pytest.approx(4 * narrow.kl_error, rel=0.2)
+
+
+@pytest.mark.usefixtures("more_codecs")
+def test_a_codec_that_changes_nothing_costs_nothing(llama: Path) -> None:
+    measured = measure(*loaded(llama), TorchAttention, ["same"], workload=SHORT)["same"]
+    assert measured.text is not None and measured.own is not None
+    # Only the order of sums differs: a lossless codec lets a chunk read its own blocks at once
+    assert max(measured.text.kl, measured.own.kl) < 1e-6
+    assert measured.own.rows == 2 * len(TEXTS) * SHORT.own_tokens
+    read = SHORT.text_tokens - BLOCK_TOKENS
+    assert len(TEXTS) * (read - 1) <= measured.text.rows <= len(TEXTS) * (read + 4)
+
+
+@pytest.mark.usefixtures("more_codecs")
+def test_codecs_rank_as_they_should_on_the_probe(probe: tuple[LoadedModel, Tokenizer]) -> None:
+    workload = Workload(text_tokens=320, own_tokens=8, limit_seconds=None)
+    names = ("int8", "int4", "q4_0", "bad")
+    measured = measure(*probe, TorchAttention, names, workload=workload)
+    text = {name: measured[name].text for name in names}
+    assert text["int8"].kl + text["int8"].kl_error < 1e-3
+    assert text["int8"].kl < text["int4"].kl <= text["q4_0"].kl < text["bad"].kl
+    spec = probe[0].spec
+    assert judge_codec(spec, "int8", measured["int8"]).judged == ("text", "own")
+    assert judge_codec(spec, "int8", measured["int8"]).passed
+    assert judge_codec(spec, "int4", measured["int4"]).passed
+    assert not judge_codec(spec, "bad", measured["bad"]).passed
+
+
+def test_needle_is_judged_by_its_own_answers() -> None:
+    model, tokenizer = loaded(model_path("needle"))
+    measured = measure(model, tokenizer, TorchAttention, ["int8"], workload=Workload())["int8"]
+    verdict = judge_codec(model.spec, "int8", measured)
+    assert verdict.text_is_foreign and verdict.judged == ("own",)
+    assert verdict.passed
+
+
+@pytest.mark.parametrize("max_context", [96, 512])
+def test_short_contexts_are_measured_as_far_as_they_go(max_context: int, llama: Path) -> None:
+    model, tokenizer = loaded(llama, max_context=max_context)
+    measured = measure(model, tokenizer, TorchAttention, ["int8"], workload=Workload())["int8"]
+    assert measured.own is not None and measured.own.kl > 0
+
+
+def test_time_that_is_up_leaves_enough_to_judge(llama: Path) -> None:
+    hurried = replace(SHORT, own_tokens=48, limit_seconds=0.0)
+    measured = measure(*loaded(llama), TorchAttention, ["int8"], workload=hurried)["int8"]
+    assert measured.text is not None and measured.own is not None
+    assert measured.text.rows < SHORT.text_tokens
+    assert measured.own.rows == 32
+
+
+# -- the choice -----------------------------------------------------------------------------------
+
+
+class Kernels(TorchAttention):
+    """Stands for a backend that reads packed pages as they lie."""
+
+
+def choice(
+    folder: Path,
+    codec: str,
+    *,
+    force: bool = False,
+    backend: Callable[[KVMemory], TorchAttention] | None = None,
+    cache_dir: Path | None = None,
+) -> CodecChoice:
+    return choose_codec(
+        CacheConfig(kv_codec=codec, force_codec=force),
+        *loaded(folder),
+        backend or Kernels,
+        cache_dir=cache_dir,
+        workload=SHORT,
+    )
+
+
+def test_auto_takes_int8_where_it_passes(llama: Path) -> None:
+    found = choice(llama, "auto")
+    assert found.codec == "int8" and not found.forced
+    assert found.reason.startswith("int8, which passed: KL in its own answers ")
+    assert found.verdict is not None and found.verdict.passed
+
+
+@pytest.mark.usefixtures("more_codecs")
+def test_auto_stays_raw_where_int8_does_damage(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CODECS, "int8", CODECS["bad"])
+    found = choice(llama, "auto")
+    assert found.codec == "raw"
+    assert found.reason.startswith("raw, since int8 did not pass: KL in its own answers is ")
+    assert "the limit 0.001" in found.reason
+
+
+def test_auto_stays_raw_for_heads_that_int8_cannot_hold(tmp_path: Path) -> None:
+    write_tokenizer(write_model(tmp_path, head_dim=12))
+    found = choice(tmp_path, "auto")
+    assert found.codec == "raw" and "12" in found.reason
+    with pytest.raises(ModelRefused, match="12"):
+        choice(tmp_path, "int8", force=True)
+
+
+def test_auto_stays_raw_where_the_backend_would_unpack_pages(llama: Path) -> None:
+    found = choice(llama, "auto", backend=TorchAttention)
+    assert found.codec == "raw" and "unpacked for every token" in found.reason
+
+
+def test_auto_stays_raw_where_nothing_can_be_told(tmp_path: Path) -> None:
+    write_tokenizer(write_model(tmp_path, max_position_embeddings=BLOCK_TOKENS))
+    found = choice(tmp_path, "auto", cache_dir=tmp_path)
+    assert found.reason.endswith("int8 did not pass: its context or answers are too short to tell")
+    assert not (tmp_path / "quality").exists()
+
+
+@pytest.mark.usefixtures("more_codecs")
+def test_a_codec_that_was_asked_for_and_fails_is_refused_with_the_cure(llama: Path) -> None:
+    with pytest.raises(ModelRefused, match=r"KL .* is [0-9.e-]+ \+- .*the limit .*--force-codec"):
+        choice(llama, "bad")
+
+
+@pytest.mark.usefixtures("more_codecs")
+def test_a_forced_codec_is_used_and_called_forced(llama: Path) -> None:
+    found = choice(llama, "bad", force=True)
+    assert found.codec == "bad" and found.forced and "forced" in found.reason
+
+
+def test_an_exact_codec_is_not_measured(llama: Path) -> None:
+    found = choice(llama, "raw")
+    assert (found.codec, found.verdict) == ("raw", None)
+
+
+def test_a_verdict_is_remembered_until_something_changes(llama: Path, tmp_path: Path) -> None:
+    made: list[KVMemory] = []
+
+    class Counted(Kernels):
+        def __init__(self, memory: KVMemory) -> None:
+            super().__init__(memory)
+            made.append(memory)
+
+    class Other(Counted):
+        pass
+
+    def choices(backend: type[Counted] = Counted) -> CodecChoice:
+        made.clear()
+        return choice(llama, "auto", cache_dir=tmp_path, backend=backend)
+
+    first = choices()
+    assert made
+    assert choices() == first and not made
+    choices(Other)
+    assert made
+    for file in (tmp_path / "quality").iterdir():
+        file.write_text("{", encoding="ascii")
+    choices()
+    assert made
+
+
+def test_a_folder_that_cannot_be_written_costs_only_time(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "quality").write_text("in the way", encoding="ascii")
+    assert choice(llama, "auto", cache_dir=tmp_path).codec == "int8"
+
+
+def test_what_is_not_a_number_does_not_pass(llama: Path) -> None:
+    rows = torch.full((64, 4), torch.nan)
+    tally = Tally()
+    tally.add(rows)
+    measured = Measured(text=tally.damage(), own=None, seconds=0.0)
+    assert not judge_codec(loaded(llama)[0].spec, "int8", measured).passed
+
+
+def test_forcing_needs_a_codec() -> None:
+    with pytest.raises(ValueError, match="force_codec needs a codec"):
+        CacheConfig(force_codec=True)

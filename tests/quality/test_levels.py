@@ -1,0 +1,89 @@
+"""What a level of exactness costs a model is measured through the engine, judged and remembered."""
+
+from pathlib import Path
+
+import pytest
+
+from longctx.config import CacheConfig, EngineConfig, ModelConfig
+from longctx.embedded import model_path
+from longctx.engine.engine import Engine
+from longctx.quality import level_gate
+from longctx.quality.level_gate import judge_level, level_verdict
+from longctx.quality.level_measure import LevelWorkload, measure_levels
+from longctx.quality.measure import Measured, frame_of
+from longctx.quality.texts import TEXTS
+from prompt_cache.level import EXACT, MODULAR, Level
+from tests.support.recorded_engine import Eager
+
+COMPUTED = Level(10_000)  # more than a module has
+SHORT = LevelWorkload(module_tokens=100, text_tokens=40, own_tokens=8)
+
+
+def engine(folder: Path, cache_dir: Path, codec: str = "raw") -> Engine:
+    cache = CacheConfig(kv_codec=codec, force_codec=codec != "raw", device_pool_gib=0.01)
+    return Engine(
+        EngineConfig(model=ModelConfig(threads=1), cache=cache), folder, cache_dir=cache_dir
+    )
+
+
+def test_what_is_compared_with_is_what_the_model_says(llama: Path, tmp_path: Path) -> None:
+    """Rows and the tokens that they are judged by: `exact` costs what transformers computes."""
+    measured_engine = engine(llama, tmp_path)
+    (measured,) = measure_levels(measured_engine, [COMPUTED], workload=SHORT).values()
+    assert measured.text is not None and measured.own is not None
+    assert measured.text.kl < 1e-6 and measured.own.kl < 1e-6
+    assert measured.text.flips == measured.own.flips == 0.0
+    tokenizer, eager = measured_engine.tokenizer, Eager(llama)
+    nats: list[float] = []
+    for number, text in enumerate(TEXTS):
+        before, _ = frame_of(tokenizer, text, text.questions[0])
+        other = tokenizer.encode(TEXTS[number - 1].body)[: SHORT.module_tokens]
+        body = tokenizer.encode(text.body)[: SHORT.module_tokens + SHORT.text_tokens]
+        tokens = [*before, *other, *body]
+        rows = eager.rows(tokens).log_softmax(-1)
+        judged = range(len(tokens) - SHORT.text_tokens + 1, len(tokens))
+        nats += [-float(rows[at - 1, tokens[at]]) for at in judged]
+    assert measured.text.rows == len(nats)
+    assert measured.text.nats == pytest.approx(sum(nats) / len(nats), abs=1e-4)
+
+
+@pytest.mark.parametrize("codec", ["raw", "int8"])
+def test_a_language_model_does_not_stand_modules_apart(codec: str, tmp_path: Path) -> None:
+    probe = engine(model_path("probe"), tmp_path, codec)
+    for level in (MODULAR, Level(16)):
+        verdict = judge_level(probe, level)
+        assert not verdict.passed
+        assert verdict.level == level.name
+        assert "KL on text is" in verdict.reason
+    assert judge_level(probe, EXACT).passed
+
+
+def test_the_needle_model_stands_modules_apart(tmp_path: Path) -> None:
+    verdict = level_verdict(
+        engine(model_path("needle"), tmp_path), MODULAR, level_gate.AT_FIRST_USE
+    )
+    assert verdict.passed and verdict.judged == ("own",), verdict.reason
+
+
+def test_figures_are_remembered(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = level_verdict(engine(llama, tmp_path), MODULAR, SHORT)
+
+    def measure_again(*_: object, **__: object) -> dict[Level, Measured]:
+        raise AssertionError("measured twice")
+
+    monkeypatch.setattr(level_gate, "measure_levels", measure_again)
+    assert level_verdict(engine(llama, tmp_path), MODULAR, SHORT) == first
+    with pytest.raises(AssertionError):
+        level_verdict(engine(llama, tmp_path), Level(16), SHORT)
+    with pytest.raises(AssertionError):
+        level_verdict(engine(llama, tmp_path, "int8"), MODULAR, SHORT)
+
+
+def test_levels_are_compared_with_exact_in_the_same_codec(llama: Path, tmp_path: Path) -> None:
+    """What a codec costs is another gate's business."""
+    found = measure_levels(engine(llama, tmp_path, "int4"), [MODULAR, COMPUTED], workload=SHORT)
+    modular, computed = found[MODULAR].text, found[COMPUTED].text
+    assert modular is not None and computed is not None
+    assert computed.kl < 1e-6 < modular.kl

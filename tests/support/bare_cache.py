@@ -1,0 +1,140 @@
+"""Pools, sequences and a scheduler without a model: steps that take the time they are told."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from compress.shape import BLOCK_TOKENS, KVShape
+from longctx.config import SchedulerConfig
+from longctx.kv.cache_manager import KVCacheManager
+from longctx.kv.memory import KVMemory
+from longctx.kv.prefix_index import document_name
+from longctx.model.hf_attention import LayerSpec
+from longctx.request import Request, RequestClass, SamplingParams, Segment
+from longctx.engine.sampler import SamplingState
+from longctx.engine.scheduler import Scheduler, SchedulerOutput
+from longctx.engine.sequence import Sequence as EngineSequence
+from longctx.engine.sequence import TokenIds
+from longctx.text.detokenizer import TextStream
+from longctx.text.tokenizer import Tokenizer
+from offload.key import namespace
+
+GLOBAL = LayerSpec(heads=1, kv_heads=1, head_dim=8, window=None)
+SHAPE = KVShape(kv_heads=1, head_dim=8, dtype=torch.float32)
+SPACE = namespace(fingerprint="", dtype="", rope="", codec="raw", codec_version=1, salt="")
+
+
+def window_of(tokens: int) -> LayerSpec:
+    return LayerSpec(heads=1, kv_heads=1, head_dim=8, window=tokens)
+
+
+def bare_cache(
+    *, blocks: int, layers: Sequence[LayerSpec] = (GLOBAL,), step_blocks: int = 16
+) -> KVCacheManager:
+    """`blocks` fit into the global pool if all layers are global, fewer beside windows."""
+    page_bytes = SHAPE.values_per_page * SHAPE.dtype.itemsize
+    memory = KVMemory(
+        layers,
+        dtype=SHAPE.dtype,
+        device=torch.device("cpu"),
+        codec="raw",
+        pool_bytes=(blocks + 1) * page_bytes * len(layers),
+        step_blocks=step_blocks,
+    )
+    return KVCacheManager(memory)
+
+
+@dataclass
+class Bench:
+    """A scheduler whose steps compute nothing."""
+
+    tokenizer: Tokenizer
+    cache: KVCacheManager
+    batch_tokens: int = 128
+    max_sequences: int = 8
+    seconds_of: Callable[[SchedulerOutput], float] = lambda output: 0.01
+    now: float = 0.0
+    arrivals: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
+
+    def __post_init__(self) -> None:
+        config = SchedulerConfig(
+            max_batch_tokens=self.batch_tokens, max_sequences=self.max_sequences
+        )
+        self.scheduler = Scheduler(
+            config, self.cache, batch_tokens=self.batch_tokens, clock=lambda: self.now
+        )
+
+    def sequence(
+        self,
+        token_ids: Sequence[int],
+        *,
+        request_class: RequestClass = RequestClass.INTERACTIVE,
+        max_tokens: int = 1,
+        document: tuple[str, int] | None = None,
+    ) -> EngineSequence:
+        """`document`: its id, and the prompt tokens up to its end."""
+        arrival = next(self.arrivals)
+        sampling = SamplingParams(max_tokens=max_tokens)
+        tokens = TokenIds(np.array(token_ids, dtype=np.int32), [])
+        ends = ()
+        if document is not None:
+            ends = ((document[1], ("", document_name(document[0]))),)
+        return EngineSequence(
+            request=Request(
+                request_id=f"{arrival}",
+                segments=(Segment(token_ids=tuple(token_ids)),),
+                sampling=sampling,
+                request_class=request_class,
+            ),
+            index=0,
+            arrival=arrival,
+            arrival_seconds=self.now,
+            tokens=tokens,
+            prompt_tokens=len(token_ids),
+            sampling=SamplingState(
+                sampling, seed=0, prompt_token_ids=lambda: np.array(token_ids, dtype=np.int32)
+            ),
+            seed=0,
+            text=TextStream(self.tokenizer, stop=()),
+            namespace=SPACE,
+            document_ends=ends,
+        )
+
+    def add(self, token_ids: Sequence[int], **options: object) -> EngineSequence:
+        sequence = self.sequence(token_ids, **options)  # type: ignore[arg-type]
+        self.scheduler.add(sequence)
+        return sequence
+
+    def step(self) -> SchedulerOutput:
+        """Schedule, pass the time, draw token 7 for whoever draws, end whoever is done."""
+        output = self.scheduler.schedule()
+        seconds = self.seconds_of(output)
+        self.now += seconds
+        drawing = [chunk.sequence for chunk in output.chunks if chunk.draws]
+        self.scheduler.update(output, seconds)
+        for sequence in drawing:
+            sequence.tokens.append(7)
+        for chunk in output.chunks:
+            sequence = chunk.sequence
+            prefilled = sequence.computed >= sequence.prompt_tokens
+            if prefilled and sequence.completion_tokens >= sequence.request.sampling.max_tokens:
+                self.scheduler.remove(sequence)
+        return output
+
+    def finish(self, *, steps: int = 2000) -> None:
+        while self.scheduler.running or self.scheduler.waiting:
+            self.step()
+            steps -= 1
+            assert steps > 0, "the scheduler does not come to an end"
+
+
+def numbers(count: int, begin: int = 0) -> list[int]:
+    return list(range(begin, begin + count))
+
+
+def blocks(count: int, begin: int = 0) -> list[int]:
+    """Tokens of `count` full blocks."""
+    return numbers(count * BLOCK_TOKENS, begin)

@@ -1,0 +1,280 @@
+"""An engine whose logits are kept at the seam of the model runner, beside eager transformers.
+
+The engine is the real one, step by step; only what `ModelRunner.run` returns is written down, with
+the choice and the number of tokens that it belongs to.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from compress.codec import CODECS
+from compress.shape import KVShape
+from longctx.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from longctx.engine.engine import Engine
+from longctx.engine.parts import Runner
+from longctx.request import (
+    FinishReason,
+    Progress,
+    Request,
+    RequestClass,
+    RequestOutput,
+    SamplingParams,
+    Segment,
+    Usage,
+)
+from longctx.ring.ranks import Ranks
+from longctx.engine.sampler import SamplingError
+from longctx.engine.scheduler import Chunk, SchedulerOutput
+from longctx.engine.sequence import Sequence as EngineSequence
+from longctx.engine.sequence import TokenIds
+from tests.support.tiny_models import BASE, HEAD_DIM, VOCAB_SIZE
+
+GIB = 1 << 30
+
+
+@dataclass
+class Answered:
+    """Everything that one request brought about."""
+
+    tokens: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    texts: dict[int, str] = field(default_factory=lambda: defaultdict(str))
+    reasons: dict[int, list[FinishReason]] = field(default_factory=lambda: defaultdict(list))
+    progress: list[Progress] = field(default_factory=list)
+    finished: int = 0
+    usage: Usage | None = None
+    errors: list[str] = field(default_factory=list)
+
+    def take(self, output: RequestOutput) -> None:
+        assert not self.finished, f"an output after the last one: {output}"
+        if output.progress is not None:
+            self.progress.append(output.progress)
+            return
+        assert not self.reasons[output.index], f"an output after its choice ended: {output}"
+        self.tokens[output.index] += output.token_ids
+        self.texts[output.index] += output.text
+        if output.finish_reason is not None:
+            self.reasons[output.index].append(output.finish_reason)
+        if output.error is not None:
+            self.errors.append(output.error)
+        self.finished += output.finished
+        if output.finished:
+            assert output.usage is not None
+            self.usage = output.usage
+
+    @property
+    def answer(self) -> list[int]:
+        return self.tokens[0]
+
+    @property
+    def reason(self) -> FinishReason:
+        (reason,) = self.reasons[0]
+        return reason
+
+    @property
+    def counts(self) -> Usage:
+        assert self.usage is not None, "not finished"
+        return self.usage
+
+
+class RecordingRunner:
+    """A `ModelRunner` that keeps the last step's logits, and fails when it is told to."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.inner = runner
+        self.logits: Tensor | None = None
+        self.failures: list[Exception] = []
+
+    @property
+    def computed_tokens(self) -> int:
+        return self.inner.computed_tokens
+
+    def stats(self) -> dict[str, float]:
+        return self.inner.stats()
+
+    def run_chunks(self, chunks: Sequence[Chunk]) -> Tensor:
+        if self.failures:
+            raise self.failures.pop()
+        self.logits = self.inner.run_chunks(chunks)
+        return self.logits
+
+
+class RecordedEngine(Engine):
+    """`logits[request_id, index][tokens]`: the row that followed the first `tokens` tokens."""
+
+    def __init__(
+        self, config: EngineConfig, model_folder: Path, ranks: Ranks | None = None
+    ) -> None:
+        super().__init__(config, model_folder, ranks=ranks)
+        self.runner = RecordingRunner(self._runner)
+        self._runner = self.runner
+        self.cache = self._cache
+        self.memory = self._memory
+        self.scheduler = self._scheduler
+        self.answered: dict[str, Answered] = defaultdict(Answered)
+        self.logits: dict[tuple[str, int], dict[int, Tensor]] = defaultdict(dict)
+        self.texts_of: dict[tuple[str, int], TokenIds] = {}
+        self.preemptions = 0
+
+    def _compute(
+        self, scheduled: SchedulerOutput
+    ) -> list[tuple[EngineSequence, int | SamplingError]]:
+        drawing = [chunk.sequence for chunk in scheduled.chunks if chunk.draws]
+        lengths = [len(sequence.tokens) for sequence in drawing]
+        drawn = super()._compute(scheduled)
+        assert self.runner.logits is not None
+        for sequence, length, row in zip(drawing, lengths, self.runner.logits, strict=True):
+            name = (sequence.request.request_id, sequence.index)
+            self.logits[name][length] = row.clone()
+            self.texts_of[name] = sequence.tokens
+            self.preemptions += sequence.preemptions
+        return drawn
+
+    def tokens_of(self, name: tuple[str, int]) -> list[int]:
+        """Prompt and answer of one choice that has drawn at least once."""
+        tokens = self.texts_of[name]
+        return [int(token) for token in tokens.slice(0, len(tokens))]
+
+    def take_step(self) -> list[RequestOutput]:
+        outputs = self.step()
+        for output in outputs:
+            self.answered[output.request_id].take(output)
+        return outputs
+
+    def finish(self, *requests: Request, steps: int = 5000) -> list[Answered]:
+        """Submit, run until nothing is left, and what each brought about."""
+        for request in requests:
+            self.submit(request)
+        while self.has_work:
+            self.take_step()
+            steps -= 1
+            assert steps > 0, "the engine does not come to an end"
+        return [self.answered[request.request_id] for request in requests]
+
+    def assert_idle(self) -> None:
+        """Nothing runs, and no page is held once the prefixes are dropped."""
+        assert not self.has_work
+        while self.is_writing:  # what is on its way to the disk is held until it is there
+            self.step()
+        assert not self.scheduler.running and not self.scheduler.waiting
+        assert self.memory.raw.held == 0
+        assert not self.cache._pending
+        self.cache.residents.clear()
+        assert len(self.cache.prefixes) == 0, "a prefix is in use"
+        for pool in self.memory.packed:
+            assert pool.held == 0
+            assert pool.available == pool.capacity
+
+
+def engine_config(
+    *,
+    codec: str = "raw",
+    backend: str = "auto",
+    max_batch_tokens: int = 512,
+    max_sequences: int = 8,
+    max_waiting: int = 1024,
+    pool_gib: float = 0.03,
+    max_context: int | None = None,
+    rope_override: str | None = None,
+    dtype: Literal["auto", "float32"] = "auto",
+) -> EngineConfig:
+    return EngineConfig(
+        model=ModelConfig(
+            attention_backend=backend,
+            max_context=max_context,
+            rope_override=rope_override,
+            dtype=dtype,
+        ),
+        cache=CacheConfig(kv_codec=codec, force_codec=True, device_pool_gib=pool_gib),
+        scheduler=SchedulerConfig(
+            max_batch_tokens=max_batch_tokens,
+            max_sequences=min(max_sequences, max_batch_tokens),
+            max_waiting=max_waiting,
+        ),
+    )
+
+
+def build_engine(folder: Path, *, ranks: Ranks | None = None, **options: Any) -> RecordedEngine:
+    return RecordedEngine(engine_config(**options), folder, ranks)
+
+
+def gib_of_blocks(
+    blocks: int, layers: int = BASE["num_hidden_layers"], *, codec: str = "raw"
+) -> float:
+    """`device_pool_gib` for so many blocks of a tiny float32 model without windows."""
+    shape = KVShape(kv_heads=BASE["num_key_value_heads"], head_dim=HEAD_DIM, dtype=torch.float32)
+    return (blocks + 1) * layers * CODECS[codec](shape).page_bytes / GIB
+
+
+def some_ids(length: int, seed: int) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(5, VOCAB_SIZE, (length,), generator=generator).tolist())
+
+
+def ask(
+    name: str,
+    *pieces: Sequence[int] | str,
+    max_tokens: int = 8,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    n: int = 1,
+    salt: str = "",
+    request_class: RequestClass = RequestClass.INTERACTIVE,
+    ignore_eos: bool = True,
+) -> Request:
+    """A request; a piece is literal token ids, or the name of a document."""
+    return Request(
+        request_id=name,
+        segments=tuple(
+            Segment(document_id=piece)
+            if isinstance(piece, str)
+            else Segment(token_ids=tuple(piece))
+            for piece in pieces
+        ),
+        sampling=SamplingParams(
+            max_tokens=max_tokens, temperature=temperature, seed=seed, n=n, ignore_eos=ignore_eos
+        ),
+        request_class=request_class,
+        salt=salt,
+    )
+
+
+class Eager:
+    """transformers' own float32 forward pass; the same tokens are computed once."""
+
+    def __init__(self, folder: Path, **changes: Any) -> None:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="eager", dtype=torch.float32, **changes
+        )
+        self._model = model.eval()
+        self._rows: dict[tuple[int, ...], Tensor] = {}
+
+    def rows(self, tokens: Sequence[int]) -> Tensor:
+        """Logits [tokens, vocab]."""
+        name = tuple(tokens)
+        if name not in self._rows:
+            with torch.inference_mode():
+                logits = self._model(torch.tensor([name]), use_cache=False).logits[0]
+            self._rows[name] = logits.float()
+        return self._rows[name]
+
+
+def assert_equals_eager(engine: RecordedEngine, eager: Eager, tolerance: float = 1e-4) -> None:
+    """All logits that the engine drew from, and each greedy token unless two are as good."""
+    assert engine.logits
+    for name, drawn in engine.logits.items():
+        tokens = engine.tokens_of(name)
+        rows = eager.rows(tokens)
+        for length, row in drawn.items():
+            difference = float((row - rows[length - 1]).abs().max())
+            assert difference < tolerance, (name, length, difference)
+            if length < len(tokens):
+                best, chosen = rows[length - 1].max(), rows[length - 1][tokens[length]]
+                assert best - chosen <= 2 * tolerance, (name, length)
+    assert not any(answered.errors for answered in engine.answered.values())
