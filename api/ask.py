@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from api.draft import Draft
 from api.errors import ApiError
 from api.parser import Parser
-from longctx.client import EngineClient
+from longctx.process.client import EngineClient
 from longctx.config import EngineConfig
 from longctx.errors import LongctxError
 from longctx.request import (

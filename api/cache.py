@@ -16,7 +16,7 @@ from api.errors import ApiError
 from api.library import Entry, Library
 from api.metrics import EVICTIONS, OF_TIER, TIER
 from api.wire import FlushRequest, read_json
-from longctx.client import EngineClient
+from longctx.process.client import EngineClient
 
 TIERS = ("device", "host", "disk")
 

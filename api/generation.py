@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from api.errors import ApiError
 from api.wire import Sampled
-from longctx.client import EngineClient
+from longctx.process.client import EngineClient
 from longctx.errors import ContextTooLong, EngineDied, InvalidRequest
 from longctx.request import FinishReason, Request, RequestOutput, SamplingParams, Segment
 

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 from api.errors import logger
 from api.lane import Lane
 from api.prefill import Failures, prefill, to_keep
-from longctx.client import EngineClient
+from longctx.process.client import EngineClient
 from longctx.errors import EngineDied, LongctxError
 from longctx.request import Piece, Progress, Request, Segment
 

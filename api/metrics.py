@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.library import DocumentState, Library
 from longctx import __version__
-from longctx.client import EngineClient, State
+from longctx.process.client import EngineClient, State
 from longctx.errors import LongctxError
 
 STATS_SECONDS = 5.0  # a step that takes longer is not waited for: Prometheus would give up

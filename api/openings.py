@@ -12,7 +12,7 @@ from api.opening import NoOpening, Opening, PromptOpening, SchemaOpening
 from api.prompt_library import PromptLibrary
 from api.schema_library import SchemaLibrary
 from api.wire import PromptCache
-from longctx.client import EngineClient
+from longctx.process.client import EngineClient
 from longctx.request import LevelVerdict
 from longctx.text.chat_template import FilePart
 from prompt_cache.level import EXACT, Level, parse_level

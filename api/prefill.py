@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from longctx.client import EngineClient
+from longctx.process.client import EngineClient
 from longctx.errors import DocumentMissing, EngineDied, Overloaded
 from longctx.request import (
     FinishReason,

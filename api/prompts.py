@@ -16,7 +16,7 @@ from api.keeper import Keeper
 from api.prompt_library import PromptEntry, PromptLibrary
 from api.prompt_records import PromptRecord
 from api.wire import Wire, read_json
-from longctx.client import EngineClient
+from longctx.process.client import EngineClient
 from longctx.request import ModuleState
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")

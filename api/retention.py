@@ -18,7 +18,7 @@ from api.keeper import Keeper, Kept, Modules
 from api.prompt_records import PromptRecords, RetainedRecord
 from api.store_dir import StoreDir
 from compress.shape import BLOCK_TOKENS
-from longctx.client import EngineClient
+from longctx.process.client import EngineClient
 from longctx.errors import ContextTooLong, InvalidRequest
 from longctx.request import Piece, Segment
 

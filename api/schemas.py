@@ -11,7 +11,7 @@ from api.errors import ApiError
 from api.keeper import Keeper
 from api.schema_library import SchemaEntry, SchemaLibrary
 from api.wire import read_body
-from longctx.client import EngineClient
+from longctx.process.client import EngineClient
 from longctx.request import ModuleState
 from prompt_cache.layout import Layout, PlacedModule, PlacedScaffold
 from prompt_cache.read import read_schema

@@ -69,7 +69,7 @@ def test_no_import_is_relative() -> None:
     [
         ("longctx", ("fastapi", "zstandard", "torch", "transformers")),
         ("longctx.llm", ("fastapi", "uvicorn", "api")),
-        ("longctx.worker", ("fastapi", "uvicorn", "api")),
+        ("longctx.process.worker", ("fastapi", "uvicorn", "api")),
         ("offload.key", ("torch",)),
         ("offload.disk.tier", ("torch",)),
         ("offload.store", ("torch", "zstandard")),

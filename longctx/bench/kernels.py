@@ -33,11 +33,11 @@ from longctx.bench.picture import Series, draw_bars
 from longctx.bench.random_pages import random_chunk
 from longctx.bench.report import Parameter, Report, Result
 from longctx.config import EngineConfig
+from longctx.engine.model_runner import BACKENDS
 from longctx.errors import InvalidRequest
 from longctx.kv.memory import KVMemory
 from longctx.model.hf_attention import LayerSpec
 from longctx.model.loader import computes_bfloat16
-from longctx.engine.model_runner import BACKENDS
 
 LEFT_OUT = "reference"  # obvious, not fast
 SDPA = "sdpa"

@@ -17,9 +17,9 @@ from longctx.attention.backend import AttentionBackend, AttentionPlan, ChunkRows
 from longctx.bench.random_pages import fill_pages
 from longctx.config import EngineConfig
 from longctx.engine.engine import Engine
-from longctx.request import Request, RequestOutput, SamplingParams, Segment
 from longctx.engine.model_runner import ModelRunner
 from longctx.engine.sampler import SamplingState, sample
+from longctx.request import Request, RequestOutput, SamplingParams, Segment
 from offload.key import chain_keys
 
 SAMPLE_TIMES = 9

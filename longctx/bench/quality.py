@@ -18,6 +18,7 @@ from longctx.bench.picture import Series, draw_bars
 from longctx.bench.report import Parameter, Report, Result
 from longctx.config import EngineConfig
 from longctx.embedded import model_path
+from longctx.engine.model_runner import BACKENDS, backend_for
 from longctx.errors import InvalidRequest
 from longctx.model.loader import ModelSpec, load_model
 from longctx.quality.damage import Damage
@@ -25,7 +26,6 @@ from longctx.quality.gate import bits_per_value, judge_codec, refusal
 from longctx.quality.measure import EXACT, Workload, measure
 from longctx.quality.texts import TEXTS, Text
 from longctx.quality.verdict import PARTS, Verdict
-from longctx.engine.model_runner import BACKENDS, backend_for
 from longctx.text.tokenizer import Tokenizer
 
 

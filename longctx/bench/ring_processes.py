@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
-from longctx.client import EngineClient
+from longctx.process.client import EngineClient
 from longctx.config import CacheConfig, EngineConfig, ModelConfig, RingConfig
 from longctx.request import Request, SamplingParams, Segment
 

@@ -19,26 +19,26 @@ import torch
 from numpy.typing import NDArray
 
 from compress.codec import CODECS
-from longctx.engine.request_state import Answers
 from longctx.config import EngineConfig, check_name
-from longctx.engine_info import EngineInfo
-from longctx.errors import BlocksLost, InvalidRequest, PeerLost
 from longctx.engine.explain import Explainer
-from longctx.engine.module_prefill import Fetches
-from longctx.engine.stats import Figures
 from longctx.engine.ingestion import Ingestion
 from longctx.engine.input_processor import Intake
-from longctx.kv.clear import clear_tiers
-from longctx.engine.parts import Machine
-from longctx.model.loader import LoadedModel, load_model
-from longctx.engine.module_status import module_states
-from longctx.quality.gate import choose_codec
-from longctx.request import FinishReason, ModuleState, Piece, Request, RequestOutput
-from longctx.ring.ranks import Ranks
 from longctx.engine.model_runner import BACKENDS, backend_for
+from longctx.engine.module_prefill import Fetches
+from longctx.engine.module_status import module_states
+from longctx.engine.parts import Machine
+from longctx.engine.request_state import Answers
 from longctx.engine.sampler import SamplingError, sample
 from longctx.engine.scheduler import Scheduler, SchedulerOutput
 from longctx.engine.sequence import Sequence
+from longctx.engine.stats import Figures
+from longctx.engine_info import EngineInfo
+from longctx.errors import BlocksLost, InvalidRequest, PeerLost
+from longctx.kv.clear import clear_tiers
+from longctx.model.loader import LoadedModel, load_model
+from longctx.quality.gate import choose_codec
+from longctx.request import FinishReason, ModuleState, Piece, Request, RequestOutput
+from longctx.ring.ranks import Ranks
 from longctx.text.detokenizer import TextStream
 from longctx.text.tokenizer import Tokenizer
 from offload.eviction import POLICIES

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from compress.codec import CODECS, Codec
 from compress.shape import BLOCK_TOKENS, ShapeRefused
+from longctx.engine.sequence import Sequence
 from longctx.kv.cache_manager import KVCacheManager
 from longctx.kv.lookup_trace import Place, Trace
 from longctx.kv.prefix_index import PrefixName
 from longctx.request import CacheExplanation, Divergence
-from longctx.engine.sequence import Sequence
 from longctx.text.tokenizer import Tokenizer
 from offload.key import BlockKey, chain_keys
 

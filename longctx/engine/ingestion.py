@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from longctx.engine.sequence import Sequence
 from longctx.kv.cache_manager import KVCacheManager
 from longctx.kv.layout import Layout
 from longctx.kv.prefix_index import owner_of, tokens_before
 from longctx.kv.prefix_match import deepest
-from longctx.engine.sequence import Sequence
 from offload.block_run import EXTENT_BLOCKS
 from offload.key import BlockKey
 from offload.store import KVStore

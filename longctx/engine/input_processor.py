@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 
 from compress.codec import Codec
 from compress.shape import BLOCK_TOKENS
+from longctx.engine.modules import Module
 from longctx.engine.prompt import Prompts
+from longctx.engine.sampler import SamplingState
+from longctx.engine.sequence import Prompt, Sequence
 from longctx.errors import ContextTooLong, InvalidRequest
 from longctx.kv.cache_manager import KVCacheManager
 from longctx.kv.layout import Layout, Source
 from longctx.kv.lookup_trace import Trace
 from longctx.limits import ContextLimits
 from longctx.model.loader import ModelSpec
-from longctx.engine.modules import Module
 from longctx.request import Piece, Request
-from longctx.engine.sampler import SamplingState
-from longctx.engine.sequence import Prompt, Sequence
 from longctx.text.detokenizer import TextStream
 from longctx.text.tokenizer import Tokenizer
 from offload.key import BlockKey, namespace

@@ -11,10 +11,10 @@ from longctx.attention.merge import merge_sink
 from longctx.attention.reference import ReferenceAttention
 from longctx.attention.torch_backend import TorchAttention
 from longctx.engine.batch import Batch
+from longctx.engine.scheduler import Chunk
 from longctx.errors import ModelRefused
 from longctx.kv.memory import KVMemory
 from longctx.model.loader import LoadedModel
-from longctx.engine.scheduler import Chunk
 
 BACKENDS: dict[str, Callable[[KVMemory], AttentionBackend]] = {
     "reference": ReferenceAttention,

@@ -8,16 +8,16 @@ computed before. So a missing block makes an answer later, never different.
 import itertools
 from dataclasses import replace
 
-from longctx.engine.request_state import Answers
-from longctx.errors import LongctxError
 from longctx.engine.ingestion import Ingestion
 from longctx.engine.input_processor import Intake
+from longctx.engine.request_state import Answers
+from longctx.engine.scheduler import Scheduler
+from longctx.engine.sequence import Sequence
+from longctx.errors import LongctxError
 from longctx.kv.cache_manager import KVCacheManager
 from longctx.kv.layout import Source
 from longctx.kv.prefix_index import PrefixName
 from longctx.request import Request, SamplingParams, Segment
-from longctx.engine.scheduler import Scheduler
-from longctx.engine.sequence import Sequence
 
 MOST_FETCHES = 8  # of each thing that a prompt borrows, before it gives up
 

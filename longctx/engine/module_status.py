@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 
 from longctx.engine.ingestion import Ingestion
-from longctx.kv.cache_manager import KVCacheManager
 from longctx.engine.modules import Module, Modules
+from longctx.kv.cache_manager import KVCacheManager
 from longctx.request import ModuleState
 from offload.key import BlockKey
 from offload.store import KVStore

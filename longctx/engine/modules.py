@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.shape import BLOCK_TOKENS
+from longctx.engine.sequence import Prompt, Sequence, TokenIds
 from longctx.errors import DocumentMissing, InvalidRequest
 from longctx.kv.layout import PLAIN, Layout, Run, Source
 from longctx.kv.prefix_index import PrefixName, module_name, owner_of, tokens_before
 from longctx.request import Piece, Segment
-from longctx.engine.sequence import Prompt, Sequence, TokenIds
 from offload.key import BlockKey
 
 

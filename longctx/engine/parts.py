@@ -10,6 +10,8 @@ from compress.shape import BLOCK_TOKENS
 from longctx.attention.rotated import RotatedAttention
 from longctx.attention.streamed import StreamedAttention
 from longctx.config import EngineConfig, SchedulerConfig
+from longctx.engine.model_runner import BACKENDS, ModelRunner
+from longctx.engine.scheduler import Chunk
 from longctx.kv.cache_manager import KVCacheManager
 from longctx.kv.memory import KVMemory, pool_bytes
 from longctx.kv.offloading import Migration
@@ -20,8 +22,6 @@ from longctx.ring.pages import LocalPages, RingExtents, RingTransfer
 from longctx.ring.rank import RingMemory
 from longctx.ring.ranks import Ranks
 from longctx.ring.runner import RingRunner
-from longctx.engine.model_runner import BACKENDS, ModelRunner
-from longctx.engine.scheduler import Chunk
 from offload.store import KVStore
 
 STAGING_BLOCKS = 64  # of the device's, at most an eighth of them, where absent blocks pass through

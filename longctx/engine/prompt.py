@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.shape import BLOCK_TOKENS
+from longctx.engine.modules import Ingested, Modules
+from longctx.engine.sequence import Prompt, TokenIds
 from longctx.errors import DocumentMissing, InvalidRequest
 from longctx.kv.layout import PLAIN, Borrowed, Layout, Run, Source
 from longctx.kv.prefix_index import PrefixIndex, PrefixName, document_name
-from longctx.engine.modules import Ingested, Modules
 from longctx.request import Request, Segment
-from longctx.engine.sequence import Prompt, TokenIds
 from offload.key import BlockKey
 
 

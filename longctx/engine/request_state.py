@@ -3,9 +3,9 @@
 import time
 from dataclasses import dataclass, field
 
+from longctx.engine.sequence import Sequence
 from longctx.kv.cache_manager import KVCacheManager
 from longctx.request import Progress, Request, RequestOutput, Usage
-from longctx.engine.sequence import Sequence
 
 
 @dataclass(slots=True)

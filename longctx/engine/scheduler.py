@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from longctx.config import SchedulerConfig
+from longctx.engine.sequence import Sequence, SequenceState
 from longctx.errors import Overloaded
 from longctx.kv.cache_manager import KVCacheManager
 from longctx.request import RequestClass
-from longctx.engine.sequence import Sequence, SequenceState
 
 # Shares of the prompt tokens when several classes compete.
 CLASS_WEIGHT = {RequestClass.INTERACTIVE: 8, RequestClass.BATCH: 2, RequestClass.INGEST: 1}

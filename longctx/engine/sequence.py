@@ -8,12 +8,12 @@ from numpy.typing import NDArray
 
 from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import ENTRY_COLUMNS, PAGE
+from longctx.engine.sampler import SamplingState
 from longctx.kv.layout import PLAIN, Layout
 from longctx.kv.lookup_trace import Trace
 from longctx.kv.offload_state import TierState
 from longctx.kv.prefix_index import Prefix, PrefixName, contains
 from longctx.request import FinishReason, Request
-from longctx.engine.sampler import SamplingState
 from longctx.text.detokenizer import TextStream
 from offload.key import BlockKey
 

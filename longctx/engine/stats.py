@@ -3,9 +3,9 @@
 import operator
 from collections import Counter
 
+from longctx.engine.scheduler import Scheduler
 from longctx.kv.cache_manager import KVCacheManager
 from longctx.request import FinishReason, Usage
-from longctx.engine.scheduler import Scheduler
 
 
 class Figures:

@@ -7,6 +7,7 @@ holds stay findable until their room is needed; so do whole prefixes that nobody
 """
 
 from longctx.attention.backend import PAGE
+from longctx.engine.sequence import BlockTable, Sequence
 from longctx.kv.layout import Source
 from longctx.kv.lookup_trace import Place
 from longctx.kv.memory import KVMemory
@@ -14,7 +15,6 @@ from longctx.kv.offloading import Migration
 from longctx.kv.prefix_index import PrefixIndex, PrefixName
 from longctx.kv.prefix_match import Available, deepest
 from longctx.kv.resident_prefixes import ResidentPrefixes
-from longctx.engine.sequence import BlockTable, Sequence
 from offload.block_run import EXTENT_BLOCKS
 from offload.key import BlockKey
 

@@ -12,10 +12,10 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from compress.shape import BLOCK_TOKENS
+from longctx.engine.sequence import Sequence
 from longctx.kv.memory import KVMemory
 from longctx.kv.offload_state import Load
 from longctx.kv.transfer import PageTransfer, Transfer
-from longctx.engine.sequence import Sequence
 from offload.block_run import EXTENT_BLOCKS, BlockRun, Slots
 from offload.key import BlockKey
 from offload.store import KVStore, Late, Loaded, Written

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from compress.codec import CODECS
 from compress.shape import BLOCK_TOKENS, KVShape
-from longctx.engine.batch import Batch
 from longctx.config import CacheConfig, RingConfig, SchedulerConfig
+from longctx.engine.batch import Batch
 from longctx.engine.engine import Engine
+from longctx.engine.model_runner import ModelRunner
 from longctx.errors import LongctxError
 from longctx.quality.damage import Tally, compare
 from longctx.quality.measure import Measured, frame_of
 from longctx.quality.texts import TEXTS, Text
 from longctx.request import FinishReason, Piece, Request, SamplingParams, Segment
-from longctx.engine.model_runner import ModelRunner
 from prompt_cache.level import EXACT, Level
 
 GIB = 1 << 30

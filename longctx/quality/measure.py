@@ -15,6 +15,8 @@ from torch import Tensor
 
 from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import AttentionBackend
+from longctx.engine.sampler import SamplingError, sample
+from longctx.engine.sequence import Sequence as EngineSequence
 from longctx.errors import InvalidRequest
 from longctx.kv.memory import KVMemory
 from longctx.model.loader import LoadedModel
@@ -22,8 +24,6 @@ from longctx.quality.damage import SPAN_ROWS, Damage, Tally, compare
 from longctx.quality.replay import Replay
 from longctx.quality.texts import TEXTS, Text
 from longctx.request import SamplingParams
-from longctx.engine.sampler import SamplingError, sample
-from longctx.engine.sequence import Sequence as EngineSequence
 from longctx.text.chat_template import ChatPrompts, FilePart, Message
 from longctx.text.tokenizer import Tokenizer
 

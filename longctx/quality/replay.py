@@ -16,14 +16,14 @@ from compress.codec import CODECS
 from compress.shape import BLOCK_TOKENS, KVShape
 from longctx.attention.backend import AttentionBackend
 from longctx.engine.batch import Batch
-from longctx.kv.cache_manager import KVCacheManager
-from longctx.kv.memory import KVMemory
-from longctx.model.loader import LoadedModel
-from longctx.request import Request, SamplingParams, Segment
 from longctx.engine.model_runner import ModelRunner
 from longctx.engine.sampler import SamplingState
 from longctx.engine.scheduler import Chunk
 from longctx.engine.sequence import Sequence, TokenIds
+from longctx.kv.cache_manager import KVCacheManager
+from longctx.kv.memory import KVMemory
+from longctx.model.loader import LoadedModel
+from longctx.request import Request, SamplingParams, Segment
 from longctx.text.detokenizer import TextStream
 from longctx.text.tokenizer import Tokenizer
 from offload.key import namespace

@@ -53,7 +53,7 @@ def main(words: Sequence[str]) -> None:
         "signals-to-handle": "SIGHUP",
     }
     flags = [f"--{name}={value}" for name, value in options.items()]
-    rank = ["-m", "longctx.worker", "--head", arguments.head, "--secret", arguments.secret]
+    rank = ["-m", "longctx.process.worker", "--head", arguments.head, "--secret", arguments.secret]
     with contextlib.suppress(ChildFailedError):  # said in the server's log by then
         torchrun([*flags, *rank])
 

@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
-from longctx.channel import Channel
+from longctx.ipc.channel import Channel
 from longctx.config import EngineConfig
 from longctx.errors import LongctxError, ModelRefused, PeerLost
 from longctx.model.loader import load_model
-from longctx.protocol import Beat, Fault
+from longctx.ipc.protocol import Beat, Fault
 from longctx.ring.heartbeat import SILENCE_SECONDS, Watch, beat
 from longctx.ring.messages import (
     Answer,

@@ -5,9 +5,9 @@ import contextlib
 import socket
 import threading
 
-from longctx.channel import Channel
+from longctx.ipc.channel import Channel
 from longctx.errors import EngineDied, PeerLost
-from longctx.protocol import Fault, Joined, Leader, encode, read_event
+from longctx.ipc.protocol import Fault, Joined, Leader, encode, read_event
 from longctx.ring.reception import Reception
 
 WAITING_SECONDS = 60.0  # of another rank for rank 0

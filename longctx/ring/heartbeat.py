@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from longctx.channel import Channel
+from longctx.ipc.channel import Channel
 from longctx.errors import PeerLost
 
 BEAT_SECONDS = 0.5

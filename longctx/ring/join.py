@@ -21,10 +21,10 @@ from typing import Self
 import torch
 from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from longctx.channel import Channel, connect, listen, prove
+from longctx.ipc.channel import Channel, connect, listen, prove
 from longctx.config import EngineConfig
 from longctx.errors import LongctxError, PeerLost
-from longctx.protocol import Beat, Joined, Leader, encode, read_command
+from longctx.ipc.protocol import Beat, Joined, Leader, encode, read_command
 from longctx.ring import messages
 from longctx.ring.heartbeat import beat
 from longctx.ring.messages import Group, Member, to_leader

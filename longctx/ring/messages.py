@@ -9,7 +9,7 @@ import msgspec
 
 from longctx.config import EngineConfig
 from longctx.errors import LongctxError, PeerLost
-from longctx.protocol import Beat, Fault, Message, decode_hook, encode_hook
+from longctx.ipc.protocol import Beat, Fault, Message, decode_hook, encode_hook
 from longctx.ring.pages import WrittenAs
 from longctx.ring.rank import RingMemory
 from offload.block_run import BlockRun

@@ -11,6 +11,8 @@ import numpy as np
 
 from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import PAGE
+from longctx.engine.scheduler import Chunk
+from longctx.engine.sequence import BlockTable
 from longctx.model.loader import ModelSpec
 from longctx.ring.books import LeaderMemory
 from longctx.ring.draft import Draft, Piece, indices
@@ -19,8 +21,6 @@ from longctx.ring.layout import is_zigzag, parts
 from longctx.ring.link import Link
 from longctx.ring.passing import RowBytes, Traffic, keys_traffic, passes_queries, queries_traffic
 from longctx.ring.step import NONE, GroupStep, Queries, RankStep, Round
-from longctx.engine.scheduler import Chunk
-from longctx.engine.sequence import BlockTable
 
 
 class StepPlanner:

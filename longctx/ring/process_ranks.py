@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-from longctx.channel import Channel
+from longctx.ipc.channel import Channel
 from longctx.errors import PeerLost
 from longctx.model.loader import LoadedModel
-from longctx.protocol import Beat
+from longctx.ipc.protocol import Beat
 from longctx.ring.heartbeat import SILENCE_SECONDS, Watch, beat
 from longctx.ring.messages import (
     Answer,

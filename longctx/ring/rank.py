@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.shape import BLOCK_TOKENS
+from longctx.engine.model_runner import BACKENDS
 from longctx.kv.layout import Layout
 from longctx.kv.memory import KVMemory, layer_codecs
 from longctx.model.loader import LoadedModel, ModelSpec
@@ -16,7 +17,6 @@ from longctx.ring.attention import LayerCall, RankAttention
 from longctx.ring.link import measure
 from longctx.ring.step import NONE, RankStep, Rows
 from longctx.ring.transport import Transport
-from longctx.engine.model_runner import BACKENDS
 
 LEADER = 0
 RATE_ROWS, RATE_BLOCKS = 64, 16  # of the attention that is timed at the start

@@ -5,7 +5,7 @@ import socket
 import threading
 from collections.abc import Callable
 
-from longctx.channel import first_word, listen
+from longctx.ipc.channel import first_word, listen
 from longctx.errors import PeerLost
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from longctx.launch import Child
+from longctx.process.launcher import Child
 from tests.api.live_server import MODEL, LiveServer
 
 WARM_UP = 150

@@ -13,7 +13,7 @@ from api.config import ServerConfig
 from api.server import listen
 from api.store_dir import StoreDir
 from longctx.errors import LongctxError, ModelRefused
-from longctx.launch import Child
+from longctx.process.launcher import Child
 from tests.api.live_server import MODEL, LiveServer
 
 KEYS = ("alice", "bob")

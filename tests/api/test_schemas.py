@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from longctx.client import EngineClient
+from longctx.process.client import EngineClient
 from longctx.request import LevelVerdict
 from prompt_cache.level import Level
 from tests.api.live_server import MODEL, LiveServer

@@ -17,10 +17,10 @@ from longctx.bench.random_pages import random_chunk
 from longctx.bench.timing import Stopwatch
 from longctx.cli import main
 from longctx.config import CacheConfig, EngineConfig, ModelConfig
+from longctx.engine.model_runner import BACKENDS
 from longctx.kv.memory import KVMemory
 from longctx.model.hf_attention import LayerSpec
 from longctx.request import SamplingParams, Segment
-from longctx.engine.model_runner import BACKENDS
 
 
 def results(capsys: pytest.CaptureFixture[str]) -> dict[str, list[dict[str, float]]]:

@@ -19,9 +19,9 @@ from longctx.attention.backend import (
     ChunkRows,
 )
 from longctx.attention.reference import ReferenceAttention
+from longctx.engine.model_runner import BACKENDS
 from longctx.kv.memory import KVMemory
 from longctx.model.hf_attention import LayerSpec
-from longctx.engine.model_runner import BACKENDS
 
 TOLERANCE = 4e-5  # float32 sums of up to 2,000 terms in another order, of scores up to 30
 # Compiled kernels round queries and weights to multiply integers: to 16 bits for int8 pages, for

@@ -20,10 +20,10 @@ from longctx.attention.backend import (
     ChunkRows,
 )
 from longctx.attention.rotated import RotatedAttention
+from longctx.engine.model_runner import BACKENDS
 from longctx.kv.memory import KVMemory
 from longctx.model.hf_attention import LayerSpec
 from longctx.model.key_rotation import Rotation
-from longctx.engine.model_runner import BACKENDS
 
 HEAD_DIM = 16
 FREQUENCIES = tuple(10_000 ** (-index / 8) for index in range(8))

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longctx.config import CacheConfig, EngineConfig
-from longctx.errors import InvalidRequest
 from longctx.engine.explain import REASONS, Explainer, common_tokens
+from longctx.errors import InvalidRequest
 from longctx.request import CacheExplanation, Request
 from tests.support.recorded_engine import RecordedEngine, ask, build_engine, engine_config, some_ids
 

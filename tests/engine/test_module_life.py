@@ -8,6 +8,7 @@ import pytest
 
 from longctx.errors import ContextTooLong, DocumentMissing, InvalidRequest
 from longctx.request import FinishReason, Piece, Request, Segment
+from tests.conftest import ModelFolders
 from tests.support.assembled import (
     MODULES,
     DenseModel,
@@ -18,7 +19,6 @@ from tests.support.assembled import (
     prompt,
     with_modules,
 )
-from tests.conftest import ModelFolders
 from tests.support.recorded_engine import (
     RecordedEngine,
     ask,

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx.request import Piece, Request, Segment
+from tests.conftest import ModelFolders
 from tests.support.assembled import (
     MODULES,
     DenseModel,
@@ -20,7 +21,6 @@ from tests.support.assembled import (
     prompt,
     with_modules,
 )
-from tests.conftest import ModelFolders
 from tests.support.recorded_engine import RecordedEngine, build_engine, some_ids
 
 ARCHITECTURES = ("llama", "qwen3", "gemma2", "gemma3_text", "smollm3", "glm4", "olmo2", "cohere2")

@@ -9,8 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longctx.engine.sampler import (
+    ORDERED_TOKENS,
+    STREAM_BLOCK,
+    SamplingError,
+    SamplingState,
+    sample,
+)
 from longctx.request import SamplingParams
-from longctx.engine.sampler import ORDERED_TOKENS, STREAM_BLOCK, SamplingError, SamplingState, sample
 
 VOCAB = 24
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.errors import Overloaded
-from longctx.request import RequestClass
 from longctx.engine.scheduler import TIME_SHARE, DutyCycle, SchedulerOutput
 from longctx.engine.sequence import Sequence, SequenceState
+from longctx.errors import Overloaded
+from longctx.request import RequestClass
 from longctx.text.tokenizer import Tokenizer
 from tests.support.bare_cache import Bench, bare_cache, blocks, numbers
 

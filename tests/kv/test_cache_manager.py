@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.shape import BLOCK_TOKENS
+from longctx.engine.sequence import BlockTable, Sequence, SequenceState, TokenIds
 from longctx.kv.cache_manager import EXTENT_BLOCKS, KVCacheManager
 from longctx.kv.layout import PLAIN
 from longctx.kv.memory import LayerGroup, layer_groups
-from longctx.engine.sequence import BlockTable, Sequence, SequenceState, TokenIds
 from longctx.text.tokenizer import Tokenizer
 from tests.support.bare_cache import GLOBAL, Bench, bare_cache, blocks, numbers, window_of
 

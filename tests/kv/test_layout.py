@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.shape import BLOCK_TOKENS
-from longctx.engine.prompt import Assembly
 from longctx.attention.backend import FIRST_POSITION, PAGE, ROTATION, ROW_BEGIN, ROWS
+from longctx.engine.prompt import Assembly
+from longctx.engine.sequence import BlockTable, Prompt
 from longctx.errors import InvalidRequest
 from longctx.kv.layout import PLAIN, Layout, Run, Source
 from longctx.kv.prefix_index import module_name
-from longctx.engine.sequence import BlockTable, Prompt
 from offload.key import BlockKey
 
 ROOT = BlockKey(bytes(32))

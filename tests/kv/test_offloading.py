@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.shape import BLOCK_TOKENS
+from longctx.engine.scheduler import SchedulerOutput
+from longctx.engine.sequence import Sequence
 from longctx.kv.cache_manager import KVCacheManager
 from longctx.kv.offloading import Migration
 from longctx.model.hf_attention import LayerSpec
-from longctx.engine.scheduler import SchedulerOutput
-from longctx.engine.sequence import Sequence
 from longctx.text.tokenizer import Tokenizer
 from offload.eviction import LRU
 from offload.host import HostTier

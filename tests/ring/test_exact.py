@@ -12,8 +12,8 @@ from longctx.embedded import MODELS, model_path
 from longctx.errors import InvalidRequest
 from longctx.request import Piece, Request, Segment
 from tests.conftest import ModelFolders
-from tests.support.recorded_engine import Eager, ask, assert_equals_eager, gib_of_blocks, some_ids
 from tests.ring.side_by_side import SideBySide, ringed_engine
+from tests.support.recorded_engine import Eager, ask, assert_equals_eager, gib_of_blocks, some_ids
 
 # Beside windows of 24 tokens: an extent and more, within one block, block boundaries.
 LENGTHS = (1500, 11, 64, 150, 700)

@@ -18,8 +18,8 @@ from longctx.ring.passing import (
     passes_queries,
     queries_traffic,
 )
-from tests.support.recorded_engine import RecordedEngine, ask, some_ids
 from tests.ring.side_by_side import LINK, bytes_sent, ringed_engine
+from tests.support.recorded_engine import RecordedEngine, ask, some_ids
 
 # Of a model with 32 heads, 8 key heads and a head_dim of 128, in bfloat16.
 ROW = RowBytes.of(32, 128, query_bytes=2)

@@ -10,8 +10,8 @@ import torch
 from longctx.errors import PeerLost
 from longctx.ring.virtual import VirtualRanks
 from tests.conftest import ModelFolders
-from tests.support.recorded_engine import RecordedEngine, ask, engine_config, some_ids
 from tests.ring.side_by_side import runner_of
+from tests.support.recorded_engine import RecordedEngine, ask, engine_config, some_ids
 
 DOCUMENT = np.array(some_ids(1850, 1), dtype=np.int32)
 QUESTION = some_ids(9, 2)

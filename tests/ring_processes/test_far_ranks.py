@@ -66,7 +66,7 @@ def torchrun(secret: Path, log: Path, *, far: bool) -> Iterator[subprocess.Popen
     words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", MEETING, "--rdzv-id", "test"]
     words += ["--rdzv-conf", f"is_host={int(not far)}"]
     words += ["--local-addr", FAR if far else NEAR, "--max-restarts", "100"]
-    words += ["-m", "longctx.worker", "--head", HEAD, "--secret", str(secret)]
+    words += ["-m", "longctx.process.worker", "--head", HEAD, "--secret", str(secret)]
     with log.open("w") as errors:
         process = subprocess.Popen(
             [*(INSIDE if far else ()), *words],

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from longctx import channel
-from longctx.channel import Channel, connect, first_word, prove
+from longctx.ipc import channel
+from longctx.ipc.channel import Channel, connect, first_word, prove
 from longctx.errors import PeerLost
-from longctx.protocol import HEADER, Beat, read_event
+from longctx.ipc.protocol import HEADER, Beat, read_event
 from longctx.ring import join
 from longctx.ring.head import Head
 from longctx.ring.join import FollowerPost, LeaderPost, Place

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from longctx.channel import Channel, connect, prove
+from longctx.ipc.channel import Channel, connect, prove
 from longctx.errors import LongctxError, PeerLost
-from longctx.protocol import Beat, Joined, Leader, encode, read_command
+from longctx.ipc.protocol import Beat, Joined, Leader, encode, read_command
 from longctx.ring import heartbeat
 from longctx.ring.head import Head
 from longctx.ring.heartbeat import Watch, beat

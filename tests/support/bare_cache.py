@@ -9,15 +9,15 @@ import torch
 
 from compress.shape import BLOCK_TOKENS, KVShape
 from longctx.config import SchedulerConfig
+from longctx.engine.sampler import SamplingState
+from longctx.engine.scheduler import Scheduler, SchedulerOutput
+from longctx.engine.sequence import Sequence as EngineSequence
+from longctx.engine.sequence import TokenIds
 from longctx.kv.cache_manager import KVCacheManager
 from longctx.kv.memory import KVMemory
 from longctx.kv.prefix_index import document_name
 from longctx.model.hf_attention import LayerSpec
 from longctx.request import Request, RequestClass, SamplingParams, Segment
-from longctx.engine.sampler import SamplingState
-from longctx.engine.scheduler import Scheduler, SchedulerOutput
-from longctx.engine.sequence import Sequence as EngineSequence
-from longctx.engine.sequence import TokenIds
 from longctx.text.detokenizer import TextStream
 from longctx.text.tokenizer import Tokenizer
 from offload.key import namespace

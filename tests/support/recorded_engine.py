@@ -19,6 +19,10 @@ from compress.shape import KVShape
 from longctx.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from longctx.engine.engine import Engine
 from longctx.engine.parts import Runner
+from longctx.engine.sampler import SamplingError
+from longctx.engine.scheduler import Chunk, SchedulerOutput
+from longctx.engine.sequence import Sequence as EngineSequence
+from longctx.engine.sequence import TokenIds
 from longctx.request import (
     FinishReason,
     Progress,
@@ -30,10 +34,6 @@ from longctx.request import (
     Usage,
 )
 from longctx.ring.ranks import Ranks
-from longctx.engine.sampler import SamplingError
-from longctx.engine.scheduler import Chunk, SchedulerOutput
-from longctx.engine.sequence import Sequence as EngineSequence
-from longctx.engine.sequence import TokenIds
 from tests.support.tiny_models import BASE, HEAD_DIM, VOCAB_SIZE
 
 GIB = 1 << 30

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from longctx.client import EngineClient
+from longctx.process.client import EngineClient
 from longctx.config import EngineConfig
 from longctx.errors import ContextTooLong, DocumentMissing, EngineDied, InvalidRequest, ModelRefused
-from longctx.launch import Child
+from longctx.process.launcher import Child
 from longctx.request import FinishReason, Piece, Request, RequestOutput
 from prompt_cache.level import EXACT, MODULAR
 from tests.support.assembled import MODULES, borrowed, encode, literal, prompt, with_modules
@@ -310,7 +310,7 @@ def test_two_clients_live_in_one_loop(run: Run, client: EngineClient, gemma3: Pa
 PARENT = """
 import asyncio, sys
 from pathlib import Path
-from longctx.client import EngineClient
+from longctx.process.client import EngineClient
 from longctx.config import CacheConfig, EngineConfig, ModelConfig
 
 async def main():

@@ -1,9 +1,9 @@
-"""The engine process: `python -m longctx.worker FD`, a child of whoever holds the other end.
+"""The engine process: `python -m longctx.process.worker FD`, a child of whoever holds the other end.
 
 It reads commands from the socket, steps the engine while there is work, and writes what comes out.
 It ends when it is told to, or when the other end is gone: an engine never outlives its server.
 
-With many ranks torchrun starts it, `torchrun ... -m longctx.worker --head ADDRESS --secret FILE`:
+With many ranks torchrun starts it, `torchrun ... -m longctx.process.worker --head ADDRESS --secret FILE`:
 rank 0 calls the head and is the engine, the other ranks do what rank 0 says.
 """
 
@@ -24,11 +24,11 @@ from typing import NoReturn
 import numpy as np
 import transformers
 
-from longctx.channel import Channel
+from longctx.ipc.channel import Channel
 from longctx.engine.engine import Engine
 from longctx.errors import InvalidRequest, LongctxError, PeerLost
-from longctx.lifetime import die_with_parent
-from longctx.protocol import (
+from longctx.ipc.lifetime import die_with_parent
+from longctx.ipc.protocol import (
     Abort,
     Clear,
     CloseDocument,
@@ -68,7 +68,7 @@ REASON_SECONDS = 1.0
 def main(words: Sequence[str], environment: Mapping[str, str]) -> None:
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    parser = argparse.ArgumentParser(prog="longctx.worker", description=__doc__)
+    parser = argparse.ArgumentParser(prog="longctx.process.worker", description=__doc__)
     parser.add_argument("descriptor", type=int, nargs="?", help="of a socket to the server")
     parser.add_argument("--head", metavar="HOST:PORT", help="the --head of longctx serve")
     parser.add_argument("--secret", type=Path, metavar="FILE", help="a copy of the head's file")

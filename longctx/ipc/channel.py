@@ -13,7 +13,7 @@ import threading
 import time
 
 from longctx.errors import PeerLost
-from longctx.protocol import HEADER
+from longctx.ipc.protocol import HEADER
 
 PROVING_SECONDS = 10.0
 NONCE_BYTES = 32

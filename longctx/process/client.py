@@ -16,8 +16,8 @@ from longctx.embedded import model_path
 from longctx.engine.engine import CACHE_DIR
 from longctx.engine_info import EngineInfo
 from longctx.errors import EngineDied, InvalidRequest, LongctxError
-from longctx.launch import engine_processes
-from longctx.protocol import (
+from longctx.process.launcher import engine_processes
+from longctx.ipc.protocol import (
     HEADER,
     Abort,
     Beat,

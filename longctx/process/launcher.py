@@ -18,7 +18,7 @@ from typing import Protocol
 
 from longctx.config import EngineConfig
 from longctx.errors import EngineDied, LongctxError
-from longctx.protocol import Joined
+from longctx.ipc.protocol import Joined
 from longctx.ring.head import Head
 from longctx.ring.join import cores
 from longctx.ring.secret import make_secret
@@ -65,7 +65,7 @@ class Child:
         with theirs:
             try:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "longctx.worker", str(theirs.fileno())],
+                    [sys.executable, "-m", "longctx.process.worker", str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,  # a terminal's Ctrl-C is for the server alone
@@ -119,7 +119,7 @@ class Ring:
         if self._folder is None:
             print(
                 f"longctx waits for {self._ranks} ranks, to be started by torchrun ... -m "
-                f"longctx.worker --head {self._head.address} --secret {self._secret}",
+                f"longctx.process.worker --head {self._head.address} --secret {self._secret}",
                 file=sys.stderr,
             )
         elif self.agent is None or self.agent.poll() is not None:
