@@ -31,8 +31,8 @@ from api.schema_library import SchemaLibrary
 from api.schemas import Schemas
 from api.store_dir import StoreDir
 from api.wire import ChatRequest, CompletionRequest, FlushRequest, TokenizeRequest
-from longctx.process.client import EngineClient
 from longctx.config import EngineConfig
+from longctx.process.client import EngineClient
 from longctx.text.chat_template import ChatPrompts
 from longctx.text.tokenizer import Tokenizer
 

@@ -14,9 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from api.draft import Draft
 from api.errors import ApiError
 from api.parser import Parser
-from longctx.process.client import EngineClient
 from longctx.config import EngineConfig
 from longctx.errors import LongctxError
+from longctx.process.client import EngineClient
 from longctx.request import (
     FinishReason,
     Request,

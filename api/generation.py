@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 from api.errors import ApiError
 from api.wire import Sampled
-from longctx.process.client import EngineClient
 from longctx.errors import ContextTooLong, EngineDied, InvalidRequest
+from longctx.process.client import EngineClient
 from longctx.request import FinishReason, Request, RequestOutput, SamplingParams, Segment
 
 

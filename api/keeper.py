@@ -10,8 +10,8 @@ from typing import Literal, TypeAlias
 from api.errors import logger
 from api.lane import Lane
 from api.prefill import Failures, prefill, to_keep
-from longctx.process.client import EngineClient
 from longctx.errors import EngineDied, LongctxError
+from longctx.process.client import EngineClient
 from longctx.request import Piece, Progress, Request, Segment
 
 KeptState = Literal["queued", "processing", "ready", "error"]

@@ -27,8 +27,8 @@ from api.lane import Lane
 from api.parser import Parser
 from api.prefill import Failures, prefill, to_keep
 from api.store_dir import StoreDir
-from longctx.process.client import EngineClient
 from longctx.errors import ContextTooLong, EngineDied, InvalidRequest, LongctxError
+from longctx.process.client import EngineClient
 from longctx.request import Progress, Request, Segment
 from longctx.text.chat_template import ChatPrompts
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from longctx.process.client import EngineClient
 from longctx.errors import DocumentMissing, EngineDied, Overloaded
+from longctx.process.client import EngineClient
 from longctx.request import (
     FinishReason,
     Progress,

@@ -18,8 +18,8 @@ from api.keeper import Keeper, Kept, Modules
 from api.prompt_records import PromptRecords, RetainedRecord
 from api.store_dir import StoreDir
 from compress.shape import BLOCK_TOKENS
-from longctx.process.client import EngineClient
 from longctx.errors import ContextTooLong, InvalidRequest
+from longctx.process.client import EngineClient
 from longctx.request import Piece, Segment
 
 BLOCK_BYTES = 4 * BLOCK_TOKENS  # of token ids; less fills no block, and is not found again

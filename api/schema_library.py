@@ -15,8 +15,8 @@ from api.errors import ApiError
 from api.keeper import Keeper, Kept, Modules
 from api.names import NameLocks
 from api.prompt_records import PromptRecords, SchemaRecord
-from longctx.process.client import EngineClient
 from longctx.errors import InvalidRequest, LongctxError
+from longctx.process.client import EngineClient
 from longctx.request import Piece, Segment
 from longctx.text.chat_template import ChatPrompts, Message, Place
 from longctx.text.tokenizer import Tokenizer

@@ -5,8 +5,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
-from longctx.process.client import EngineClient
 from longctx.config import CacheConfig, EngineConfig, ModelConfig, RingConfig
+from longctx.process.client import EngineClient
 from longctx.request import Request, SamplingParams, Segment
 
 POOL_GIB = 4.0  # of one engine; each of many ranks has its share

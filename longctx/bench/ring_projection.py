@@ -13,15 +13,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from compress.shape import BLOCK_TOKENS
-from longctx.ring.layout import owned, parts
-from longctx.ring.link import Link
-from longctx.ring.passing import (
+from longctx.ring.comm_cost import (
     RowBytes,
     keys_traffic,
     new_pages_sent,
     passes_queries,
     queries_traffic,
 )
+from longctx.ring.link import Link
+from longctx.ring.placement import owned, parts
 
 GPU_FLOP_PER_SECOND = 540e12
 # Of one GPU and direction, as specified, at 80%.

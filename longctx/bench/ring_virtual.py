@@ -15,8 +15,8 @@ from compress.shape import BLOCK_TOKENS
 from longctx.config import EngineConfig
 from longctx.engine.engine import Engine
 from longctx.request import Request, SamplingParams, Segment
-from longctx.ring.layout import is_zigzag, owned, owner, parts
-from longctx.ring.passing import new_pages_sent
+from longctx.ring.comm_cost import new_pages_sent
+from longctx.ring.placement import is_zigzag, owned, owner, parts
 from longctx.ring.runner import RingRunner
 from longctx.ring.virtual import VirtualRanks
 
@@ -81,7 +81,7 @@ class _WatchedEngine(Engine):
         return sum(transport.bytes_sent for transport in runner.ranks.transports)
 
     def _expected(self, begin: int, end: int) -> tuple[int, float]:
-        """Bytes by the formulas of `longctx.ring.passing`, and the balance of the cut."""
+        """Bytes by the formulas of `longctx.ring.comm_cost`, and the balance of the cut."""
         runner = self._runner
         if not isinstance(runner, RingRunner):
             return 0, 1.0

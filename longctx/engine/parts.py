@@ -17,7 +17,7 @@ from longctx.kv.memory import KVMemory, pool_bytes
 from longctx.kv.offloading import Migration
 from longctx.kv.open_store import open_store
 from longctx.model.loader import LoadedModel
-from longctx.ring.books import LeaderMemory
+from longctx.ring.leader_memory import LeaderMemory
 from longctx.ring.pages import LocalPages, RingExtents, RingTransfer
 from longctx.ring.rank import RingMemory
 from longctx.ring.ranks import Ranks

@@ -1,1 +1,1 @@
-"""How processes of longctx talk: messages, the sockets that carry them, and lives that end together."""
+"""How processes talk: messages, the sockets that carry them, and lives that end together."""

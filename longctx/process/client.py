@@ -16,7 +16,6 @@ from longctx.embedded import model_path
 from longctx.engine.engine import CACHE_DIR
 from longctx.engine_info import EngineInfo
 from longctx.errors import EngineDied, InvalidRequest, LongctxError
-from longctx.process.launcher import engine_processes
 from longctx.ipc.protocol import (
     HEADER,
     Abort,
@@ -44,6 +43,7 @@ from longctx.ipc.protocol import (
     frame,
     read_event,
 )
+from longctx.process.launcher import engine_processes
 from longctx.request import (
     FinishReason,
     LevelVerdict,
@@ -52,7 +52,7 @@ from longctx.request import (
     Request,
     RequestOutput,
 )
-from longctx.ring.heartbeat import LOADING_SILENCE_SECONDS, SILENCE_SECONDS
+from longctx.ring.processes.heartbeat import LOADING_SILENCE_SECONDS, SILENCE_SECONDS
 from prompt_cache.level import Level
 
 RESTARTS = 5  # in a row that may fail before the last

@@ -19,9 +19,9 @@ from typing import Protocol
 from longctx.config import EngineConfig
 from longctx.errors import EngineDied, LongctxError
 from longctx.ipc.protocol import Joined
-from longctx.ring.head import Head
-from longctx.ring.join import cores
-from longctx.ring.secret import make_secret
+from longctx.ring.processes.head import Head
+from longctx.ring.processes.rendezvous import cores
+from longctx.ring.processes.secret import make_secret
 
 STOP_SECONDS = 10.0  # a process that was told to stop and has not done so by then is killed
 CALL_SECONDS = 90.0  # for ranks that are started to call: Python and torch, from a cold disk
@@ -155,7 +155,7 @@ class Ring:
         }
         words = [str(word) for option in options.items() for word in option]
         return subprocess.Popen(
-            [sys.executable, "-m", "longctx.ring.agent", *words],
+            [sys.executable, "-m", "longctx.ring.processes.launcher", *words],
             stdin=subprocess.PIPE,  # its end is the agent's
             start_new_session=True,
         )

@@ -1,9 +1,9 @@
-"""The engine process: `python -m longctx.process.worker FD`, a child of whoever holds the other end.
+"""The engine process, a child of whoever holds the socket: `python -m longctx.process.worker FD`.
 
 It reads commands from the socket, steps the engine while there is work, and writes what comes out.
 It ends when it is told to, or when the other end is gone: an engine never outlives its server.
 
-With many ranks torchrun starts it, `torchrun ... -m longctx.process.worker --head ADDRESS --secret FILE`:
+With many ranks torchrun starts it (`-m longctx.process.worker --head ADDRESS --secret FILE`):
 rank 0 calls the head and is the engine, the other ranks do what rank 0 says.
 """
 
@@ -24,9 +24,9 @@ from typing import NoReturn
 import numpy as np
 import transformers
 
-from longctx.ipc.channel import Channel
 from longctx.engine.engine import Engine
 from longctx.errors import InvalidRequest, LongctxError, PeerLost
+from longctx.ipc.channel import Channel
 from longctx.ipc.lifetime import die_with_parent
 from longctx.ipc.protocol import (
     Abort,
@@ -55,10 +55,10 @@ from longctx.ipc.protocol import (
     read_command,
 )
 from longctx.quality.level_gate import judge_level
-from longctx.ring.follower import follow
-from longctx.ring.join import FollowerPost, LeaderPost, Place
-from longctx.ring.process_ranks import ProcessRanks
-from longctx.ring.secret import read_secret
+from longctx.ring.processes.follower import follow
+from longctx.ring.processes.remote_ranks import ProcessRanks
+from longctx.ring.processes.rendezvous import FollowerPost, LeaderPost, Place
+from longctx.ring.processes.secret import read_secret
 
 FLUSH_SECONDS = 5.0  # at the end, for blocks that are on their way to the disk
 SEND_BUFFER_BYTES = 4 << 20  # a server that is busy for a moment does not stop the engine

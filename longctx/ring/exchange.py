@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longctx.attention.backend import PAGE
-from longctx.ring.books import LeaderMemory
-from longctx.ring.draft import Piece
+from longctx.ring.leader_memory import LeaderMemory
 from longctx.ring.step import NONE, Queries, Round, Rows
+from longctx.ring.step_builder import Piece
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,13 @@ from longctx.attention.backend import PAGE
 from longctx.engine.scheduler import Chunk
 from longctx.engine.sequence import BlockTable
 from longctx.model.loader import ModelSpec
-from longctx.ring.books import LeaderMemory
-from longctx.ring.draft import Draft, Piece, indices
+from longctx.ring.comm_cost import RowBytes, Traffic, keys_traffic, passes_queries, queries_traffic
 from longctx.ring.exchange import Exchange, Past, Spread
-from longctx.ring.layout import is_zigzag, parts
+from longctx.ring.leader_memory import LeaderMemory
 from longctx.ring.link import Link
-from longctx.ring.passing import RowBytes, Traffic, keys_traffic, passes_queries, queries_traffic
+from longctx.ring.placement import is_zigzag, parts
 from longctx.ring.step import NONE, GroupStep, Queries, RankStep, Round
+from longctx.ring.step_builder import Draft, Piece, indices
 
 
 class StepPlanner:

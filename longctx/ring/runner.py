@@ -7,7 +7,7 @@ from torch import Tensor
 from longctx.engine.scheduler import Chunk
 from longctx.errors import PeerLost
 from longctx.model.loader import LoadedModel
-from longctx.ring.books import LeaderMemory
+from longctx.ring.leader_memory import LeaderMemory
 from longctx.ring.plan import StepPlanner
 from longctx.ring.rank import Rank
 from longctx.ring.ranks import Ranks

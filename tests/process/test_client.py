@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from longctx.process.client import EngineClient
 from longctx.config import EngineConfig
 from longctx.errors import ContextTooLong, DocumentMissing, EngineDied, InvalidRequest, ModelRefused
+from longctx.process.client import EngineClient
 from longctx.process.launcher import Child
 from longctx.request import FinishReason, Piece, Request, RequestOutput
 from prompt_cache.level import EXACT, MODULAR

@@ -11,11 +11,18 @@ from typing import Any
 
 import pytest
 
+from longctx.errors import EngineDied
 from longctx.process import client as client_module
 from longctx.process.client import EngineClient
-from longctx.errors import EngineDied
+from tests.process.test_client import (
+    PATIENCE_SECONDS,
+    collect,
+    config_of,
+    process_of,
+    started,
+    tokens_of,
+)
 from tests.support.recorded_engine import ask
-from tests.process.test_client import PATIENCE_SECONDS, collect, config_of, process_of, started, tokens_of
 
 
 def with_client(folder: Path, test: Callable[[EngineClient], Awaitable[None]]) -> None:

@@ -8,13 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
-from longctx.ipc.channel import Channel
 from longctx.config import EngineConfig
 from longctx.errors import LongctxError, ModelRefused, PeerLost
-from longctx.model.loader import load_model
+from longctx.ipc.channel import Channel
 from longctx.ipc.protocol import Beat, Fault
-from longctx.ring.heartbeat import SILENCE_SECONDS, Watch, beat
-from longctx.ring.messages import (
+from longctx.model.loader import load_model
+from longctx.ring.pages import LocalPages
+from longctx.ring.process_group import ProcessGroupTransport
+from longctx.ring.processes.heartbeat import SILENCE_SECONDS, Watch, beat
+from longctx.ring.processes.messages import (
     Answer,
     CopyPages,
     End,
@@ -29,8 +31,6 @@ from longctx.ring.messages import (
     encode,
     from_leader,
 )
-from longctx.ring.pages import LocalPages
-from longctx.ring.process_group import ProcessGroupTransport
 from longctx.ring.rank import Rank
 from longctx.ring.step import RankStep
 

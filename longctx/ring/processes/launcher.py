@@ -1,4 +1,4 @@
-"""The launcher of local ranks: PyTorch's elastic agent, `python -m longctx.ring.agent`.
+"""Starts local ranks by PyTorch's elastic agent: `python -m longctx.ring.processes.launcher`.
 
 It starts the ranks, and starts all of them again when one ends. It lives as long as the server that
 started it, and the ranks as long as it does, whatever ends them.
@@ -23,7 +23,7 @@ LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
 
 def main(words: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="longctx.ring.agent", description=__doc__)
+    parser = argparse.ArgumentParser(prog="longctx.ring.processes.launcher", description=__doc__)
     parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True, help="of each rank")
     parser.add_argument("--folder", type=Path, required=True, help="where ranks meet; private")

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from longctx.ring.comm_cost import RowBytes, keys_traffic, passes_queries, queries_traffic
 from longctx.ring.link import Link
-from longctx.ring.passing import RowBytes, keys_traffic, passes_queries, queries_traffic
-from longctx.ring.secret import make_secret
-from tests.ring_processes import rank_at_the_end_of_a_wire
-from tests.ring_processes.ring_server import RingServer, document
-from tests.ring_processes.slow_wire import (
+from longctx.ring.processes.secret import make_secret
+from tests.ring.processes import rank_at_the_end_of_a_wire
+from tests.ring.processes.ring_server import RingServer, document
+from tests.ring.processes.slow_wire import (
     FAR,
     FAR_DEVICE,
     NAMESPACE,

@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 
 from compress.codec import CODECS
 from compress.shape import BLOCK_TOKENS
-from longctx.ring import layout
-from longctx.ring.link import Link
-from longctx.ring.passing import (
+from longctx.ring import placement as layout
+from longctx.ring.comm_cost import (
     RowBytes,
     Traffic,
     keys_traffic,
@@ -18,6 +17,7 @@ from longctx.ring.passing import (
     passes_queries,
     queries_traffic,
 )
+from longctx.ring.link import Link
 from tests.ring.side_by_side import LINK, bytes_sent, ringed_engine
 from tests.support.recorded_engine import RecordedEngine, ask, some_ids
 

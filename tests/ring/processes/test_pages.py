@@ -12,8 +12,15 @@ import torch
 from compress.shape import BLOCK_TOKENS
 from longctx.kv.memory import KVMemory
 from longctx.model.hf_attention import LayerSpec
-from longctx.ring.messages import Answer, ReadPages, WritePages, encode, from_leader, to_leader
 from longctx.ring.pages import LocalPages, RingExtents, RingTransfer, WrittenAs
+from longctx.ring.processes.messages import (
+    Answer,
+    ReadPages,
+    WritePages,
+    encode,
+    from_leader,
+    to_leader,
+)
 from offload.disk import extent_file, extent_header, extent_io
 from offload.disk.extent_file import LayoutDiffers
 from offload.disk.extent_header import OtherVersion

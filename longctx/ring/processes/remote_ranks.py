@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-from longctx.ipc.channel import Channel
 from longctx.errors import PeerLost
-from longctx.model.loader import LoadedModel
+from longctx.ipc.channel import Channel
 from longctx.ipc.protocol import Beat
-from longctx.ring.heartbeat import SILENCE_SECONDS, Watch, beat
-from longctx.ring.messages import (
+from longctx.model.loader import LoadedModel
+from longctx.ring.pages import RankPages, WrittenAs
+from longctx.ring.process_group import ProcessGroupTransport
+from longctx.ring.processes.heartbeat import SILENCE_SECONDS, Watch, beat
+from longctx.ring.processes.messages import (
     Answer,
     CopyPages,
     End,
@@ -30,8 +32,6 @@ from longctx.ring.messages import (
     encode,
     to_leader,
 )
-from longctx.ring.pages import RankPages, WrittenAs
-from longctx.ring.process_group import ProcessGroupTransport
 from longctx.ring.rank import RingMemory
 from longctx.ring.step import RankStep
 from offload.block_run import BlockRun

@@ -1,6 +1,6 @@
 """`longctx serve --ranks 2` with real processes: answers as one rank does, and survives its ranks.
 
-pytest -m slow tests/ring_processes/test_serve_ranks.py runs every way to lose every rank.
+pytest -m slow tests/ring/processes/test_serve_ranks.py runs every way to lose every rank.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.ring_processes.ring_server import RingServer, body, document
+from tests.ring.processes.ring_server import RingServer, body, document
 
 NOTICED_SECONDS = 10.0
 BACK_SECONDS = 60.0

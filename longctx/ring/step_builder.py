@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.shape import BLOCK_TOKENS
-from longctx.ring.layout import Part
+from longctx.ring.placement import Part
 from longctx.ring.step import NONE, GroupStep, RankStep, Rows
 
 

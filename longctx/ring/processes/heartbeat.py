@@ -7,8 +7,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from longctx.ipc.channel import Channel
 from longctx.errors import PeerLost
+from longctx.ipc.channel import Channel
 
 BEAT_SECONDS = 0.5
 SILENCE_SECONDS = 6.0  # far longer than any thread waits for its turn on a machine that works

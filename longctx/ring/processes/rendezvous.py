@@ -21,15 +21,15 @@ from typing import Self
 import torch
 from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from longctx.ipc.channel import Channel, connect, listen, prove
 from longctx.config import EngineConfig
 from longctx.errors import LongctxError, PeerLost
+from longctx.ipc.channel import Channel, connect, listen, prove
 from longctx.ipc.protocol import Beat, Joined, Leader, encode, read_command
-from longctx.ring import messages
-from longctx.ring.heartbeat import beat
-from longctx.ring.messages import Group, Member, to_leader
 from longctx.ring.process_group import ProcessGroupTransport
-from longctx.ring.reception import Reception
+from longctx.ring.processes import messages
+from longctx.ring.processes.heartbeat import beat
+from longctx.ring.processes.listener import Reception
+from longctx.ring.processes.messages import Group, Member, to_leader
 
 GATHERING_SECONDS = 120.0  # until every rank is there: Python and torch load slowly from cold disks
 CALL_SECONDS = 5.0  # for one connection

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.shape import BLOCK_TOKENS
-from longctx.ring import layout
+from longctx.ring import placement as layout
 from offload.block_run import EXTENT_BLOCKS
 
 RANKS = st.integers(2, 8)

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from longctx.ipc.channel import Channel, connect, prove
 from longctx.errors import LongctxError, PeerLost
+from longctx.ipc.channel import Channel, connect, prove
 from longctx.ipc.protocol import Beat, Joined, Leader, encode, read_command
-from longctx.ring import heartbeat
-from longctx.ring.head import Head
-from longctx.ring.heartbeat import Watch, beat
-from longctx.ring.join import Place
-from longctx.ring.secret import make_secret, read_secret
+from longctx.ring.processes import heartbeat
+from longctx.ring.processes.head import Head
+from longctx.ring.processes.heartbeat import Watch, beat
+from longctx.ring.processes.rendezvous import Place
+from longctx.ring.processes.secret import make_secret, read_secret
 
 SECRET = b"s" * 32
 

@@ -5,10 +5,10 @@ import contextlib
 import socket
 import threading
 
-from longctx.ipc.channel import Channel
 from longctx.errors import EngineDied, PeerLost
+from longctx.ipc.channel import Channel
 from longctx.ipc.protocol import Fault, Joined, Leader, encode, read_event
-from longctx.ring.reception import Reception
+from longctx.ring.processes.listener import Reception
 
 WAITING_SECONDS = 60.0  # of another rank for rank 0
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from longctx.errors import PeerLost
 from longctx.ipc import channel
 from longctx.ipc.channel import Channel, connect, first_word, prove
-from longctx.errors import PeerLost
 from longctx.ipc.protocol import HEADER, Beat, read_event
-from longctx.ring import join
-from longctx.ring.head import Head
-from longctx.ring.join import FollowerPost, LeaderPost, Place
+from longctx.ring.processes import rendezvous as join
+from longctx.ring.processes.head import Head
+from longctx.ring.processes.rendezvous import FollowerPost, LeaderPost, Place
 
 SECRET = b"s" * 32
 

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compress.shape import BLOCK_TOKENS
-from longctx.ring.layout import Part, owner
 from longctx.ring.link import Link
+from longctx.ring.placement import Part, owner
 
 RESULT_BYTES = 4  # of a value or an lse: float32
 

@@ -5,8 +5,8 @@ import socket
 import threading
 from collections.abc import Callable
 
-from longctx.ipc.channel import first_word, listen
 from longctx.errors import PeerLost
+from longctx.ipc.channel import first_word, listen
 
 
 class Reception:

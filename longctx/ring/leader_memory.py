@@ -11,7 +11,7 @@ import numpy as np
 
 from longctx.kv.memory import KVMemory
 from longctx.model.loader import ModelSpec
-from longctx.ring import layout
+from longctx.ring import placement as layout
 from longctx.ring.rank import RingMemory
 
 
