@@ -29,7 +29,7 @@ from longctx.bench.haystack import document
 from longctx.demo_modules import show_library
 from longctx.demo_server import own_environment, running_server
 from longctx.embedded import model_path
-from longctx.embedded.generator import insert
+from longctx.needles.generator import insert
 from longctx.options import add_options, read_options
 
 POLL_SECONDS = 0.1

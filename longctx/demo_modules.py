@@ -15,7 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from longctx.bench.haystack import document
-from longctx.embedded.generator import insert
+from longctx.needles.generator import insert
 
 MODULE_TOKENS = 2000
 SCHEMA = "library"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from longctx.embedded.generator import KINDS
+from longctx.needles.generator import KINDS
 from prompt_cache.level import EXACT, Level, parse_level
 
 

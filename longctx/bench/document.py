@@ -25,7 +25,7 @@ from longctx.bench.picture import Series, draw_bars
 from longctx.bench.report import Parameter, Report, Result
 from longctx.bench.timing import Stopwatch
 from longctx.config import EngineConfig
-from longctx.embedded.generator import needle
+from longctx.needles.generator import needle
 from longctx.llm import LLM
 from longctx.request import SamplingParams, Segment, Usage
 from longctx.text.chat_template import ChatPrompts, FilePart, Message

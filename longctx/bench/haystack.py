@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from longctx.embedded.generator import Needle, distractors, haystack, insert, needle
+from longctx.needles.generator import Needle, distractors, haystack, insert, needle
 
 TOKENS_PER_NEEDLE = 128  # of document for each statement in it: mostly filler, at any length
 FRAME_TOKENS = 8  # spaces and seams between filler and statements

@@ -5,7 +5,9 @@ import re
 
 import pytest
 
-from longctx.embedded import generator, lexicon
+from longctx.needles import generator
+
+from longctx.needles import lexicon
 
 
 def words_of(text: str) -> int:

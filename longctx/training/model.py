@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
-from longctx.embedded.tokenizer import BOS, EOS, PAD, SPECIALS
+from longctx.training.tokenizer import BOS, EOS, PAD, SPECIALS
 
 WINDOW_TOKENS = 64
 MAX_TOKENS = 1_048_576

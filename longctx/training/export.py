@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face folder in bfloat16: `python -m longctx.embedded.export needle`."""
+"""A checkpoint as a Hugging Face folder in bfloat16: `python -m longctx.training.export needle`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from longctx.embedded import MODELS, model_path
-from longctx.embedded.model import new_needle
-from longctx.embedded.probe import MAX_TOKENS, new_probe
-from longctx.embedded.tokenizer import BOS, EOS, PAD, PROBE_TEMPLATE, SPECIALS
+from longctx.training.model import new_needle
+from longctx.training.probe import MAX_TOKENS, new_probe
+from longctx.training.tokenizer import BOS, EOS, PAD, PROBE_TEMPLATE, SPECIALS
 
 
 def write(model: PreTrainedModel, tokenizer: Path, folder: Path) -> None:

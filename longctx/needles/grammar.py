@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 import re
 
-from longctx.embedded import lexicon
-from longctx.embedded.values import MONTHS, Words
+from longctx.needles import lexicon
+from longctx.needles.values import MONTHS, Words
 
 TEMPLATES = (
     "The {adj} {noun} {verb} the {noun} near the {adj} {noun}.",

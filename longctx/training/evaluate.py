@@ -1,4 +1,4 @@
-"""How well a needle checkpoint finds needles: `python -m longctx.embedded.evaluate`.
+"""How well a needle checkpoint finds needles: `python -m longctx.training.evaluate`.
 
 Filler is Python's standard library, keys and values are the held-out half: training saw neither.
 An answer counts when the whole value is right, character for character. Intervals are
@@ -20,9 +20,13 @@ from pathlib import Path
 
 import torch
 
-from longctx.embedded import corpus, generator, model_path
-from longctx.embedded.reader import Reader
-from longctx.embedded.tokenizer import BOS, SPECIALS
+from longctx.embedded import model_path
+
+from longctx.training import corpus
+
+from longctx.needles import generator
+from longctx.training.reader import Reader
+from longctx.training.tokenizer import BOS, SPECIALS
 
 TASKS = ("single", "number", "distractors", "absent", *generator.RULER_TASKS)
 RULER_PER_TEXT = 10

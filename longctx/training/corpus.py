@@ -15,8 +15,8 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from longctx.embedded.grammar import sentence
-from longctx.embedded.values import Words
+from longctx.needles.grammar import sentence
+from longctx.needles.values import Words
 
 FILE_CHARACTERS = 60_000  # of one file, so that no single one dominates
 STDLIB = re.compile(r"/python[23](\.\d+)?/(?!site-packages|dist-packages)|/pydoc_data/")

@@ -29,9 +29,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from longctx.embedded import lexicon
-from longctx.embedded.grammar import sentence
-from longctx.embedded.values import Words, value
+from longctx.needles import lexicon
+from longctx.needles.grammar import sentence
+from longctx.needles.values import Words, value
 
 NOT_MENTIONED = "Not mentioned."
 KINDS = ("number", "word", "person", "place", "code", "date", "activity", "ruler", "uuid", "any")

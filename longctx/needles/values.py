@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from longctx.embedded import lexicon
+from longctx.needles import lexicon
 
 ONSETS = tuple("b br c ch d dr f fl g gr h j k kl l m n p pl qu r s sh sk st t th tr v w z".split())
 VOWELS = tuple("a e i o u ai ea io ou".split())

@@ -16,19 +16,25 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from longctx.embedded import MODELS, corpus, export, generator, model_path
-from longctx.embedded import tokenizer as tokenizers
-from longctx.embedded.batches import Batches, Shape
-from longctx.embedded.evaluate import Trial, depth_trend, wilson
-from longctx.embedded.grammar import sentence
-from longctx.embedded.model import WIDTH, Batch, forward, needle_config, new_needle
-from longctx.embedded.muon import orthogonal
-from longctx.embedded.probe import damage, score
-from longctx.embedded.reader import Reader
-from longctx.embedded.rounding import CODECS
-from longctx.embedded.train import Lessons, rate_at
-from longctx.embedded.values import Words
-from longctx.embedded.widen import widen
+from longctx.embedded import MODELS, model_path
+
+from longctx.training import corpus
+
+from longctx.training import export
+
+from longctx.needles import generator
+from longctx.training import tokenizer as tokenizers
+from longctx.training.batches import Batches, Shape
+from longctx.training.evaluate import Trial, depth_trend, wilson
+from longctx.needles.grammar import sentence
+from longctx.training.model import WIDTH, Batch, forward, needle_config, new_needle
+from longctx.training.muon import orthogonal
+from longctx.training.probe import damage, score
+from longctx.training.reader import Reader
+from longctx.training.rounding import CODECS
+from longctx.training.train import Lessons, rate_at
+from longctx.needles.values import Words
+from longctx.training.widen import widen
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +77,7 @@ def test_an_unknown_model_is_named_with_the_known_ones() -> None:
 
 def test_importing_the_package_and_the_generator_loads_no_torch() -> None:
     code = (
-        "import sys, longctx.embedded.generator\n"
+        "import sys, longctx.needles.generator\n"
         "sys.exit(bool({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

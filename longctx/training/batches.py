@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from longctx.embedded import generator
-from longctx.embedded.generator import NOT_MENTIONED, RULER_NOISE, Needle
-from longctx.embedded.model import Batch
-from longctx.embedded.tokenizer import ASSISTANT, BOS, EOS, SPECIALS, SYSTEM, USER
-from longctx.embedded.values import Words
+from longctx.needles import generator
+from longctx.needles.generator import NOT_MENTIONED, RULER_NOISE, Needle
+from longctx.training.model import Batch
+from longctx.training.tokenizer import ASSISTANT, BOS, EOS, SPECIALS, SYSTEM, USER
+from longctx.needles.values import Words
 
 HIDDEN = -1e9
 SPAN_TOKENS = 48

@@ -1,4 +1,4 @@
-"""Train an embedded model: `python -m longctx.embedded.train needle|probe --work DIR`.
+"""Train an embedded model: `python -m longctx.training.train needle|probe --work DIR`.
 
 The work folder holds the corpus as tokens, the tokenizer and the newest checkpoint; the same
 command again resumes. The learning rate is constant, then falls in a straight line over the last
@@ -22,13 +22,15 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from longctx.embedded import corpus, lexicon
-from longctx.embedded import tokenizer as tokenizers
-from longctx.embedded.batches import Batches, Shape
-from longctx.embedded.model import MAX_TOKENS, Batch, forward, new_needle
-from longctx.embedded.muon import Muon
-from longctx.embedded.probe import train_probe
-from longctx.embedded.widen import widen
+from longctx.training import corpus
+
+from longctx.needles import lexicon
+from longctx.training import tokenizer as tokenizers
+from longctx.training.batches import Batches, Shape
+from longctx.training.model import MAX_TOKENS, Batch, forward, new_needle
+from longctx.training.muon import Muon
+from longctx.training.probe import train_probe
+from longctx.training.widen import widen
 
 VOCABULARY = 2048
 EMA_DECAY = 0.998

@@ -17,9 +17,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import SmolLM3ForCausalLM
 
-from longctx.embedded.model import local_layers
-from longctx.embedded.rounding import CODECS
-from longctx.embedded.tokenizer import ASSISTANT, BOS, EOS, SPECIALS, USER
+from longctx.training.model import local_layers
+from longctx.training.rounding import CODECS
+from longctx.training.tokenizer import ASSISTANT, BOS, EOS, SPECIALS, USER
 
 REACH_TOKENS = 192  # what a token knows of the text before it: three windows of 63 tokens
 CHUNK_TOKENS = 8192

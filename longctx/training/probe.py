@@ -21,10 +21,12 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
-from longctx.embedded import corpus, model_path
-from longctx.embedded.muon import Muon
-from longctx.embedded.rounding import CODECS
-from longctx.embedded.tokenizer import BOS, EOS, PAD, SPECIALS
+from longctx.embedded import model_path
+
+from longctx.training import corpus
+from longctx.training.muon import Muon
+from longctx.training.rounding import CODECS
+from longctx.training.tokenizer import BOS, EOS, PAD, SPECIALS
 from longctx.quality.damage import Damage, Tally, compare
 
 SEQUENCE_TOKENS = 384

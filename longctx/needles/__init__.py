@@ -1,0 +1,1 @@
+"""Text with known answers: for benchmarks, the demo and training."""
