@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("compress", "offload", "prompt_cache", "longctx", "api")  # lowest rung first
 
 # The composition root and what stands on it: the only modules that may know every rung.
-TOP = ("longctx.cli", "longctx.__main__", "longctx.demo", "longctx.demo_modules", "longctx.bench")
+TOP = ("longctx.cli", "longctx.__main__", "longctx.commands", "longctx.demo", "longctx.bench")
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:

@@ -25,8 +25,8 @@ from longctx.bench.picture import Series, draw_bars
 from longctx.bench.report import Parameter, Report, Result
 from longctx.bench.timing import Stopwatch
 from longctx.config import EngineConfig
-from longctx.needles.generator import needle
 from longctx.llm import LLM
+from longctx.needles.generator import needle
 from longctx.request import SamplingParams, Segment, Usage
 from longctx.text.chat_template import ChatPrompts, FilePart, Message
 

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer
 
 from longctx.needles import generator
 from longctx.needles.generator import NOT_MENTIONED, RULER_NOISE, Needle
+from longctx.needles.values import Words
 from longctx.training.model import Batch
 from longctx.training.tokenizer import ASSISTANT, BOS, EOS, SPECIALS, SYSTEM, USER
-from longctx.needles.values import Words
 
 HIDDEN = -1e9
 SPAN_TOKENS = 48

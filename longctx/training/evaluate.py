@@ -21,10 +21,8 @@ from pathlib import Path
 import torch
 
 from longctx.embedded import model_path
-
-from longctx.training import corpus
-
 from longctx.needles import generator
+from longctx.training import corpus
 from longctx.training.reader import Reader
 from longctx.training.tokenizer import BOS, SPECIALS
 

@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from longctx.embedded import model_path
-
+from longctx.quality.damage import Damage, Tally, compare
 from longctx.training import corpus
 from longctx.training.muon import Muon
 from longctx.training.rounding import CODECS
 from longctx.training.tokenizer import BOS, EOS, PAD, SPECIALS
-from longctx.quality.damage import Damage, Tally, compare
 
 SEQUENCE_TOKENS = 384
 ROWS = 5

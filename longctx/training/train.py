@@ -22,9 +22,8 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from longctx.training import corpus
-
 from longctx.needles import lexicon
+from longctx.training import corpus
 from longctx.training import tokenizer as tokenizers
 from longctx.training.batches import Batches, Shape
 from longctx.training.model import MAX_TOKENS, Batch, forward, new_needle

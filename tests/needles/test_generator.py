@@ -5,9 +5,7 @@ import re
 
 import pytest
 
-from longctx.needles import generator
-
-from longctx.needles import lexicon
+from longctx.needles import generator, lexicon
 
 
 def words_of(text: str) -> int:

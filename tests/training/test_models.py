@@ -17,23 +17,19 @@ from transformers import (
 )
 
 from longctx.embedded import MODELS, model_path
-
-from longctx.training import corpus
-
-from longctx.training import export
-
 from longctx.needles import generator
+from longctx.needles.grammar import sentence
+from longctx.needles.values import Words
+from longctx.training import corpus, export
 from longctx.training import tokenizer as tokenizers
 from longctx.training.batches import Batches, Shape
 from longctx.training.evaluate import Trial, depth_trend, wilson
-from longctx.needles.grammar import sentence
 from longctx.training.model import WIDTH, Batch, forward, needle_config, new_needle
 from longctx.training.muon import orthogonal
 from longctx.training.probe import damage, score
 from longctx.training.reader import Reader
 from longctx.training.rounding import CODECS
 from longctx.training.train import Lessons, rate_at
-from longctx.needles.values import Words
 from longctx.training.widen import widen
 
 

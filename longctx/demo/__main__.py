@@ -26,8 +26,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from longctx.bench.haystack import document
-from longctx.demo_modules import show_library
-from longctx.demo_server import own_environment, running_server
+from longctx.demo.modules import show_library
+from longctx.demo.server import own_environment, running_server
 from longctx.embedded import model_path
 from longctx.needles.generator import insert
 from longctx.options import add_options, read_options

@@ -1,0 +1,1 @@
+"""One file for each `longctx COMMAND` that is more than a call."""
