@@ -6,31 +6,31 @@ from dataclasses import dataclass
 
 from fastapi import FastAPI
 
-from api.about import About
-from api.attachments import Attachments
-from api.auth import Authentication
-from api.cache import Cache
-from api.chat import Chat
-from api.completions import Completions
+from api.background.store_dir import StoreDir
+from api.cache_routes import Cache
+from api.completions.attachments import Attachments
+from api.completions.chat import Chat
+from api.completions.completions import Completions
+from api.completions.generation import Generation
+from api.completions.preamble_resolver import Openings
 from api.config import ServerConfig
-from api.documents import DocumentStore
-from api.errors import HANDLERS
-from api.files import Files
-from api.generation import Generation
-from api.keeper import Keeper
-from api.library import Library
+from api.files.document_library import Library
+from api.files.document_store import DocumentStore
+from api.files.routes import Files
+from api.files.tokenizer_process import Parser
+from api.http.auth import Authentication
+from api.http.bodies import ChatRequest, CompletionRequest, FlushRequest, TokenizeRequest
+from api.http.errors import HANDLERS
+from api.http.openapi import body_of, describe_bodies
 from api.metrics import HTTPMetrics, Measured, Metrics
-from api.openapi import body_of, describe_bodies
-from api.openings import Openings
-from api.parser import Parser
-from api.prompt_library import PromptLibrary
-from api.prompt_records import PromptRecords
-from api.prompts import PromptRequest, Prompts
-from api.retention import Retention
-from api.schema_library import SchemaLibrary
-from api.schemas import Schemas
-from api.store_dir import StoreDir
-from api.wire import ChatRequest, CompletionRequest, FlushRequest, TokenizeRequest
+from api.status import About
+from api.stored_prompts.module_keeper import Keeper
+from api.stored_prompts.prompt_library import PromptLibrary
+from api.stored_prompts.prompt_routes import PromptRequest, Prompts
+from api.stored_prompts.records import PromptRecords
+from api.stored_prompts.retention import Retention
+from api.stored_prompts.schema_library import SchemaLibrary
+from api.stored_prompts.schema_routes import Schemas
 from longctx.config import EngineConfig
 from longctx.process.client import EngineClient
 from longctx.text.chat_template import ChatPrompts

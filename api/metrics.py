@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.library import DocumentState, Library
+from api.files.document_library import DocumentState, Library
 from longctx import __version__
 from longctx.errors import LongctxError
 from longctx.process.client import EngineClient, State

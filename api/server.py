@@ -17,10 +17,10 @@ from pathlib import Path
 import uvicorn
 
 from api.app import Application, open_application
-from api.auth import read_keys
+from api.background.store_dir import StoreDir
 from api.config import ServerConfig
-from api.parser import Parser
-from api.store_dir import StoreDir
+from api.files.tokenizer_process import Parser
+from api.http.auth import read_keys
 from longctx.config import EngineConfig
 from longctx.engine_info import EngineInfo
 from longctx.errors import LongctxError

@@ -12,17 +12,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from longctx.commands.ask import ask
 from api.config import ServerConfig
 from api.server import serve
 from longctx.bench import BENCHES
+from longctx.commands.ask import ask
 from longctx.commands.bench import bench_arguments, run_bench
 from longctx.commands.cache import BOUNDS, cache_arguments, run_cache
+from longctx.commands.prompt_cache import prompt_cache_arguments, run_prompt_cache
 from longctx.config import EngineConfig
 from longctx.embedded import model_path
 from longctx.errors import LongctxError
 from longctx.options import add_options, read_options
-from longctx.commands.prompt_cache import prompt_cache_arguments, run_prompt_cache
 
 # The environment and a TOML file may have the options of any command.
 CONFIGS = (

@@ -11,9 +11,9 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from api.draft import Draft
-from api.errors import ApiError
-from api.parser import Parser
+from api.files.tokenizer_process import Parser
+from api.files.upload import Draft
+from api.http.errors import ApiError
 from longctx.config import EngineConfig
 from longctx.errors import LongctxError
 from longctx.process.client import EngineClient

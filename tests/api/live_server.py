@@ -11,11 +11,11 @@ import httpx
 import openai
 
 from api.app import open_application
-from api.auth import read_keys
+from api.background.store_dir import StoreDir
 from api.config import ServerConfig
-from api.parser import Parser
+from api.files.tokenizer_process import Parser
+from api.http.auth import read_keys
 from api.server import Server, listen
-from api.store_dir import StoreDir
 from longctx.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from longctx.text.tokenizer import Tokenizer
 

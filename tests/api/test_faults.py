@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from tests.api.files.test_files import ask, cached_tokens, upload, wait_until_settled
 from tests.api.live_server import LiveServer
-from tests.api.test_cache import cache_of, explained, flush, ids
-from tests.api.test_files import ask, cached_tokens, upload, wait_until_settled
+from tests.api.test_cache_routes import cache_of, explained, flush, ids
 
 Damage = Callable[[Path], None]  # to one extent file
 QUESTION = "Which boat came last?"

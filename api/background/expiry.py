@@ -1,0 +1,57 @@
+"""What has a last moment is let go of when that comes."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
+from typing import Generic, TypeVar
+
+from api.http.errors import logger
+
+Item = TypeVar("Item")
+
+LOOK_SECONDS = 60.0  # how often the clock is looked at, at least: it may be set
+
+
+class Expiry(Generic[Item]):
+    def __init__(
+        self,
+        moments: Callable[[], Iterable[tuple[float, Item]]],
+        let_go: Callable[[Item], Awaitable[None]],
+    ) -> None:
+        """`moments`: all that there is, each with its last moment, as of `time.time`. What
+        `let_go` fails on is logged, and tried again when the clock is looked at next."""
+        self._moments = moments
+        self._let_go = let_go
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run())
+
+    def changed(self) -> None:
+        """There is something new, perhaps the next to go."""
+        self._changed.set()
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _run(self) -> None:
+        while True:
+            now = time.time()
+            for moment, item in list(self._moments()):
+                if moment <= now:
+                    await self._try(item)
+            self._changed.clear()
+            pauses = (moment - now for moment, _ in self._moments() if moment > now)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), min([LOOK_SECONDS, *pauses]))
+
+    async def _try(self, item: Item) -> None:
+        try:
+            await self._let_go(item)
+        except Exception as error:  # a full disk, say, must not keep the others for ever
+            logger.error("letting go of what has expired failed", exc_info=error)

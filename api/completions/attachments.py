@@ -1,0 +1,55 @@
+"""Files as messages name them: by id, or carried along as base64.
+
+A file that is carried along is kept like an upload, so the next message that carries the same one
+finds it computed.
+"""
+
+import asyncio
+import base64
+import binascii
+
+from api.background.store_dir import StoreDir
+from api.files.document_library import Entry, Library
+from api.files.routes import PURPOSES, new_document
+from api.files.upload import Draft
+from api.http.bodies import FileReference
+from api.http.errors import ApiError
+
+
+class Attachments:
+    def __init__(self, library: Library, folder: StoreDir, *, max_upload_bytes: int) -> None:
+        self.library = library
+        self.folder = folder
+        self.max_upload_bytes = max_upload_bytes
+
+    async def find(self, tenant: str, reference: FileReference) -> Entry:
+        """Raises ApiError: 404 for an unknown id, 400 for data that is no text."""
+        if reference.file_id is not None:
+            return self.library.find(tenant, reference.file_id, param="messages")
+        assert reference.file_data is not None
+        data = _decode(reference.file_data)
+        filename = reference.filename or "file"
+        with Draft(self.folder.new_draft(), limit_bytes=self.max_upload_bytes) as draft:
+            await asyncio.to_thread(draft.write, data)
+            await asyncio.to_thread(draft.finish)
+            known = self.library.twin(tenant, draft.sha256, filename)
+            if known is not None:
+                return known
+            document = new_document(
+                draft, tenant=tenant, filename=filename, purpose=PURPOSES[0], system=None
+            )
+            return await self.library.add(document, draft.path)
+
+
+def _decode(file_data: str) -> bytes:
+    """A data URL's bytes, or those of plain base64."""
+    head, comma, rest = file_data.partition(",")
+    encoded = rest if comma and head.startswith("data:") else file_data
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except binascii.Error as error:
+        raise ApiError(
+            400,
+            f"file_data is not base64: {error}; send a data URL such as data:text/plain;base64,...",
+            param="messages",
+        ) from error

@@ -1,0 +1,138 @@
+"""`POST /v1/chat/completions`: a conversation, with files in it by reference.
+
+A question never tokenizes or resends its documents: the chat template is rendered around them, and
+the engine is told their names. A document that is still being read is waited for; one that is read
+but not yet computed is joined by the engine.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api.completions.attachments import Attachments
+from api.completions.conversation import Conversation
+from api.completions.generation import Generation
+from api.completions.preamble_resolver import Openings
+from api.completions.reply import Body, Choice, Reply
+from api.files.document_library import Entry, Library
+from api.http.auth import SINGLE_TENANT, tenant_of
+from api.http.bodies import ChatRequest, Message, TextPart, read_json
+from api.stored_prompts.retention import Retention
+from longctx.errors import InvalidRequest
+from longctx.request import Segment
+from longctx.text import chat_template
+from longctx.text.chat_template import ChatPrompts, FilePart
+
+
+class ChatShape:
+    id_prefix = "chatcmpl"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def whole(self, choice: Choice) -> Body:
+        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        return {"message": message, **self._ending(choice)}
+
+    def opening(self, index: int) -> Body | None:
+        return self._piece(index, {"role": "assistant", "content": ""})
+
+    def delta(self, index: int, text: str) -> Body:
+        return self._piece(index, {"content": text})
+
+    def finish(self, choice: Choice) -> Body:
+        return {"delta": {}, **self._ending(choice)}
+
+    def _piece(self, index: int, delta: dict[str, Any]) -> Body:
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _ending(self, choice: Choice) -> Body:
+        return {
+            "index": choice.index,
+            "logprobs": None,
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+
+
+class Chat:
+    def __init__(
+        self,
+        generation: Generation,
+        prompts: ChatPrompts,
+        library: Library,
+        attachments: Attachments,
+        openings: Openings,
+        retention: Retention,
+        *,
+        ping_seconds: float,
+    ) -> None:
+        self.generation = generation
+        self.prompts = prompts
+        self.library = library
+        self.attachments = attachments
+        self.openings = openings
+        self.retention = retention
+        self.ping_seconds = ping_seconds
+
+    async def create(self, request: Request) -> Response:
+        wanted = await read_json(request, ChatRequest)
+        self.generation.check_model(wanted.model)
+        tenant = tenant_of(request)
+        messages, files = await self.read(wanted.messages, tenant)
+        opening, more = await self.openings.of(wanted.prompt_cache, tenant)
+        files = list({entry.document.id: entry for entry in (*more, *files)}.values())
+        keep_seconds = wanted.keep_seconds
+
+        def check(segments: Sequence[Segment], tokens: int) -> None:
+            if keep_seconds is not None:
+                self.retention.check(segments, tokens)
+
+        async def keep(segments: Sequence[Segment]) -> None:
+            if keep_seconds is not None:
+                await self.retention.retain(tenant, segments, keep_seconds)
+
+        conversation = Conversation(
+            messages, files, self.prompts, self.library, opening, check=check, keep=keep
+        )
+        reply = Reply(self.generation, ChatShape(), conversation, wanted, tenant)
+        return await reply.respond(request, ping_seconds=self.ping_seconds)
+
+    async def read(
+        self, messages: list[Message], tenant: str
+    ) -> tuple[list[chat_template.Message], list[Entry]]:
+        """The messages and the files in them.
+
+        Raises ApiError: 404 for an unknown file, 400 for one that came along and is no text.
+        """
+        files: dict[str, Entry] = {}
+        read = []
+        for message in messages:
+            parts: list[str | FilePart] = []
+            for part in message.parts:
+                if isinstance(part, TextPart):
+                    parts.append(part.text)
+                    continue
+                entry = await self.attachments.find(tenant, part.file)
+                files[entry.document.id] = entry
+                level = await self.openings.reuse(part.reuse)
+                parts.append(
+                    FilePart(entry.document.id, entry.document.filename, level.link_tokens)
+                )
+            role = "system" if message.role == "developer" else message.role
+            read.append(chat_template.Message(role, tuple(parts)))
+        return read, list(files.values())
+
+    async def tokens(self, messages: list[Message]) -> list[int]:
+        """The prompt of a conversation without files, as the template makes it."""
+        for number, message in enumerate(messages):
+            if not all(isinstance(part, TextPart) for part in message.parts):
+                raise InvalidRequest(
+                    f"messages.{number} has a file; its tokens are counted in the file object",
+                    param="messages",
+                )
+        read, _ = await self.read(messages, tenant=SINGLE_TENANT)
+        segments = await asyncio.to_thread(self.prompts.render, read)
+        return [token for segment in segments for token in segment.token_ids]

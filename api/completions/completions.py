@@ -1,0 +1,91 @@
+"""`POST /v1/completions`: a prompt as text or token ids, continued without a chat template."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api.completions.generation import Generation, Prompt
+from api.completions.reply import Body, Choice, Reply
+from api.http.auth import tenant_of
+from api.http.bodies import CompletionRequest, read_json
+from longctx.errors import InvalidRequest
+from longctx.request import Segment
+from longctx.text.tokenizer import Tokenizer
+
+
+class TextShape:
+    id_prefix = "cmpl"
+    whole_object = "text_completion"
+    chunk_object = "text_completion"
+
+    def whole(self, choice: Choice) -> Body:
+        return {**self.finish(choice), "text": choice.text}
+
+    def opening(self, index: int) -> Body | None:
+        return None
+
+    def delta(self, index: int, text: str) -> Body:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+
+    def finish(self, choice: Choice) -> Body:
+        return {
+            "index": choice.index,
+            "text": "",
+            "logprobs": None,
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+
+
+class Completions:
+    def __init__(
+        self, generation: Generation, tokenizer: Tokenizer, *, ping_seconds: float
+    ) -> None:
+        self.generation = generation
+        self.tokenizer = tokenizer
+        self.ping_seconds = ping_seconds
+
+    async def create(self, request: Request) -> Response:
+        wanted = await read_json(request, CompletionRequest)
+        self.generation.check_model(wanted.model)
+        prompts = LiteralPrompts(wanted, self.tokenizer, self.generation.engine.info.vocab_size)
+        reply = Reply(self.generation, TextShape(), prompts, wanted, tenant_of(request))
+        return await reply.respond(request, ping_seconds=self.ping_seconds)
+
+
+class LiteralPrompts:
+    """Prompts that wait for nothing."""
+
+    is_ready = True
+
+    def __init__(self, wanted: CompletionRequest, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self.notes: Body = {}
+        self.prompt_cache: Body = {}
+        self.wanted = wanted
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+
+    async def waiting(self) -> AsyncGenerator[Body, None]:
+        return
+        yield
+
+    async def prompts(self) -> list[Prompt]:
+        return await asyncio.to_thread(lambda: [self._prompt(one) for one in self.wanted.prompts])
+
+    async def answered(self) -> None:
+        """Nothing more is to be done."""
+
+    def _prompt(self, prompt: str | list[int]) -> Prompt:
+        if isinstance(prompt, str):
+            token_ids = self.tokenizer.encode_completion(prompt)
+        else:
+            token_ids = prompt
+            if not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
+                raise InvalidRequest(
+                    f"token ids must lie in [0, {self.vocab_size}); these span "
+                    f"{min(token_ids)} to {max(token_ids)}",
+                    param="prompt",
+                )
+        return Prompt(segments=(Segment(token_ids=tuple(token_ids)),), tokens=len(token_ids))

@@ -1,0 +1,163 @@
+"""From checked prompts to the engine's outputs, for one HTTP request.
+
+Read `Generation.outputs` first. `reply.py` puts them on the wire.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from api.http.bodies import Sampled
+from api.http.errors import ApiError
+from longctx.errors import ContextTooLong, EngineDied, InvalidRequest
+from longctx.process.client import EngineClient
+from longctx.request import FinishReason, Request, RequestOutput, SamplingParams, Segment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A prompt as the engine takes it.
+
+    `tokens` counts its documents and modules too, `gap_tokens` the positions between modules that
+    it leaves out.
+    """
+
+    segments: tuple[Segment, ...]
+    tokens: int
+    gap_tokens: int = 0
+
+
+class Generation:
+    def __init__(
+        self,
+        engine: EngineClient,
+        served_name: str,
+        *,
+        on_first_token: Callable[[float], None],
+    ) -> None:
+        """`on_first_token` is told how many seconds a request waited for its first token."""
+        self.engine = engine
+        self.served_name = served_name
+        self._on_first_token = on_first_token
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError 404 for a model that is not this server's."""
+        if name is not None and name != self.served_name:
+            raise ApiError(
+                404,
+                f"there is no model {name!r}; this server has {self.served_name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def requests(self, prompts: Sequence[Prompt], wanted: Sampled, salt: str) -> list[Request]:
+        """One for each prompt. An answer of no stated length gets what the prompt leaves.
+
+        Raises ContextTooLong when a prompt, or it and its answer, do not fit, and InvalidRequest
+        for a value out of range.
+        """
+        name = uuid.uuid4().hex
+        return [
+            Request(
+                request_id=f"{name}-{number}",
+                segments=prompt.segments,
+                sampling=self._sampling(wanted, prompt.tokens + prompt.gap_tokens),
+                salt=salt,
+                explain=wanted.cache_explain,
+                in_memory=wanted.in_memory,
+            )
+            for number, prompt in enumerate(prompts)
+        ]
+
+    async def outputs(self, requests: Sequence[Request]) -> AsyncGenerator[RequestOutput, None]:
+        """Events of all requests as they come; choice numbers run on from one to the next.
+
+        Closing it aborts all of them. Raises what the engine raises, and ApiError or EngineDied
+        when it fails during an answer.
+        """
+        streams = [
+            self._one(request, first_choice=number * request.sampling.n)
+            for number, request in enumerate(requests)
+        ]
+        merged = streams[0] if len(streams) == 1 else _merge(streams)
+        async with aclosing(merged) as events:
+            async for output in events:
+                yield output
+
+    def _sampling(self, wanted: Sampled, prompt_tokens: int) -> SamplingParams:
+        limits = self.engine.info.limits
+        limit = limits.longest_tokens
+        if prompt_tokens == 0:
+            raise InvalidRequest("the prompt has no tokens; write something", param="prompt")
+        if prompt_tokens >= limit:
+            raise ContextTooLong(
+                f"the prompt has {prompt_tokens} tokens, the limit is {limit} together with the "
+                f"answer; shorten the prompt or {limits.cure}"
+            )
+        answer_tokens = wanted.answer_tokens
+        room = limits.answer_tokens(prompt_tokens)
+        if answer_tokens is None:
+            answer_tokens = room
+        if answer_tokens > room:
+            raise ContextTooLong(
+                f"the prompt has {prompt_tokens} tokens and the answer may have {answer_tokens}, "
+                f"the limit is {limit} together; ask for at most {room}, shorten the prompt or "
+                f"{limits.cure}",
+                param="max_tokens",
+            )
+        return wanted.sampling(answer_tokens)
+
+    async def _one(
+        self, request: Request, *, first_choice: int
+    ) -> AsyncGenerator[RequestOutput, None]:
+        asked: float | None = time.perf_counter()
+        async with aclosing(self.engine.generate(request)) as outputs:
+            async for output in outputs:
+                if output.token_ids and asked is not None:
+                    self._on_first_token(time.perf_counter() - asked)
+                    asked = None
+                if output.finish_reason is FinishReason.ERROR:
+                    raise self._failure(output.error or "the engine failed")
+                if first_choice:
+                    output = replace(output, index=first_choice + output.index)
+                yield output
+
+    def _failure(self, reason: str) -> Exception:
+        if self.engine.state == "ready":
+            return ApiError(500, reason, code="engine_error")
+        return EngineDied(reason)
+
+
+async def _merge(
+    streams: Sequence[AsyncGenerator[RequestOutput, None]],
+) -> AsyncGenerator[RequestOutput, None]:
+    """The events of all streams as they come. The first exception ends all of them."""
+    queue: asyncio.Queue[RequestOutput | BaseException | None] = asyncio.Queue()
+
+    async def pump(stream: AsyncGenerator[RequestOutput, None]) -> None:
+        try:
+            async with aclosing(stream):
+                async for output in stream:
+                    queue.put_nowait(output)
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
+    running = len(tasks)
+    try:
+        while running:
+            match await queue.get():
+                case None:
+                    running -= 1
+                case BaseException() as error:
+                    raise error
+                case output:
+                    yield output
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

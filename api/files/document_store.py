@@ -1,0 +1,135 @@
+"""What is known about each uploaded file, in SQLite, so that it outlives the process.
+
+Only what cannot be had again stands here; how far a document has come in this process is the
+`Library`'s (`library.py`).
+"""
+
+import sqlite3
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from api.background.database import Database
+
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS documents (
+    number INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    tenant TEXT NOT NULL,
+    filename TEXT NOT NULL,
+    purpose TEXT NOT NULL,
+    bytes INTEGER NOT NULL,
+    created_at INTEGER NOT NULL,
+    sha256 TEXT NOT NULL,
+    system TEXT,
+    date TEXT NOT NULL,
+    tokens INTEGER,
+    fingerprint TEXT
+) STRICT;
+CREATE INDEX IF NOT EXISTS documents_of_tenant ON documents (tenant, number);
+CREATE TABLE IF NOT EXISTS deleted (id TEXT PRIMARY KEY) STRICT;
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """`date` is the template's today, frozen at upload. `tokens` is the count for the model whose
+    `fingerprint` stands beside it."""
+
+    id: str
+    tenant: str
+    filename: str
+    purpose: str
+    bytes: int
+    created_at: int
+    sha256: str
+    system: str | None
+    date: str
+    tokens: int | None = None
+    fingerprint: str | None = None
+
+
+COLUMNS = ", ".join(field.name for field in fields(Document))
+DELETED = "SELECT id FROM deleted"
+MARKS = ", ".join("?" for _ in fields(Document))
+
+
+def _document(row: tuple[object, ...]) -> Document:
+    return Document(**dict(zip(COLUMNS.split(", "), row, strict=True)))  # type: ignore[arg-type]
+
+
+class DocumentStore:
+    def __init__(self, path: Path) -> None:
+        self._database = Database(path, tables=SCHEMA, version=SCHEMA_VERSION)
+
+    async def open(self) -> None:
+        """Raises LongctxError when the file is no database of ours."""
+        await self._database.open()
+
+    async def close(self) -> None:
+        await self._database.close()
+
+    async def save(self, document: Document) -> None:
+        """Adds it, or replaces what was known; durable when this returns."""
+        updates = ", ".join(f"{name} = excluded.{name}" for name in COLUMNS.split(", "))
+        await self._database.run(
+            lambda connection: connection.execute(
+                f"INSERT INTO documents ({COLUMNS}) VALUES ({MARKS}) "
+                f"ON CONFLICT (id) DO UPDATE SET {updates}",
+                astuple(document),
+            )
+        )
+
+    async def delete(self, document_id: str) -> None:
+        """It is `deleted` from now on, and nothing else."""
+        await self._database.run(
+            lambda connection: connection.execute(
+                "INSERT OR IGNORE INTO deleted (id) VALUES (?)", (document_id,)
+            )
+        )
+
+    async def remove(self, document_id: str) -> None:
+        """Nothing is known about it any more."""
+
+        def remove(connection: sqlite3.Connection) -> None:
+            for table in ("documents", "deleted"):
+                connection.execute(f"DELETE FROM {table} WHERE id = ?", (document_id,))
+
+        await self._database.run(remove)
+
+    async def all(self) -> list[Document]:
+        """Oldest first."""
+        clause = f"WHERE id NOT IN ({DELETED}) ORDER BY number"
+        return await self._database.run(lambda connection: _select(connection, clause))
+
+    async def deleted(self) -> list[Document]:
+        """Those of which something may still be stored elsewhere."""
+        clause = f"WHERE id IN ({DELETED}) ORDER BY number"
+        return await self._database.run(lambda connection: _select(connection, clause))
+
+    async def page(
+        self,
+        tenant: str,
+        *,
+        purpose: str | None,
+        order: Literal["asc", "desc"],
+        after: str | None,
+        limit: int,
+    ) -> list[Document]:
+        """At most `limit` documents of the tenant that come after the one with id `after`."""
+        conditions, values = ["tenant = ?", f"id NOT IN ({DELETED})"], [tenant]
+        if purpose is not None:
+            conditions.append("purpose = ?")
+            values.append(purpose)
+        if after is not None:
+            beyond = ">" if order == "asc" else "<"
+            conditions.append(f"number {beyond} (SELECT number FROM documents WHERE id = ?)")
+            values.append(after)
+        clause = f"WHERE {' AND '.join(conditions)} ORDER BY number {order} LIMIT {limit}"
+        return await self._database.run(lambda connection: _select(connection, clause, *values))
+
+
+def _select(connection: sqlite3.Connection, clause: str, *values: str) -> list[Document]:
+    rows = connection.execute(f"SELECT {COLUMNS} FROM documents {clause}", values)
+    return [_document(row) for row in rows]

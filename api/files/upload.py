@@ -1,0 +1,98 @@
+"""A file while it is received: written to disk, and checked to be text on its way.
+
+Accepted is UTF-8 text of any kind, Markdown among it, with or without a byte order mark.
+"""
+
+import codecs
+import hashlib
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from api.http.errors import ApiError
+
+ACCEPTED = "accepted are UTF-8 text and Markdown"
+
+# What people try, by its first bytes.
+FORMATS = {
+    b"%PDF-": "a PDF file",
+    b"PK\x03\x04": "a ZIP archive or an Office document",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+    b"\xd0\xcf\x11\xe0": "an old Office document",
+    b"{\\rtf": "an RTF document",
+    b"\x1f\x8b": "gzip-compressed",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+}
+
+
+class Draft:
+    """A file that is being received. Used as a context, which removes what was not moved away."""
+
+    def __init__(self, path: Path, *, limit_bytes: int) -> None:
+        self.path = path
+        self.size = 0
+        self._limit_bytes = limit_bytes
+        self._file = path.open("xb")
+        self._hash = hashlib.sha256()
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._has_text = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+    def write(self, data: bytes) -> None:
+        """Raises ApiError for what is not text, or too much of it."""
+        if self.size == 0:
+            for magic, name in FORMATS.items():
+                if data.startswith(magic):
+                    raise _refusal(f"the file is {name}")
+        if self.size + len(data) > self._limit_bytes:
+            raise ApiError(
+                413,
+                f"the file is larger than {self._limit_bytes >> 20} MiB; split it or start the "
+                "server with a larger --max-upload-mib",
+                param="file",
+            )
+        self._check(data, final=False)
+        self.size += len(data)
+        self._hash.update(data)
+        self._file.write(data)
+
+    def finish(self) -> None:
+        """Makes it durable. Raises ApiError for a file that is empty or ends inside a character."""
+        self._check(b"", final=True)
+        if not self._has_text:
+            raise _refusal("the file is empty")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _check(self, data: bytes, *, final: bool) -> None:
+        held, _ = self._decoder.getstate()  # the beginning of a character that data continues
+        try:
+            text = self._decoder.decode(data, final)
+        except UnicodeDecodeError as error:
+            at = self.size - len(held) + error.start
+            raise _refusal(f"the file is not UTF-8: {error.reason} at byte {at}") from error
+        if (position := data.find(b"\0")) >= 0:
+            raise _refusal(f"the file is binary: a zero at byte {self.size + position}")
+        self._has_text = self._has_text or bool(text.strip("\ufeff \t\r\n\v\f"))
+
+
+def _refusal(what: str) -> ApiError:
+    return ApiError(400, f"{what}; {ACCEPTED}", param="file", code="unsupported_file")

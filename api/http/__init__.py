@@ -1,0 +1,1 @@
+"""What every route uses: who asks, how bodies are read, how answers and errors are written."""

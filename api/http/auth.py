@@ -1,0 +1,78 @@
+"""Who is asking: API keys, and the tenant that each one stands for.
+
+A tenant is HMAC(server secret, key): it salts the block keys, so nobody learns from timing what
+another tenant has cached, and it owns files. Without keys there is one tenant, the empty string.
+"""
+
+import hashlib
+import hmac
+
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from api.config import ServerConfig
+from api.http.errors import ApiError
+from longctx.errors import LongctxError
+
+OPEN_PATHS = frozenset({"/health"})
+SINGLE_TENANT = ""
+
+
+def read_keys(config: ServerConfig) -> tuple[str, ...]:
+    """The accepted keys; none at all means that the server is open.
+
+    Raises LongctxError for a key file that cannot be read or has no key in it.
+    """
+    keys = list(config.api_key)
+    if config.api_key_file is not None:
+        try:
+            lines = config.api_key_file.read_text().splitlines()
+        except OSError as error:
+            raise LongctxError(f"cannot read the API keys: {error}") from error
+        listed = [line.strip() for line in lines if line.strip()]
+        if not listed:
+            raise LongctxError(f"{config.api_key_file} has no key in it; write one a line")
+        keys += listed
+    return tuple(dict.fromkeys(keys))
+
+
+class Authentication:
+    """ASGI middleware: refuses requests without a known key and notes the tenant of the others."""
+
+    def __init__(self, app: ASGIApp, *, keys: tuple[str, ...], secret: bytes) -> None:
+        self.app = app
+        self.tenants = {
+            key.encode(): hmac.new(secret, key.encode(), hashlib.sha256).hexdigest() for key in keys
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        tenant: str | None = SINGLE_TENANT
+        if self.tenants and scope["path"] not in OPEN_PATHS:
+            tenant = self._tenant(HTTPConnection(scope).headers.get("authorization", ""))
+        if tenant is None:
+            refusal = ApiError(
+                401,
+                "a valid API key is required: send the header 'Authorization: Bearer KEY'",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+            return await refusal.response()(scope, receive, send)
+        scope["longctx.tenant"] = tenant
+        await self.app(scope, receive, send)
+
+    def _tenant(self, authorization: str) -> str | None:
+        scheme, _, given = authorization.partition(" ")
+        found = None
+        for key, tenant in self.tenants.items():  # all of them: the time says nothing about keys
+            if hmac.compare_digest(key, given.strip().encode()):
+                found = tenant
+        return found if scheme.lower() == "bearer" else None
+
+
+def tenant_of(connection: HTTPConnection) -> str:
+    """The tenant that `Authentication` found."""
+    tenant = connection.scope["longctx.tenant"]
+    assert isinstance(tenant, str)
+    return tenant

@@ -1,0 +1,363 @@
+"""What clients may send, as strict types: nothing that would change an answer is ignored.
+
+A parameter is either served, or harmless (accepted, without effect on the answer by its nature),
+or listed here as `neutral`: known from OpenAI's API, not served, and accepted only with a value
+that asks for nothing. Every other name is unknown and refused.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+from starlette.requests import Request
+
+from api.http.errors import ApiError
+from longctx.request import SamplingParams
+
+# JSON is parsed in one go on the event loop, at about 300 MB/s.
+MAX_JSON_BYTES = 16 << 20
+# Of a refused body this much is still read: a client that is busy sending sees no answer.
+MAX_DISCARDED_BYTES = 256 << 20
+MAX_PROMPTS = 2048
+DAY_SECONDS = 86_400
+HALF_HOUR_SECONDS = 1800
+
+WireType = TypeVar("WireType", bound="Wire")
+
+
+async def read_json(
+    request: Request, wire_type: type[WireType], *, if_empty: bytes = b""
+) -> WireType:
+    """The body as `wire_type`; ApiError 413 above MAX_JSON_BYTES, ValidationError when wrong."""
+    return wire_type.model_validate_json(await read_body(request) or if_empty)
+
+
+async def read_body(request: Request) -> bytes:
+    """ApiError 413 above MAX_JSON_BYTES."""
+    body = bytearray()
+    stream = request.stream()
+    async for chunk in stream:
+        body += chunk
+        if len(body) > MAX_JSON_BYTES:
+            await discard(stream)
+            raise ApiError(
+                413,
+                f"the body is larger than {MAX_JSON_BYTES >> 20} MiB; "
+                "upload long text to /v1/files and refer to it by file_id",
+            )
+    return bytes(body)
+
+
+async def discard(stream: AsyncIterator[bytes]) -> None:
+    """Reads the rest of a body that is refused, within reason."""
+    discarded = 0
+    async for chunk in stream:
+        discarded += len(chunk)
+        if discarded > MAX_DISCARDED_BYTES:
+            return
+
+
+def neutral(*values: Any) -> AfterValidator:
+    """For a parameter that is not served: only these values are accepted."""
+
+    def check(value: Any) -> Any:
+        if not any(type(value) is type(accepted) and value == accepted for accepted in values):
+            raise ValueError("is not supported by this server; leave it out")
+        return value
+
+    return AfterValidator(check)
+
+
+# Which branch of a union to read a value as; the errors of that one branch are then reported.
+# Tags have spaces, so that an error's path tells them from fields.
+
+
+def _text_or_list(value: Any) -> str:
+    return "a string" if isinstance(value, str) else "a list"
+
+
+def _prompt_shape(value: Any) -> str | None:
+    match value:
+        case str():
+            return "a string"
+        case [int(), *_]:
+            return "a list of token ids"
+        case [list(), *_]:
+            return "a list of lists"
+        case list():
+            return "a list"
+        case _:
+            return None
+
+
+class Wire(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+TextOrTexts = Annotated[
+    Annotated[str, Tag("a string")] | Annotated[list[str], Tag("a list")],
+    Discriminator(_text_or_list),
+]
+
+
+class StreamOptions(Wire):
+    include_usage: bool = False
+    include_obfuscation: bool | None = None  # harmless: padding that changes no answer
+
+
+# What `SamplingParams` takes by the same name, with its own default when absent.
+AS_GIVEN = (
+    *("n", "temperature", "top_p", "top_k", "min_p", "seed", "logit_bias", "ignore_eos"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+
+
+class Sampled(Wire):
+    """What chat and completions share. Ranges are checked by `SamplingParams`."""
+
+    model: str | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    return_progress: bool = False
+    cache_explain: bool = False
+    n: int | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0: read the prompt, answer nothing
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    stop: TextOrTexts | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+
+    # harmless
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is allowed only with stream=true")
+        return self
+
+    @property
+    def answer_tokens(self) -> int | None:
+        """How many tokens the answer may have; None leaves it to the context."""
+        return self.max_tokens
+
+    @property
+    def in_memory(self) -> bool:
+        return False
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self, max_tokens: int) -> SamplingParams:
+        """Raises InvalidRequest for a value out of range."""
+        given = {name: value for name in AS_GIVEN if (value := getattr(self, name)) is not None}
+        return SamplingParams(
+            max_tokens=max_tokens,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            **given,
+        )
+
+
+class TextPart(Wire):
+    type: Literal["text"]
+    text: str
+
+    prompt_cache_breakpoint: Any = None  # harmless: every prefix is found again without marks
+
+
+class FileReference(Wire):
+    """An uploaded file, or one that travels inside the message as a data URL."""
+
+    file_id: str | None = None
+    file_data: str | None = None
+    filename: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.file_id is None) == (self.file_data is None):
+            raise ValueError("must have either file_id or file_data")
+        return self
+
+
+class FileContent(Wire):
+    """`reuse`: where the file stands after other text than it was computed after, its state may be
+    borrowed from there, a level of `prompt_cache.level`."""
+
+    type: Literal["file"]
+    file: FileReference
+    reuse: str | None = None
+
+    prompt_cache_breakpoint: Any = None  # harmless
+
+
+Part = Annotated[TextPart | FileContent, Field(discriminator="type")]
+Content = Annotated[
+    Annotated[str, Tag("a string")] | Annotated[list[Part], Tag("a list")],
+    Discriminator(_text_or_list),
+]
+
+
+class Message(Wire):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content | None = None
+
+    name: Annotated[Any, neutral(None)] = None
+    tool_calls: Annotated[Any, neutral(None, [])] = None
+    function_call: Annotated[Any, neutral(None)] = None
+    refusal: Annotated[Any, neutral(None)] = None
+    audio: Annotated[Any, neutral(None)] = None
+    annotations: Annotated[Any, neutral(None, [])] = None
+
+    @property
+    def parts(self) -> list[TextPart | FileContent]:
+        if isinstance(self.content, str):
+            return [TextPart(type="text", text=self.content)]
+        return self.content or []
+
+
+class PromptCache(Wire):
+    """What the conversation begins with: a named prompt, or modules of a schema."""
+
+    prompt: str | None = None
+    schema_name: Annotated[str | None, Field(alias="schema")] = None
+    modules: list[str] | None = None
+    parameters: dict[str, str] | None = None
+    level: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.prompt is None) == (self.schema_name is None):
+            raise ValueError("must have either prompt or schema")
+        if self.prompt is not None:
+            for name in ("modules", "parameters", "level"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"has {name}, which are a schema's; leave it out of a prompt")
+        return self
+
+
+class PromptCacheOptions(Wire):
+    mode: Literal["implicit", "explicit"] | None = None
+    ttl: Literal["30m"] | None = None
+
+
+class ChatRequest(Sampled):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
+    prompt_cache: PromptCache | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    prompt_cache_options: PromptCacheOptions | None = None
+
+    # harmless
+    parallel_tool_calls: bool | None = None
+    prediction: Any = None
+    prompt_cache_key: str | None = None  # says which server of many; here is one, with one cache
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+
+    audio: Annotated[Any, neutral(None)] = None
+    function_call: Annotated[Any, neutral(None, "none")] = None
+    functions: Annotated[Any, neutral(None, [])] = None
+    logprobs: Annotated[Any, neutral(None, False)] = None
+    modalities: Annotated[Any, neutral(None, ["text"])] = None
+    moderation: Annotated[Any, neutral(None)] = None
+    reasoning_effort: Annotated[Any, neutral(None, "none")] = None
+    response_format: Annotated[Any, neutral(None, {"type": "text"})] = None
+    store: Annotated[Any, neutral(None, False)] = None
+    tool_choice: Annotated[Any, neutral(None, "none", "auto")] = None
+    tools: Annotated[Any, neutral(None, [])] = None
+    top_logprobs: Annotated[Any, neutral(None, 0)] = None
+    verbosity: Annotated[Any, neutral(None, "medium")] = None
+    web_search_options: Annotated[Any, neutral(None)] = None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the prompt may not be written to disk."""
+        return self.prompt_cache_retention in ("in_memory", "in-memory")
+
+    @property
+    def keep_seconds(self) -> int | None:
+        """How long the prompt is to be kept at least."""
+        if self.prompt_cache_retention == "24h":
+            return DAY_SECONDS
+        asked = self.prompt_cache_options is not None and self.prompt_cache_options.ttl is not None
+        return HALF_HOUR_SECONDS if asked and not self.in_memory else None
+
+    @property
+    def answer_tokens(self) -> int | None:
+        if self.max_completion_tokens is not None:
+            return self.max_completion_tokens
+        return self.max_tokens
+
+
+TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
+Prompt = Annotated[
+    Annotated[str, Tag("a string")]
+    | Annotated[list[str], Tag("a list"), Field(min_length=1, max_length=MAX_PROMPTS)]
+    | Annotated[TokenIds, Tag("a list of token ids")]
+    | Annotated[list[TokenIds], Tag("a list of lists"), Field(max_length=MAX_PROMPTS)],
+    Discriminator(
+        _prompt_shape,
+        custom_error_type="prompt_type",
+        custom_error_message="must be a string, a list of strings, of token ids, or of such lists",
+    ),
+]
+
+
+class CompletionRequest(Sampled):
+    prompt: Prompt
+
+    best_of: Annotated[Any, neutral(None, 1)] = None
+    echo: Annotated[Any, neutral(None, False)] = None
+    logprobs: Annotated[Any, neutral(None)] = None
+    suffix: Annotated[Any, neutral(None, "")] = None
+
+    @model_validator(mode="after")
+    def _one_prompt_is_explained(self) -> Self:
+        if self.cache_explain and len(self.prompts) > 1:
+            raise ValueError("cache_explain is for one prompt; send them one at a time")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        match self.prompt:
+            case str() | [int(), *_]:
+                return [self.prompt]  # type: ignore[list-item]
+            case several:
+                return several  # type: ignore[return-value]
+
+
+class FlushRequest(Wire):
+    tier: Literal["device", "host", "all"] = "device"
+
+
+class TokenizeRequest(Wire):
+    """Plain text, or messages to be put through the chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("either prompt or messages is required, not both")
+        return self

@@ -1,0 +1,124 @@
+"""Answers while the client is there: server-sent events with pings, and work that ends with it.
+
+Both kinds of answer watch the connection. When the client goes away the work is cancelled, which
+closes the engine's iterator, which aborts the request.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from api.http.errors import api_error, logger
+
+Result = TypeVar("Result")
+
+PING = b": ping\n\n"
+DONE = b"data: [DONE]\n\n"
+
+
+def encode_event(data: dict[str, Any]) -> bytes:
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return b"data: " + text.encode() + b"\n\n"
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """What `work` returns. Raises ClientDisconnect, and cancels `work`, when the client leaves.
+
+    The request's body must have been read.
+    """
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnect(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnect
+    finally:
+        await _cancel(task, gone)
+
+
+class EventStream(Response):
+    """Server-sent events from a generator of dicts, then `[DONE]`; comments while it is silent.
+
+    Headers go out with the first event or ping, so a request that fails at once is still answered
+    with a status; a later failure is an event with the error's body.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, events: AsyncGenerator[dict[str, Any], None], *, ping_seconds: float
+    ) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self.events = events
+        self.ping_seconds = ping_seconds
+        self.started = False
+        self.last_sent = 0.0
+        self.writing = asyncio.Lock()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.last_sent = asyncio.get_running_loop().time()
+        pump = asyncio.create_task(self._pump(send))
+        gone = asyncio.create_task(_disconnect(receive))
+        pings = asyncio.create_task(self._ping(send))
+        try:
+            await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if pump.done():
+                pump.result()
+        finally:
+            await _cancel(pump, gone, pings)
+        if self.started and pump.done() and not pump.cancelled():
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _pump(self, send: Send) -> None:
+        async with aclosing(self.events) as events:
+            try:
+                async for event in events:
+                    await self._write(send, encode_event(event))
+            except Exception as error:
+                if not self.started:
+                    raise
+                failure = api_error(error)
+                if failure is not error and failure.status == 500:
+                    logger.exception("a stream failed")
+                await self._write(send, encode_event(failure.body))
+        await self._write(send, DONE)
+
+    async def _ping(self, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            silent = loop.time() - self.last_sent
+            if silent >= self.ping_seconds:
+                await self._write(send, PING)
+            else:
+                await asyncio.sleep(self.ping_seconds - silent)
+
+    async def _write(self, send: Send, data: bytes) -> None:
+        async with self.writing:  # an event and a ping must not overtake the headers
+            self.last_sent = asyncio.get_running_loop().time()
+            if not self.started:
+                self.started = True
+                headers = self.raw_headers
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancel(*tasks: asyncio.Task[Any]) -> None:
+    """Ends the tasks and waits for them: generators are closed when this returns."""
+    for task in tasks:
+        task.cancel()
+    for task in tasks:
+        with suppress(asyncio.CancelledError, Exception):
+            await task

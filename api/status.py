@@ -1,0 +1,94 @@
+"""What the server says of itself: `/health`, `/v1/models`, and `/tokenize`."""
+
+import asyncio
+import time
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from api.completions.chat import Chat
+from api.completions.generation import Generation
+from api.http.bodies import TokenizeRequest, read_json
+from longctx.quality.gate import CodecChoice
+from longctx.text.tokenizer import Tokenizer
+
+
+class About:
+    def __init__(self, generation: Generation, tokenizer: Tokenizer, chat: Chat) -> None:
+        self.generation = generation
+        self.tokenizer = tokenizer
+        self.chat = chat
+        self.started = int(time.time())
+
+    async def health(self, request: Request) -> Response:
+        state = self.generation.engine.state
+        status = "ok" if state == "ready" else "unavailable"
+        return JSONResponse(
+            {"status": status, "engine": state}, status_code=200 if state == "ready" else 503
+        )
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        self.generation.check_model(request.path_params["name"])
+        return JSONResponse(self._model())
+
+    async def tokenize(self, request: Request) -> Response:
+        wanted = await read_json(request, TokenizeRequest)
+        self.generation.check_model(wanted.model)
+        if wanted.prompt is not None:
+            tokens = await asyncio.to_thread(self.tokenizer.encode_completion, wanted.prompt)
+        else:
+            assert wanted.messages is not None
+            tokens = await self.chat.tokens(wanted.messages)
+        limit = self.generation.engine.info.max_context_tokens
+        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": limit})
+
+    def _model(self) -> dict[str, Any]:
+        info = self.generation.engine.info
+        return {
+            "id": self.generation.served_name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "longctx",
+            "longctx": {
+                "model": info.model_name,
+                "max_context_tokens": info.max_context_tokens,
+                "capacity_tokens": {
+                    "device": info.capacity_tokens,
+                    "host": info.host_capacity_tokens,
+                    "disk": info.disk_capacity_tokens,
+                },
+                "block_tokens": info.block_tokens,
+                "kv_codec": info.kv_codec,
+                "kv_codec_reason": info.codec_choice.reason,
+                "kv_codec_forced": info.codec_choice.forced,
+                "kv_codec_quality": _quality(info.codec_choice),
+                "shiftable": info.shiftable,
+                "shiftable_reason": info.shiftable_reason,
+                "device": info.device,
+                "dtype": info.dtype,
+                "attention_backend": info.backend,
+                "vocab_size": info.vocab_size,
+            },
+        }
+
+
+def _quality(choice: CodecChoice) -> dict[str, dict[str, float]] | None:
+    """What the codec costs the model, part by part; None where that was not measured."""
+    if choice.verdict is None:
+        return None
+    measured = choice.verdict.measured
+    return {
+        part: {
+            "tokens": damage.rows,
+            "kl": damage.kl,
+            "kl_error": damage.kl_error,
+            "flips": damage.flips,
+            "perplexity_rise": damage.perplexity_rise,
+        }
+        for part, damage in (("text", measured.text), ("own", measured.own))
+        if damage is not None
+    }

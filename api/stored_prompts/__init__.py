@@ -1,0 +1,1 @@
+"""Prompt schemas, named prompts and retained prompts: what is kept computed for later."""

@@ -1,0 +1,194 @@
+"""What tenants want kept, in SQLite, so that it outlives the process: schemas and prompts.
+
+Names are a tenant's own. How far a schema or prompt is computed in this process is told by
+`schema_library.py` and `prompt_library.py`.
+"""
+
+import json
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from api.background.database import Database, transaction
+from prompt_cache.schema import Schema
+from prompt_cache.schema_json import read_json, schema_object
+
+VERSION = 1
+TABLES = """
+CREATE TABLE IF NOT EXISTS schemas (
+    tenant TEXT NOT NULL,
+    name TEXT NOT NULL,
+    created_at INTEGER NOT NULL,
+    date TEXT NOT NULL,
+    source TEXT NOT NULL,
+    PRIMARY KEY (tenant, name)
+) STRICT;
+CREATE TABLE IF NOT EXISTS prompts (
+    tenant TEXT NOT NULL,
+    name TEXT NOT NULL,
+    created_at INTEGER NOT NULL,
+    expires_at INTEGER,
+    date TEXT NOT NULL,
+    system TEXT,
+    files TEXT NOT NULL,
+    PRIMARY KEY (tenant, name)
+) STRICT;
+CREATE TABLE IF NOT EXISTS retained (
+    id TEXT PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    expires_at INTEGER NOT NULL,
+    token_ids BLOB NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS retained_files (
+    id TEXT NOT NULL,
+    file_id TEXT NOT NULL,
+    PRIMARY KEY (id, file_id)
+) STRICT;
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchemaRecord:
+    """`date` is the template's today, frozen when it was stored."""
+
+    tenant: str
+    name: str
+    created_at: int
+    date: str
+    schema: Schema
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptRecord:
+    """A system text and files, in the order in which they stand at a conversation's beginning."""
+
+    tenant: str
+    name: str
+    created_at: int
+    expires_at: int | None  # None: kept until it is deleted
+    date: str
+    system: str | None
+    file_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetainedRecord:
+    """A prompt that was asked to be kept, in tokens: little-endian int32."""
+
+    id: str
+    tenant: str
+    expires_at: int
+    token_ids: bytes
+    file_ids: tuple[str, ...]  # whose text is among them
+
+
+class PromptRecords:
+    def __init__(self, path: Path) -> None:
+        self._database = Database(path, tables=TABLES, version=VERSION)
+
+    async def open(self) -> None:
+        """Raises LongctxError when the file is no database of ours."""
+        await self._database.open()
+
+    async def close(self) -> None:
+        await self._database.close()
+
+    async def save_schema(self, record: SchemaRecord) -> None:
+        """In place of one of the same name; durable when this returns."""
+        source = json.dumps(schema_object(record.schema))
+        await self._execute(
+            "INSERT OR REPLACE INTO schemas VALUES (?, ?, ?, ?, ?)",
+            (record.tenant, record.name, record.created_at, record.date, source),
+        )
+
+    async def remove_schema(self, tenant: str, name: str) -> None:
+        await self._execute("DELETE FROM schemas WHERE tenant = ? AND name = ?", (tenant, name))
+
+    async def schemas(self) -> list[SchemaRecord]:
+        """Oldest first."""
+        rows = await self._select(
+            "SELECT tenant, name, created_at, date, source FROM schemas ORDER BY created_at, rowid"
+        )
+        return [
+            SchemaRecord(
+                tenant=tenant, name=name, created_at=created, date=date, schema=read_json(source)
+            )
+            for tenant, name, created, date, source in rows
+        ]
+
+    async def save_prompt(self, record: PromptRecord) -> None:
+        """In place of one of the same name; durable when this returns."""
+        await self._execute(
+            "INSERT OR REPLACE INTO prompts VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (
+                *(record.tenant, record.name, record.created_at, record.expires_at),
+                *(record.date, record.system, json.dumps(record.file_ids)),
+            ),
+        )
+
+    async def remove_prompt(self, tenant: str, name: str) -> None:
+        await self._execute("DELETE FROM prompts WHERE tenant = ? AND name = ?", (tenant, name))
+
+    async def prompts(self) -> list[PromptRecord]:
+        """Oldest first."""
+        rows = await self._select(
+            "SELECT tenant, name, created_at, expires_at, date, system, files FROM prompts "
+            "ORDER BY created_at, rowid"
+        )
+        return [
+            PromptRecord(
+                tenant=tenant,
+                name=name,
+                created_at=created,
+                expires_at=expires,
+                date=date,
+                system=system,
+                file_ids=tuple(json.loads(files)),
+            )
+            for tenant, name, created, expires, date, system, files in rows
+        ]
+
+    async def save_retained(self, record: RetainedRecord) -> None:
+        """In place of what was known of it; durable when this returns."""
+        files = [(record.id, file_id) for file_id in record.file_ids]
+
+        def save(connection: sqlite3.Connection) -> None:
+            with transaction(connection):
+                connection.executemany("INSERT OR REPLACE INTO retained_files VALUES (?, ?)", files)
+                connection.execute(
+                    "INSERT OR REPLACE INTO retained VALUES (?, ?, ?, ?)",
+                    (record.id, record.tenant, record.expires_at, record.token_ids),
+                )
+
+        await self._database.run(save)
+
+    async def remove_retained(self, name: str) -> None:
+        def remove(connection: sqlite3.Connection) -> None:
+            with transaction(connection):
+                connection.execute("DELETE FROM retained WHERE id = ?", (name,))
+                connection.execute("DELETE FROM retained_files WHERE id = ?", (name,))
+
+        await self._database.run(remove)
+
+    async def retained(self) -> list[RetainedRecord]:
+        rows = await self._select("SELECT id, tenant, expires_at, token_ids FROM retained")
+        files: dict[str, list[str]] = {}
+        for name, file_id in await self._select("SELECT id, file_id FROM retained_files"):
+            files.setdefault(name, []).append(file_id)
+        return [
+            RetainedRecord(
+                id=name,
+                tenant=tenant,
+                expires_at=expires,
+                token_ids=token_ids,
+                file_ids=tuple(files.get(name, ())),
+            )
+            for name, tenant, expires, token_ids in rows
+        ]
+
+    async def _execute(self, statement: str, values: tuple[object, ...]) -> None:
+        await self._database.run(lambda connection: connection.execute(statement, values).close())
+
+    async def _select(self, statement: str) -> list[tuple[Any, ...]]:
+        return await self._database.run(lambda connection: connection.execute(statement).fetchall())

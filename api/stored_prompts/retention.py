@@ -1,0 +1,161 @@
+"""Prompts that were asked to be kept: OpenAI's `prompt_cache_retention` and `prompt_cache_options`.
+
+The prompt of a conversation is found again through its block keys as long as its blocks are
+somewhere. What is retained is, besides, a module at position 0: on disk whatever its length, and
+kept until its time is over, through restarts. Asking for it again begins its time anew. A prompt
+that goes on where a retained one ends, as each turn of a conversation does, takes its place.
+"""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from api.background.expiry import Expiry
+from api.background.store_dir import StoreDir
+from api.stored_prompts.module_keeper import Keeper, Kept, Modules
+from api.stored_prompts.records import PromptRecords, RetainedRecord
+from compress.shape import BLOCK_TOKENS
+from longctx.errors import ContextTooLong, InvalidRequest
+from longctx.process.client import EngineClient
+from longctx.request import Piece, Segment
+
+BLOCK_BYTES = 4 * BLOCK_TOKENS  # of token ids; less fills no block, and is not found again
+
+
+class Retention:
+    def __init__(
+        self, records: PromptRecords, folder: StoreDir, engine: EngineClient, keeper: Keeper
+    ) -> None:
+        self._records = records
+        self._folder = folder
+        self._engine = engine
+        self._keeper = keeper
+        self._retained: dict[str, tuple[RetainedRecord, Kept]] = {}
+        self._changing = asyncio.Lock()
+        self._expiry = Expiry(
+            lambda: ((record.expires_at, name) for name, (record, _) in self._retained.items()),
+            self._let_go,
+        )
+
+    async def open(self) -> None:
+        """Takes up what was retained before, but for text of files that are gone."""
+        for record in await self._records.retained():
+            if all(self._folder.text_path(file_id).exists() for file_id in record.file_ids):
+                self._keep(record)
+            else:
+                await self._records.remove_retained(record.id)
+        self._expiry.start()
+
+    async def close(self) -> None:
+        await self._expiry.close()
+
+    def check(self, segments: Sequence[Segment], tokens: int) -> None:
+        """Raises InvalidRequest where a prompt of so many tokens cannot be retained."""
+        if not _plain(segments):
+            return
+        if self._engine.config.ring.ranks > 1:
+            raise InvalidRequest(
+                "a prompt is kept by one rank only, and this server has "
+                f"{self._engine.config.ring.ranks}; leave out prompt_cache_retention and "
+                "prompt_cache_options.ttl, or start it without --ranks",
+                param="prompt_cache_retention",
+            )
+        limit = self._engine.info.limits.capacity_tokens - BLOCK_TOKENS
+        if tokens > limit:
+            raise ContextTooLong(
+                f"the prompt has {tokens} tokens, and only one of up to {limit}, which fits the "
+                "device, can be kept; shorten it, leave out prompt_cache_retention and "
+                "prompt_cache_options.ttl, or raise --device-pool-gib",
+                param="prompt_cache_retention",
+            )
+
+    async def retain(self, tenant: str, segments: Sequence[Segment], seconds: int) -> None:
+        """Keep a prompt of literal text and documents; of others, the modules are kept anyway."""
+        if not _plain(segments):
+            return
+        async with self._changing:
+            try:
+                token_ids = await asyncio.to_thread(self._token_ids, segments)
+            except FileNotFoundError:  # a file was deleted while it was asked about
+                return
+            if len(token_ids) < BLOCK_BYTES:
+                return
+            digest = hashlib.blake2b(tenant.encode() + b"\0" + token_ids, digest_size=16)
+            record = RetainedRecord(
+                id=f"retained-{digest.hexdigest()}",
+                tenant=tenant,
+                expires_at=int(time.time()) + seconds,
+                token_ids=token_ids,
+                file_ids=tuple(dict.fromkeys(s.document_id for s in segments if s.document_id)),
+            )
+            await self._retain(record)
+
+    async def forget_file(self, file_id: str) -> None:
+        """A file was deleted: nothing with its text is retained any more."""
+        async with self._changing:
+            for name, (record, _) in list(self._retained.items()):
+                if file_id in record.file_ids:
+                    await self._drop(name)
+
+    async def _retain(self, record: RetainedRecord) -> None:
+        known = self._retained.get(record.id)
+        if known is not None and known[0].expires_at >= record.expires_at:
+            return
+        await self._records.save_retained(record)
+        if known is not None:
+            self._retained[record.id] = (record, known[1])
+            return
+        self._keep(record)
+        for name, (earlier, _) in list(self._retained.items()):
+            if _extends(record, earlier):
+                await self._drop(name)
+
+    def _keep(self, record: RetainedRecord) -> None:
+        async def prepare() -> Modules:
+            token_ids = np.frombuffer(record.token_ids, dtype="<i4").tolist()
+            return [(record.id, (Piece(token_ids=tuple(token_ids), position=0),))]
+
+        kept = Kept(id=record.id, salt=record.tenant, prepare=prepare)
+        self._retained[record.id] = (record, kept)
+        self._keeper.keep(kept)
+        self._expiry.changed()
+
+    async def _let_go(self, name: str) -> None:
+        async with self._changing:
+            known = self._retained.get(name)
+            if known is not None and known[0].expires_at <= time.time():
+                await self._drop(name)
+
+    async def _drop(self, name: str) -> None:
+        record, kept = self._retained[name]
+        await self._records.remove_retained(record.id)  # first: where it fails, all is as it was
+        del self._retained[name]
+        await self._keeper.drop(kept)
+
+    def _token_ids(self, segments: Sequence[Segment]) -> bytes:
+        """Little-endian int32, as documents have them."""
+        return b"".join(
+            self._folder.tokens_path(segment.document_id).read_bytes()
+            if segment.document_id is not None
+            else np.array(segment.token_ids, dtype="<i4").tobytes()
+            for segment in segments
+        )
+
+
+def _plain(segments: Sequence[Segment]) -> bool:
+    return all(s.module_id is None and s.link_tokens is None for s in segments)
+
+
+def _extends(later: RetainedRecord, earlier: RetainedRecord) -> bool:
+    """Whether all blocks of the earlier prompt begin the later one, which stays as long."""
+    blocks_bytes = len(earlier.token_ids) // BLOCK_BYTES * BLOCK_BYTES
+    return (
+        later.id != earlier.id
+        and later.tenant == earlier.tenant
+        and later.expires_at >= earlier.expires_at
+        and len(later.token_ids) >= len(earlier.token_ids)
+        and later.token_ids.startswith(earlier.token_ids[:blocks_bytes])
+    )

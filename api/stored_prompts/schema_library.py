@@ -1,0 +1,215 @@
+"""The schemas of this process: laid out in the model's tokens, and their modules kept computed.
+
+What a tenant stored is taken up again at every start. With another model its text has other tokens,
+so the layout is made anew; where it no longer fits, the schema stays, with the reason.
+"""
+
+import asyncio
+import datetime
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from api.background.name_locks import NameLocks
+from api.http.errors import ApiError
+from api.stored_prompts.module_keeper import Keeper, Kept, Modules
+from api.stored_prompts.records import PromptRecords, SchemaRecord
+from longctx.errors import InvalidRequest, LongctxError
+from longctx.process.client import EngineClient
+from longctx.request import Piece, Segment
+from longctx.text.chat_template import ChatPrompts, Message, Place
+from longctx.text.tokenizer import Tokenizer
+from prompt_cache.assembly import Assembly, Borrowed, assemble
+from prompt_cache.errors import SchemaError
+from prompt_cache.layout import Layout, lay_out
+from prompt_cache.level import Level
+from prompt_cache.schema import Schema
+
+
+@dataclass(slots=True, eq=False)
+class SchemaEntry:
+    """The rest is there unless the schema does not suit the model: then `error` says why."""
+
+    record: SchemaRecord
+    layout: Layout | None = None
+    frames: tuple[tuple[int, ...], ...] = ()
+    kept: Kept | None = None
+    error: str | None = None
+
+    def module_id(self, name: str) -> str:
+        assert self.kept is not None
+        return f"{self.kept.id}/{name}"
+
+    def opening(self) -> list[Message]:
+        """The messages that every conversation begins with; a place stands for their text."""
+        roles = self.record.schema.roles
+        return [Message(role.role, (Place(number),)) for number, role in enumerate(roles)]
+
+    @property
+    def goes_on(self) -> Place | None:
+        """Where the schema's last text stands: at the beginning of the request's first message."""
+        schema = self.record.schema
+        return Place(len(schema.roles)) if schema.content else None
+
+
+class SchemaLibrary:
+    def __init__(
+        self,
+        records: PromptRecords,
+        tokenizer: Tokenizer,
+        prompts: ChatPrompts,
+        engine: EngineClient,
+        keeper: Keeper,
+    ) -> None:
+        self._records = records
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._engine = engine
+        self._keeper = keeper
+        self._entries: dict[tuple[str, str], SchemaEntry] = {}
+        self._locks = NameLocks()
+
+    async def open(self) -> None:
+        """Takes up every known schema again."""
+        for record in await self._records.schemas():
+            try:
+                entry = await self._entry(record)
+            except (LongctxError, SchemaError) as error:
+                entry = SchemaEntry(record, error=str(error))
+            self._entries[record.tenant, record.name] = entry
+            if entry.kept is not None:
+                self._keeper.keep(entry.kept)
+
+    async def add(self, tenant: str, schema: Schema) -> SchemaEntry:
+        """In place of the tenant's schema of that name, once it is stored. Raises SchemaError and
+        InvalidRequest."""
+        async with self._locks.of(tenant, schema.name):
+            known = self._entries.get((tenant, schema.name))
+            if known is not None and known.record.schema == schema and known.error is None:
+                return known
+            record = SchemaRecord(
+                tenant=tenant,
+                name=schema.name,
+                created_at=int(time.time()),
+                date=datetime.date.today().isoformat(),
+                schema=schema,
+            )
+            entry = await self._entry(record)
+            assert entry.kept is not None
+            self._keeper.keep(entry.kept)
+            try:
+                await entry.kept.opened.wait()
+                if entry.kept.error is not None:
+                    raise InvalidRequest(entry.kept.error, param="schema")
+                await self._records.save_schema(record)
+            except BaseException:
+                await self._keeper.drop(entry.kept)
+                raise
+            self._entries.pop((tenant, schema.name), None)  # the new one is the youngest
+            self._entries[tenant, schema.name] = entry
+            if known is not None and known.kept is not None:
+                await self._keeper.replace(known.kept, entry.kept)
+            return entry
+
+    async def remove(self, tenant: str, name: str) -> None:
+        """Whatever the tenant has under that name now."""
+        async with self._locks.of(tenant, name):
+            if (entry := self._entries.get((tenant, name))) is None:
+                return
+            await self._records.remove_schema(tenant, name)
+            del self._entries[tenant, name]
+            if entry.kept is not None:
+                await self._keeper.drop(entry.kept)
+
+    def find(self, tenant: str, name: str, *, param: str | None = None) -> SchemaEntry:
+        """Raises ApiError 404 when the tenant has no such schema."""
+        entry = self._entries.get((tenant, name))
+        if entry is None:
+            raise ApiError(
+                404,
+                f"there is no schema {name!r}; GET /v1/prompt_cache/schemas lists those there are",
+                param=param,
+                code="schema_not_found",
+            )
+        return entry
+
+    def of_tenant(self, tenant: str) -> Iterator[SchemaEntry]:
+        """Oldest first."""
+        return (entry for (owner, _), entry in self._entries.items() if owner == tenant)
+
+    def check(self, entry: SchemaEntry) -> Layout:
+        """Raises ApiError 400 when the schema cannot be used."""
+        error = entry.error or (entry.kept and entry.kept.error)
+        if error is not None or entry.layout is None:
+            raise ApiError(
+                400,
+                f"schema {entry.record.name!r} cannot be used: {error}",
+                param="prompt_cache.schema",
+                code="schema_error",
+            )
+        return entry.layout
+
+    async def assemble(
+        self, entry: SchemaEntry, modules: Sequence[str], arguments: Mapping[str, str]
+    ) -> Assembly:
+        """Raises ApiError and SchemaError."""
+        layout = self.check(entry)
+        return await asyncio.to_thread(assemble, layout, modules, arguments, self._encode)
+
+    async def _entry(self, record: SchemaRecord) -> SchemaEntry:
+        frames, layout = await asyncio.to_thread(self._lay_out, record.schema, record.date)
+        name = f"schema-{secrets.token_hex(12)}"
+
+        async def prepare() -> Modules:
+            return [
+                (
+                    f"{name}/{module}",
+                    tuple(Piece(token_ids=p.token_ids, position=p.position) for p in pieces),
+                )
+                for module, pieces in layout.encoded()
+            ]
+
+        kept = Kept(id=name, salt=record.tenant, prepare=prepare)
+        return SchemaEntry(record, layout, frames, kept)
+
+    def _lay_out(self, schema: Schema, date: str) -> tuple[tuple[tuple[int, ...], ...], Layout]:
+        frames = self._prompts.frames(
+            [role.role for role in schema.roles], continued=bool(schema.content), date=date
+        )
+        limit = self._engine.info.limits.longest_tokens
+        return frames, lay_out(schema, self._encode, frames, max_positions=limit)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, continues=True)
+
+
+def segments_of(entry: SchemaEntry, assembly: Assembly, level: Level) -> tuple[Segment, ...]:
+    """The prompt's beginning as the engine takes it.
+
+    `exact` is the same text without gaps. With `link:k`, the first k tokens of a module are
+    computed in the prompt, also where they reach beyond its first piece.
+    """
+    if level.link_tokens is None:
+        return (Segment(token_ids=assembly.token_ids),)
+    assert entry.layout is not None
+    begins: dict[str, list[int]] = {}  # of each module: its tokens before each of its pieces
+    for name, pieces in entry.layout.encoded():
+        lengths = [0]
+        for piece in pieces:
+            lengths.append(lengths[-1] + len(piece.token_ids))
+        begins[name] = lengths
+    segments = []
+    for part in assembly.parts:
+        if not isinstance(part, Borrowed):
+            segments.append(Segment(token_ids=part.token_ids, position=part.position))
+            continue
+        segments.append(
+            Segment(
+                module_id=entry.module_id(part.module),
+                piece=part.piece,
+                link_tokens=max(0, level.link_tokens - begins[part.module][part.piece]),
+                position=part.position,
+            )
+        )
+    return tuple(segments)

@@ -1,0 +1,133 @@
+import array
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api.files.tokenizer_process import PIECE_CHARACTERS, ParseFailed, Parser, cut
+from longctx.text.tokenizer import Tokenizer
+from tests.support.tiny_tokenizer import write_tokenizer
+
+Run = Callable[[Callable[[Parser], Coroutine[Any, Any, Any]]], Any]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return Tokenizer(folder)
+
+
+@pytest.fixture
+def with_parser(tokenizer: Tokenizer) -> Run:
+    def run(work: Callable[[Parser], Coroutine[Any, Any, Any]]) -> Any:
+        async def main() -> Any:
+            parser = Parser(tokenizer)
+            try:
+                return await asyncio.wait_for(work(parser), 60)
+            finally:
+                await parser.close()
+
+        return asyncio.run(main())
+
+    return run
+
+
+def ids_in(path: Path) -> list[int]:
+    ids = array.array("i")
+    ids.frombytes(path.read_bytes())
+    return ids.tolist()
+
+
+def test_tokens_are_those_of_the_text_without_its_byte_order_mark(
+    with_parser: Run, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    text, tokens = tmp_path / "text", tmp_path / "tokens"
+    text.write_text("\ufeffGröße </s> <|user|>\r\nend")
+    count = with_parser(lambda parser: parser.tokenize(text, tokens, continues=False))
+    assert ids_in(tokens) == tokenizer.encode("Größe </s> <|user|>\r\nend")
+    assert count == len(ids_in(tokens))
+
+
+def test_a_text_of_several_pieces_has_the_tokens_of_the_whole(
+    with_parser: Run, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.files.tokenizer_process.PIECE_CHARACTERS", 1 << 14)
+    text, tokens = tmp_path / "text", tmp_path / "tokens"
+    whole = "The harbour of the old town. Größe\n  indented, and so on\n\n" * 2000
+    assert len(whole) > 6 << 14
+    text.write_text(whole)
+    seen: list[int] = []
+    with_parser(
+        lambda parser: parser.tokenize(text, tokens, continues=False, on_progress=seen.append)
+    )
+    assert ids_in(tokens) == tokenizer.encode(whole)
+    assert len(seen) > 3 and seen == sorted(seen) and seen[-1] == text.stat().st_size
+
+
+def test_pieces_end_after_a_line_or_before_a_space_or_anywhere() -> None:
+    size = PIECE_CHARACTERS
+    assert cut("a" * (size - 10) + "\n" + "b" * size) == size - 9
+    assert cut("a" * (size - 10) + " " + "b" * size) == size - 10
+    assert cut("a" * 2 * size) == size
+
+
+def test_a_cancelled_document_is_given_up_and_the_next_one_is_read(
+    with_parser: Run, tmp_path: Path
+) -> None:
+    long, short = tmp_path / "long", tmp_path / "short"
+    long.write_text("many words " * 1_000_000)
+    short.write_text("few words")
+
+    async def work(parser: Parser) -> int:
+        first = asyncio.ensure_future(
+            parser.tokenize(long, tmp_path / "long.tokens", continues=False)
+        )
+        await asyncio.sleep(0.1)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        return await parser.tokenize(short, tmp_path / "short.tokens", continues=False)
+
+    assert with_parser(work) > 0
+    assert not (tmp_path / "long.tokens").exists()
+
+
+def test_a_process_that_dies_is_an_error_that_says_how(
+    with_parser: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.files.tokenizer_process.CPU_SECONDS", 1)
+    monkeypatch.setattr("api.files.tokenizer_process.CPU_SECONDS_PER_MIB", 0)
+    text = tmp_path / "text"
+    text.write_text("a long story, " * 1_000_000)
+    with pytest.raises(ParseFailed, match="more than 1 s of CPU; upload it in parts"):
+        with_parser(lambda parser: parser.tokenize(text, tmp_path / "tokens", continues=False))
+
+
+def test_too_little_memory_is_an_error_that_says_so(
+    with_parser: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.files.tokenizer_process.DATA_BYTES", 100 << 20)
+    monkeypatch.setattr(
+        "api.files.tokenizer_process.PIECE_CHARACTERS", 1 << 24
+    )  # more than what is free in a heap
+    text = tmp_path / "text"
+    text.write_text("a long story, " * 1_000_000)
+    with pytest.raises(ParseFailed, match="GiB"):
+        with_parser(lambda parser: parser.tokenize(text, tmp_path / "tokens", continues=False))
+
+
+def test_the_end_of_the_zygote_is_an_error_and_not_a_hang(with_parser: Run, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("words")
+
+    async def work(parser: Parser) -> None:
+        os.kill(parser.zygote_pid, signal.SIGKILL)
+        with pytest.raises(ParseFailed, match="restart the server"):
+            await parser.tokenize(text, tmp_path / "tokens", continues=False)
+
+    with_parser(work)

@@ -1,0 +1,61 @@
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from api.files.upload import Draft
+from api.http.errors import ApiError
+
+
+def receive(tmp_path: Path, *chunks: bytes) -> tuple[Draft, bytes]:
+    with Draft(tmp_path / "draft", limit_bytes=1 << 20) as draft:
+        for chunk in chunks:
+            draft.write(chunk)
+        draft.finish()
+        return draft, draft.path.read_bytes()
+
+
+def test_text_arrives_as_it_was_sent_even_if_a_chunk_ends_inside_a_character(
+    tmp_path: Path,
+) -> None:
+    data = "\ufeffGröße 你好 😀\r\n".encode()
+    draft, written = receive(tmp_path, *(data[i : i + 1] for i in range(len(data))))
+    assert written == data
+    assert draft.size == len(data)
+    assert draft.sha256 == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("chunks", "message"),
+    [
+        ([b"abc", b"d\xffe"], "invalid start byte at byte 4"),
+        ([b"ab\xc3", b"(c"], "invalid continuation byte at byte 2"),
+        ([b"ab\xe4\xbd"], "unexpected end of data at byte 2"),
+        ([b"ab", b"c\0d"], "a zero at byte 3"),
+        ([b"%PDF-1.7 ..."], "a PDF file"),
+        ([b"PK\x03\x04..."], "a ZIP archive or an Office document"),
+        (["\ufefftext".encode("utf-16-le")], "UTF-16 text"),
+        ([b""], "the file is empty"),
+        (["\ufeff \n\t".encode()], "the file is empty"),
+    ],
+)
+def test_what_is_not_text_is_refused_by_name_and_position(
+    tmp_path: Path, chunks: list[bytes], message: str
+) -> None:
+    with pytest.raises(ApiError) as caught:
+        receive(tmp_path, *chunks)
+    assert caught.value.status == 400
+    assert message in caught.value.message
+    assert "accepted are UTF-8 text and Markdown" in caught.value.message
+
+
+def test_too_large_a_file_is_refused_with_the_option_to_raise(tmp_path: Path) -> None:
+    with pytest.raises(ApiError, match=r"larger than 1 MiB.*--max-upload-mib") as caught:
+        receive(tmp_path, b"a" * (1 << 20), b"a")
+    assert caught.value.status == 413
+
+
+def test_leaving_the_context_removes_the_draft(tmp_path: Path) -> None:
+    with Draft(tmp_path / "draft", limit_bytes=10) as draft:
+        draft.write(b"text")
+    assert not draft.path.exists()
