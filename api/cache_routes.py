@@ -15,10 +15,12 @@ from api.files.document_library import Entry, Library
 from api.http.auth import tenant_of
 from api.http.bodies import FlushRequest, read_json
 from api.http.errors import ApiError
+from api.http.openapi import JSON, Body
 from api.metrics import EVICTIONS, OF_TIER, TIER
 from longctx.process.client import EngineClient
 
 TIERS = ("device", "host", "disk")
+FLUSH_BODY = Body(content={JSON: FlushRequest}, required=False)
 
 
 class Cache:

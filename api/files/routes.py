@@ -22,9 +22,23 @@ from api.files.upload import Draft
 from api.http.auth import tenant_of
 from api.http.bodies import Wire
 from api.http.errors import ApiError
+from api.http.openapi import Body
 
 PURPOSES = ("user_data", "assistants")
-FIELDS = frozenset({"purpose", "system"})
+FIELDS = {
+    "purpose": {"type": "string", "enum": PURPOSES, "default": PURPOSES[0]},
+    "system": {"type": "string"},
+}
+UPLOAD_BODY = Body(
+    content={
+        "multipart/form-data": {
+            "type": "object",
+            "properties": {"file": {"type": "string", "format": "binary"}, **FIELDS},
+            "required": ["file"],
+            "additionalProperties": False,
+        }
+    }
+)
 # What the rest of OpenAI's API expects of a file's state.
 STATUS = {"queued": "uploaded", "processing": "uploaded", "ready": "processed", "error": "error"}
 
@@ -53,7 +67,7 @@ class Files:
 
     async def create(self, request: Request) -> Response:
         with Draft(self.folder.new_draft(), limit_bytes=self.max_upload_bytes) as draft:
-            form = Form(draft, allowed=FIELDS)
+            form = Form(draft, allowed=frozenset(FIELDS))
             await form.receive(request)
             purpose = form.fields.get("purpose", PURPOSES[0])
             if purpose not in PURPOSES:

@@ -1,33 +1,94 @@
-"""Request bodies in `/openapi.json`: routes read them themselves, so FastAPI cannot know them."""
+"""The route table's entries, and what `/openapi.json` says of them.
 
-from typing import Any
+Endpoints take a bare request and read it themselves, so FastAPI cannot see which body they expect.
+Each route states it, and the description is derived from the routes alone.
+"""
+
+import re
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette.requests import Request
+from starlette.responses import Response
 
-from api.http.bodies import ChatRequest, CompletionRequest, FlushRequest, TokenizeRequest, Wire
-
-BODIES: tuple[type[Wire], ...] = (ChatRequest, CompletionRequest, TokenizeRequest, FlushRequest)
+JSON = "application/json"
 REFERENCE = "#/components/schemas/{model}"
+PARAMETER = re.compile(r"{(\w+)(?::\w+)?}")  # in a path: {file_id}, {name:path}
+
+Endpoint: TypeAlias = Callable[[Request], Coroutine[Any, Any, Response]]
+JSONSchema: TypeAlias = Mapping[str, Any]
 
 
-def body_of(kind: type[Wire]) -> dict[str, Any]:
-    """What a route with this body passes as `openapi_extra`."""
-    schema = {"$ref": REFERENCE.format(model=kind.__name__)}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Body:
+    """A request body: for each media type that is accepted, a model or a plain JSON schema."""
+
+    content: Mapping[str, type[BaseModel] | JSONSchema]
+    required: bool = True
+
+    def models(self) -> list[type[BaseModel]]:
+        return [kind for kind in self.content.values() if isinstance(kind, type)]
 
 
-def describe_bodies(app: FastAPI) -> None:
-    """Adds the schemas that `body_of` refers to."""
-    own = app.openapi
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One endpoint. A model as `body` stands for a required JSON body of that type."""
+
+    method: str
+    path: str
+    endpoint: Endpoint
+    body: type[BaseModel] | Body | None = None
+
+    @property
+    def described_body(self) -> Body | None:
+        return Body(content={JSON: self.body}) if isinstance(self.body, type) else self.body
+
+    def operation(self) -> dict[str, Any]:
+        """The parts of the route's OpenAPI operation that its signature does not show."""
+        described: dict[str, Any] = {}
+        if names := PARAMETER.findall(self.path):
+            described["parameters"] = [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                for name in names
+            ]
+        if (body := self.described_body) is not None:
+            described["requestBody"] = {
+                "required": body.required,
+                "content": {
+                    media_type: {"schema": _schema(kind)}
+                    for media_type, kind in body.content.items()
+                },
+            }
+        return described
+
+
+def add_routes(app: FastAPI, routes: Sequence[Route]) -> None:
+    """Serves the routes, and describes them and all their bodies in `/openapi.json`."""
+    for route in routes:
+        app.add_api_route(
+            route.path, route.endpoint, methods=[route.method], openapi_extra=route.operation()
+        )
+    bodies = [body for route in routes if (body := route.described_body) is not None]
+    models = list(dict.fromkeys(model for body in bodies for model in body.models()))
+    describe_routes = app.openapi
 
     def openapi() -> dict[str, Any]:
-        description = own()
+        description = describe_routes()
         _, schemas = models_json_schema(
-            [(kind, "validation") for kind in BODIES], ref_template=REFERENCE
+            [(model, "validation") for model in models], ref_template=REFERENCE
         )
         components = description.setdefault("components", {})
-        components.setdefault("schemas", {}).update(schemas["$defs"])
+        components.setdefault("schemas", {}).update(schemas.get("$defs", {}))
         return description
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _schema(kind: type[BaseModel] | JSONSchema) -> JSONSchema:
+    if isinstance(kind, type):
+        return {"$ref": REFERENCE.format(model=kind.__name__)}
+    return kind

@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 from api.http.auth import tenant_of
 from api.http.bodies import read_body
 from api.http.errors import ApiError
+from api.http.openapi import JSON, Body
 from api.stored_prompts.module_keeper import Keeper
 from api.stored_prompts.schema_library import SchemaEntry, SchemaLibrary
 from longctx.process.client import EngineClient
@@ -16,6 +17,8 @@ from longctx.request import ModuleState
 from prompt_cache.layout import Layout, PlacedModule, PlacedScaffold
 from prompt_cache.read import read_schema
 from prompt_cache.schema_json import schema_object
+
+SCHEMA_BODY = Body(content={"application/xml": {"type": "string"}, JSON: {"type": "object"}})
 
 
 class Schemas:

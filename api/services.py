@@ -1,0 +1,97 @@
+"""What stands behind the routes: started in order, and ended in the opposite order."""
+
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from api.background.store_dir import StoreDir
+from api.config import ServerConfig
+from api.files.document_library import Library
+from api.files.document_store import DocumentStore
+from api.files.tokenizer_process import Parser
+from api.metrics import HTTPMetrics
+from api.stored_prompts.module_keeper import Keeper
+from api.stored_prompts.prompt_library import PromptLibrary
+from api.stored_prompts.records import PromptRecords
+from api.stored_prompts.retention import Retention
+from api.stored_prompts.schema_library import SchemaLibrary
+from longctx.config import EngineConfig
+from longctx.process.client import EngineClient
+from longctx.text.chat_template import ChatPrompts
+from longctx.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """Everything that endpoints are made of. All of it belongs to the server's event loop."""
+
+    config: ServerConfig
+    folder: StoreDir
+    tokenizer: Tokenizer
+    chat_prompts: ChatPrompts
+    engine: EngineClient
+    documents: Library
+    modules: Keeper
+    schemas: SchemaLibrary
+    prompts: PromptLibrary
+    retention: Retention
+    http_metrics: HTTPMetrics
+
+
+@asynccontextmanager
+async def open_services(
+    engine_config: EngineConfig,
+    config: ServerConfig,
+    *,
+    folder: StoreDir,
+    tokenizer: Tokenizer,
+    parser: Parser,
+) -> AsyncGenerator[Services, None]:
+    """Starts the engine, then takes up documents, schemas and prompts. Raises LongctxError.
+
+    `parser` is ended too; the caller makes it, because it must be made before there are threads.
+    """
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(parser.close)
+        engine = EngineClient(engine_config, cache_dir=folder.models)
+        stack.push_async_callback(engine.drain, 0)
+        await engine.start()
+        store = DocumentStore(folder.database)
+        stack.push_async_callback(store.close)
+        await store.open()
+        chat_prompts = ChatPrompts(tokenizer)
+        documents = Library(folder, store, parser, chat_prompts, engine)
+        stack.push_async_callback(documents.close)
+        await documents.open()
+        records = PromptRecords(folder.prompts_database)
+        stack.push_async_callback(records.close)
+        await records.open()
+        modules = Keeper(engine)
+        stack.push_async_callback(modules.close)
+        schemas = SchemaLibrary(records, tokenizer, chat_prompts, engine, modules)
+        await schemas.open()
+        prompts = PromptLibrary(records, documents, folder, chat_prompts, modules)
+        stack.push_async_callback(prompts.close)
+        await prompts.open()
+        retention = Retention(records, folder, engine, modules)
+        stack.push_async_callback(retention.close)
+        await retention.open()
+
+        async def reopen() -> None:
+            await documents.reopen()
+            await modules.reopen()
+
+        engine.on_restart = reopen
+        yield Services(
+            config=config,
+            folder=folder,
+            tokenizer=tokenizer,
+            chat_prompts=chat_prompts,
+            engine=engine,
+            documents=documents,
+            modules=modules,
+            schemas=schemas,
+            prompts=prompts,
+            retention=retention,
+            http_metrics=HTTPMetrics(),
+        )
