@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from compress.shape import BLOCK_TOKENS
 from longctx.kv.memory import KVMemory
 from longctx.limits import ContextLimits
-from longctx.model.loader import ModelSpec
+from longctx.model.spec import ModelSpec
 from longctx.quality.gate import CodecChoice
 from offload.store import KVStore
 

@@ -16,14 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.shape import BLOCK_TOKENS
+from longctx.kv.block_entry import Entries
 from longctx.kv.memory import KVMemory
 from offload.key import BlockKey
-
-# Columns of a block-table entry: a run of `ROWS` rows of one packed page, from `ROW_BEGIN`, that
-# stand at `FIRST_POSITION` and on, and whose keys were encoded `ROTATION` positions before that.
-# Backends know nothing of rotations: `rotated.py` does, and hands them queries to suit.
-PAGE, ROW_BEGIN, ROWS, FIRST_POSITION, ROTATION = range(5)
-ENTRY_COLUMNS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +41,7 @@ class ChunkRows:
     own_row: int
     own_pages: NDArray[np.int64]
     past_entries: int
-    entries: tuple[NDArray[np.int64], ...]  # one [entries, ENTRY_COLUMNS] per layer group
+    entries: tuple[Entries, ...]  # one block table for each layer group
     absent_keys: Sequence[BlockKey] = ()
     rotated_entries: int = 0
     sealed_pages: int = 0

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from compress.shape import BLOCK_TOKENS
-from longctx.attention.backend import FIRST_POSITION, PAGE, ROW_BEGIN, ROWS, ChunkRows
+from longctx.attention.backend import ChunkRows
+from longctx.kv.block_entry import FIRST_POSITION, PAGE, ROW_BEGIN, ROWS
 from longctx.kv.memory import KVMemory
 
 

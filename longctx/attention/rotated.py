@@ -15,17 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from longctx.attention.backend import (
-    FIRST_POSITION,
-    ROTATION,
-    ROWS,
-    AttentionBackend,
-    AttentionPlan,
-    ChunkRows,
-)
+from longctx.attention.backend import AttentionBackend, AttentionPlan, ChunkRows
 from longctx.attention.merge import merge_parts
+from longctx.kv.block_entry import FIRST_POSITION, ROTATION, ROWS
 from longctx.kv.memory import KVMemory
-from longctx.model.key_rotation import Rotation
+from longctx.model.spec import Rotation
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,17 +14,10 @@ import numpy as np
 from torch import Tensor
 
 from compress.shape import BLOCK_TOKENS
-from longctx.attention.backend import (
-    ENTRY_COLUMNS,
-    FIRST_POSITION,
-    PAGE,
-    ROWS,
-    AttentionBackend,
-    AttentionPlan,
-    ChunkRows,
-)
+from longctx.attention.backend import AttentionBackend, AttentionPlan, ChunkRows
 from longctx.attention.merge import merge
 from longctx.errors import BlocksLost
+from longctx.kv.block_entry import ENTRY_COLUMNS, FIRST_POSITION, PAGE, ROWS
 from longctx.kv.memory import KVMemory
 from offload.key import BlockKey
 

@@ -19,22 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.shape import BLOCK_TOKENS
-from longctx.attention.backend import (
-    ENTRY_COLUMNS,
-    FIRST_POSITION,
-    PAGE,
-    ROW_BEGIN,
-    ROWS,
-    ChunkRows,
-)
+from longctx.attention.backend import ChunkRows
+from longctx.kv.block_entry import ENTRY_COLUMNS, FIRST_POSITION, PAGE, ROW_BEGIN, ROWS, Entries
 
 TILE_SCORES = 1 << 21  # rows x keys of one tile of the past: what its scores may take
 COPIED_BLOCKS = 128  # pages of one tile that have to be gathered or decoded
 SHORT_BLOCKS = 8  # contexts up to here are copied, so that many sequences cost one call
 RUN_BLOCKS = 16  # a run this long is worth a tile, and a merge, of its own
 NARROW_WINDOW_TOKENS = 1024  # up to here a prefill computes one rectangle per row block
-
-Entries = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)

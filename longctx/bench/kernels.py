@@ -21,6 +21,7 @@ from torch import Tensor
 from compress.codec import CODECS
 from compress.shape import BLOCK_TOKENS, KVShape, ShapeRefused
 from longctx.attention.backend import ChunkRows
+from longctx.attention.registry import BACKENDS
 from longctx.bench.config import BenchConfig, KernelsConfig, RoundsConfig
 from longctx.bench.machine_rates import (
     GemmRate,
@@ -33,11 +34,10 @@ from longctx.bench.picture import Series, draw_bars
 from longctx.bench.random_pages import random_chunk
 from longctx.bench.report import Parameter, Report, Result
 from longctx.config import EngineConfig
-from longctx.engine.model_runner import BACKENDS
 from longctx.errors import InvalidRequest
 from longctx.kv.memory import KVMemory
-from longctx.model.hf_attention import LayerSpec
 from longctx.model.loader import computes_bfloat16
+from longctx.model.spec import LayerSpec
 
 LEFT_OUT = "reference"  # obvious, not fast
 SDPA = "sdpa"

@@ -13,14 +13,15 @@ import torch
 from rich.table import Table
 
 from compress.codec import CODECS
+from longctx.attention.registry import BACKENDS, backend_for
 from longctx.bench.config import BenchConfig, QualityConfig
 from longctx.bench.picture import Series, draw_bars
 from longctx.bench.report import Parameter, Report, Result
 from longctx.config import EngineConfig
 from longctx.embedded import model_path
-from longctx.engine.model_runner import BACKENDS, backend_for
 from longctx.errors import InvalidRequest
-from longctx.model.loader import ModelSpec, load_model
+from longctx.model.loader import load_model
+from longctx.model.spec import ModelSpec
 from longctx.quality.damage import Damage
 from longctx.quality.gate import bits_per_value, judge_codec, refusal
 from longctx.quality.measure import EXACT, Workload, measure

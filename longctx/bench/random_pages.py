@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from compress.shape import BLOCK_TOKENS
-from longctx.attention.backend import ENTRY_COLUMNS, FIRST_POSITION, PAGE, ROWS, ChunkRows
+from longctx.attention.backend import ChunkRows
+from longctx.kv.block_entry import ENTRY_COLUMNS, FIRST_POSITION, PAGE, ROWS
 from longctx.kv.memory import KVMemory
 
 DISTINCT_BLOCKS = 32

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.shape import BLOCK_TOKENS
-from longctx.attention.backend import PAGE, ChunkRows
+from longctx.attention.backend import ChunkRows
 from longctx.engine.scheduler import Chunk
 from longctx.engine.sequence import Sequence
+from longctx.kv.block_entry import PAGE
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 
 from compress.codec import CODECS
+from longctx.attention.registry import BACKENDS, backend_for
 from longctx.config import EngineConfig, check_name
 from longctx.engine.explain import Explainer
 from longctx.engine.ingestion import Ingestion
 from longctx.engine.input_processor import Intake
-from longctx.engine.model_runner import BACKENDS, backend_for
 from longctx.engine.module_prefill import Fetches
 from longctx.engine.module_status import module_states
 from longctx.engine.parts import Machine

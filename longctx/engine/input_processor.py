@@ -24,7 +24,7 @@ from longctx.kv.cache_manager import KVCacheManager
 from longctx.kv.layout import Layout, Source
 from longctx.kv.lookup_trace import Trace
 from longctx.limits import ContextLimits
-from longctx.model.loader import ModelSpec
+from longctx.model.spec import ModelSpec
 from longctx.request import Piece, Request
 from longctx.text.detokenizer import TextStream
 from longctx.text.tokenizer import Tokenizer

@@ -1,6 +1,5 @@
 """One forward pass: the model computes, we hold the keys and values and do the attention."""
 
-from collections.abc import Callable
 from collections.abc import Sequence as Items
 
 import torch
@@ -8,36 +7,10 @@ from torch import Tensor
 
 from longctx.attention.backend import AttentionBackend, AttentionPlan
 from longctx.attention.merge import merge_sink
-from longctx.attention.reference import ReferenceAttention
-from longctx.attention.torch_backend import TorchAttention
 from longctx.engine.batch import Batch
 from longctx.engine.scheduler import Chunk
-from longctx.errors import ModelRefused
 from longctx.kv.memory import KVMemory
 from longctx.model.loader import LoadedModel
-
-BACKENDS: dict[str, Callable[[KVMemory], AttentionBackend]] = {
-    "reference": ReferenceAttention,
-    "torch": TorchAttention,
-}
-try:  # compiled where there is a compiler, for x86-64
-    from longctx.attention.cpu_backend import CPUAttention
-except ImportError:
-    pass
-else:
-    BACKENDS["cpu"] = CPUAttention
-
-
-def backend_for(name: str, device: torch.device) -> str:
-    """The backend that a name stands for; `auto` is the fastest that this installation has.
-
-    Raises ModelRefused for one that does not work on the device.
-    """
-    if name == "cpu" and device.type != "cpu":
-        raise ModelRefused(f"attention_backend 'cpu' cannot work on {device}; use torch or auto")
-    if name != "auto":
-        return name
-    return "cpu" if device.type == "cpu" and "cpu" in BACKENDS else "torch"
 
 
 class ModelRunner:

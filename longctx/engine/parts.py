@@ -7,10 +7,11 @@ from typing import Protocol
 from torch import Tensor
 
 from compress.shape import BLOCK_TOKENS
+from longctx.attention.registry import BACKENDS
 from longctx.attention.rotated import RotatedAttention
 from longctx.attention.streamed import StreamedAttention
 from longctx.config import EngineConfig, SchedulerConfig
-from longctx.engine.model_runner import BACKENDS, ModelRunner
+from longctx.engine.model_runner import ModelRunner
 from longctx.engine.scheduler import Chunk
 from longctx.kv.cache_manager import KVCacheManager
 from longctx.kv.memory import KVMemory, pool_bytes

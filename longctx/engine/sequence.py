@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.shape import BLOCK_TOKENS
-from longctx.attention.backend import ENTRY_COLUMNS, PAGE
 from longctx.engine.sampler import SamplingState
+from longctx.kv.block_entry import ENTRY_COLUMNS, PAGE
 from longctx.kv.layout import PLAIN, Layout
 from longctx.kv.lookup_trace import Trace
 from longctx.kv.offload_state import TierState

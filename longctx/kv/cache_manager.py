@@ -6,8 +6,8 @@ Keys that are being computed are pending: who needs one of them waits for it. Bl
 holds stay findable until their room is needed; so do whole prefixes that nobody uses.
 """
 
-from longctx.attention.backend import PAGE
 from longctx.engine.sequence import BlockTable, Sequence
+from longctx.kv.block_entry import PAGE
 from longctx.kv.layout import Source
 from longctx.kv.lookup_trace import Place
 from longctx.kv.memory import KVMemory

@@ -21,18 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.shape import BLOCK_TOKENS
-from longctx.attention.backend import (
-    ENTRY_COLUMNS,
-    FIRST_POSITION,
-    ROTATION,
-    ROW_BEGIN,
-    ROWS,
-)
+from longctx.kv.block_entry import ENTRY_COLUMNS, FIRST_POSITION, ROTATION, ROW_BEGIN, ROWS, Entries
 from longctx.kv.prefix_index import PrefixName, owner_of
 from offload.key import BlockKey, chain_keys, short_key
 from prompt_cache.lineage import after_borrowed
-
-Entries = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)

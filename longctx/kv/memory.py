@@ -14,7 +14,7 @@ from torch import Tensor
 from compress.codec import CODECS, Codec
 from compress.shape import BLOCK_TOKENS, KVShape, ShapeRefused
 from longctx.errors import ModelRefused
-from longctx.model.hf_attention import LayerSpec
+from longctx.model.spec import LayerSpec
 from offload.block_pool import BlockPool
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence as Items
 
 import numpy as np
 
-from longctx.attention.backend import PAGE
 from longctx.engine.sequence import Sequence
+from longctx.kv.block_entry import PAGE
 from longctx.kv.memory import KVMemory
 from longctx.kv.prefix_index import Prefix, PrefixIndex, PrefixName
 

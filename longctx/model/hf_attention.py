@@ -6,7 +6,6 @@ that one row `[1, tokens]` may carry any number of sequences. No mask is made: w
 sees is the business of whoever stands behind `attend`.
 """
 
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -36,16 +35,6 @@ class LayerAttention(Protocol):
         `sinks` [heads] are logits that take part in the softmax and carry no value.
         """
         ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerSpec:
-    """`window`: a query at p sees the keys in (p - window, p]; None: all up to p."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    window: int | None
 
 
 def register_attention() -> None:

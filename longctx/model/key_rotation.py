@@ -18,61 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from longctx.model.hf_attention import run_packed
+from longctx.model.spec import Relocation, Rotation
 
 TOKENS = 4  # watched at each position
 POSITIONS = ((0, 1, 2), (0, 31, 1_000, 10_000))  # of two contexts, a short and a long one
 # A part of what a pair of dimensions holds. A bfloat16 key is off by 0.004, angles computed in
 # float32 by 0.001 at position 10,000; another frequency or another pair by 0.1 and more.
 MAX_ERROR = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class Rotation:
-    """Pairs of a head's first dimensions turn by `frequencies` [pairs], radians per position.
-
-    A pair is two neighbours where they are `interleaved`, else one of the first half of all that
-    turn and one of the second. The dimensions after these do not turn.
-    """
-
-    frequencies: tuple[float, ...]
-    interleaved: bool
-
-    @property
-    def first(self) -> slice:
-        pairs = len(self.frequencies)
-        return slice(0, 2 * pairs, 2) if self.interleaved else slice(0, pairs)
-
-    @property
-    def second(self) -> slice:
-        pairs = len(self.frequencies)
-        return slice(1, 2 * pairs, 2) if self.interleaved else slice(pairs, 2 * pairs)
-
-    def turns(self, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [offsets, 1, pairs], float32, of the turns by `offsets` [offsets]."""
-        frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device=offsets.device)
-        angles = (offsets.double()[:, None] * frequencies)[:, None]
-        return angles.cos().float(), angles.sin().float()
-
-    def turn(self, vectors: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-        """`vectors` [tokens, heads, head_dim], turned in float32; cosines, sines as of `turns`."""
-        turned = vectors.clone()
-        x, y = vectors[..., self.first].float(), vectors[..., self.second].float()
-        turned[..., self.first] = x * cosines - y * sines
-        turned[..., self.second] = y * cosines + x * sines
-        return turned
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Relocation:
-    """Whether keys can serve at other positions than they were encoded at, and how.
-
-    `rotations` has one for each layer, None where keys do not know their position; it is empty
-    where the model is not `shiftable`. `reason` is for people, in one line.
-    """
-
-    shiftable: bool
-    reason: str
-    rotations: tuple[Rotation | None, ...] = ()
 
 
 def find_relocation(model: nn.Module, *, vocab_size: int, max_context: int) -> Relocation:

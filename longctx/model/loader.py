@@ -7,7 +7,6 @@ Read `load_model`.
 
 import hashlib
 import importlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,37 +23,13 @@ from longctx.model.checkpoint import ModelFiles, fingerprint, read_model_folder
 from longctx.model.hf_attention import (
     ATTENTION,
     LayerAttention,
-    LayerSpec,
     register_attention,
     run_packed,
 )
-from longctx.model.key_rotation import Relocation, find_relocation
+from longctx.model.key_rotation import find_relocation
 from longctx.model.probe import PROBE, probe_layers, register_probe
 from longctx.model.rope import settle_rope
-
-__all__ = ["LayerAttention", "LayerSpec", "LoadedModel", "ModelSpec", "load_model"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSpec:
-    """What the rest of the engine may know of a model.
-
-    `fingerprint` names configuration and weights as they are computed with; `rope_identity` names
-    what of the rotary choice changes keys. With `dtype` they keep one model's KV from being taken
-    for another's.
-    """
-
-    name: str
-    architecture: str
-    layers: tuple[LayerSpec, ...]
-    relocation: Relocation  # whether keys may serve at other positions
-    vocab_size: int
-    max_context: int  # tokens, prompt and answer together
-    dtype: torch.dtype
-    device: torch.device
-    fingerprint: str
-    rope_identity: str
-    weight_bytes: int
+from longctx.model.spec import ModelSpec
 
 
 class LoadedModel:

@@ -18,7 +18,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from longctx.errors import ModelRefused
-from longctx.model.hf_attention import LayerSpec, run_packed
+from longctx.model.hf_attention import run_packed
+from longctx.model.spec import LayerSpec
 
 PROBE = "longctx_probe"
 HEAD_DIMS = range(8, 257)

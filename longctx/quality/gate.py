@@ -17,7 +17,8 @@ from longctx.attention.reference import ReferenceAttention
 from longctx.attention.torch_backend import TorchAttention
 from longctx.config import CacheConfig
 from longctx.errors import ModelRefused
-from longctx.model.loader import LoadedModel, ModelSpec
+from longctx.model.loader import LoadedModel
+from longctx.model.spec import ModelSpec
 from longctx.quality.measure import EXACT, Backend, Measured, Workload, measure
 from longctx.quality.remembered import Remembered, identity_of
 from longctx.quality.texts import TEXTS

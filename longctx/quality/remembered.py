@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 import longctx
-from longctx.model.loader import ModelSpec
+from longctx.model.spec import ModelSpec
 from longctx.quality.measure import Measured
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from longctx.attention.backend import PAGE
+from longctx.kv.block_entry import PAGE
 from longctx.ring.leader_memory import LeaderMemory
 from longctx.ring.step import NONE, Queries, Round, Rows
 from longctx.ring.step_builder import Piece

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from longctx.kv.memory import KVMemory
-from longctx.model.loader import ModelSpec
+from longctx.model.spec import ModelSpec
 from longctx.ring import placement as layout
 from longctx.ring.rank import RingMemory
 

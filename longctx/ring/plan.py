@@ -10,10 +10,10 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from compress.shape import BLOCK_TOKENS
-from longctx.attention.backend import PAGE
 from longctx.engine.scheduler import Chunk
 from longctx.engine.sequence import BlockTable
-from longctx.model.loader import ModelSpec
+from longctx.kv.block_entry import PAGE
+from longctx.model.spec import ModelSpec
 from longctx.ring.comm_cost import RowBytes, Traffic, keys_traffic, passes_queries, queries_traffic
 from longctx.ring.exchange import Exchange, Past, Spread
 from longctx.ring.leader_memory import LeaderMemory

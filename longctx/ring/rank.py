@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.shape import BLOCK_TOKENS
-from longctx.engine.model_runner import BACKENDS
+from longctx.attention.registry import BACKENDS
 from longctx.kv.layout import Layout
 from longctx.kv.memory import KVMemory, layer_codecs
-from longctx.model.loader import LoadedModel, ModelSpec
+from longctx.model.loader import LoadedModel
+from longctx.model.spec import ModelSpec
 from longctx.ring.attention import LayerCall, RankAttention
 from longctx.ring.link import measure
 from longctx.ring.step import NONE, RankStep, Rows

@@ -8,6 +8,7 @@ import torch
 
 from compress.codec import CODECS
 from longctx.attention.reference import ReferenceAttention
+from longctx.attention.registry import BACKENDS
 from longctx.attention.torch_backend import TorchAttention
 from longctx.bench import kernels, machine_rates
 from longctx.bench.decode import summed
@@ -17,9 +18,8 @@ from longctx.bench.random_pages import random_chunk
 from longctx.bench.timing import Stopwatch
 from longctx.cli import main
 from longctx.config import CacheConfig, EngineConfig, ModelConfig
-from longctx.engine.model_runner import BACKENDS
 from longctx.kv.memory import KVMemory
-from longctx.model.hf_attention import LayerSpec
+from longctx.model.spec import LayerSpec
 from longctx.request import SamplingParams, Segment
 
 

@@ -10,18 +10,12 @@ from hypothesis import strategies as st
 
 from compress.codec import CODECS
 from compress.shape import BLOCK_TOKENS
-from longctx.attention.backend import (
-    ENTRY_COLUMNS,
-    FIRST_POSITION,
-    PAGE,
-    ROW_BEGIN,
-    ROWS,
-    ChunkRows,
-)
+from longctx.attention.backend import ChunkRows
 from longctx.attention.reference import ReferenceAttention
-from longctx.engine.model_runner import BACKENDS
+from longctx.attention.registry import BACKENDS
+from longctx.kv.block_entry import ENTRY_COLUMNS, FIRST_POSITION, PAGE, ROW_BEGIN, ROWS
 from longctx.kv.memory import KVMemory
-from longctx.model.hf_attention import LayerSpec
+from longctx.model.spec import LayerSpec
 
 TOLERANCE = 4e-5  # float32 sums of up to 2,000 terms in another order, of scores up to 30
 # Compiled kernels round queries and weights to multiply integers: to 16 bits for int8 pages, for

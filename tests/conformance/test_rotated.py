@@ -10,20 +10,12 @@ from hypothesis import strategies as st
 
 from compress.codec import CODECS
 from compress.shape import BLOCK_TOKENS
-from longctx.attention.backend import (
-    ENTRY_COLUMNS,
-    FIRST_POSITION,
-    PAGE,
-    ROTATION,
-    ROW_BEGIN,
-    ROWS,
-    ChunkRows,
-)
+from longctx.attention.backend import ChunkRows
+from longctx.attention.registry import BACKENDS
 from longctx.attention.rotated import RotatedAttention
-from longctx.engine.model_runner import BACKENDS
+from longctx.kv.block_entry import ENTRY_COLUMNS, FIRST_POSITION, PAGE, ROTATION, ROW_BEGIN, ROWS
 from longctx.kv.memory import KVMemory
-from longctx.model.hf_attention import LayerSpec
-from longctx.model.key_rotation import Rotation
+from longctx.model.spec import LayerSpec, Rotation
 
 HEAD_DIM = 16
 FREQUENCIES = tuple(10_000 ** (-index / 8) for index in range(8))

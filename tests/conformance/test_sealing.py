@@ -8,10 +8,10 @@ from torch import Tensor
 
 from compress.codec import CODECS
 from compress.shape import KVShape
-from longctx.engine.model_runner import BACKENDS
+from longctx.attention.registry import BACKENDS
 from longctx.errors import ModelRefused
 from longctx.kv.memory import KVMemory
-from longctx.model.hf_attention import LayerSpec
+from longctx.model.spec import LayerSpec
 from tests.conformance.test_codecs import kinds, rows, shapes
 
 PAGES = 6

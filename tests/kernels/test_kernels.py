@@ -18,15 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longctx.attention.backend import (
-    ENTRY_COLUMNS,
-    FIRST_POSITION,
-    PAGE,
-    ROW_BEGIN,
-    ROWS,
-    ChunkRows,
-)
+from longctx.attention.backend import ChunkRows
 from longctx.attention.reference import ReferenceAttention
+from longctx.kv.block_entry import ENTRY_COLUMNS, FIRST_POSITION, PAGE, ROW_BEGIN, ROWS
 from longctx.kv.memory import KVMemory
 from tests.conformance.test_backends import Case, build, cases, tolerance
 

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.shape import BLOCK_TOKENS
-from longctx.attention.backend import FIRST_POSITION, PAGE, ROTATION, ROW_BEGIN, ROWS
 from longctx.engine.prompt import Assembly
 from longctx.engine.sequence import BlockTable, Prompt
 from longctx.errors import InvalidRequest
+from longctx.kv.block_entry import FIRST_POSITION, PAGE, ROTATION, ROW_BEGIN, ROWS
 from longctx.kv.layout import PLAIN, Layout, Run, Source
 from longctx.kv.prefix_index import module_name
 from offload.key import BlockKey

@@ -13,7 +13,7 @@ from longctx.engine.scheduler import SchedulerOutput
 from longctx.engine.sequence import Sequence
 from longctx.kv.cache_manager import KVCacheManager
 from longctx.kv.offloading import Migration
-from longctx.model.hf_attention import LayerSpec
+from longctx.model.spec import LayerSpec
 from longctx.text.tokenizer import Tokenizer
 from offload.eviction import LRU
 from offload.host import HostTier

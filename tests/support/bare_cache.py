@@ -16,7 +16,7 @@ from longctx.engine.sequence import TokenIds
 from longctx.kv.cache_manager import KVCacheManager
 from longctx.kv.memory import KVMemory
 from longctx.kv.prefix_index import document_name
-from longctx.model.hf_attention import LayerSpec
+from longctx.model.spec import LayerSpec
 from longctx.request import Request, RequestClass, SamplingParams, Segment
 from longctx.text.detokenizer import TextStream
 from longctx.text.tokenizer import Tokenizer

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from longctx.config import ModelConfig
-from longctx.model.loader import LayerSpec, LoadedModel, load_model
+from longctx.model.loader import LoadedModel, load_model
+from longctx.model.spec import LayerSpec
 from tests.support.tiny_models import VOCAB_SIZE
 
 LENGTHS = (80, 23, 1, 40)  # packed; the longest exceeds the windows and the original contexts

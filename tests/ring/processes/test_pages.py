@@ -11,7 +11,7 @@ import torch
 
 from compress.shape import BLOCK_TOKENS
 from longctx.kv.memory import KVMemory
-from longctx.model.hf_attention import LayerSpec
+from longctx.model.spec import LayerSpec
 from longctx.ring.pages import LocalPages, RingExtents, RingTransfer, WrittenAs
 from longctx.ring.processes.messages import (
     Answer,

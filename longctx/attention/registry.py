@@ -1,0 +1,35 @@
+"""The attention backends that this installation has, by the names of `--attention-backend`.
+
+To add one: a class that fulfils `AttentionBackend`, and one line here. The conformance tests run
+over all that are listed.
+"""
+
+import torch
+
+from longctx.attention.backend import BackendFactory
+from longctx.attention.reference import ReferenceAttention
+from longctx.attention.torch_backend import TorchAttention
+from longctx.errors import ModelRefused
+
+BACKENDS: dict[str, BackendFactory] = {
+    "reference": ReferenceAttention,
+    "torch": TorchAttention,
+}
+try:  # compiled where there is a compiler, for x86-64
+    from longctx.attention.cpu_backend import CPUAttention
+except ImportError:
+    pass
+else:
+    BACKENDS["cpu"] = CPUAttention
+
+
+def backend_for(name: str, device: torch.device) -> str:
+    """The backend that a name stands for; `auto` is the fastest that this installation has.
+
+    Raises ModelRefused for one that does not work on the device.
+    """
+    if name == "cpu" and device.type != "cpu":
+        raise ModelRefused(f"attention_backend 'cpu' cannot work on {device}; use torch or auto")
+    if name != "auto":
+        return name
+    return "cpu" if device.type == "cpu" and "cpu" in BACKENDS else "torch"
