@@ -62,7 +62,7 @@ def _ls(arguments: argparse.Namespace, folder: Path, config: CacheConfig) -> Non
         entries = tier.entries()
     table = extent_table(entries) if arguments.extents else namespace_table(entries)
     table.title = str(folder)
-    table.caption = f"{len(entries):,} extents, {_bytes(sum(e.num_bytes for e in entries))}"
+    table.caption = f"{len(entries):,} extents, {_bytes(sum(e.file_bytes for e in entries))}"
     Console().print(table)
 
 
@@ -77,7 +77,7 @@ def _rm(arguments: argparse.Namespace, folder: Path, config: CacheConfig) -> Non
         keys = chosen(entries, [""] if arguments.all else arguments.names)
         tier.drop(keys)
         left = tier.entries()
-    freed = sum(e.num_bytes for e in entries) - sum(e.num_bytes for e in left)
+    freed = sum(e.file_bytes for e in entries) - sum(e.file_bytes for e in left)
     _say(f"deleted {len(entries) - len(left):,} extents, {_bytes(freed)}; {len(left):,} are left")
 
 
@@ -116,7 +116,7 @@ def _gc(arguments: argparse.Namespace, folder: Path, config: CacheConfig) -> Non
     ) as tier:
         tier.gc()
         left, stats = tier.entries(), tier.stats()
-    freed = sum(e.num_bytes for e in before) - sum(e.num_bytes for e in left)
+    freed = sum(e.file_bytes for e in before) - sum(e.file_bytes for e in left)
     _say(
         f"deleted {stats['evictions_ttl_total']:,.0f} extents for their age, "
         f"{stats['evictions_cap_total']:,.0f} over the cap, "
@@ -137,7 +137,7 @@ def namespace_table(entries: Iterable[DiskEntry]) -> Table:
     """A row for each namespace and layer group."""
     rows: defaultdict[tuple[BlockKey, int], list[DiskEntry]] = defaultdict(list)
     for entry in entries:
-        rows[entry.namespace, entry.group].append(entry)
+        rows[entry.meta.run.namespace, entry.meta.run.group].append(entry)
     table = _table("namespace", "group", "extents", "tokens", "bytes", "to compute", "retained")
     table.add_column("last used", justify="right")
     for (namespace, group), held in sorted(rows.items()):
@@ -146,9 +146,9 @@ def namespace_table(entries: Iterable[DiskEntry]) -> Table:
             str(group),
             f"{len(held):,}",
             f"{sum(e.num_blocks for e in held) * BLOCK_TOKENS:,}",
-            _bytes(sum(e.num_bytes for e in held)),
-            f"{sum(e.cost_seconds for e in held):,.1f} s",
-            f"{sum(e.retained for e in held):,}",
+            _bytes(sum(e.file_bytes for e in held)),
+            f"{sum(e.meta.cost_seconds for e in held):,.1f} s",
+            f"{sum(e.meta.retained for e in held):,}",
             _ago(max(e.used_at for e in held)),
         )
     return table
@@ -160,16 +160,17 @@ def extent_table(entries: Iterable[DiskEntry]) -> Table:
     for name in ("retained", "written", "last used"):
         table.add_column(name, justify="right")
     for entry in entries:
+        meta, run = entry.meta, entry.meta.run
         table.add_row(
             entry.name[:SHORT_HEX],
-            entry.namespace.hex()[:SHORT_HEX],
-            str(entry.group),
-            f"{entry.first_block * BLOCK_TOKENS:,}",
+            run.namespace.hex()[:SHORT_HEX],
+            str(run.group),
+            f"{run.first_block * BLOCK_TOKENS:,}",
             f"{entry.num_blocks * BLOCK_TOKENS:,}",
-            _bytes(entry.num_bytes),
-            f"{entry.cost_seconds:,.1f} s",
-            "yes" if entry.retained else "",
-            _ago(entry.created_at),
+            _bytes(entry.file_bytes),
+            f"{meta.cost_seconds:,.1f} s",
+            "yes" if meta.retained else "",
+            _ago(meta.created_at),
             _ago(entry.used_at),
         )
     return table
@@ -182,11 +183,11 @@ def chosen(entries: Sequence[DiskEntry], names: Sequence[str]) -> set[BlockKey]:
     """
     keys: set[BlockKey] = set()
     unused = set(names)
-    for entry in sorted(entries, key=lambda entry: entry.first_block):
-        own = (entry.namespace.hex(), entry.name)
+    for entry in sorted(entries, key=lambda entry: entry.meta.run.first_block):
+        own = (entry.meta.run.namespace.hex(), entry.name)
         matching = {name for name in names if any(text.startswith(name) for text in own)}
         unused -= matching
-        if matching or entry.parent in keys or not keys.isdisjoint(entry.keys[:1]):
+        if matching or entry.meta.run.parent in keys or not keys.isdisjoint(entry.keys[:1]):
             keys.update(entry.keys)
     unused.discard("")  # everything, and there is nothing
     if unused:

@@ -17,26 +17,17 @@ from longctx.kv.memory import KVMemory
 from longctx.kv.transfer import PageTransfer
 from offload.block_run import BlockRun, PageSlots, Slots
 from offload.disk import extent_file
-from offload.disk.extent_header import ExtentHeader, page_table
-from offload.disk.extent_io import LocalExtents, Packed
+from offload.disk.extent_header import ExtentHeader, ExtentMeta, page_table
+from offload.disk.extent_io import LocalExtents, UnwrittenExtent
 from offload.disk.filesystem import FileSystem
 
 COPY_SECONDS = 0.0005  # between two looks whether a GPU has copied pages out
 
 
-@dataclass(frozen=True, slots=True)
-class WrittenAs:
-    """What an extent's header says beside its pages; times as in `ExtentHeader`."""
-
-    cost_seconds: float
-    created_at: float
-    retained: bool
-
-
 class RankPages(Protocol):
     """The pages of one rank, by the rank's own numbers. Calls block and come from any thread."""
 
-    def write(self, path: Path, run: BlockRun, pages: Sequence[int], how: WrittenAs) -> None:
+    def write(self, path: Path, meta: ExtentMeta, pages: Sequence[int]) -> None:
         """A new extent file, on the disk when this returns. Raises OSError, PeerLost."""
         ...
 
@@ -60,16 +51,9 @@ class LocalPages:
         self._files = FileSystem()
         self._extents = LocalExtents(self._files)
 
-    def write(self, path: Path, run: BlockRun, pages: Sequence[int], how: WrittenAs) -> None:
-        slots = self._outgoing(run.group, pages)
-        packed = extent_file.pack(
-            run,
-            slots,
-            cost_seconds=how.cost_seconds,
-            created_at=how.created_at,
-            retained=how.retained,
-            shuffle=None,
-        )
+    def write(self, path: Path, meta: ExtentMeta, pages: Sequence[int]) -> None:
+        slots = self._outgoing(meta.run.group, pages)
+        packed = extent_file.pack(meta, slots, shuffle=None)
         extent_file.write(self._files, path, packed)
 
     def read(
@@ -137,33 +121,18 @@ class RingExtents:
         self._replicated = [group.window is not None for group in memory.groups]
         self._local = LocalExtents(FileSystem())
 
-    def pack(
-        self,
-        run: BlockRun,
-        slots: Slots,
-        *,
-        cost_seconds: float,
-        created_at: float,
-        retained: bool,
-    ) -> Packed:
+    def pack(self, meta: ExtentMeta, slots: Slots) -> UnwrittenExtent:
         """The header has no checksums yet: the rank that owns the pages computes them."""
         assert isinstance(slots, RingSlots), slots
-        how = WrittenAs(cost_seconds, created_at, retained)
         parts = self._parts(slots)
         if len(parts) > 1:  # two prompts have computed parts of one chain
-            return self._local.pack(
-                run,
-                self._collected(slots, parts),
-                cost_seconds=cost_seconds,
-                created_at=created_at,
-                retained=retained,
-            )
+            return self._local.pack(meta, self._collected(slots, parts))
         ((rank, (_, pages)),) = parts.items()
-        page_bytes = self._page_bytes[run.group]
-        table = page_table(len(page_bytes), len(run.keys))
+        page_bytes = self._page_bytes[meta.run.group]
+        table = page_table(len(page_bytes), len(meta.run.keys))
         table["stored_bytes"] = np.array(page_bytes)[:, None]
-        header = ExtentHeader(run, page_bytes, table, cost_seconds, created_at, retained)
-        return Packed(header, lambda path: self._ranks[rank].write(path, run, pages, how))
+        header = ExtentHeader(meta, page_bytes, table)
+        return UnwrittenExtent(header, lambda path: self._ranks[rank].write(path, meta, pages))
 
     def read(self, path: Path, run: BlockRun, blocks: Sequence[int], slots: Slots) -> list[bool]:
         assert isinstance(slots, RingSlots), slots

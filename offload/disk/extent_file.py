@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from offload.block_run import BlockRun, PageSlots
+from offload.block_run import PageSlots
 from offload.disk.extent_header import (
     PREFIX,
     RAW,
     SHUFFLED,
     ExtentHeader,
+    ExtentMeta,
     ExtentUnreadable,
     checksum,
-    file_name,
     header_bytes_of,
     page_table,
     parse,
@@ -41,23 +41,16 @@ class PackedExtent:
     buffers: list[memoryview]
 
 
-def pack(
-    run: BlockRun,
-    slots: PageSlots,
-    *,
-    cost_seconds: float,
-    created_at: float,
-    retained: bool,
-    shuffle: PageShuffle | None,
-) -> PackedExtent:
+def pack(meta: ExtentMeta, slots: PageSlots, *, shuffle: PageShuffle | None) -> PackedExtent:
     """With `shuffle`, all pages are compressed if the first one becomes enough smaller by it."""
-    assert len(run.keys) == len(slots.pages), (len(run.keys), len(slots.pages))
+    num_blocks = len(meta.run.keys)
+    assert num_blocks == len(slots.pages), (num_blocks, len(slots.pages))
     if shuffle is not None:
         first = slots.arrays[0][slots.pages[0]]
         even = all(array.shape[1] % 2 == 0 for array in slots.arrays)
         if not even or len(shuffle.encode(first)) > (1 - _MIN_SAVING) * len(first):
             shuffle = None
-    table = page_table(len(slots.arrays), len(run.keys))
+    table = page_table(len(slots.arrays), num_blocks)
     buffers: list[memoryview] = []
     for layer, array in enumerate(slots.arrays):
         rows = _Rows(array)
@@ -69,15 +62,8 @@ def pack(
                     buffer, encoding = memoryview(packed), SHUFFLED
             buffers.append(buffer)
             table[layer, block] = (len(buffer), encoding, checksum(buffer))
-    header = ExtentHeader(
-        run=run,
-        page_bytes=tuple(array.shape[1] for array in slots.arrays),
-        pages=table,
-        cost_seconds=cost_seconds,
-        created_at=created_at,
-        retained=retained,
-    )
-    return PackedExtent(header, buffers)
+    page_bytes = tuple(array.shape[1] for array in slots.arrays)
+    return PackedExtent(ExtentHeader(meta, page_bytes, table), buffers)
 
 
 def write(files: FileSystem, path: Path, extent: PackedExtent) -> None:
@@ -85,7 +71,7 @@ def write(files: FileSystem, path: Path, extent: PackedExtent) -> None:
     descriptor = files.create(path)
     try:
         files.write(descriptor, [memoryview(extent.header.pack()), *extent.buffers], 0)
-        files.touch(path, extent.header.created_at)
+        files.touch(path, extent.header.meta.created_at)
         files.sync(descriptor)
     finally:
         files.close(descriptor)
@@ -141,7 +127,7 @@ def check(files: FileSystem, path: Path, shuffle: PageShuffle) -> ExtentHeader:
     descriptor = files.open(path)
     try:
         header = read_header(files, descriptor)
-        blocks = range(len(header.run.keys))
+        blocks = range(len(header.meta.run.keys))
         scratch = tuple(np.empty((len(blocks), size), np.uint8) for size in header.page_bytes)
         slots = PageSlots(scratch, tuple(blocks))
         whole = read_pages(files, descriptor, header, blocks, slots, shuffle)
@@ -149,8 +135,8 @@ def check(files: FileSystem, path: Path, shuffle: PageShuffle) -> ExtentHeader:
         files.close(descriptor)
     if not all(whole):
         raise ExtentUnreadable(f"checksums of {whole.count(False)} blocks do not match")
-    if file_name(header.run) != path.name:
-        raise ExtentUnreadable(f"holds what belongs into {file_name(header.run)}")
+    if header.meta.file_name != path.name:
+        raise ExtentUnreadable(f"holds what belongs into {header.meta.file_name}")
     return header
 
 

@@ -50,23 +50,37 @@ class OtherVersion(ExtentUnreadable):
     """Written by another version of longctx."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExtentHeader:
-    """`pages` [layers, blocks]: (stored_bytes, encoding, checksum) of each page.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtentMeta:
+    """What is known of an extent before its pages are: every record of an extent holds one.
 
-    `created_at` in seconds since 1970; `cost_seconds` is what computing the blocks again takes.
+    `cost_seconds` is what computing the blocks again takes; `created_at` is in seconds since 1970.
+    `retained` says whether some document retains the blocks: in a header when they were written,
+    elsewhere when the record was made.
     """
 
     run: BlockRun
-    page_bytes: tuple[int, ...]  # of each layer, decoded
-    pages: NDArray[np.void]
     cost_seconds: float
     created_at: float
     retained: bool
 
     @property
+    def file_name(self) -> str:
+        """The name of the extent's file: the one that only files of an equal run have."""
+        return file_name(self.run)
+
+
+@dataclass(frozen=True, slots=True)
+class ExtentHeader:
+    """`pages` [layers, blocks]: (stored_bytes, encoding, checksum) of each page."""
+
+    meta: ExtentMeta
+    page_bytes: tuple[int, ...]  # of each layer, decoded
+    pages: NDArray[np.void]
+
+    @property
     def header_bytes(self) -> int:
-        blocks, layers = len(self.run.keys), len(self.page_bytes)
+        blocks, layers = len(self.meta.run.keys), len(self.page_bytes)
         tables = blocks * _KEY_BYTES + layers * 8 + layers * blocks * _PAGE.itemsize
         used = PREFIX.size + _FIXED.size + tables + _CHECKSUM.size
         return math.ceil((used - _SKEW) / _ALIGNMENT) * _ALIGNMENT + _SKEW
@@ -82,7 +96,7 @@ class ExtentHeader:
         return self.header_bytes + ends - stored
 
     def pack(self) -> bytes:
-        run = self.run
+        run = self.meta.run
         parts = (
             PREFIX.pack(MAGIC, VERSION, self.header_bytes),
             _FIXED.pack(
@@ -91,10 +105,10 @@ class ExtentHeader:
                 run.group,
                 len(run.keys),
                 len(self.page_bytes),
-                int(self.retained),
+                int(self.meta.retained),
                 run.first_block,
-                self.cost_seconds,
-                self.created_at,
+                self.meta.cost_seconds,
+                self.meta.created_at,
                 int(self.pages["stored_bytes"].sum(dtype=np.int64)),
             ),
             *run.keys,
@@ -152,11 +166,10 @@ def parse(header: bytes, *, file_bytes: int) -> ExtentHeader:
     page_bytes = np.frombuffer(body, dtype="<u8", count=layers, offset=at)
     at += layers * 8
     pages = np.frombuffer(body, dtype=_PAGE, count=layers * blocks, offset=at)
-    return ExtentHeader(
+    meta = ExtentMeta(
         run=BlockRun(BlockKey(namespace), group, first_block, BlockKey(parent), keys),
-        page_bytes=tuple(page_bytes.tolist()),
-        pages=pages.reshape(layers, blocks),
         cost_seconds=cost,
         created_at=created,
         retained=bool(retained),
     )
+    return ExtentHeader(meta, tuple(page_bytes.tolist()), pages.reshape(layers, blocks))

@@ -12,13 +12,13 @@ from typing import Protocol
 
 from offload.block_run import BlockRun, PageSlots, Slots
 from offload.disk import extent_file
-from offload.disk.extent_header import ExtentHeader, ExtentUnreadable
+from offload.disk.extent_header import ExtentHeader, ExtentMeta, ExtentUnreadable
 from offload.disk.filesystem import FileSystem
 from offload.disk.shuffle import PageShuffle
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class UnwrittenExtent:
     """What a file will hold, and how it gets there: `write` raises OSError."""
 
     header: ExtentHeader
@@ -26,15 +26,7 @@ class Packed:
 
 
 class ExtentIO(Protocol):
-    def pack(
-        self,
-        run: BlockRun,
-        slots: Slots,
-        *,
-        cost_seconds: float,
-        created_at: float,
-        retained: bool,
-    ) -> Packed:
+    def pack(self, meta: ExtentMeta, slots: Slots) -> UnwrittenExtent:
         """Nothing is written yet. The pages stay as they are until that has happened."""
         ...
 
@@ -52,32 +44,19 @@ class LocalExtents:
     ) -> None:
         self._files, self._shuffle, self._compress = files, shuffle or PageShuffle(), compress
 
-    def pack(
-        self,
-        run: BlockRun,
-        slots: Slots,
-        *,
-        cost_seconds: float,
-        created_at: float,
-        retained: bool,
-    ) -> Packed:
+    def pack(self, meta: ExtentMeta, slots: Slots) -> UnwrittenExtent:
         assert isinstance(slots, PageSlots), slots
-        packed = extent_file.pack(
-            run,
-            slots,
-            cost_seconds=cost_seconds,
-            created_at=created_at,
-            retained=retained,
-            shuffle=self._shuffle if self._compress else None,
+        packed = extent_file.pack(meta, slots, shuffle=self._shuffle if self._compress else None)
+        return UnwrittenExtent(
+            packed.header, lambda path: extent_file.write(self._files, path, packed)
         )
-        return Packed(packed.header, lambda path: extent_file.write(self._files, path, packed))
 
     def read(self, path: Path, run: BlockRun, blocks: Sequence[int], slots: Slots) -> list[bool]:
         assert isinstance(slots, PageSlots), slots
         descriptor = self._files.open(path)
         try:
             header = extent_file.read_header(self._files, descriptor)
-            if header.run != run:
+            if header.meta.run != run:
                 raise ExtentUnreadable("holds other blocks than it did")
             return extent_file.read_pages(
                 self._files, descriptor, header, blocks, slots, self._shuffle

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from offload.disk import extent_file
-from offload.disk.extent_header import ExtentHeader, ExtentUnreadable, OtherVersion, file_name
+from offload.disk.extent_header import ExtentHeader, ExtentUnreadable, OtherVersion
 from offload.disk.filesystem import FileSystem
 from offload.disk.incidents import Incidents
 from offload.key import BlockKey
@@ -151,8 +151,8 @@ class DiskFolder:
                 used_at = self._files.status(descriptor).st_mtime
             finally:
                 self._files.close(descriptor)
-            if file_name(header.run) != name:
-                raise ExtentUnreadable(f"holds what belongs into {file_name(header.run)}")
+            if header.meta.file_name != name:
+                raise ExtentUnreadable(f"holds what belongs into {header.meta.file_name}")
         except FileNotFoundError:
             return None
         except (ExtentUnreadable, OSError) as error:

@@ -6,10 +6,9 @@ Whoever calls it holds its lock; only `holder` may be asked without.
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from offload.block_run import BlockRun
-from offload.disk.extent_header import ExtentHeader, file_name
+from offload.disk.extent_header import ExtentMeta
 from offload.eviction import Block, Entry, EvictionPolicy
 from offload.key import BlockKey
 
@@ -18,49 +17,27 @@ _REMEMBERED = 10_000  # blocks whose end `why_gone` knows
 
 @dataclass(slots=True, eq=False)
 class Extent:
-    """One file. Times in seconds since 1970; `dropped` are keys that it holds in vain."""
+    """One file, as the index has it.
 
-    name: str
-    run: BlockRun
-    blocks: tuple[Block, ...]
+    `used_at` is in seconds since 1970. `dropped` are keys that were deleted logically: their bytes
+    stay until the whole file goes. What is retained now, the index knows: `meta.retained` is only
+    how the extent came into it.
+    """
+
+    meta: ExtentMeta
     file_bytes: int
-    cost_seconds: float
-    created_at: float
     used_at: float
-    dropped: set[BlockKey] = field(default_factory=set)
+    name: str = field(init=False)
+    blocks: tuple[Block, ...] = field(init=False)
+    dropped: set[BlockKey] = field(init=False, default_factory=set)
 
-    @classmethod
-    def of(
-        cls,
-        run: BlockRun,
-        *,
-        file_bytes: int,
-        cost_seconds: float,
-        created_at: float,
-        used_at: float,
-    ) -> "Extent":
-        return cls(
-            name=file_name(run),
-            run=run,
-            blocks=tuple([(run.group, key) for key in run.keys]),
-            file_bytes=file_bytes,
-            cost_seconds=cost_seconds,
-            created_at=created_at,
-            used_at=used_at,
-        )
-
-    @classmethod
-    def described(cls, header: ExtentHeader, *, used_at: float) -> "Extent":
-        return cls.of(
-            header.run,
-            file_bytes=header.file_bytes,
-            cost_seconds=header.cost_seconds,
-            created_at=header.created_at,
-            used_at=used_at,
-        )
+    def __post_init__(self) -> None:
+        run = self.meta.run
+        self.name = self.meta.file_name
+        self.blocks = tuple([(run.group, key) for key in run.keys])
 
     def live(self) -> Iterable[Block]:
-        """Without those in vain."""
+        """The blocks that were not dropped."""
         if not self.dropped:
             return self.blocks
         return [block for block in self.blocks if block[1] not in self.dropped]
@@ -68,20 +45,28 @@ class Extent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskEntry:
-    """An extent as shown to people. Times in seconds since 1970."""
+    """An extent as it was when the index was asked; `used_at` is in seconds since 1970.
 
-    name: str
-    namespace: BlockKey
-    group: int
-    first_block: int
-    parent: BlockKey
-    keys: tuple[BlockKey, ...]
-    num_blocks: int
-    num_bytes: int
-    cost_seconds: float
-    created_at: float
+    `meta.retained` is true while any document retains one of its blocks.
+    """
+
+    meta: ExtentMeta
+    file_bytes: int
     used_at: float
-    retained: bool
+    dropped: frozenset[BlockKey] = frozenset()  # see `Extent`
+
+    @property
+    def name(self) -> str:
+        return self.meta.file_name
+
+    @property
+    def keys(self) -> tuple[BlockKey, ...]:
+        """The keys that were not dropped."""
+        return tuple([key for key in self.meta.run.keys if key not in self.dropped])
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.keys)
 
 
 class DiskIndex:
@@ -117,24 +102,24 @@ class DiskIndex:
     def holder(self, block: Block) -> Extent | None:
         return self._by_block.get(block)
 
-    def add(self, extent: Extent, *, retained: bool) -> None:
-        """It counts as used now."""
+    def add(self, extent: Extent) -> None:
+        """Take up an extent, which counts as used now and is retained if its `meta` says so."""
         assert extent.name not in self._by_name, f"added twice: {extent.name}"
-        run = extent.run
+        run = extent.meta.run
         self._by_name[extent.name] = extent
         self.changes += 1
         self._groups[run.group] = self._groups.get(run.group, 0) + 1
         self.num_bytes += extent.file_bytes
         for block in extent.live():
             self._point(block, extent)
-        if retained:
+        if extent.meta.retained:
             self._retained.update(run.keys)
         parent = None if run.parent == run.namespace else (run.group, run.parent)
         self._policy.added(
             Entry(
                 name=extent.name,
                 size_bytes=extent.file_bytes,
-                cost_seconds=extent.cost_seconds,
+                cost_seconds=extent.meta.cost_seconds,
                 blocks=extent.blocks,
                 parent=parent,
                 retained=self.is_retained(extent),
@@ -142,7 +127,7 @@ class DiskIndex:
         )
 
     def remove(self, extent: Extent, reason: str) -> None:
-        run = extent.run
+        run = extent.meta.run
         self.removed += 1
         self.changes += 1
         del self._by_name[extent.name]
@@ -174,23 +159,22 @@ class DiskIndex:
         return [(extent.name, extent.used_at) for extent in extents]
 
     def entries(self) -> list[DiskEntry]:
+        """All extents, in the order in which they came."""
         return [
             DiskEntry(
-                name=extent.name,
-                namespace=extent.run.namespace,
-                group=extent.run.group,
-                first_block=extent.run.first_block,
-                parent=extent.run.parent,
-                keys=tuple(key for key in extent.run.keys if key not in extent.dropped),
-                num_blocks=len(extent.run.keys) - len(extent.dropped),
-                num_bytes=extent.file_bytes,
-                cost_seconds=extent.cost_seconds,
-                created_at=extent.created_at,
+                meta=self.meta_now(extent),
+                file_bytes=extent.file_bytes,
                 used_at=extent.used_at,
-                retained=self.is_retained(extent),
+                dropped=frozenset(extent.dropped),
             )
             for extent in self
         ]
+
+    def meta_now(self, extent: Extent) -> ExtentMeta:
+        """The extent's meta, with what is retained at present."""
+        retained = self.is_retained(extent)
+        meta = extent.meta
+        return meta if meta.retained == retained else replace(meta, retained=retained)
 
     def holding(self, keys: Iterable[BlockKey]) -> Iterable[Extent]:
         """Each extent that has one of the keys, in any group, once."""
@@ -215,16 +199,16 @@ class DiskIndex:
                     self._policy.release(extent.name)
 
     def is_retained(self, extent: Extent) -> bool:
-        return not self._retained.isdisjoint(extent.run.keys)
+        return not self._retained.isdisjoint(extent.meta.run.keys)
 
     def drop(self, keys: Iterable[BlockKey]) -> list[Extent]:
         """Forget the keys; the extents that hold nothing any more, for the tier to remove."""
         empty: list[Extent] = []
         for key in keys:
             for extent in self._holding(key):
-                self._unpoint((extent.run.group, key), extent, "deleted")
+                self._unpoint((extent.meta.run.group, key), extent, "deleted")
                 extent.dropped.add(key)
-                if len(extent.dropped) == len(set(extent.run.keys)):
+                if len(extent.dropped) == len(set(extent.meta.run.keys)):
                     empty.append(extent)
         return empty
 
@@ -232,7 +216,7 @@ class DiskIndex:
         """Its dropped blocks are wanted again: the file has them still."""
         for key in list(extent.dropped):
             extent.dropped.remove(key)
-            self._point((extent.run.group, key), extent)
+            self._point((extent.meta.run.group, key), extent)
 
     def why_gone(self, block: Block) -> str | None:
         return None if block in self._by_block else self._gone.get(block)

@@ -7,12 +7,12 @@ not synced; where it is damaged or missing, all extents are asked.
 
 import struct
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from operator import attrgetter
 
 from offload.block_run import BlockRun
-from offload.disk.extent_header import checksum
+from offload.disk.extent_header import ExtentMeta, checksum
 from offload.disk.folder import DiskFolder
-from offload.disk.index import DiskIndex, Extent
+from offload.disk.index import DiskEntry, DiskIndex, Extent
 from offload.key import BlockKey
 
 _HEAD = struct.Struct("<8sQ")  # magic and version, checksum of the rest
@@ -20,12 +20,6 @@ _MAGIC = b"lctxidx\1"
 _EXTENT = struct.Struct("<32s32sIIQQddd?")
 _KEY_BYTES = 32
 _FEW, _SHARE = 64, 16  # a crash costs asking so many extents, or that part of all, at the start
-
-
-@dataclass(frozen=True, slots=True)
-class Remembered:
-    extent: Extent
-    retained: bool
 
 
 class IndexKeeper:
@@ -37,24 +31,21 @@ class IndexKeeper:
         """Fill the index, least recently used first, from the copy and the headers of the rest."""
         self._folder.report_foreign()
         unknown = set(self._folder.names())
-        found = [
-            remembered
-            for remembered in parse(self._folder.read_index())
-            if remembered.extent.name in unknown
-        ]
-        unknown.difference_update(remembered.extent.name for remembered in found)
+        found = [entry for entry in parse(self._folder.read_index()) if entry.name in unknown]
+        unknown.difference_update(entry.name for entry in found)
         for name in sorted(unknown):
             described = self._folder.read_header(name)
             if described is not None:
                 header, used_at = described
-                extent = Extent.described(header, used_at=used_at)
-                found.append(Remembered(extent, header.retained))
-        found.sort(key=lambda remembered: remembered.extent.used_at)
+                found.append(
+                    DiskEntry(meta=header.meta, file_bytes=header.file_bytes, used_at=used_at)
+                )
+        found.sort(key=attrgetter("used_at"))
         with self._index.lock:
             latest = now()
-            for remembered in found:
-                remembered.extent.used_at = min(remembered.extent.used_at, latest)
-                self._index.add(remembered.extent, retained=remembered.retained)
+            for entry in found:
+                used_at = min(entry.used_at, latest)
+                self._index.add(Extent(entry.meta, entry.file_bytes, used_at))
             self._saved_changes = self._index.changes - len(unknown)
 
     def save(self, *, least_changes: int = 1) -> None:
@@ -62,11 +53,9 @@ class IndexKeeper:
         with self._index.lock:
             uses = self._index.take_uses()
             changes = self._index.changes
-            copied: list[Remembered] | None = None
+            copied: list[DiskEntry] | None = None
             if changes - self._saved_changes >= least_changes:
-                copied = [
-                    Remembered(extent, self._index.is_retained(extent)) for extent in self._index
-                ]
+                copied = self._index.entries()
         for name, used_at in uses:
             self._folder.touch(name, used_at)
         if copied is not None:
@@ -78,10 +67,10 @@ class IndexKeeper:
         self.save(least_changes=max(_FEW, len(self._index) // _SHARE))
 
 
-def pack(extents: Iterable[Remembered]) -> bytes:
+def pack(entries: Iterable[DiskEntry]) -> bytes:
     parts: list[bytes] = []
-    for remembered in extents:
-        extent, run = remembered.extent, remembered.extent.run
+    for entry in entries:
+        meta, run = entry.meta, entry.meta.run
         parts.append(
             _EXTENT.pack(
                 run.namespace,
@@ -89,11 +78,11 @@ def pack(extents: Iterable[Remembered]) -> bytes:
                 run.group,
                 len(run.keys),
                 run.first_block,
-                extent.file_bytes,
-                extent.cost_seconds,
-                extent.created_at,
-                extent.used_at,
-                remembered.retained,
+                entry.file_bytes,
+                meta.cost_seconds,
+                meta.created_at,
+                entry.used_at,
+                meta.retained,
             )
         )
         parts.extend(run.keys)
@@ -101,14 +90,14 @@ def pack(extents: Iterable[Remembered]) -> bytes:
     return _HEAD.pack(_MAGIC, checksum(body)) + body
 
 
-def parse(data: bytes) -> list[Remembered]:
+def parse(data: bytes) -> list[DiskEntry]:
     """Empty if `data` is not what `pack` returned."""
     if len(data) < _HEAD.size:
         return []
     magic, expected = _HEAD.unpack_from(data)
     if magic != _MAGIC or checksum(memoryview(data)[_HEAD.size :]) != expected:
         return []
-    found: list[Remembered] = []
+    found: list[DiskEntry] = []
     at = _HEAD.size
     while at < len(data):
         fields = _EXTENT.unpack_from(data, at)
@@ -117,12 +106,11 @@ def parse(data: bytes) -> list[Remembered]:
         end = at + blocks * _KEY_BYTES
         keys = [BlockKey(data[begin : begin + _KEY_BYTES]) for begin in range(at, end, _KEY_BYTES)]
         at = end
-        extent = Extent.of(
-            BlockRun(BlockKey(namespace), group, first_block, BlockKey(parent), tuple(keys)),
-            file_bytes=size,
+        meta = ExtentMeta(
+            run=BlockRun(BlockKey(namespace), group, first_block, BlockKey(parent), tuple(keys)),
             cost_seconds=cost,
             created_at=created,
-            used_at=used,
+            retained=retained,
         )
-        found.append(Remembered(extent, retained))
+        found.append(DiskEntry(meta=meta, file_bytes=size, used_at=used))
     return found

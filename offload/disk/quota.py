@@ -104,13 +104,13 @@ class DiskRoom:
         with self._index.lock:
             if self._index.named(extent.name) is not extent:
                 return
-            retained = self._index.is_retained(extent)
+            extent.meta = self._index.meta_now(extent)  # in case it has to be added again
             self._index.remove(extent, reason)
         try:
             self._folder.remove(extent.name)
         except OSError:
             with self._index.lock:
-                self._index.add(extent, retained=retained)
+                self._index.add(extent)
             raise
 
     def shrink(self) -> int:
@@ -156,7 +156,11 @@ class DiskRoom:
             victim = self._index.victim()
             if victim is None or (self._index.is_retained(victim) and not retained):
                 return 0
-            if run is not None and victim.run.group == run.group and run.parent in victim.run.keys:
+            if (
+                run is not None
+                and victim.meta.run.group == run.group
+                and run.parent in victim.meta.run.keys
+            ):
                 return 0
         self.delete(victim, "evicted")
         return victim.file_bytes

@@ -20,7 +20,7 @@ from pathlib import Path
 from offload.block_run import BlockRun, Slots
 from offload.disk.clocks import Clocks, seconds_since_boot
 from offload.disk.extent_file import LayoutDiffers
-from offload.disk.extent_header import ExtentUnreadable, file_name
+from offload.disk.extent_header import ExtentMeta, ExtentUnreadable, file_name
 from offload.disk.extent_io import ExtentIO, LocalExtents
 from offload.disk.filesystem import FileSystem
 from offload.disk.folder import TEMPORARY, DiskFolder, FolderInUse, FolderRefused
@@ -151,8 +151,9 @@ class DiskTier:
         begin = self._clocks.steady()
         found = [False] * len(keys)
         try:
-            blocks = [extent.run.keys.index(key) for key in keys]
-            found = self._extents.read(self._folder.file(extent.name), extent.run, blocks, slots)
+            run = extent.meta.run
+            blocks = [run.keys.index(key) for key in keys]
+            found = self._extents.read(self._folder.file(extent.name), run, blocks, slots)
             if not all(found):
                 raise ExtentUnreadable("checksum of a page does not match")
         except ExtentUnreadable as error:
@@ -197,12 +198,11 @@ class DiskTier:
             return True
         with self._index.lock:
             now = self._now()
-        packed = self._extents.pack(
-            run, slots, cost_seconds=cost_seconds, created_at=now, retained=retained
-        )
+        meta = ExtentMeta(run=run, cost_seconds=cost_seconds, created_at=now, retained=retained)
+        packed = self._extents.pack(meta, slots)
         if not self._room.make(packed.header.file_bytes, run, retained=retained):
             return False
-        name = file_name(run)
+        name = meta.file_name
         temporary = self._folder.file(name + TEMPORARY)
         try:
             packed.write(temporary)
@@ -211,7 +211,7 @@ class DiskTier:
             self._folder.discard(temporary)
             raise
         with self._index.lock:
-            self._index.add(Extent.described(packed.header, used_at=now), retained=retained)
+            self._index.add(Extent(meta, packed.header.file_bytes, used_at=now))
             self._counts["writes_total"] += 1
             self._counts["write_bytes_total"] += packed.header.file_bytes
             self._counts["write_seconds_total"] += time.perf_counter() - begin
@@ -335,7 +335,7 @@ class DiskTier:
         """Chain by chain."""
         with self._index.lock:
             found = self._index.entries()
-        return sorted(found, key=lambda entry: (entry.namespace, entry.group, entry.first_block))
+        return sorted(found, key=_by_chain)
 
     def verify(self, report: Callable[[str], None] = lambda line: None) -> Verified:
         """Read and check every byte: bad files are quarantined, the index is made true again.
@@ -373,3 +373,8 @@ class DiskTier:
             self._index.shift(jump)
             self._incidents.report("clock_jumps", f"the clock jumped by {jump:.0f} s")
         return now
+
+
+def _by_chain(entry: DiskEntry) -> tuple[BlockKey, int, int]:
+    run = entry.meta.run
+    return run.namespace, run.group, run.first_block

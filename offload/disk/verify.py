@@ -76,8 +76,8 @@ class DiskVerifier:
         if found is not None:
             header, used_at = found
             with self._index.lock:
-                extent = Extent.described(header, used_at=min(used_at, now()))
-                self._index.add(extent, retained=header.retained)
+                used_at = min(used_at, now())
+                self._index.add(Extent(header.meta, header.file_bytes, used_at))
 
     def _forget_missing(self) -> list[str]:
         there = set(self._folder.names())

@@ -104,7 +104,7 @@ def test_rm_deletes_a_namespace(store_dir: Path, capsys: pytest.CaptureFixture[s
 
 def test_rm_deletes_an_extent_and_what_follows_it(store_dir: Path) -> None:
     with tier(store_dir / "kv") as disk:
-        (name,) = (e.name for e in disk.entries() if e.first_block == 16)
+        (name,) = (e.name for e in disk.entries() if e.meta.run.first_block == 16)
     cache(store_dir, "rm", name)
     with tier(store_dir / "kv") as disk:
         held = {

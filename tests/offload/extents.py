@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from offload.block_run import BlockRun, PageSlots
 from offload.disk.clocks import seconds_since_boot
+from offload.disk.extent_header import ExtentMeta
 from offload.disk.filesystem import FileSystem
 from offload.disk.tier import DiskTier
 from offload.eviction import LRU
@@ -30,6 +31,10 @@ def run_of(chain: str, first: int, count: int, *, group: int = 0) -> BlockRun:
     root = namespace(chain)
     parent = keys_of(chain, first - 1, 1)[0] if first else root
     return BlockRun(root, group, first, parent, keys_of(chain, first, count))
+
+
+def meta_of(run: BlockRun) -> ExtentMeta:
+    return ExtentMeta(run=run, cost_seconds=1.0, created_at=0.0, retained=False)
 
 
 def page_of(key: BlockKey, group: int, layer: int, num_bytes: int) -> NDArray[np.uint8]:

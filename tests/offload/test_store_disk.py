@@ -181,5 +181,6 @@ def test_cost_is_shared_out_and_retention_passed_on(open_store: OpenStore) -> No
         disk = store._tiers._disk
         assert isinstance(disk, DiskTier)
         first, second = disk.entries()
-        assert (second.first_block, second.num_blocks, second.cost_seconds) == (16, 4, 4.0)
-        assert second.retained and not first.retained
+        assert (second.meta.run.first_block, second.num_blocks) == (16, 4)
+        assert second.meta.cost_seconds == 4.0
+        assert second.meta.retained and not first.meta.retained

@@ -139,7 +139,7 @@ class _Follower:
     def _obey(self, order: PagesOrder) -> Answer:
         match order:
             case WritePages():
-                self._pages.write(Path(order.path), order.run, order.pages, order.how)
+                self._pages.write(Path(order.path), order.meta, order.pages)
                 return Answer(order.ticket)
             case ReadPages():
                 path = Path(order.path)

@@ -10,11 +10,10 @@ import msgspec
 from longctx.config import EngineConfig
 from longctx.errors import LongctxError, PeerLost
 from longctx.ipc.protocol import Beat, Fault, Message, decode_hook, encode_hook
-from longctx.ring.pages import WrittenAs
 from longctx.ring.rank import RingMemory
 from offload.block_run import BlockRun
 from offload.disk.extent_file import LayoutDiffers
-from offload.disk.extent_header import ExtentUnreadable, OtherVersion
+from offload.disk.extent_header import ExtentMeta, ExtentUnreadable, OtherVersion
 
 
 class Member(Message, frozen=True):
@@ -64,9 +63,8 @@ class End(Message, frozen=True):
 class WritePages(Message, frozen=True):
     ticket: int
     path: str
-    run: BlockRun
+    meta: ExtentMeta
     pages: list[int]
-    how: WrittenAs
 
 
 class ReadPages(Message, frozen=True):

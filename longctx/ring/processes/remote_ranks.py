@@ -15,7 +15,7 @@ from longctx.errors import PeerLost
 from longctx.ipc.channel import Channel
 from longctx.ipc.protocol import Beat
 from longctx.model.loader import LoadedModel
-from longctx.ring.pages import RankPages, WrittenAs
+from longctx.ring.pages import RankPages
 from longctx.ring.process_group import ProcessGroupTransport
 from longctx.ring.processes.heartbeat import SILENCE_SECONDS, Watch, beat
 from longctx.ring.processes.messages import (
@@ -35,6 +35,7 @@ from longctx.ring.processes.messages import (
 from longctx.ring.rank import RingMemory
 from longctx.ring.step import RankStep
 from offload.block_run import BlockRun
+from offload.disk.extent_header import ExtentMeta
 
 LEAVING_SECONDS = 5.0  # for the other ranks to end when they are told to
 
@@ -118,8 +119,8 @@ class _Member:
         self._leaving = True
         self.channel.send(encode(End()))
 
-    def write(self, path: Path, run: BlockRun, pages: Sequence[int], how: WrittenAs) -> None:
-        self._ask(lambda ticket: WritePages(ticket, str(path), run, list(pages), how))
+    def write(self, path: Path, meta: ExtentMeta, pages: Sequence[int]) -> None:
+        self._ask(lambda ticket: WritePages(ticket, str(path), meta, list(pages)))
 
     def read(
         self, path: Path, run: BlockRun, blocks: Sequence[int], pages: Sequence[int]

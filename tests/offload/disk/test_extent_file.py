@@ -16,19 +16,12 @@ from offload.disk.extent_file import LayoutDiffers
 from offload.disk.extent_header import RAW, SHUFFLED
 from offload.disk.filesystem import FileSystem
 from offload.disk.shuffle import PageShuffle
-from tests.offload.extents import blank, filled, is_right, run_of
+from tests.offload.extents import blank, filled, is_right, meta_of, run_of
 
 
 def write(path: Path, page_bytes: tuple[int, ...], blocks: int, *, group: int = 0) -> None:
     run = run_of("a", 0, blocks, group=group)
-    packed = extent_file.pack(
-        run,
-        filled(run, page_bytes),
-        cost_seconds=1.0,
-        created_at=0.0,
-        retained=False,
-        shuffle=None,
-    )
+    packed = extent_file.pack(meta_of(run), filled(run, page_bytes), shuffle=None)
     extent_file.write(FileSystem(), path, packed)
 
 
@@ -110,15 +103,8 @@ def bfloat16_pages(rows: int, values: int) -> NDArray[np.uint8]:
 def test_pages_are_compressed_where_it_pays(
     tmp_path: Path, pages: NDArray[np.uint8], encoding: int
 ) -> None:
-    run = run_of("a", 0, 4)
-    packed = extent_file.pack(
-        run,
-        PageSlots((pages,), (0, 1, 2, 3)),
-        cost_seconds=1.0,
-        created_at=0.0,
-        retained=False,
-        shuffle=PageShuffle(),
-    )
+    slots = PageSlots((pages,), (0, 1, 2, 3))
+    packed = extent_file.pack(meta_of(run_of("a", 0, 4)), slots, shuffle=PageShuffle())
     assert set(packed.header.pages["encoding"].reshape(-1).tolist()) == {encoding}
     if encoding == SHUFFLED:
         assert packed.header.file_bytes < 0.8 * pages.size

@@ -42,7 +42,7 @@ def test_a_restart_opens_no_extent(folder: Path) -> None:
     with closing(open_tier(folder, files=files)) as tier:
         assert files.extents_opened == 0
         assert tier.entries() == before
-        assert [entry.retained for entry in before].count(True) == 1
+        assert [entry.meta.retained for entry in before].count(True) == 1
         assert all(all(served(tier, run)) for run in RUNS)
 
 

@@ -105,7 +105,7 @@ def test_an_extent_is_written_once(folder: Path) -> None:
         assert store(tier, run_of("a", 0, 4))
         assert store(tier, run_of("a", 0, 4), retained=True)
         assert tier.stats()["writes_total"] == 1
-        assert tier.entries()[0].retained
+        assert tier.entries()[0].meta.retained
 
 
 def test_the_folder_is_closed_to_others(folder: Path) -> None:
@@ -318,10 +318,11 @@ def test_entries_tell_chain_by_chain_what_is_there(folder: Path) -> None:
         time.passes(10)
         store(tier, run_of("a", 0, 4), retained=True)
         first, second = tier.entries()
-        assert (first.first_block, first.num_blocks, first.retained) == (0, 4, True)
-        assert (second.first_block, second.num_blocks, second.retained) == (4, 2, False)
-        assert first.created_at - second.created_at == 10
-        assert first.num_bytes == FILE_BYTES
+        assert (first.meta.run.first_block, first.num_blocks, first.meta.retained) == (0, 4, True)
+        assert (second.meta.run.first_block, second.num_blocks) == (4, 2)
+        assert not second.meta.retained
+        assert first.meta.created_at - second.meta.created_at == 10
+        assert first.file_bytes == FILE_BYTES
 
 
 def test_verify_reads_everything_and_repairs_the_index(folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from compress.shape import BLOCK_TOKENS
 from longctx.kv.memory import KVMemory
 from longctx.model.spec import LayerSpec
-from longctx.ring.pages import LocalPages, RingExtents, RingTransfer, WrittenAs
+from longctx.ring.pages import LocalPages, RingExtents, RingTransfer
 from longctx.ring.processes.messages import (
     Answer,
     ReadPages,
@@ -23,7 +23,7 @@ from longctx.ring.processes.messages import (
 )
 from offload.disk import extent_file, extent_header, extent_io
 from offload.disk.extent_file import LayoutDiffers
-from offload.disk.extent_header import OtherVersion
+from offload.disk.extent_header import ExtentMeta, OtherVersion
 from offload.disk.tier import DiskTier
 from offload.eviction import LRU
 from tests.offload.extents import run_of
@@ -176,6 +176,7 @@ def test_what_goes_wrong_on_a_rank_is_raised_at_the_leader(error: Exception) -> 
 
 
 def test_orders_travel_whole() -> None:
-    run, how = run_of("a", 3, 2), WrittenAs(1.5, 2.5, True)
-    orders = (WritePages(1, "/x", run, [4, 5], how), ReadPages(2, "/x", run, [0], [7]))
+    run = run_of("a", 3, 2)
+    meta = ExtentMeta(run=run, cost_seconds=1.5, created_at=2.5, retained=True)
+    orders = (WritePages(1, "/x", meta, [4, 5]), ReadPages(2, "/x", run, [0], [7]))
     assert tuple(from_leader(encode(order)) for order in orders) == orders
