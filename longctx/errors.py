@@ -43,5 +43,13 @@ class BlocksLost(LongctxError):
     """Blocks that a running sequence needs are in no tier any more; it has to be computed again."""
 
 
+class ConnectionLost(LongctxError):
+    """The other end of a connection is gone, or was never there: nobody hears what is sent."""
+
+
+class AuthenticationFailed(LongctxError):
+    """The other end of a connection did not show in time that it knows the same secret."""
+
+
 class PeerLost(LongctxError):
     """Another rank ended or hangs: what was shared with it is gone, and all ranks start again."""

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 
-from longctx.errors import PeerLost
+from longctx.errors import AuthenticationFailed, ConnectionLost
 from longctx.ipc.protocol import HEADER
 
 PROVING_SECONDS = 10.0
@@ -27,12 +27,12 @@ class Channel:
         self.heard = time.monotonic()  # when the last message came
 
     def send(self, body: bytes) -> None:
-        """Raises PeerLost where nobody is there to hear it."""
+        """Raises ConnectionLost where nobody is there to hear it."""
         try:
             with self._sending:
                 self._connection.sendall(HEADER.pack(len(body)) + body)
         except OSError as error:
-            raise PeerLost(f"the connection is closed: {error}") from error
+            raise ConnectionLost(f"the connection is closed: {error}") from error
 
     def receive(self) -> bytes | None:
         """The next message; None when the other end is gone."""
@@ -85,7 +85,8 @@ def connect(address: str, timeout_seconds: float) -> socket.socket:
 def prove(connection: socket.socket, secret: bytes, *, caller: bool) -> None:
     """Show that this end knows the secret, and see that the other one does.
 
-    `caller`: this end has connected, the other one was listening. Raises PeerLost.
+    `caller`: this end has connected, the other one was listening.
+    Raises AuthenticationFailed.
     """
     _prove(connection, secret, caller, time.monotonic() + PROVING_SECONDS)
 
@@ -93,7 +94,8 @@ def prove(connection: socket.socket, secret: bytes, *, caller: bool) -> None:
 def first_word(connection: socket.socket, secret: bytes) -> bytes:
     """The first message of a caller who shows that it knows the secret, and not a byte more.
 
-    Proof and message have to be there after `PROVING_SECONDS`. Raises PeerLost.
+    Proof and message have to be there after `PROVING_SECONDS`.
+    Raises AuthenticationFailed, ConnectionLost.
     """
     deadline = time.monotonic() + PROVING_SECONDS
     _prove(connection, secret, False, deadline)
@@ -101,7 +103,7 @@ def first_word(connection: socket.socket, secret: bytes) -> bytes:
         (length,) = HEADER.unpack(_read(connection, HEADER.size, deadline))
         body = _read(connection, length, deadline)
     except OSError as error:
-        raise PeerLost(f"the other end says nothing: {error}") from error
+        raise ConnectionLost(f"the other end says nothing: {error}") from error
     connection.settimeout(None)
     return body
 
@@ -115,9 +117,11 @@ def _prove(connection: socket.socket, secret: bytes, caller: bool, deadline: flo
         connection.sendall(_proof(secret, caller, own, other))
         theirs = _read(connection, hashlib.sha256().digest_size, deadline)
     except OSError as error:
-        raise PeerLost(f"the other end did not show that it knows the secret: {error}") from error
+        raise AuthenticationFailed(
+            f"the other end did not show that it knows the secret: {error}"
+        ) from error
     if not hmac.compare_digest(theirs, _proof(secret, not caller, other, own)):
-        raise PeerLost("the other end has another secret; give both the same file")
+        raise AuthenticationFailed("the other end has another secret; give both the same file")
     connection.settimeout(None)
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import transformers
 
 from longctx.engine.engine import Engine
-from longctx.errors import InvalidRequest, LongctxError, PeerLost
+from longctx.errors import ConnectionLost, InvalidRequest, LongctxError, PeerLost
 from longctx.ipc.channel import Channel
 from longctx.ipc.lifetime import die_with_parent
 from longctx.ipc.protocol import (
@@ -95,13 +95,13 @@ def _alone(channel: Channel) -> None:
     commands = _commands(channel)
     start = commands.get()
     if isinstance(start, Start):
-        with contextlib.suppress(PeerLost):  # nobody is there to hear it
+        with contextlib.suppress(ConnectionLost):  # nobody is there to hear it
             _run(channel, commands, start, ranks=None)
 
 
 def _lead(post: LeaderPost, place: Place) -> None:
     def lost(reason: str) -> NoReturn:
-        with contextlib.suppress(PeerLost):
+        with contextlib.suppress(ConnectionLost):
             post.channel.send(encode(Lost(reason)))
         post.kill_others()
         os._exit(1)  # whatever other threads wait for will not come
@@ -120,6 +120,8 @@ def _lead(post: LeaderPost, place: Place) -> None:
             ranks.close()
         else:
             lost("the head is gone")
+    except ConnectionLost:
+        lost("the head is gone")
     except PeerLost as error:
         time.sleep(REASON_SECONDS)  # who sees which rank it was says so now, and ends this
         lost(str(error))
@@ -132,7 +134,7 @@ def _run(
     *,
     ranks: ProcessRanks | None,
 ) -> bool:
-    """Whether it was told to end. Raises PeerLost."""
+    """Whether it was told to end. Raises ConnectionLost (the server), PeerLost (a rank)."""
     folder, cache_dir = Path(start.model_folder), Path(start.cache_dir)
     try:
         engine = Engine(start.config, folder, cache_dir=cache_dir, ranks=ranks)
@@ -234,7 +236,7 @@ def _judge(engine: Engine, command: JudgeLevel, channel: Channel) -> None:
     except Exception as error:
         reason = f"{command.level.name} could not be measured: {type(error).__name__}: {error}"
         done = Done(command.ticket, Fault.of(LongctxError(reason)))
-    with contextlib.suppress(PeerLost):  # nobody is there to hear it
+    with contextlib.suppress(ConnectionLost):  # nobody is there to hear it
         channel.send(encode(done))
 
 
@@ -249,9 +251,7 @@ def _token_ids(file: Path) -> "np.memmap[tuple[int, ...], np.dtype[np.int32]]":
 if __name__ == "__main__":
     try:
         main(sys.argv[1:], os.environ)
-    except PeerLost as error:
+    except LongctxError as error:
         print(f"longctx: {error}", file=sys.stderr, flush=True)
         os._exit(1)
-    except LongctxError as error:
-        raise SystemExit(f"longctx: {error}") from error
     os._exit(0)  # nothing is left to flush, and taking torch down takes seconds

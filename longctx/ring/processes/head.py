@@ -5,7 +5,7 @@ import contextlib
 import socket
 import threading
 
-from longctx.errors import EngineDied, PeerLost
+from longctx.errors import ConnectionLost, EngineDied, PeerLost
 from longctx.ipc.channel import Channel
 from longctx.ipc.protocol import Fault, Joined, Leader, encode, read_event
 from longctx.ring.processes.listener import Reception
@@ -44,7 +44,7 @@ class Head:
             self._take(connection, joined)
             return
         channel = Channel(connection)
-        with contextlib.suppress(PeerLost):
+        with contextlib.suppress(ConnectionLost):
             channel.send(encode(self._where(joined)))
         channel.close()
 

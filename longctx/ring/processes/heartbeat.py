@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from longctx.errors import PeerLost
+from longctx.errors import ConnectionLost
 from longctx.ipc.channel import Channel
 
 BEAT_SECONDS = 0.5
@@ -46,7 +46,7 @@ def beat(channels: Sequence[Channel], body: bytes) -> None:
             for channel in channels:
                 try:
                     channel.send(body)
-                except PeerLost:
+                except ConnectionLost:
                     continue  # whoever receives from it notices
             time.sleep(BEAT_SECONDS)
 

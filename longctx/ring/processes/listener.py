@@ -5,7 +5,7 @@ import socket
 import threading
 from collections.abc import Callable
 
-from longctx.errors import PeerLost
+from longctx.errors import AuthenticationFailed, ConnectionLost
 from longctx.ipc.channel import first_word, listen
 
 
@@ -41,7 +41,7 @@ class Reception:
     def _answer(self, connection: socket.socket) -> None:
         try:
             word = first_word(connection, self._secret)
-        except PeerLost:
+        except (AuthenticationFailed, ConnectionLost):
             connection.close()
             return
         self._heard(connection, word)

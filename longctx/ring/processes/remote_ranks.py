@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-from longctx.errors import PeerLost
+from longctx.errors import ConnectionLost, PeerLost
 from longctx.ipc.channel import Channel
 from longctx.ipc.protocol import Beat
 from longctx.model.loader import LoadedModel
@@ -61,7 +61,7 @@ class ProcessRanks:
         opening = encode(Open(memory, model.spec.fingerprint))
         self._all_ready()  # with their models
         for member in self._members:
-            member.channel.send(opening)
+            member.send(opening)
         self._all_ready()  # to make their pools
         self._watch.silence_seconds = SILENCE_SECONDS
 
@@ -73,7 +73,7 @@ class ProcessRanks:
 
     def start(self, steps: Sequence[RankStep]) -> None:
         for member, step in zip(self._members, steps[1:], strict=True):
-            member.channel.send(encode(Step(step.encode())))
+            member.send(encode(Step(step.encode())))
 
     def finish(self) -> None:
         for member in self._members:
@@ -115,9 +115,16 @@ class _Member:
         self._asked: dict[int, Future[Answer]] = {}
         threading.Thread(target=self._receive, name=f"longctx-rank-{rank}", daemon=True).start()
 
+    def send(self, body: bytes) -> None:
+        """Raises PeerLost."""
+        try:
+            self.channel.send(body)
+        except ConnectionLost as error:
+            raise PeerLost(f"rank {self.rank} has ended: {error}") from error
+
     def leave(self) -> None:
         self._leaving = True
-        self.channel.send(encode(End()))
+        self.send(encode(End()))
 
     def write(self, path: Path, meta: ExtentMeta, pages: Sequence[int]) -> None:
         self._ask(lambda ticket: WritePages(ticket, str(path), meta, list(pages)))
@@ -139,7 +146,7 @@ class _Member:
     def _ask(self, order: Callable[[int], PagesOrder]) -> Answer:
         ticket = next(self._tickets)
         asked = self._asked[ticket] = Future[Answer]()
-        self.channel.send(encode(order(ticket)))
+        self.send(encode(order(ticket)))
         answer = asked.result()
         answer.raise_failure()
         return answer

@@ -22,7 +22,7 @@ import torch
 from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from longctx.config import EngineConfig
-from longctx.errors import LongctxError, PeerLost
+from longctx.errors import AuthenticationFailed, ConnectionLost, LongctxError, PeerLost
 from longctx.ipc.channel import Channel, connect, listen, prove
 from longctx.ipc.protocol import Beat, Joined, Leader, encode, read_command
 from longctx.ring.process_group import ProcessGroupTransport
@@ -34,6 +34,7 @@ from longctx.ring.processes.messages import Group, Member, to_leader
 GATHERING_SECONDS = 120.0  # until every rank is there: Python and torch load slowly from cold disks
 CALL_SECONDS = 5.0  # for one connection
 RETRY_SECONDS = 0.2
+NOT_THERE = (OSError, AuthenticationFailed, ConnectionLost, PeerLost)
 SIOCGIFADDR = 0x8915  # Linux: an interface's address
 
 
@@ -81,7 +82,7 @@ class LeaderPost:
     """Rank 0: connected to the head, with a channel to each other rank."""
 
     def __init__(self, head: str, secret: bytes, place: Place) -> None:
-        """Raises PeerLost where the head or a rank is not there in time."""
+        """Raises AuthenticationFailed or ConnectionLost without the head, PeerLost without a rank."""
         connection = _call_head(head, secret)
         self.channel = Channel(connection)
         self._place = place
@@ -129,7 +130,10 @@ class LeaderPost:
         store, name = self._open_store()
         group = messages.encode(Group(name, config, model_folder, cache_dir))
         for channel in self.members.values():
-            channel.send(group)
+            try:
+                channel.send(group)
+            except ConnectionLost as error:
+                raise PeerLost(f"a rank ended while the ranks gathered: {error}") from error
         device = torch.device(self._place.own(config).model.device)
         return ProcessGroupTransport(store, 0, self._place.ranks, device)
 
@@ -166,7 +170,7 @@ class FollowerPost:
             try:
                 self.channel = self._reach(head, secret)
                 return
-            except (OSError, PeerLost) as error:  # the leader of before, who is gone, perhaps
+            except NOT_THERE as error:  # the leader of before, who is gone, perhaps
                 if time.monotonic() > deadline:
                     raise PeerLost(f"rank {place.rank} did not find the leader: {error}") from error
                 time.sleep(RETRY_SECONDS)
@@ -179,7 +183,7 @@ class FollowerPost:
         finally:
             asking.close()
         if body is None:
-            raise PeerLost("the head knows no leader")
+            raise ConnectionLost("the head knows no leader")
         leader = read_command(body)
         assert isinstance(leader, Leader), leader
         if leader.fault is not None:
@@ -205,7 +209,7 @@ def _call(address: str, secret: bytes) -> socket.socket:
     connection = connect(address, CALL_SECONDS)
     try:
         prove(connection, secret, caller=True)
-    except PeerLost:
+    except AuthenticationFailed:
         connection.close()
         raise
     return connection
@@ -219,7 +223,7 @@ def _call_head(address: str, secret: bytes) -> socket.socket:
             return _call(address, secret)
         except OSError as error:
             if time.monotonic() > deadline:
-                raise PeerLost(f"nobody answers at {address}: {error}") from error
+                raise ConnectionLost(f"nobody answers at {address}: {error}") from error
             time.sleep(RETRY_SECONDS)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from longctx.errors import LongctxError, PeerLost
+from longctx.errors import AuthenticationFailed, LongctxError
 from longctx.ipc.channel import Channel, connect, prove
 from longctx.ipc.protocol import Beat, Joined, Leader, encode, read_command
 from longctx.ring.processes import heartbeat
@@ -35,7 +35,7 @@ def call(head: Head, joined: Joined, secret: bytes = SECRET) -> Channel:
     connection = connect(head.address, 5)
     try:
         prove(connection, secret, caller=True)
-    except PeerLost:
+    except AuthenticationFailed:
         connection.close()
         raise
     channel = Channel(connection)
@@ -79,7 +79,7 @@ def test_another_number_of_ranks_is_refused(head: Head) -> None:
 
 
 def test_who_does_not_know_the_secret_is_not_heard(head: Head) -> None:
-    with pytest.raises(PeerLost, match="secret"):
+    with pytest.raises(AuthenticationFailed, match="secret"):
         call(head, Joined(0, 3, 1), secret=b"t" * 32)
 
 
@@ -94,7 +94,7 @@ def test_a_proof_cannot_be_sent_back_as_ones_own() -> None:
     thread = threading.Thread(target=repeat)
     thread.start()
     with ours, theirs:
-        with pytest.raises(PeerLost, match="another secret"):
+        with pytest.raises(AuthenticationFailed, match="another secret"):
             prove(ours, SECRET, caller=True)
         ours.shutdown(socket.SHUT_RDWR)
         thread.join()
