@@ -343,7 +343,7 @@ def _needle_grid(console: Console, config: DemoConfig, folder: Path) -> None:
     words += _engine_options(config, folder)
     with console.status("  asking 60 questions", spinner_style="cyan"):
         bench = subprocess.run(
-            [sys.executable, "-m", "longctx", "bench", "niah", *words],
+            [sys.executable, "-P", "-m", "longctx", "bench", "niah", *words],
             env=own_environment(),
             capture_output=True,
             text=True,

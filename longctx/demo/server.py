@@ -26,7 +26,7 @@ def running_server(console: Console, words: Sequence[str], *, errors: Path) -> I
     with (
         errors.open("ab") as log,
         subprocess.Popen(
-            [sys.executable, "-m", "longctx", "serve", "--port", "0", *words],
+            [sys.executable, "-P", "-m", "longctx", "serve", "--port", "0", *words],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,

@@ -314,7 +314,7 @@ class EngineClient:
             if now - self._heard > self._silence_seconds:
                 self._heard = now
                 self._lost = "rank 0 of the engine does not answer"
-                self.processes.hangs()
+                self.processes.kill_unresponsive()
 
     def _hand_out(self, event: Event) -> None:
         match event:
@@ -357,4 +357,4 @@ class EngineClient:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        return await self.processes.ended()
+        return await self.processes.reap()

@@ -26,6 +26,8 @@ from longctx.ring.processes.secret import make_secret
 STOP_SECONDS = 10.0  # a process that was told to stop and has not done so by then is killed
 CALL_SECONDS = 90.0  # for ranks that are started to call: Python and torch, from a cold disk
 LOOK_SECONDS = 0.1
+# -P: the folder that a server is started in may hold an `api` or an `offload` that is not ours.
+PYTHON = (sys.executable, "-P")
 
 
 class EngineProcesses(Protocol):
@@ -36,12 +38,15 @@ class EngineProcesses(Protocol):
         """
         ...
 
-    async def ended(self) -> str:
-        """After the connection was lost: see to it that nothing of this engine runs; what ended."""
+    async def reap(self) -> str:
+        """Call it after the connection was lost: nothing of this engine runs when it returns.
+
+        Returns which process ended, in words.
+        """
         ...
 
-    def hangs(self) -> None:
-        """The engine says nothing any more: its connection is to end."""
+    def kill_unresponsive(self) -> None:
+        """End the connection to an engine that says nothing any more, by killing it where it is."""
         ...
 
     async def stop(self) -> None:
@@ -65,7 +70,7 @@ class Child:
         with theirs:
             try:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "longctx.process.worker", str(theirs.fileno())],
+                    [*PYTHON, "-m", "longctx.process.worker", str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,  # a terminal's Ctrl-C is for the server alone
@@ -75,17 +80,20 @@ class Child:
                 raise
         return ours
 
-    async def ended(self) -> str:
+    async def reap(self) -> str:
         assert self.process is not None
         code = await _end(self.process)
         return f"the engine process ended with code {code}"
 
-    def hangs(self) -> None:
-        """It has no threads that would tell; its requests have their own deadlines."""
+    def kill_unresponsive(self) -> None:
+        """Does nothing: an engine alone has no thread that would tell that it lives.
+
+        Its requests have their own deadlines.
+        """
 
     async def stop(self) -> None:
         if self.process is not None:
-            await self.ended()
+            await self.reap()
 
 
 class Ring:
@@ -155,17 +163,17 @@ class Ring:
         }
         words = [str(word) for option in options.items() for word in option]
         return subprocess.Popen(
-            [sys.executable, "-m", "longctx.ring.processes.launcher", *words],
+            [*PYTHON, "-m", "longctx.ring.processes.launcher", *words],
             stdin=subprocess.PIPE,  # its end is the agent's
             start_new_session=True,
         )
 
-    async def ended(self) -> str:
+    async def reap(self) -> str:
         self._head.forget()
         self._leader = None
         return "the ranks of the engine ended"
 
-    def hangs(self) -> None:
+    def kill_unresponsive(self) -> None:
         """A local rank 0 is killed; one elsewhere ends when its connection does."""
         if self._folder is not None and self._leader is not None:
             with contextlib.suppress(ProcessLookupError):

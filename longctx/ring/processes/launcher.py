@@ -35,6 +35,7 @@ def main(words: Sequence[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     os.environ.update(
+        PYTHONSAFEPATH="1",  # as -P: a folder `offload` where the server was started is not ours
         OMP_NUM_THREADS=str(arguments.threads),  # torchrun's default is 1
         GLOO_SOCKET_IFNAME=LOOPBACK,
         NCCL_SOCKET_IFNAME=LOOPBACK,

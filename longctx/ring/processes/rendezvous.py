@@ -82,7 +82,7 @@ class LeaderPost:
     """Rank 0: connected to the head, with a channel to each other rank."""
 
     def __init__(self, head: str, secret: bytes, place: Place) -> None:
-        """Raises AuthenticationFailed or ConnectionLost without the head, PeerLost without a rank."""
+        """Raises AuthenticationFailed, ConnectionLost (the head), PeerLost (a rank)."""
         connection = _call_head(head, secret)
         self.channel = Channel(connection)
         self._place = place
