@@ -3,14 +3,17 @@
 Each field is an option of the command line by the same name (`options.py` derives it).
 """
 
-from collections.abc import Iterable
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
-
-from longctx.errors import ModelRefused
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 Weights = Literal["auto", "int8"]
+# Names of what the registries hold, so that a wrong one is refused before anything is loaded.
+KVCodec = Literal["auto", "raw", "bf16", "int8", "int4"]
+AttentionBackendName = Literal["auto", "reference", "torch", "cpu"]
+EvictionPolicyName = Literal["lru", "gdsf"]
+KV_CODECS: tuple[KVCodec, ...] = get_args(KVCodec)[1:]  # all that `auto` is not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,16 +36,20 @@ class ModelConfig:
     ] = None
     threads: Annotated[int | None, "CPU threads of the engine; one per core if absent"] = None
     attention_backend: Annotated[
-        str, "reference, torch or cpu; auto: cpu, the compiled kernels, where they are; else torch"
+        AttentionBackendName,
+        "what computes attention; auto: cpu, the compiled kernels, where they are; else torch",
     ] = "auto"
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
     kv_codec: Annotated[
-        str,
-        "how sealed KV blocks are stored: raw, bf16, int8 or int4; auto: int8 where this model "
-        "measurably loses nothing by it, else raw",
+        KVCodec,
+        "how sealed KV blocks are stored; auto: int8 where this model measurably loses nothing by "
+        "it, else raw",
     ] = "auto"
     force_codec: Annotated[
         bool, "store with kv-codec whatever that costs this model; it is not measured then"
@@ -72,9 +79,10 @@ class CacheConfig:
         bool,
         "compress blocks on the disk where that saves 15%: pays for bf16, on a slow or small disk",
     ] = False
-    eviction_policy: Annotated[str, "who leaves a full tier: lru or gdsf"] = "gdsf"
+    eviction_policy: Annotated[EvictionPolicyName, "which blocks leave a full tier"] = "gdsf"
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         if self.device_pool_gib is not None and self.device_pool_gib <= 0:
             raise ValueError(f"device_pool_gib={self.device_pool_gib} must be positive")
         for name in ("host_pool_gib", "disk_cap_gib", "disk_free_gib", "disk_ttl_days"):
@@ -156,8 +164,10 @@ class EngineConfig:
             )
 
 
-def check_name(option: str, name: str, known: Iterable[str]) -> None:
-    """Raises ModelRefused for a name that nobody knows."""
-    if name not in known:
-        names = ", ".join(sorted(known))
-        raise ModelRefused(f"{option} {name!r} is unknown; choose from {names}")
+def _check_choices(config: Any) -> None:
+    """Raises ValueError for a field whose value is none of its `Literal`'s."""
+    hints = get_type_hints(type(config))
+    for each in dataclasses.fields(config):
+        choices, value = get_args(hints[each.name]), getattr(config, each.name)
+        if get_origin(hints[each.name]) is Literal and value not in choices:
+            raise ValueError(f"{each.name}={value!r} is unknown; choose from {', '.join(choices)}")

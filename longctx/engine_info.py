@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from compress.shape import BLOCK_TOKENS
+from longctx.config import KVCodec
 from longctx.kv.memory import KVMemory
 from longctx.limits import ContextLimits
 from longctx.model.spec import ModelSpec
@@ -22,7 +23,7 @@ class EngineInfo:
     block_tokens: int
     kv_block_bytes: int  # one block in all layers that see everything
     kv_window_bytes: int  # what the layers with windows hold of a finished prompt
-    kv_codec: str
+    kv_codec: KVCodec
     codec_choice: CodecChoice  # why that one
     device: str
     dtype: str

@@ -4,12 +4,22 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import pytest
 
-from longctx.config import EngineConfig
+from compress.codec import CODECS
+from longctx.attention.registry import BACKENDS
+from longctx.config import (
+    AttentionBackendName,
+    CacheConfig,
+    EngineConfig,
+    EvictionPolicyName,
+    KVCodec,
+    ModelConfig,
+)
 from longctx.options import add_options, read_options
+from offload.eviction import POLICIES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,3 +206,36 @@ def test_what_many_ranks_cannot_do_is_refused(words: tuple[str, ...]) -> None:
     namespace = parser.parse_args([*words, "--ranks", "2"])
     with pytest.raises(SystemExit, match="is for one rank; with ranks=2 blocks"):
         read_options(namespace, EngineConfig, environment={}, file=None)
+
+
+def test_the_names_that_options_offer_are_those_of_the_registries() -> None:
+    assert get_args(KVCodec) == ("auto", *CODECS)
+    assert get_args(EvictionPolicyName) == tuple(POLICIES)
+    # `cpu` is known everywhere, and registered where its kernels are compiled
+    assert set(get_args(AttentionBackendName)) == {"auto", "cpu", *BACKENDS}
+
+
+@pytest.mark.parametrize("name", ["kv_codec", "eviction_policy", "attention_backend"])
+@pytest.mark.parametrize("by", ["argument", "environment", "file"])
+def test_a_name_that_no_registry_holds_is_refused_before_anything_starts(
+    name: str, by: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser, EngineConfig)
+    arguments = [f"--{name.replace('_', '-')}", "zfs"] if by == "argument" else []
+    environment = {f"LONGCTX_{name.upper()}": "zfs"} if by == "environment" else {}
+    file = write(tmp_path, f'{name} = "zfs"' if by == "file" else "")
+    with pytest.raises(SystemExit) as refused:
+        namespace = parser.parse_args(arguments)
+        read_options(namespace, EngineConfig, environment=environment, file=file)
+    said = capsys.readouterr().err if by == "argument" else str(refused.value)
+    assert "zfs" in said and "choose from" in said
+
+
+def test_a_name_that_no_registry_holds_is_refused_by_the_configuration_itself() -> None:
+    with pytest.raises(ValueError, match="kv_codec='zfs' is unknown; choose from auto, raw, bf16"):
+        CacheConfig(kv_codec="zfs")
+    with pytest.raises(ValueError, match="eviction_policy='zfs' is unknown; choose from lru, gdsf"):
+        CacheConfig(eviction_policy="zfs")
+    with pytest.raises(ValueError, match="attention_backend='zfs' is unknown; choose from auto, r"):
+        ModelConfig(attention_backend="zfs")

@@ -1,7 +1,7 @@
 """The attention backends that this installation has, by the names of `--attention-backend`.
 
-To add one: a class that fulfils `AttentionBackend`, and one line here. The conformance tests run
-over all that are listed.
+To add one: a class that fulfils `AttentionBackend`, one line here, and its name in
+`longctx/config.py`. The conformance tests run over all that are listed.
 """
 
 import torch
@@ -26,10 +26,15 @@ else:
 def backend_for(name: str, device: torch.device) -> str:
     """The backend that a name stands for; `auto` is the fastest that this installation has.
 
-    Raises ModelRefused for one that does not work on the device.
+    Raises ModelRefused for one that does not work on the device, or is not installed.
     """
     if name == "cpu" and device.type != "cpu":
         raise ModelRefused(f"attention_backend 'cpu' cannot work on {device}; use torch or auto")
+    if name == "cpu" and "cpu" not in BACKENDS:
+        raise ModelRefused(
+            "attention_backend 'cpu' needs the compiled kernels, which are not installed; use "
+            "torch or auto"
+        )
     if name != "auto":
         return name
     return "cpu" if device.type == "cpu" and "cpu" in BACKENDS else "torch"

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from compress.codec import CODECS
 from compress.shape import BLOCK_TOKENS
 from longctx.bench.config import BenchConfig, DecodeConfig, RoundsConfig
 from longctx.bench.duel import run_duels
@@ -30,7 +29,7 @@ from longctx.bench.picture import Series, draw_bars
 from longctx.bench.random_model import SIZES, write_random_llama
 from longctx.bench.report import Parameter, Report, Result
 from longctx.bench.timing import Stopwatch, TimedAnswer
-from longctx.config import EngineConfig
+from longctx.config import KV_CODECS, EngineConfig, KVCodec
 from longctx.errors import ModelRefused
 from longctx.request import SamplingParams, Segment
 
@@ -66,7 +65,7 @@ def run(
         chosen = engine.cache.kv_codec
         found: dict[str, list[Depth]] = {}
         parameters: dict[str, Parameter] = {}
-        for codec in list(CODECS) if chosen == "auto" else [chosen]:
+        for codec in KV_CODECS if chosen == "auto" else (chosen,):
             say(f"{codec}: loading")
             try:
                 measured = MeasuredEngine(_with_codec(engine, codec), folder)
@@ -96,7 +95,7 @@ def run(
     )
 
 
-def _with_codec(engine: EngineConfig, codec: str) -> EngineConfig:
+def _with_codec(engine: EngineConfig, codec: KVCodec) -> EngineConfig:
     """Random weights hide what a codec costs: here it is not asked."""
     cache = replace(engine.cache, kv_codec=codec, force_codec=True)
     return replace(engine, cache=cache)

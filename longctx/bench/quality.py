@@ -81,7 +81,7 @@ def run(
 
 def _codecs(chosen: str, spec: ModelSpec, say: Callable[[str], None]) -> Iterator[str]:
     """The one that was named, or every one that can hold the model's heads; `raw` never."""
-    if chosen not in ("auto", *CODECS) or chosen == EXACT:
+    if chosen == EXACT:
         known = ", ".join(name for name in CODECS if name != EXACT)
         raise InvalidRequest(
             f"kv_codec {chosen!r} cannot be compared with raw; choose from {known}"

@@ -31,7 +31,7 @@ from longctx.bench.ring_projection import (
     project,
 )
 from longctx.bench.ring_virtual import Chunk, chunks
-from longctx.config import EngineConfig
+from longctx.config import EngineConfig, KVCodec
 
 PIECE_TOKENS = 2048  # of the prompt, read by each number of processes in turn
 PROJECTED_TOKENS = (1 << 17, 1 << 20)
@@ -104,7 +104,7 @@ def run(
 
 
 async def _processes(
-    folder: Path, codec: str, counts: Sequence[int], cores: int, prompt: list[int]
+    folder: Path, codec: KVCodec, counts: Sequence[int], cores: int, prompt: list[int]
 ) -> list[Processes]:
     """Piece by piece, by turns: a machine that gets slower for a while slows all alike."""
     async with AsyncExitStack() as stack:

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
-from longctx.config import CacheConfig, EngineConfig, ModelConfig, RingConfig
+from longctx.config import CacheConfig, EngineConfig, KVCodec, ModelConfig, RingConfig
 from longctx.process.client import EngineClient
 from longctx.request import Request, SamplingParams, Segment
 
@@ -14,7 +14,7 @@ POOL_GIB = 4.0  # of one engine; each of many ranks has its share
 
 @asynccontextmanager
 async def started_engine(
-    folder: Path, codec: str, *, ranks: int, cores: int
+    folder: Path, codec: KVCodec, *, ranks: int, cores: int
 ) -> AsyncGenerator[EngineClient, None]:
     """An engine over so many processes, which share so many cores."""
     config = EngineConfig(

@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from compress.codec import CODECS
 from longctx.attention.registry import BACKENDS, backend_for
-from longctx.config import EngineConfig, check_name
+from longctx.config import EngineConfig
 from longctx.engine.explain import Explainer
 from longctx.engine.ingestion import Ingestion
 from longctx.engine.input_processor import Intake
@@ -41,7 +40,6 @@ from longctx.request import FinishReason, ModuleState, Piece, Request, RequestOu
 from longctx.ring.ranks import Ranks
 from longctx.text.detokenizer import TextStream
 from longctx.text.tokenizer import Tokenizer
-from offload.eviction import POLICIES
 
 MAX_SETBACKS = 3  # of one sequence, before it ends: its context does not stay in any tier
 IDLE_SECONDS = 0.005  # a step that can only wait for a lower tier waits at most so long
@@ -74,9 +72,6 @@ class Engine:
             )
         if config.model.threads is not None:
             torch.set_num_threads(config.model.threads)
-        check_name("attention_backend", config.model.attention_backend, ("auto", *BACKENDS))
-        check_name("eviction_policy", config.cache.eviction_policy, POLICIES)
-        check_name("kv_codec", config.cache.kv_codec, ("auto", *CODECS))
         self.config, self.folder, self.cache_dir = config, model_folder, cache_dir
         self.tokenizer = Tokenizer(model_folder)
         model = model or load_model(config.model, model_folder, cache_dir=cache_dir)

@@ -15,7 +15,7 @@ from compress.codec import CODECS, Codec
 from compress.shape import KVShape, ShapeRefused
 from longctx.attention.reference import ReferenceAttention
 from longctx.attention.torch_backend import TorchAttention
-from longctx.config import CacheConfig
+from longctx.config import CacheConfig, KVCodec
 from longctx.errors import ModelRefused
 from longctx.model.loader import LoadedModel
 from longctx.model.spec import ModelSpec
@@ -25,7 +25,7 @@ from longctx.quality.texts import TEXTS
 from longctx.quality.verdict import LOSSLESS, NARROW, Verdict, judge
 from longctx.text.tokenizer import Tokenizer
 
-AUTO = ("int8",)  # what `auto` may choose, best first
+AUTO: tuple[KVCodec, ...] = ("int8",)  # what `auto` may choose, best first
 # They decode pages anew in every step that reads them; kernels read them as they lie.
 UNPACKING = (ReferenceAttention, TorchAttention)
 AT_START = Workload()
@@ -35,7 +35,7 @@ AT_START = Workload()
 class CodecChoice:
     """`verdict` is None where nothing had to be measured; `reason` is for people, in one line."""
 
-    codec: str
+    codec: KVCodec
     reason: str
     forced: bool = False
     verdict: Verdict | None = None

@@ -9,6 +9,7 @@ a row's own block is never encoded. Read `measure`.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from longctx.request import SamplingParams
 from longctx.text.chat_template import ChatPrompts, FilePart, Message
 from longctx.text.tokenizer import Tokenizer
 
-EXACT = "raw"
+EXACT: Final = "raw"
 CHUNK_TOKENS = 2 * BLOCK_TOKENS
 READING_SHARE = 0.6  # of the time limit; the rest is for the answers
 

@@ -16,7 +16,9 @@ PACKAGES = ("longctx", "api", "prompt_cache", "offload", "compress")
 # An editable install finds our packages before it looks at sys.path; a wheel has no such finder.
 AS_A_WHEEL = """
 import sys
-sys.meta_path[:] = [each for each in sys.meta_path if not type(each).__module__.startswith("_editable")]
+for finder in list(sys.meta_path):
+    if type(finder).__module__.startswith("_editable"):
+        sys.meta_path.remove(finder)
 """
 START = """
 import asyncio, sys
