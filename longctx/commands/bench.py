@@ -12,6 +12,7 @@ from rich.console import Console
 from longctx.bench import BENCHES
 from longctx.bench.config import BenchConfig
 from longctx.bench.report import Report, publish
+from longctx.commands.extras import require
 from longctx.options import add_options
 
 
@@ -26,7 +27,11 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_bench(name: str, configs: Sequence[Any], words: Sequence[str]) -> None:
-    """Measures, prints, writes. `words` are the command line's, kept in the record."""
+    """Measures, prints, writes. `words` are the command line's, kept in the record.
+
+    Raises ExtraMissing, before anything is measured, where pictures could not be drawn.
+    """
+    require("bench", command="longctx bench")
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     progress = Console(stderr=True, highlight=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from longctx.demo.__main__ import main
+from longctx.demo.tour import main
 
 
 def test_without_a_model_it_ends_with_one_line(tmp_path: Path) -> None:
