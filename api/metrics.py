@@ -23,9 +23,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.files.document_library import DocumentState, Library
-from longctx import __version__
 from longctx.errors import LongctxError
 from longctx.process.client import EngineClient, State
+from longctx.version import __version__
 
 STATS_SECONDS = 5.0  # a step that takes longer is not waited for: Prometheus would give up
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)

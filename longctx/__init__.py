@@ -8,12 +8,12 @@ Names below are loaded when they are first used, so that importing the package c
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from longctx.version import __version__
+
 if TYPE_CHECKING:
     from longctx.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
     from longctx.llm import LLM, Answer, Document
     from longctx.request import SamplingParams
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "longctx.llm",

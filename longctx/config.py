@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+CACHE_DIR = Path.home() / ".cache" / "longctx"  # what was measured of models that were loaded
+
 Weights = Literal["auto", "int8"]
 # Names of what the registries hold, so that a wrong one is refused before anything is loaded.
 KVCodec = Literal["auto", "raw", "bf16", "int8", "int4"]

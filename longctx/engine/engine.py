@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from longctx.attention.registry import BACKENDS, backend_for
-from longctx.config import EngineConfig
+from longctx.config import CACHE_DIR, EngineConfig
 from longctx.engine.explain import Explainer
 from longctx.engine.ingestion import Ingestion
 from longctx.engine.input_processor import Intake
@@ -45,7 +45,6 @@ MAX_SETBACKS = 3  # of one sequence, before it ends: its context does not stay i
 IDLE_SECONDS = 0.005  # a step that can only wait for a lower tier waits at most so long
 
 # What is worth keeping between starts: checksums of weights, and what codecs cost a model.
-CACHE_DIR = Path.home() / ".cache" / "longctx"
 
 
 class Engine:

@@ -11,9 +11,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from longctx.config import EngineConfig
+from longctx.config import CACHE_DIR, EngineConfig
 from longctx.embedded import model_path
-from longctx.engine.engine import CACHE_DIR
 from longctx.engine_info import EngineInfo
 from longctx.errors import EngineDied, InvalidRequest, LongctxError
 from longctx.ipc.protocol import (

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import msgspec
 
-import longctx
 from longctx.model.spec import ModelSpec
 from longctx.quality.measure import Measured
+from longctx.version import __version__
 
 
 def identity_of(spec: ModelSpec) -> tuple[str, ...]:
     """What of a model and of this program figures depend on."""
     return (
-        longctx.__version__,
+        __version__,
         spec.fingerprint,
         spec.rope_identity,
         str(spec.dtype),
