@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # One thread per test process: two processes with two threads each would fight for two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow serve lint bench clean
+.PHONY: demo test test-slow test-wheel serve lint format reference docs bench clean
 
 demo: $(READY)
 	$(BIN)/python -m longctx.demo
@@ -17,6 +17,10 @@ test: $(READY)
 test-slow: $(READY)
 	$(PYTEST) -m "slow and not gpu"
 
+# What a user gets: wheels with and without a compiler, each started outside of this tree.
+test-wheel: $(READY)
+	$(PYTEST) -m slow tests/test_wheel.py
+
 serve: $(READY)
 	$(BIN)/longctx serve
 
@@ -24,6 +28,17 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy tools
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+reference: $(READY)
+	$(BIN)/python -m tools.reference
+
+docs: $(READY)
+	$(BIN)/mkdocs build --strict --site-dir out/site
 
 bench: $(READY)
 	$(BIN)/longctx bench niah --out out/bench

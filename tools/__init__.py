@@ -1,0 +1,1 @@
+"""Scripts for who works on longctx; no part of what is installed."""
