@@ -29,6 +29,7 @@ class Cache:
         self.library = library
 
     async def retrieve(self, request: Request) -> Response:
+        """Returns what each tier holds, and the caller's documents with where they are."""
         figures = await self.engine.stats()
         tenant = tenant_of(request)
         return JSONResponse(
@@ -45,6 +46,7 @@ class Cache:
         )
 
     async def flush(self, request: Request) -> Response:
+        """Evicts what nobody uses from the tiers in memory. Nothing durable is lost."""
         wanted = await read_json(request, FlushRequest, if_empty=b"{}")
         has_host = self.engine.info.host_capacity_tokens > 0
         tiers: tuple[str, ...] = (wanted.tier,)

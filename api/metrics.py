@@ -178,6 +178,7 @@ class Metrics:
         self.http = http
 
     async def scrape(self, request: Request) -> Response:
+        """Returns all metrics, in the Prometheus text format or in OpenMetrics."""
         registry = CollectorRegistry(auto_describe=False)
         registry.register(await self._snapshot())
         for metric in (self.http.requests, self.http.seconds, self.http.first_token_seconds):

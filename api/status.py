@@ -22,6 +22,7 @@ class About:
         self.started = int(time.time())
 
     async def health(self, request: Request) -> Response:
+        """Tells whether the engine answers: 200 when it is ready, else 503. Needs no API key."""
         state = self.generation.engine.state
         status = "ok" if state == "ready" else "unavailable"
         return JSONResponse(
@@ -29,13 +30,16 @@ class About:
         )
 
     async def models(self, request: Request) -> Response:
+        """Lists the one model that is served, with its limits and what was measured on it."""
         return JSONResponse({"object": "list", "data": [self._model()]})
 
     async def model(self, request: Request) -> Response:
+        """Returns the served model; 404 for any other name."""
         self.generation.check_model(request.path_params["name"])
         return JSONResponse(self._model())
 
     async def tokenize(self, request: Request) -> Response:
+        """Returns the token ids of a prompt or of messages, and how many there may be."""
         wanted = await read_json(request, TokenizeRequest)
         self.generation.check_model(wanted.model)
         if wanted.prompt is not None:

@@ -78,6 +78,7 @@ class Chat:
         self.ping_seconds = ping_seconds
 
     async def create(self, request: Request) -> Response:
+        """Answers a conversation, in one piece or as server-sent events."""
         wanted = await read_json(request, ChatRequest)
         self.generation.check_model(wanted.model)
         tenant = tenant_of(request)

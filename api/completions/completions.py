@@ -48,6 +48,7 @@ class Completions:
         self.ping_seconds = ping_seconds
 
     async def create(self, request: Request) -> Response:
+        """Continues one or many prompts, in one piece or as server-sent events."""
         wanted = await read_json(request, CompletionRequest)
         self.generation.check_model(wanted.model)
         prompts = LiteralPrompts(wanted, self.tokenizer, self.generation.engine.info.vocab_size)

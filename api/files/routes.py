@@ -66,6 +66,7 @@ class Files:
         self.max_upload_bytes = max_upload_bytes
 
     async def create(self, request: Request) -> Response:
+        """Stores an uploaded text and has it computed in the background."""
         with Draft(self.folder.new_draft(), limit_bytes=self.max_upload_bytes) as draft:
             form = Form(draft, allowed=frozenset(FIELDS))
             await form.receive(request)
@@ -88,6 +89,7 @@ class Files:
         return JSONResponse(self._body(entry))
 
     async def list(self, request: Request) -> Response:
+        """Lists the caller's files, page by page."""
         query = ListQuery.model_validate(dict(request.query_params))
         tenant = tenant_of(request)
         if query.after is not None:
@@ -111,9 +113,11 @@ class Files:
         )
 
     async def retrieve(self, request: Request) -> Response:
+        """Returns a file's object, which tells how far its computation is."""
         return JSONResponse(self._body(self._find(request)))
 
     async def content(self, request: Request) -> Response:
+        """Returns the text of a file as it was uploaded."""
         entry = self._find(request)
         return FileResponse(
             self.library.text_path(entry),
@@ -122,6 +126,7 @@ class Files:
         )
 
     async def delete(self, request: Request) -> Response:
+        """Deletes a file, with its KV blocks in every tier."""
         entry = self._find(request)
         await self.library.remove(entry)
         for forget in self.forget:

@@ -64,6 +64,7 @@ class Prompts:
         self.keeper = keeper
 
     async def create(self, request: Request) -> Response:
+        """Stores a system prompt with files under a name, and has it computed."""
         wanted = await read_json(request, PromptRequest)
         now = int(time.time())
         entry = await self.library.add(
@@ -80,6 +81,7 @@ class Prompts:
         return JSONResponse(self._described(entry, await self._states((entry,))))
 
     async def list(self, request: Request) -> Response:
+        """Lists the caller's stored prompts."""
         entries = tuple(self.library.of_tenant(tenant_of(request)))
         states = await self._states(entries)
         return JSONResponse(
@@ -87,10 +89,12 @@ class Prompts:
         )
 
     async def retrieve(self, request: Request) -> Response:
+        """Returns a stored prompt, with the state of its computation."""
         entry = self.library.find(tenant_of(request), request.path_params["name"])
         return JSONResponse(self._described(entry, await self._states((entry,))))
 
     async def delete(self, request: Request) -> Response:
+        """Deletes a stored prompt; its files stay."""
         entry = self.library.find(tenant_of(request), request.path_params["name"])
         await self.library.remove(entry.record.tenant, entry.record.name)
         return JSONResponse(

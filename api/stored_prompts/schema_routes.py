@@ -28,6 +28,7 @@ class Schemas:
         self.keeper = keeper
 
     async def create(self, request: Request) -> Response:
+        """Stores a prompt schema, as PML (XML) or JSON, and has its modules computed."""
         body = await read_body(request)
         try:
             text = body.decode("utf-8-sig")
@@ -41,14 +42,17 @@ class Schemas:
         return JSONResponse(await self._described(entry))
 
     async def list(self, request: Request) -> Response:
+        """Lists the caller's schemas."""
         entries = self.library.of_tenant(tenant_of(request))
         return JSONResponse({"object": "list", "data": [self._summary(entry) for entry in entries]})
 
     async def retrieve(self, request: Request) -> Response:
+        """Returns a schema, with each module's place, tokens and state."""
         entry = self.library.find(tenant_of(request), request.path_params["name"])
         return JSONResponse(await self._described(entry))
 
     async def delete(self, request: Request) -> Response:
+        """Deletes a schema, with what was computed of its modules."""
         entry = self.library.find(tenant_of(request), request.path_params["name"])
         await self.library.remove(entry.record.tenant, entry.record.name)
         return JSONResponse(
