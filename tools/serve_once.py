@@ -13,7 +13,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import urllib.request
 from collections.abc import Iterator
@@ -107,4 +106,4 @@ def _backend(address: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
