@@ -18,8 +18,8 @@ from api.http.errors import ApiError
 from api.http.openapi import JSON, Body
 from api.metrics import EVICTIONS, OF_TIER, TIER
 from longctx.process.client import EngineClient
+from offload.tier_names import TIERS
 
-TIERS = ("device", "host", "disk")
 FLUSH_BODY = Body(content={JSON: FlushRequest}, required=False)
 
 

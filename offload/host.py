@@ -10,13 +10,16 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offload.block_run import PageSlots
+from offload.block_run import PageSlots, Slots
 from offload.eviction import Block, Entry, EvictionPolicy
 from offload.key import BlockKey
+from offload.tier import Cleared
+from offload.tier_names import TierName
 
 _UNITS_PER_PAGE = 16  # at most: each costs a call of its own
 _REMEMBERED = 10_000  # keys whose end `explain` knows
@@ -27,6 +30,9 @@ def _paged(size_bytes: int) -> NDArray[np.uint8]:
 
 
 class HostTier:
+    name: Final[TierName] = "host"
+    durable: Final[Literal[False]] = False
+
     def __init__(
         self,
         *,
@@ -71,7 +77,7 @@ class HostTier:
         self,
         group: int,
         keys: Sequence[BlockKey],
-        slots: PageSlots,
+        slots: Slots,
         *,
         parent: BlockKey | None,
         cost_seconds: float,
@@ -82,6 +88,7 @@ class HostTier:
         `parent` is the key before the first one. Less than all fit only where they would have to
         displace their own beginning. A block that is here already counts as used.
         """
+        assert isinstance(slots, PageSlots), slots
         begin, count = time.perf_counter(), 0
         with self._lock:
             self._groups[group] = tuple(array.shape[1] for array in slots.arrays)
@@ -102,7 +109,8 @@ class HostTier:
             self._counts["write_seconds_total"] += time.perf_counter() - begin
         return count
 
-    def read(self, group: int, keys: Sequence[BlockKey], slots: PageSlots) -> list[bool]:
+    def read(self, group: int, keys: Sequence[BlockKey], slots: Slots) -> list[bool]:
+        assert isinstance(slots, PageSlots), slots
         begin = time.perf_counter()
         found = []
         with self._lock:
@@ -142,14 +150,14 @@ class HostTier:
             for block in self._held(keys):
                 self._remove(block, "deleted")
 
-    def clear(self) -> tuple[int, int]:
-        """Hold nothing any more; how many blocks and bytes that were."""
+    def clear(self) -> Cleared:
+        """Empty the tier and return what it held."""
         with self._lock:
             blocks = list(self._units)
             units = sum(len(held) for held in self._units.values())
             for block in blocks:
                 self._remove(block, "flushed")
-            return len(blocks), units * self._unit_bytes
+            return Cleared(len(blocks), units * self._unit_bytes)
 
     def explain(self, group: int, key: BlockKey) -> str | None:
         return None if self.has(group, key) else self._gone.get((group, key))

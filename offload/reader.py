@@ -15,7 +15,7 @@ from offload.block_run import EXTENT_BLOCKS, Slots
 from offload.events import Late, Loaded, Mailbox
 from offload.eviction import Block
 from offload.key import BlockKey
-from offload.tier_stack import Tiers
+from offload.tier_stack import TierStack
 
 log = logging.getLogger(__name__)
 
@@ -51,14 +51,14 @@ class _Job:
 class Reader:
     def __init__(
         self,
-        tiers: Tiers,
+        stack: TierStack,
         mailbox: Mailbox,
         *,
         threads: int,
         deadline_seconds: float,
         clock: Callable[[], float],
     ) -> None:
-        self._tiers, self._mailbox, self._clock = tiers, mailbox, clock
+        self._stack, self._mailbox, self._clock = stack, mailbox, clock
         self._deadline_seconds = deadline_seconds
         self._lock = threading.Lock()
         self._wanted = threading.Condition(self._lock)
@@ -153,7 +153,7 @@ class Reader:
                 failed = [
                     (job.group, key)
                     for key, here in zip(job.keys, found, strict=True)
-                    if not here and self._tiers.on_disk(job.group, key)
+                    if not here and self._stack.is_durable(job.group, key)
                 ]
                 if failed:  # unreadable, but still there
                     self._avoid(failed, self._clock())
@@ -162,7 +162,7 @@ class Reader:
 
     def _read(self, job: _Job) -> list[bool]:
         try:
-            return self._tiers.read(job.group, job.keys, job.slots, job.parent)
+            return self._stack.read(job.group, job.keys, job.slots, job.parent)
         except Exception:  # a thread that ended would keep all later loads waiting
             log.exception("the KV store's reader failed; these blocks count as missing")
             self.failures += 1

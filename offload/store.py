@@ -10,16 +10,15 @@ thread, the engine's; `stats` and the two figures beside it may come from any.
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
 
 from offload.block_run import BlockRun, Slots
 from offload.events import Event, Late, Loaded, Mailbox, Written
-from offload.host import HostTier
 from offload.key import BlockKey
 from offload.owners import Owners
 from offload.reader import Part, Reader
-from offload.tier import DurableTier
-from offload.tier_stack import Tiers
+from offload.tier import Cleared, DurableTier, MemoryTier
+from offload.tier_names import TierName
+from offload.tier_stack import TierStack
 from offload.writer import Offer, Writer
 
 __all__ = ["Event", "KVStore", "Late", "Loaded", "Part", "Written"]
@@ -30,19 +29,18 @@ USED_SECONDS = 60.0
 class KVStore:
     def __init__(
         self,
+        tiers: Sequence[MemoryTier | DurableTier],
         *,
-        disk: DurableTier | None,
-        host: HostTier | None,
         threads: int = 2,
         read_deadline_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`disk` or `host` may be None, not both. `threads` read; one more writes."""
-        self._tiers = Tiers(disk=disk, host=host)
+        """`tiers`: the fastest first, at least one. `threads` read; one more writes."""
+        self._stack = TierStack(tiers)
         self._mailbox = Mailbox()
-        self._writer = Writer(self._tiers, self._mailbox)
+        self._writer = Writer(self._stack, self._mailbox)
         self._reader = Reader(
-            self._tiers,
+            self._stack,
             self._mailbox,
             threads=threads,
             deadline_seconds=read_deadline_seconds,
@@ -78,7 +76,7 @@ class KVStore:
 
         The slots may be of some layers only. Which of the keys arrived.
         """
-        return self._tiers.read_layers(group, keys, slots)
+        return self._stack.read_layers(group, keys, slots)
 
     def load(self, parts: Sequence[Part]) -> int:
         """Fill pages from the tiers; the ticket that its `Loaded` will carry."""
@@ -106,13 +104,13 @@ class KVStore:
         """Whether a load is likely to find the key."""
         if key in self._dropping:
             return False
-        if self._tiers.in_host(group, key):
+        if self._stack.in_memory(group, key):
             return True
-        return self._tiers.on_disk(group, key) and not self._reader.avoids((group, key))
+        return self._stack.is_durable(group, key) and not self._reader.avoids((group, key))
 
     def durable(self, group: int, key: BlockKey) -> bool:
         """Whether the key is on disk and will stay there, whatever happens to this process."""
-        return self._tiers.on_disk(group, key) and key not in self._dropping
+        return self._stack.is_durable(group, key) and key not in self._dropping
 
     def explain(self, group: int, key: BlockKey) -> str | None:
         """Why a key is not found: evicted, expired, corrupt, deleted or slow.
@@ -125,32 +123,31 @@ class KVStore:
             return "deleted"
         if self._reader.avoids((group, key)):
             return "slow"
-        return self._tiers.explain(group, key)
+        return self._stack.explain(group, key)
 
-    def tier_of(self, group: int, key: BlockKey) -> Literal["host", "disk"] | None:
-        """From where a load would take the key: host or disk."""
-        if not self.has(group, key):
-            return None
-        return "host" if self._tiers.in_host(group, key) else "disk"
+    def tier_of(self, group: int, key: BlockKey) -> TierName | None:
+        """Return the name of the tier that a load would take the key from."""
+        return self._stack.holder(group, key) if self.has(group, key) else None
 
     @property
-    def lowest(self) -> Literal["host", "disk"]:
-        """The tier that a block leaves last."""
-        return self._tiers.lowest
+    def lowest(self) -> TierName:
+        """The name of the tier that a block leaves last."""
+        return self._stack.lowest
 
     @property
-    def has_host(self) -> bool:
-        return self._tiers.has_host
+    def memory_tiers(self) -> list[TierName]:
+        """The names of the tiers that `clear` can empty."""
+        return self._stack.memory_tiers
 
-    def clear_host(self) -> tuple[int, int]:
-        """Empty the host memory, not the disk; how many blocks and bytes that were."""
-        return self._tiers.clear_host()
+    def clear(self, name: str) -> Cleared:
+        """Empty one of `memory_tiers`, not what is below it, and return what it held."""
+        return self._stack.clear(name)
 
     def retain(self, owner: str, keys: Iterable[BlockKey]) -> None:
         """Keep these keys, and those that the owner named before, until its `release`."""
         first = self._owners.retain(owner, keys)
         if first:
-            self._writer.add(lambda: self._tiers.retain(first))
+            self._writer.add(lambda: self._stack.retain(first))
 
     def use(self, owner: str) -> None:
         """What the owner retains is in use, though the device spares the tiers being read.
@@ -162,7 +159,7 @@ class KVStore:
             keys = self._owners.keys(owner)
             if keys:
                 self._used[owner] = now
-                self._writer.add(lambda: self._tiers.use(keys))
+                self._writer.add(lambda: self._stack.use(keys))
 
     def release(self, owner: str, *, drop: bool = False) -> None:
         """The owner retains nothing any more; with `drop`, what nobody retains then is deleted.
@@ -186,16 +183,16 @@ class KVStore:
     @property
     def read_bytes_per_second(self) -> float:
         """Of the disk, as measured lately; that of a hard disk until something was read."""
-        return self._tiers.bandwidth.bytes_per_second
+        return self._stack.read_bytes_per_second
 
     @property
     def losses(self) -> int:
         """Grows whenever something that was durable is so no more."""
-        return self._tiers.losses
+        return self._stack.losses
 
     def stats(self) -> dict[str, float]:
         """Figures by name, with the name of their tier before it; counters end in `_total`."""
-        return self._tiers.stats() | {
+        return self._stack.stats() | {
             "store_queue_bytes": self.queued_bytes,
             "store_loads": len(self._reader),
             "store_loads_late_total": self._reader.late,
@@ -218,13 +215,13 @@ class KVStore:
         end = time.monotonic() + deadline_seconds
         self._writer.join(deadline_seconds)
         self._reader.join(max(end - time.monotonic(), 0.0))
-        self._tiers.close()
+        self._stack.close()
 
     def _let_go(self, keys: Sequence[BlockKey], drop: bool) -> None:
         """On the writer's thread. Whoever retained some of the keys since keeps them."""
         free = [key for key in keys if key not in self._owners]
         if drop:
-            self._tiers.drop(free)
+            self._stack.drop(free)
             self._dropping.difference_update(keys)
         else:
-            self._tiers.release(free)
+            self._stack.release(free)

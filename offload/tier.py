@@ -1,28 +1,49 @@
-"""What `KVStore` asks of the tiers below the device. Their calls block and are thread-safe.
+"""What `KVStore` asks of the tiers below the device.
 
-`Tier` is what all have in common; `HostTier` (host.py) adds `put`, `DiskTier` (disk.py) `write`.
-A tier never raises for what a machine does to it (a full or failing disk): what cannot be read is
-a miss, what cannot be written is told to the caller.
+`Tier` is what all have in common. There are two kinds, told apart by `durable`: a `MemoryTier`
+(`HostTier`) copies pages and is gone with the process, a `DurableTier` (`DiskTier`) keeps whole
+runs on stable storage, and its reads may take long or fail.
+
+All calls block and may come from any thread. A tier never raises for what a machine does to it,
+such as a full or failing disk: what cannot be read is a miss, and `write` returns False for what
+cannot be written.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from offload.block_run import BlockRun, Slots
 from offload.key import BlockKey
+from offload.tier_names import TierName
+
+
+class Cleared(NamedTuple):
+    """What a tier held before it was emptied."""
+
+    blocks: int
+    num_bytes: int
 
 
 class Tier(Protocol):
+    @property
+    def name(self) -> TierName: ...
+
     def has(self, group: int, key: BlockKey) -> bool:
-        """A dictionary lookup: the engine calls this on its own thread."""
+        """Return whether the tier holds the block. The engine's own thread calls this.
+
+        So it must not wait for a copy or a disk: look it up in a dictionary.
+        """
         ...
 
     def read(self, group: int, keys: Sequence[BlockKey], slots: Slots) -> list[bool]:
-        """Copy pages into `slots`; which of the keys arrived. Other rows may hold garbage."""
+        """Copy the pages of `keys` into `slots` and return which of the keys arrived.
+
+        The rows of the other keys may hold garbage afterwards.
+        """
         ...
 
     def use(self, keys: Iterable[BlockKey]) -> None:
-        """As if these keys had been read: what holds them, in any group, was used now."""
+        """Count what holds these keys, in any group, as used now, as if it had been read."""
         ...
 
     def retain(self, keys: Iterable[BlockKey]) -> None:
@@ -30,34 +51,66 @@ class Tier(Protocol):
         ...
 
     def release(self, keys: Iterable[BlockKey]) -> None:
-        """The end of `retain`."""
+        """End what `retain` began: these keys may be evicted like any others."""
         ...
 
     def drop(self, keys: Iterable[BlockKey]) -> None:
-        """Hold these keys no longer, in any group."""
+        """Delete these keys, in any group."""
         ...
 
     def explain(self, group: int, key: BlockKey) -> str | None:
-        """Why a key that was here left: evicted, expired, corrupt, deleted; None if unknown."""
+        """Return why a key left that was here; None for one that is here or never was.
+
+        The reasons are evicted, expired, corrupt, deleted and flushed. Old ones are forgotten.
+        """
         ...
 
     def stats(self) -> dict[str, float]:
-        """Figures by name, without the name of the tier; counters end in `_total`."""
+        """Return figures by name, without the name of the tier; counters end in `_total`."""
         ...
 
     def close(self) -> None: ...
 
 
+class MemoryTier(Tier, Protocol):
+    @property
+    def durable(self) -> Literal[False]: ...
+
+    def put(
+        self,
+        group: int,
+        keys: Sequence[BlockKey],
+        slots: Slots,
+        *,
+        parent: BlockKey | None,
+        cost_seconds: float,
+        retained: bool,
+    ) -> int:
+        """Copy consecutive blocks of one chain in; return how many, from the first on, are here.
+
+        `parent` is the key before the first one, None where it is not known. `cost_seconds` is
+        what all these blocks together cost whoever has to get them again.
+        """
+        ...
+
+    def clear(self) -> Cleared:
+        """Empty the tier and return what it held."""
+        ...
+
+
 class DurableTier(Tier, Protocol):
+    @property
+    def durable(self) -> Literal[True]: ...
+
     def write(self, run: BlockRun, slots: Slots, *, cost_seconds: float, retained: bool) -> bool:
-        """True once the whole run is on stable storage."""
+        """Return True once the whole run is on stable storage."""
         ...
 
     @property
     def losses(self) -> int:
-        """Grows whenever something that was durable is so no more."""
+        """A count that grows whenever something that was durable is so no more."""
         ...
 
     def gc(self) -> object:
-        """Remove what expired or is over the bounds; called now and then."""
+        """Remove what expired or is over the bounds. The writer calls this once a minute."""
         ...

@@ -1,93 +1,144 @@
-"""Host memory over disk as one: what is written goes to both, what is read comes from the first.
+"""The tiers below the device as one: what is written goes to all, what is read comes from the
+first that has it, and is copied up.
 
-Calls block; `KVStore` makes them from its threads. Either tier may be absent. The lower one keeps
-what is worth keeping: leaving host memory with a disk below costs one read, and nothing is lost.
+The lowest tier keeps what is worth keeping; the tiers above it hold copies that make reads fast.
+So a block that leaves an upper tier costs one read from below, and nothing is lost.
+
+    [host, disk]   the host's memory is a cache of the disk: each block in it costs the time to read
+                   it back, and only the disk knows what documents retain
+    [host]         a block that leaves is lost: it costs the time to compute it, and what documents
+                   retain leaves last
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal
 
 from offload.bandwidth import Bandwidth
-from offload.block_run import BlockRun, PageSlots, Slots
-from offload.host import HostTier
+from offload.block_run import BlockRun, Slots
 from offload.key import BlockKey
-from offload.tier import DurableTier
+from offload.tier import Cleared, DurableTier, MemoryTier
+from offload.tier_names import TierName
 
 
-class Tiers:
-    def __init__(self, *, disk: DurableTier | None, host: HostTier | None) -> None:
-        lowest = disk or host
-        assert lowest is not None, "a store without any tier"
-        self._disk, self._host, self._lowest = disk, host, lowest
-        self.bandwidth = Bandwidth()
+class TierStack:
+    """Reads, writes and looks up blocks in a list of tiers, the fastest first.
 
-    def in_host(self, group: int, key: BlockKey) -> bool:
-        return self._host is not None and self._host.has(group, key)
+    Calls block for as long as the tiers do. `KVStore` makes most of them from the threads of its
+    reader and writer; look-ups (`holder`, `in_memory`, `is_durable`) come from the engine's thread
+    and return at once. Any number of threads may call at the same time.
+    """
 
-    def on_disk(self, group: int, key: BlockKey) -> bool:
-        return self._disk is not None and self._disk.has(group, key)
+    def __init__(self, tiers: Sequence[MemoryTier | DurableTier]) -> None:
+        assert tiers, "a store without any tier"
+        self._tiers = tuple(tiers)
+        self._lowest = self._tiers[-1]
+        self._memory = [tier for tier in tiers if not tier.durable]
+        self._durable = [tier for tier in tiers if tier.durable]
+        assert self._tiers == (*self._memory, *self._durable), "memory stands above the rest"
+        assert len({tier.name for tier in tiers}) == len(tiers), "two tiers of one name"
+        self._below = {tier.name: self._tiers[i + 1 :] for i, tier in enumerate(tiers)}
+        self._bandwidths = {tier.name: Bandwidth() for tier in tiers}
 
     @property
-    def lowest(self) -> Literal["host", "disk"]:
-        return "host" if self._disk is None else "disk"
+    def lowest(self) -> TierName:
+        """The name of the tier that a block leaves last."""
+        return self._lowest.name
 
     @property
-    def has_host(self) -> bool:
-        return self._host is not None
+    def memory_tiers(self) -> list[TierName]:
+        """The names of the tiers that `clear` can empty."""
+        return [tier.name for tier in self._memory]
+
+    @property
+    def read_bytes_per_second(self) -> float:
+        """The speed of the lowest tier, as measured lately; a hard disk's until it was read."""
+        return self._bandwidths[self.lowest].bytes_per_second
 
     @property
     def losses(self) -> int:
-        return 0 if self._disk is None else self._disk.losses
+        """A count that grows whenever something that was durable is so no more."""
+        return sum(tier.losses for tier in self._durable)
+
+    def holder(self, group: int, key: BlockKey) -> TierName | None:
+        """Return the name of the tier that a read of this key would come from."""
+        for tier in self._tiers:  # plain loops: the engine asks for each block of each prompt
+            if tier.has(group, key):
+                return tier.name
+        return None
+
+    def in_memory(self, group: int, key: BlockKey) -> bool:
+        for tier in self._memory:  # noqa: SIM110
+            if tier.has(group, key):
+                return True
+        return False
+
+    def is_durable(self, group: int, key: BlockKey) -> bool:
+        for tier in self._durable:  # noqa: SIM110
+            if tier.has(group, key):
+                return True
+        return False
 
     def explain(self, group: int, key: BlockKey) -> str | None:
+        """Return why the lowest tier no longer has a key; see `Tier.explain`."""
         return self._lowest.explain(group, key)
 
     def write(self, run: BlockRun, slots: Slots, *, cost_seconds: float, retained: bool) -> bool:
-        """Whether all of the run is on disk now; what was there already is not written again."""
-        if self._host is not None:
-            self._put(run.group, run.keys, slots, run.parent, cost_seconds, retained)
-        if self._disk is None:
-            return False
-        missing = [i for i, key in enumerate(run.keys) if not self._disk.has(run.group, key)]
-        ok = True
-        for begin, end in _stretches(missing):
-            piece = replace(
-                run,
-                first_block=run.first_block + begin,
-                parent=run.keys[begin - 1] if begin else run.parent,
-                keys=run.keys[begin:end],
-            )
-            ok &= self._disk.write(
-                piece,
-                slots.rows(begin, end),
-                cost_seconds=cost_seconds * (end - begin) / len(run.keys),
+        """Write a run to every tier; return whether all of it is on stable storage now.
+
+        A durable tier is given only the stretches of the run that it does not hold yet.
+        """
+        for tier in self._memory:
+            self._put(
+                tier,
+                run.group,
+                run.keys,
+                slots,
+                parent=run.parent,
+                cost_seconds=cost_seconds,
                 retained=retained,
             )
-        return ok
+        written = [
+            self._write_missing(tier, run, slots, cost_seconds=cost_seconds, retained=retained)
+            for tier in self._durable
+        ]
+        return any(written)
 
     def read(
         self, group: int, keys: Sequence[BlockKey], slots: Slots, parent: BlockKey | None
     ) -> list[bool]:
-        """Fill the slots; which keys arrived. What comes from disk is in host memory afterwards.
+        """Fill `slots` and return which keys arrived; memory above has a copy of those afterwards.
 
-        `keys` are blocks of one chain in order; `parent` is one before them, where known.
+        `keys` are blocks of one chain in order; `parent` is the one before them, where known. A
+        durable tier gets no copy, since a run's namespace and place are not known here.
         """
-        in_host = [self.in_host(group, key) for key in keys]
+        had = [False] * len(keys)
+        fresh: list[tuple[MemoryTier, list[bool]]] = []
+        for tier in self._memory:  # what a tier has, or one above it, does not go into it
+            had = [had[i] or tier.has(group, key) for i, key in enumerate(keys)]
+            fresh.append((tier, [not here for here in had]))
         found = self.read_layers(group, keys, slots)
-        fresh = [i for i, here in enumerate(found) if here and not in_host[i]]
-        self._promote(group, keys, slots, parent, fresh)
+        for tier, lacked in fresh:
+            rows = [i for i, here in enumerate(found) if here and lacked[i]]
+            self._promote(tier, group, keys, slots, parent, rows)
         return found
 
     def read_layers(self, group: int, keys: Sequence[BlockKey], slots: Slots) -> list[bool]:
-        """As `read`, for slots of some layers only; nothing goes to host memory by it."""
+        """Fill slots of some layers and return which keys arrived; nothing is copied up."""
         found = [False] * len(keys)
-        if any(self.in_host(group, key) for key in keys):
-            assert self._host is not None and isinstance(slots, PageSlots), slots
-            found = self._host.read(group, keys, slots)
-        missing = [i for i, here in enumerate(found) if not here and self.on_disk(group, keys[i])]
-        for begin, end in _stretches(missing):
-            found[begin:end] = self._read_disk(group, keys[begin:end], slots.rows(begin, end))
+        for tier in self._tiers:
+            missing = [i for i, here in enumerate(found) if not here]
+            held = [i for i in missing if tier.has(group, keys[i])]
+            if tier.durable:
+                for begin, end in _stretches(held):
+                    rows = slots.rows(begin, end)
+                    with self._bandwidths[tier.name].reading() as done:
+                        found[begin:end] = tier.read(group, keys[begin:end], rows)
+                        done(sum(found[begin:end]) * slots.block_bytes)
+            elif held:
+                wanted = [keys[i] for i in missing]
+                here = tier.read(group, wanted, slots.pick(missing))
+                for i, arrived in zip(missing, here, strict=True):
+                    found[i] = arrived
         return found
 
     def use(self, keys: Iterable[BlockKey]) -> None:
@@ -100,77 +151,100 @@ class Tiers:
         self._lowest.release(keys)
 
     def drop(self, keys: Sequence[BlockKey]) -> None:
-        for tier in (self._disk, self._host):  # in this order: see `_promote`
-            if tier is not None:
-                tier.drop(keys)
+        """Delete the keys from every tier."""
+        for tier in reversed(self._tiers):  # the lowest first: see `_promote`
+            tier.drop(keys)
 
-    def clear_host(self) -> tuple[int, int]:
-        """Empty the host memory; how many blocks and bytes that were."""
-        return (0, 0) if self._host is None else self._host.clear()
+    def clear(self, name: str) -> Cleared:
+        """Empty one of `memory_tiers` and return what it held."""
+        (tier,) = (tier for tier in self._memory if tier.name == name)
+        return tier.clear()
 
     def gc(self) -> None:
-        if self._disk is not None:
-            self._disk.gc()
+        for tier in self._durable:
+            tier.gc()
 
     def stats(self) -> dict[str, float]:
-        """Each tier's figures, with its name before theirs."""
-        tiers = (("disk", self._disk), ("host", self._host))
+        """Return each tier's figures, with its name before theirs: `host_bytes`."""
         return {
-            f"{prefix}_{name}": value
-            for prefix, tier in tiers
-            if tier is not None
-            for name, value in tier.stats().items()
+            f"{tier.name}_{figure}": value
+            for tier in self._tiers
+            for figure, value in tier.stats().items()
         }
 
     def close(self) -> None:
-        for tier in (self._disk, self._host):
-            if tier is not None:
-                tier.close()
+        for tier in reversed(self._tiers):
+            tier.close()
 
-    def _read_disk(self, group: int, keys: Sequence[BlockKey], slots: Slots) -> list[bool]:
-        assert self._disk is not None
-        with self.bandwidth.reading() as done:
-            found = self._disk.read(group, keys, slots)
-            done(sum(found) * slots.block_bytes)
-        return found
+    def _write_missing(
+        self, tier: DurableTier, run: BlockRun, slots: Slots, *, cost_seconds: float, retained: bool
+    ) -> bool:
+        missing = [i for i, key in enumerate(run.keys) if not tier.has(run.group, key)]
+        ok = True
+        for begin, end in _stretches(missing):
+            stretch = replace(
+                run,
+                first_block=run.first_block + begin,
+                parent=run.keys[begin - 1] if begin else run.parent,
+                keys=run.keys[begin:end],
+            )
+            ok &= tier.write(
+                stretch,
+                slots.rows(begin, end),
+                cost_seconds=cost_seconds * (end - begin) / len(run.keys),
+                retained=retained,
+            )
+        return ok
 
     def _promote(
         self,
+        tier: MemoryTier,
         group: int,
         keys: Sequence[BlockKey],
         slots: Slots,
         parent: BlockKey | None,
         rows: Sequence[int],
     ) -> None:
-        """Copy what was read from disk to host memory."""
-        if self._host is None:
-            return
+        """Copy what was read from below into a memory tier."""
+        below = self._below[tier.name]
         for begin, end in _stretches(rows):
-            before = keys[begin - 1] if begin else parent
-            self._put(group, keys[begin:end], slots.rows(begin, end), before, 0.0, False)
-            # Deleted since it was read? Then `drop` may have asked the host before this copy
-            self._host.drop([key for key in keys[begin:end] if not self.on_disk(group, key)])
+            self._put(
+                tier,
+                group,
+                keys[begin:end],
+                slots.rows(begin, end),
+                parent=keys[begin - 1] if begin else parent,
+                cost_seconds=0.0,
+                retained=False,
+            )
+            # A key may have been deleted since it was read. `drop` asks the lowest tier first, so
+            # if it asked this one before the copy came, the tiers below lack the key by now.
+            deleted = [
+                key for key in keys[begin:end] if not any(each.has(group, key) for each in below)
+            ]
+            tier.drop(deleted)
 
     def _put(
         self,
+        tier: MemoryTier,
         group: int,
         keys: Sequence[BlockKey],
         slots: Slots,
+        *,
         parent: BlockKey | None,
         cost_seconds: float,
         retained: bool,
     ) -> None:
-        assert self._host is not None and isinstance(slots, PageSlots), slots
-        if self._disk is not None:
-            cost_seconds = len(keys) * slots.block_bytes / self.bandwidth.bytes_per_second
+        below = self._below[tier.name]
+        if below:  # whoever misses a block here reads it there
+            size_bytes = len(keys) * slots.block_bytes
+            cost_seconds = size_bytes / self._bandwidths[below[0].name].bytes_per_second
             retained = False
-        self._host.put(
-            group, keys, slots, parent=parent, cost_seconds=cost_seconds, retained=retained
-        )
+        tier.put(group, keys, slots, parent=parent, cost_seconds=cost_seconds, retained=retained)
 
 
 def _stretches(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """[begin, end) of each run of consecutive numbers."""
+    """[begin, end) of each run of consecutive numbers: 3 4 5 9 gives (3, 6) and (9, 10)."""
     begin = 0
     for i in range(1, len(rows) + 1):
         if i == len(rows) or rows[i] != rows[i - 1] + 1:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from offload.block_run import BlockRun, Slots
 from offload.events import Mailbox, Written
-from offload.tier_stack import Tiers
+from offload.tier_stack import TierStack
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ Order = Callable[[], None]  # anything else that has to happen in turn with the 
 
 
 class Writer:
-    def __init__(self, tiers: Tiers, mailbox: Mailbox) -> None:
-        self._tiers, self._mailbox = tiers, mailbox
+    def __init__(self, stack: TierStack, mailbox: Mailbox) -> None:
+        self._stack, self._mailbox = stack, mailbox
         self._changed = threading.Condition()
         self._queue: deque[Offer | Order] = deque()
         self._accepted = self._done = 0
@@ -82,7 +82,7 @@ class Writer:
             if work is not None:
                 self._do(work)
             if time.monotonic() >= next_gc:
-                self._guarded(self._tiers.gc)
+                self._guarded(self._stack.gc)
                 next_gc = time.monotonic() + GC_SECONDS
 
     def _do(self, work: Offer | Order) -> None:
@@ -90,7 +90,7 @@ class Writer:
 
         def write(offer: Offer) -> None:
             nonlocal ok
-            ok = self._tiers.write(
+            ok = self._stack.write(
                 offer.run,
                 offer.slots,
                 cost_seconds=offer.cost_seconds,

@@ -21,6 +21,7 @@ from starlette.requests import Request
 
 from api.http.errors import ApiError
 from longctx.request import SamplingParams
+from offload.tier_names import MemoryTierName
 
 # JSON is parsed in one go on the event loop, at about 300 MB/s.
 MAX_JSON_BYTES = 16 << 20
@@ -346,7 +347,7 @@ class CompletionRequest(Sampled):
 
 
 class FlushRequest(Wire):
-    tier: Literal["device", "host", "all"] = "device"
+    tier: Literal[MemoryTierName, "all"] = "device"
 
 
 class TokenizeRequest(Wire):

@@ -23,10 +23,10 @@ from longctx.bench.report import Parameter, Report, Result
 from offload.block_run import EXTENT_BLOCKS
 from offload.eviction import POLICIES, Block, Entry, EvictionPolicy
 from offload.key import BlockKey
+from offload.units import GIB
 
 EXTENT_TOKENS = EXTENT_BLOCKS * BLOCK_TOKENS
 BASELINE = "lru"
-GIB = 1 << 30
 
 Extent = tuple[int, int]  # document, index of the extent in it
 

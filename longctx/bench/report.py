@@ -18,8 +18,8 @@ import transformers
 from rich.console import Console, RenderableType
 
 import longctx
+from offload.units import GIB
 
-GIB = 1 << 30
 SIGNIFICANT = 5  # digits that a measurement deserves
 
 Parameter = str | int | float | bool | None

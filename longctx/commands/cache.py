@@ -20,8 +20,8 @@ from longctx.errors import LongctxError
 from offload.disk.tier import DiskEntry, DiskTier, FolderInUse, FolderRefused
 from offload.eviction import LRU
 from offload.key import BlockKey
+from offload.units import GIB, KIB, MIB
 
-GIB = 1 << 30
 DAY_SECONDS = 86_400.0
 SHORT_HEX = 12  # digits shown of a key
 LEAST_HEX = 4  # digits that `rm` asks for
@@ -229,7 +229,7 @@ def _table(*columns: str) -> Table:
 
 
 def _bytes(count: int) -> str:
-    for unit, size in (("GiB", GIB), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+    for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if count >= size:
             return f"{count / size:,.1f} {unit}"
     return f"{count} bytes"

@@ -17,11 +17,12 @@ from compress.codec import CODECS, Codec
 from compress.shape import BLOCK_TOKENS, ShapeRefused
 from longctx.engine.sequence import Sequence
 from longctx.kv.cache_manager import KVCacheManager
-from longctx.kv.lookup_trace import Place, Trace
+from longctx.kv.lookup_trace import Trace
 from longctx.kv.prefix_index import PrefixName
 from longctx.request import CacheExplanation, Divergence
 from longctx.text.tokenizer import Tokenizer
 from offload.key import BlockKey, chain_keys
+from offload.tier_names import TierName
 
 RECENT_PROMPTS = 32  # of each tenant
 RECENT_TOKENS = 1 << 21  # of all tenants together, documents not counted
@@ -130,14 +131,14 @@ class Explainer:
             divergence=divergence,
         )
 
-    def _found(self, trace: Trace, sequence: Sequence, depth: int) -> tuple[Counter[Place], int]:
+    def _found(self, trace: Trace, sequence: Sequence, depth: int) -> tuple[Counter[TierName], int]:
         """Tokens that were found, by place, and how many of them another computed meanwhile."""
         assert trace.first is not None
-        counts: Counter[Place] = Counter()
+        counts: Counter[TierName] = Counter()
         waited = 0
         layout = sequence.layout
         windows_only = self._cache.memory.groups[0].window is not None
-        place: Place = "device"
+        place: TierName = "device"
         for block in reversed(range(depth)):
             last = trace.last[block]
             # Of layers with windows, blocks before the last window are not there, nor missed.

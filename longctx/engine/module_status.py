@@ -8,8 +8,9 @@ from longctx.kv.cache_manager import KVCacheManager
 from longctx.request import ModuleState
 from offload.key import BlockKey
 from offload.store import KVStore
+from offload.tier_names import TIERS
 
-TIERS = ("device", "host", "disk", "none")  # the best one first
+BEST_FIRST = (*TIERS, "none")
 
 
 def module_states(
@@ -44,7 +45,7 @@ def _state(
         tokens=len(module.token_ids),
         blocks=blocks,
         kv_bytes=blocks * block_bytes,
-        tier=min(tiers, key=TIERS.index),
+        tier=min(tiers, key=BEST_FIRST.index),
         hits=module.hits,
         durable_tokens=durable_tokens,
     )
@@ -58,4 +59,4 @@ def _tier(keys: tuple[BlockKey, ...], cache: KVCacheManager, store: KVStore | No
     places = {store.tier_of(0, key) for key in keys}
     if None in places:
         return "none"
-    return "disk" if "disk" in places else "host"
+    return max((place for place in places if place is not None), key=TIERS.index)

@@ -9,7 +9,6 @@ holds stay findable until their room is needed; so do whole prefixes that nobody
 from longctx.engine.sequence import BlockTable, Sequence
 from longctx.kv.block_entry import PAGE
 from longctx.kv.layout import Source
-from longctx.kv.lookup_trace import Place
 from longctx.kv.memory import KVMemory
 from longctx.kv.offloading import Migration
 from longctx.kv.prefix_index import PrefixIndex, PrefixName
@@ -17,6 +16,7 @@ from longctx.kv.prefix_match import Available, deepest
 from longctx.kv.resident_prefixes import ResidentPrefixes
 from offload.block_run import EXTENT_BLOCKS
 from offload.key import BlockKey
+from offload.tier_names import TierName
 
 MAX_LOADS = 2  # a tier that lists what it cannot read makes nobody wait for ever
 
@@ -171,7 +171,7 @@ class KVCacheManager:
             return int(prefix.tables[group][block, PAGE])
         return self.memory.packed[group].lookup(sequence.key(block))
 
-    def place(self, sequence: Sequence, group: int, block: int) -> Place | None:
+    def place(self, sequence: Sequence, group: int, block: int) -> TierName | None:
         """The best tier that has a block of the sequence's prompt."""
         if self._page(sequence, group, block) is not None:
             return "device"

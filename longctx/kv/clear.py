@@ -22,8 +22,9 @@ def clear_tiers(
             sizes = [sum(pool.page_bytes) for pool in cache.memory.packed]
             freed["device_blocks"] = sum(blocks)
             freed["device_bytes"] = sum(map(operator.mul, blocks, sizes))
-        elif tier == "host" and store is not None and store.has_host:
-            freed["host_blocks"], freed["host_bytes"] = store.clear_host()
+        elif store is not None and tier in store.memory_tiers:
+            cleared = store.clear(tier)
+            freed[f"{tier}_blocks"], freed[f"{tier}_bytes"] = cleared.blocks, cleared.num_bytes
         else:
             raise InvalidRequest(
                 f"there is no {tier} tier; --host-pool-gib makes one in RAM", param="tier"

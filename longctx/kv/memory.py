@@ -16,6 +16,7 @@ from compress.shape import BLOCK_TOKENS, KVShape, ShapeRefused
 from longctx.errors import ModelRefused
 from longctx.model.spec import LayerSpec
 from offload.block_pool import BlockPool
+from offload.units import GIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +212,7 @@ def pool_bytes(gib: float | None, device: torch.device, *, ranks: int = 1) -> in
     Ranks on CPUs are taken to share one machine's RAM.
     """
     if gib is not None:
-        return int(gib * (1 << 30))
+        return int(gib * GIB)
     if device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(device)
         return int(0.85 * free_bytes)

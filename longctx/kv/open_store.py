@@ -17,8 +17,8 @@ from offload.disk.tier import DiskTier
 from offload.eviction import POLICIES
 from offload.host import HostTier
 from offload.store import KVStore
+from offload.units import GIB
 
-GIB = 1 << 30
 HOST_SHARE = 8  # of RAM, where a GPU needs room below its own
 READ_DEADLINE_SECONDS = 5.0
 OWNER_SECONDS = 10.0  # a process that was killed may hold the folder so long
@@ -31,11 +31,14 @@ def open_store(
 
     `extents` moves the bytes of pages that do not all lie in this process.
     """
-    host = _host(config, memory) if extents is None else None
-    disk = _disk(config, extents)
-    if host is None and disk is None:
+    tiers = [  # the fastest first
+        None if extents is not None else _host(config, memory),
+        _disk(config, extents),
+    ]
+    present = [tier for tier in tiers if tier is not None]
+    if not present:
         return None
-    return KVStore(disk=disk, host=host, read_deadline_seconds=READ_DEADLINE_SECONDS)
+    return KVStore(present, read_deadline_seconds=READ_DEADLINE_SECONDS)
 
 
 def _host(config: CacheConfig, memory: KVMemory) -> HostTier | None:

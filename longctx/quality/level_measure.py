@@ -25,9 +25,9 @@ from longctx.quality.damage import Tally, compare
 from longctx.quality.measure import Measured, frame_of
 from longctx.quality.texts import TEXTS, Text
 from longctx.request import FinishReason, Piece, Request, SamplingParams, Segment
+from offload.units import GIB
 from prompt_cache.level import EXACT, Level
 
-GIB = 1 << 30
 POOL_BLOCKS = 256
 STEP_TOKENS = 128  # every row of a step has logits
 NO_ANSWER = SamplingParams(max_tokens=0)

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Final, Literal
 
 from offload.block_run import BlockRun, Slots
 from offload.disk.clocks import Clocks, seconds_since_boot
@@ -32,6 +33,7 @@ from offload.disk.shuffle import PageShuffle
 from offload.disk.verify import DiskVerifier, Verified
 from offload.eviction import EvictionPolicy
 from offload.key import BlockKey
+from offload.tier_names import TierName
 
 __all__ = ["Collected", "DiskEntry", "DiskTier", "FolderInUse", "FolderRefused", "Verified"]
 
@@ -64,6 +66,9 @@ _COUNTS = (
 
 
 class DiskTier:
+    name: Final[TierName] = "disk"
+    durable: Final[Literal[True]] = True
+
     def __init__(
         self,
         folder: Path,

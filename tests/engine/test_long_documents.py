@@ -9,7 +9,8 @@ import pytest
 
 from longctx.engine.batch import Batch
 from longctx.request import RequestClass
-from tests.support.recorded_engine import GIB, RecordedEngine, ask, build_engine, some_ids
+from offload.units import GIB
+from tests.support.recorded_engine import RecordedEngine, ask, build_engine, some_ids
 from tests.support.tiny_models import write_model
 from tests.support.tiny_tokenizer import write_tokenizer
 

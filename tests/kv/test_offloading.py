@@ -86,7 +86,7 @@ def tiered(
     memory = bare_cache(blocks=blocks, layers=layers).memory
     page_bytes = [size for pool in memory.packed for size in pool.page_bytes]
     host = HostTier(capacity_bytes=host_bytes, page_bytes=page_bytes, policy=LRU())
-    store = KVStore(disk=None, host=host, read_deadline_seconds=5.0)
+    store = KVStore([host], read_deadline_seconds=5.0)
     return TieredBench(tokenizer, KVCacheManager(memory, Migration(memory, store, staged=staged)))
 
 

@@ -2,11 +2,13 @@
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from typing import Final, Literal
 
 import numpy as np
 
-from offload.block_run import BlockRun, PageSlots
+from offload.block_run import BlockRun, PageSlots, Slots
 from offload.key import BlockKey
+from offload.tier_names import TierName
 
 PAGE_BYTES = (96, 64)  # of the two layers of every group in these tests
 
@@ -43,7 +45,10 @@ def pages(slots: PageSlots) -> list[bytes]:
 
 
 class MemoryDisk:
-    def __init__(self) -> None:
+    durable: Final[Literal[True]] = True
+
+    def __init__(self, name: TierName = "disk") -> None:
+        self.name = name
         self.blocks: dict[tuple[int, BlockKey], list[bytes]] = {}
         self.runs: list[BlockRun] = []  # as written
         self.reads: list[tuple[BlockKey, ...]] = []
@@ -64,9 +69,8 @@ class MemoryDisk:
     def has(self, group: int, key: BlockKey) -> bool:
         return (group, key) in self.blocks
 
-    def write(
-        self, run: BlockRun, slots: PageSlots, *, cost_seconds: float, retained: bool
-    ) -> bool:
+    def write(self, run: BlockRun, slots: Slots, *, cost_seconds: float, retained: bool) -> bool:
+        assert isinstance(slots, PageSlots), slots
         assert self.go_on_writing.wait(10)
         if self.bug is not None:
             raise self.bug
@@ -80,7 +84,8 @@ class MemoryDisk:
             self.blocks[run.group, name] = [array[row].tobytes() for array in slots.arrays]
         return True
 
-    def read(self, group: int, keys: Sequence[BlockKey], slots: PageSlots) -> list[bool]:
+    def read(self, group: int, keys: Sequence[BlockKey], slots: Slots) -> list[bool]:
+        assert isinstance(slots, PageSlots), slots
         self.reads.append(tuple(keys))
         assert self.go_on_reading.wait(10)
         self.while_reading()

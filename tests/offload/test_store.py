@@ -4,12 +4,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from typing import cast
 
 import pytest
 
 from offload.eviction import LRU, Block
 from offload.host import HostTier
 from offload.store import Event, KVStore, Late, Loaded, Written
+from offload.tier_names import TierName
 from tests.offload.asked_store import ended, offer, write
 from tests.offload.memory_disk import (
     PAGE_BYTES,
@@ -52,7 +54,7 @@ def host_tier(blocks: int) -> HostTier:
 
 @pytest.fixture
 def store(disk: MemoryDisk, clock: Clock) -> Iterator[KVStore]:
-    store = KVStore(disk=disk, host=None, read_deadline_seconds=DEADLINE_SECONDS, clock=clock)
+    store = KVStore([disk], read_deadline_seconds=DEADLINE_SECONDS, clock=clock)
     with closing(store):
         yield store
         disk.go_on_reading.set()
@@ -60,9 +62,13 @@ def store(disk: MemoryDisk, clock: Clock) -> Iterator[KVStore]:
 
 
 @pytest.fixture
-def hosted(disk: MemoryDisk, clock: Clock) -> Iterator[KVStore]:
-    host = host_tier(100)
-    store = KVStore(disk=disk, host=host, read_deadline_seconds=DEADLINE_SECONDS, clock=clock)
+def host() -> HostTier:
+    return host_tier(100)
+
+
+@pytest.fixture
+def hosted(host: HostTier, disk: MemoryDisk, clock: Clock) -> Iterator[KVStore]:
+    store = KVStore([host, disk], read_deadline_seconds=DEADLINE_SECONDS, clock=clock)
     with closing(store):
         yield store
 
@@ -199,9 +205,7 @@ def test_time_in_the_queue_does_not_count(disk: MemoryDisk, clock: Clock) -> Non
         events.extend(store.poll())
 
     with closing(
-        KVStore(
-            disk=disk, host=None, threads=1, read_deadline_seconds=DEADLINE_SECONDS, clock=clock
-        )
+        KVStore([disk], threads=1, read_deadline_seconds=DEADLINE_SECONDS, clock=clock)
     ) as store:
         write(store, run)
         disk.while_reading = slowly
@@ -224,7 +228,7 @@ def test_loads_that_no_reader_is_left_for_are_late_too(
 
 
 def test_wait_returns_when_a_load_becomes_late(disk: MemoryDisk) -> None:
-    with closing(KVStore(disk=disk, host=None, read_deadline_seconds=0.05)) as store:
+    with closing(KVStore([disk], read_deadline_seconds=0.05)) as store:
         write(store, chain(1, 2))
         disk.go_on_reading.clear()
         ticket = store.load([(0, (key(1),), blank_slots(1))])
@@ -262,9 +266,9 @@ def test_what_was_read_from_disk_comes_from_host_memory_next_time(
     disk: MemoryDisk, clock: Clock
 ) -> None:
     run = chain(1, 20)
-    with closing(KVStore(disk=disk, host=None, read_deadline_seconds=1.0)) as store:
+    with closing(KVStore([disk], read_deadline_seconds=1.0)) as store:
         write(store, run)
-    with closing(KVStore(disk=disk, host=host_tier(100), read_deadline_seconds=1.0)) as store:
+    with closing(KVStore([host_tier(100), disk], read_deadline_seconds=1.0)) as store:
         for _ in range(2):
             slots = blank_slots(20)
             ticket = store.load([(0, run.keys, slots)])
@@ -288,17 +292,40 @@ def test_what_is_offered_is_in_host_memory_even_if_the_disk_is_full(
     assert pages(slots) == pages(filled_slots(run))
 
 
-def test_a_load_takes_from_both_tiers(disk: MemoryDisk) -> None:
+def test_a_load_takes_from_both_tiers(hosted: KVStore, host: HostTier, disk: MemoryDisk) -> None:
     run = chain(1, 12)
-    with closing(KVStore(disk=disk, host=host_tier(100), read_deadline_seconds=9.0)) as store:
+    write(hosted, run)
+    host.drop([key(4), key(5), key(9)])
+    slots = blank_slots(12)
+    ticket = hosted.load([(0, run.keys, slots)])
+    assert ended(hosted, ticket) == Loaded(ticket, ((True,) * 12,))
+    assert pages(slots) == pages(filled_slots(run))
+    assert disk.reads == [(key(4), key(5)), (key(9),)]
+
+
+def test_a_third_tier_needs_no_more_than_its_place_in_the_list(
+    host: HostTier, disk: MemoryDisk, clock: Clock
+) -> None:
+    far, run = MemoryDisk(cast(TierName, "far")), chain(1, 6)
+    with closing(KVStore([disk, far], read_deadline_seconds=9.0)) as store:
         write(store, run)
-        assert store._tiers._host is not None
-        store._tiers._host.drop([key(4), key(5), key(9)])
-        slots = blank_slots(12)
+    assert disk.blocks == far.blocks
+    disk.drop([key(1), key(2)])
+    tiers = [host, disk, far]
+    with closing(KVStore(tiers, read_deadline_seconds=9.0, clock=clock)) as store:
+        assert [store.tier_of(0, name) for name in run.keys] == ["far"] * 2 + ["disk"] * 4
+        slots = blank_slots(6)
         ticket = store.load([(0, run.keys, slots)])
-        assert ended(store, ticket) == Loaded(ticket, ((True,) * 12,))
+        assert ended(store, ticket) == Loaded(ticket, ((True,) * 6,))
         assert pages(slots) == pages(filled_slots(run))
-        assert disk.reads == [(key(4), key(5)), (key(9),)]
+        assert (disk.reads, far.reads) == ([run.keys[2:]], [run.keys[:2]])
+        assert all(host.has(0, name) for name in run.keys)
+        store.retain("it", run.keys)
+        assert store.flush(10)
+        assert far.retained == set(run.keys) and not disk.retained  # the lowest keeps it
+        store.release("it", drop=True)
+        assert store.flush(10)
+        assert not disk.blocks and not far.blocks and not host.has(0, key(1))
 
 
 def test_what_no_document_retains_any_more_is_dropped_from_every_tier(
@@ -353,12 +380,11 @@ def test_who_retains_a_key_again_before_it_is_deleted_keeps_it(
 
 
 def test_a_key_deleted_while_it_is_read_does_not_stay_in_host_memory(
-    hosted: KVStore, disk: MemoryDisk
+    hosted: KVStore, host: HostTier, disk: MemoryDisk
 ) -> None:
     hosted.retain("it", [key(1)])
     write(hosted, chain(1, 1))
-    assert hosted._tiers._host is not None
-    hosted._tiers._host.drop([key(1)])
+    host.drop([key(1)])
     disk.go_on_reading.clear()
     ticket = hosted.load([(0, (key(1),), blank_slots(1))])
     until(lambda: disk.reads)
@@ -427,16 +453,22 @@ def test_explain_knows_the_tier_below(store: KVStore) -> None:
 
 
 def test_close_ends_the_threads(disk: MemoryDisk) -> None:
-    store = KVStore(disk=disk, host=None, threads=3, read_deadline_seconds=1.0)
-    assert sum(thread.name.startswith("longctx-") for thread in threading.enumerate()) >= 4
-    threads = [store._writer._thread, *store._reader._threads]
+    before = set(threading.enumerate())
+    store = KVStore([disk], threads=3, read_deadline_seconds=1.0)
+    threads = set(threading.enumerate()) - before
+    assert sorted(thread.name for thread in threads) == [
+        "longctx-read-0",
+        "longctx-read-1",
+        "longctx-read-2",
+        "longctx-write",
+    ]
     store.close()
     assert not any(thread.is_alive() for thread in threads)
     assert disk.closed
 
 
 def test_close_does_not_wait_for_a_disk_that_hangs(disk: MemoryDisk) -> None:
-    store = KVStore(disk=disk, host=None, read_deadline_seconds=1.0)
+    store = KVStore([disk], read_deadline_seconds=1.0)
     write(store, chain(1, 1))
     disk.go_on_reading.clear()
     store.load([(0, (key(1),), blank_slots(1))])

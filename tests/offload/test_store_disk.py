@@ -12,6 +12,7 @@ from offload.eviction import GDSF, LRU, Block
 from offload.host import HostTier
 from offload.store import KVStore, Late, Loaded, Written
 from tests.offload.asked_store import ended, offer, write
+from tests.offload.extents import open_tier
 from tests.offload.memory_disk import PAGE_BYTES, blank_slots, chain, filled_slots, key, pages
 
 OpenStore = Callable[..., KVStore]
@@ -33,7 +34,7 @@ def open_store(folder: Path) -> OpenStore:
             page_bytes=PAGE_BYTES,
             policy=LRU[Block](),
         )
-        return KVStore(disk=disk, host=host if host_blocks else None, read_deadline_seconds=30.0)
+        return KVStore([host, disk] if host_blocks else [disk], read_deadline_seconds=30.0)
 
     return open_it
 
@@ -98,7 +99,7 @@ def test_a_document_in_use_does_not_grow_old(tmp_path: Path) -> None:
         clock=lambda: now[0],
         steady_clock=lambda: now[0],
     )
-    with closing(KVStore(disk=disk, host=None, read_deadline_seconds=30.0)) as store:
+    with closing(KVStore([disk], read_deadline_seconds=30.0)) as store:
         store.retain("used", chain(1, 20).keys)
         for first, count in ((1, 16), (17, 4), (500, 16)):
             write(store, chain(first, count))
@@ -170,16 +171,15 @@ def test_a_small_store_forgets_but_is_never_wrong(
     assert not list(folder.glob("*.tmp"))
 
 
-def test_cost_is_shared_out_and_retention_passed_on(open_store: OpenStore) -> None:
-    with closing(open_store()) as store:
+def test_cost_is_shared_out_and_retention_passed_on(tmp_path: Path) -> None:
+    disk = open_tier(tmp_path / "kv")
+    with closing(KVStore([disk], read_deadline_seconds=30.0)) as store:
         store.retain("it", [key(18)])
         write(store, chain(1, 16))
         ticket = store.offer(
             chain(13, 8), filled_slots(chain(13, 8)), cost_seconds=8.0, retained=False
         )
         assert ended(store, ticket) == Written(ticket, True)
-        disk = store._tiers._disk
-        assert isinstance(disk, DiskTier)
         first, second = disk.entries()
         assert (second.meta.run.first_block, second.num_blocks) == (16, 4)
         assert second.meta.cost_seconds == 4.0

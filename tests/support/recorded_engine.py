@@ -34,9 +34,8 @@ from longctx.request import (
     Usage,
 )
 from longctx.ring.ranks import Ranks
+from offload.units import GIB
 from tests.support.tiny_models import BASE, HEAD_DIM, VOCAB_SIZE
-
-GIB = 1 << 30
 
 
 @dataclass
