@@ -24,7 +24,7 @@ class Channel:
         self._connection = connection
         self._sending = threading.Lock()
         self._stream = connection.makefile("rb")
-        self.heard = time.monotonic()  # when the last message came
+        self.received_at = time.monotonic()  # when the last message came
 
     def send(self, body: bytes) -> None:
         """Raises ConnectionLost where nobody is there to hear it."""
@@ -44,7 +44,7 @@ class Channel:
             body = self._stream.read(length)
         except OSError:
             return None
-        self.heard = time.monotonic()
+        self.received_at = time.monotonic()
         return body if len(body) == length else None
 
     def close(self) -> None:

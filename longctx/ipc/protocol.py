@@ -51,7 +51,7 @@ class Fault(msgspec.Struct, frozen=True):
         return kind(self.message)
 
 
-class Joined(Message, frozen=True):
+class RankJoined(Message, frozen=True):
     """The first word of a rank that was started by a launcher.
 
     `address`: where rank 0 waits for the others. `pid`: where it can be killed.
@@ -63,15 +63,15 @@ class Joined(Message, frozen=True):
     address: str = ""
 
 
-class Leader(Message, frozen=True):
-    """The answer to `Joined` of another rank than 0: where rank 0 is; or why not."""
+class LeaderAddress(Message, frozen=True):
+    """The answer to `RankJoined` of another rank than 0: where rank 0 is; or why not."""
 
     address: str
     fault: Fault | None = None
 
 
 class Start(Message, frozen=True):
-    """The answer to `Joined` of rank 0, and the first word to an engine that is alone."""
+    """The answer to `RankJoined` of rank 0, and the first word to an engine that is alone."""
 
     config: EngineConfig
     model_folder: str
@@ -163,11 +163,11 @@ class Durable(Message, frozen=True):
     documents: dict[str, int]
 
 
-class Beat(Message, frozen=True):
+class Heartbeat(Message, frozen=True):
     """A rank that computes for long is still there."""
 
 
-class Lost(Message, frozen=True):
+class RanksLost(Message, frozen=True):
     """Why the ranks are about to end and to be started again."""
 
     reason: str
@@ -182,7 +182,7 @@ class Done(Message, frozen=True):
 
 
 Command = (
-    Leader
+    LeaderAddress
     | Start
     | Submit
     | Abort
@@ -196,7 +196,7 @@ Command = (
     | Clear
     | Stop
 )
-Event = Joined | Beat | Lost | Loaded | Rejected | Outputs | Durable | Done
+Event = RankJoined | Heartbeat | RanksLost | Loaded | Rejected | Outputs | Durable | Done
 
 _FAULTS: dict[str, type[LongctxError]] = {
     kind.__name__: kind
@@ -240,9 +240,9 @@ def frame(message: Command | Event) -> bytes:
     return HEADER.pack(len(body)) + body
 
 
-def read_command(body: bytes) -> Command:
+def decode_command(body: bytes) -> Command:
     return _COMMANDS.decode(body)
 
 
-def read_event(body: bytes) -> Event:
+def decode_event(body: bytes) -> Event:
     return _EVENTS.decode(body)

@@ -18,7 +18,6 @@ from longctx.errors import EngineDied, InvalidRequest, LongctxError
 from longctx.ipc.protocol import (
     HEADER,
     Abort,
-    Beat,
     Clear,
     CloseDocument,
     CloseModule,
@@ -28,19 +27,20 @@ from longctx.ipc.protocol import (
     Event,
     GetModules,
     GetStats,
-    Joined,
+    Heartbeat,
     JudgeLevel,
     Loaded,
-    Lost,
     OpenDocument,
     OpenModule,
     Outputs,
+    RankJoined,
+    RanksLost,
     Rejected,
     Start,
     Stop,
     Submit,
+    decode_event,
     frame,
-    read_event,
 )
 from longctx.process.launcher import engine_processes
 from longctx.request import (
@@ -245,9 +245,9 @@ class EngineClient:
             raise EngineDied(f"no engine process could be started: {error.strerror}") from error
         self._send(Start(self.config, str(self.model_folder), str(self.cache_dir)))
         loaded = await self._next_event(reader)
-        while isinstance(loaded, Beat):
+        while isinstance(loaded, Heartbeat):
             loaded = await self._next_event(reader)
-        if isinstance(loaded, Lost):
+        if isinstance(loaded, RanksLost):
             await self._reap()
             raise EngineDied(f"{loaded.reason}, while loading the model")
         if loaded is None:
@@ -266,7 +266,7 @@ class EngineClient:
             header = await reader.readexactly(HEADER.size)
             body = await reader.readexactly(*HEADER.unpack(header))
             self._heard = asyncio.get_running_loop().time()
-            return read_event(body)
+            return decode_event(body)
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
 
@@ -330,11 +330,11 @@ class EngineClient:
                 future = self._calls.get(event.ticket)
                 if future is not None and not future.done():
                     future.set_result(event)
-            case Lost():
+            case RanksLost():
                 self._lost = event.reason
-            case Beat():
+            case Heartbeat():
                 pass
-            case Loaded() | Joined():
+            case Loaded() | RankJoined():
                 raise AssertionError(f"a second {type(event).__name__}")
 
     def _end_all(self, reason: str) -> None:

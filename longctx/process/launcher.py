@@ -18,9 +18,9 @@ from typing import Protocol
 
 from longctx.config import EngineConfig
 from longctx.errors import EngineDied, LongctxError
-from longctx.ipc.protocol import Joined
+from longctx.ipc.protocol import RankJoined
 from longctx.ring.processes.head import Head
-from longctx.ring.processes.rendezvous import cores
+from longctx.ring.processes.rendezvous import usable_cores
 from longctx.ring.processes.secret import make_secret
 
 STOP_SECONDS = 10.0  # a process that was told to stop and has not done so by then is killed
@@ -102,9 +102,9 @@ class Ring:
     def __init__(self, config: EngineConfig) -> None:
         self._ranks = config.ring.ranks
         self._threads = config.model.threads
-        self._leader: Joined | None = None
+        self._leader: RankJoined | None = None
         self._connection: socket.socket | None = None
-        self.agent: subprocess.Popen[bytes] | None = None
+        self.launcher: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None  # of local ranks: private, so their sockets are too
         address = config.ring.head
         if address is None:
@@ -130,9 +130,9 @@ class Ring:
                 f"longctx.process.worker --head {self._head.address} --secret {self._secret}",
                 file=sys.stderr,
             )
-        elif self.agent is None or self.agent.poll() is not None:
-            self.agent = self._launch(self._folder)
-        calling = asyncio.ensure_future(self._head.leader())
+        elif self.launcher is None or self.launcher.poll() is not None:
+            self.launcher = self._launch(self._folder)
+        calling = asyncio.ensure_future(self._head.next_leader())
         try:
             await self._wait_for(calling)
         finally:
@@ -140,20 +140,20 @@ class Ring:
         self._connection, self._leader = calling.result()
         return self._connection.dup()
 
-    async def _wait_for(self, calling: asyncio.Future[tuple[socket.socket, Joined]]) -> None:
+    async def _wait_for(self, calling: asyncio.Future[tuple[socket.socket, RankJoined]]) -> None:
         deadline = asyncio.get_running_loop().time() + CALL_SECONDS
         while not calling.done():
             await asyncio.wait([calling], timeout=LOOK_SECONDS)
-            if self.agent is None or calling.done():
+            if self.launcher is None or calling.done():
                 continue
-            if (code := self.agent.poll()) is not None:
+            if (code := self.launcher.poll()) is not None:
                 raise EngineDied(f"the launcher of the ranks ended with code {code}")
             if asyncio.get_running_loop().time() > deadline:
-                await self._end_agent(0.0)
+                await self._end_launcher(0.0)
                 raise EngineDied(f"the ranks did not call within {CALL_SECONDS:.0f} s")
 
     def _launch(self, folder: Path) -> subprocess.Popen[bytes]:
-        threads = self._threads or max(1, cores() // self._ranks)
+        threads = self._threads or max(1, usable_cores() // self._ranks)
         options = {
             "--ranks": self._ranks,
             "--threads": threads,
@@ -164,12 +164,12 @@ class Ring:
         words = [str(word) for option in options.items() for word in option]
         return subprocess.Popen(
             [*PYTHON, "-m", "longctx.ring.processes.launcher", *words],
-            stdin=subprocess.PIPE,  # its end is the agent's
+            stdin=subprocess.PIPE,  # its end is the launcher's
             start_new_session=True,
         )
 
     async def reap(self) -> str:
-        self._head.forget()
+        self._head.forget_leader()
         self._leader = None
         return "the ranks of the engine ended"
 
@@ -183,17 +183,17 @@ class Ring:
                 self._connection.shutdown(socket.SHUT_RDWR)
 
     async def stop(self) -> None:
-        await self._end_agent(0.0 if self._leader is None else STOP_SECONDS)
+        await self._end_launcher(0.0 if self._leader is None else STOP_SECONDS)
         self._head.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    async def _end_agent(self, seconds: float) -> None:
+    async def _end_launcher(self, seconds: float) -> None:
         """By force after a while; its ranks end with it."""
-        if self.agent is not None:
-            await _end(self.agent, seconds)
-            assert self.agent.stdin is not None
-            self.agent.stdin.close()
+        if self.launcher is not None:
+            await _end(self.launcher, seconds)
+            assert self.launcher.stdin is not None
+            self.launcher.stdin.close()
 
 
 async def _end(process: subprocess.Popen[bytes], seconds: float = STOP_SECONDS) -> int:

@@ -41,23 +41,23 @@ from longctx.ipc.protocol import (
     GetModules,
     GetStats,
     JudgeLevel,
-    Leader,
+    LeaderAddress,
     Loaded,
-    Lost,
     OpenDocument,
     OpenModule,
     Outputs,
+    RanksLost,
     Rejected,
     Start,
     Stop,
     Submit,
+    decode_command,
     encode,
-    read_command,
 )
 from longctx.quality.level_gate import judge_level
 from longctx.ring.processes.follower import follow
-from longctx.ring.processes.remote_ranks import ProcessRanks
-from longctx.ring.processes.rendezvous import FollowerPost, LeaderPost, Place
+from longctx.ring.processes.remote_ranks import RemoteRanks
+from longctx.ring.processes.rendezvous import FollowerRendezvous, LeaderRendezvous, RankCoordinates
 from longctx.ring.processes.secret import read_secret
 
 FLUSH_SECONDS = 5.0  # at the end, for blocks that are on their way to the disk
@@ -83,12 +83,11 @@ def main(words: Sequence[str], environment: Mapping[str, str]) -> None:
     if arguments.head is None or arguments.secret is None:
         parser.error("--head and --secret are needed; see docs/ring.md")
     die_with_parent()
-    place, secret = Place.of(environment), read_secret(arguments.secret)
-    if place.rank == 0:
-        _lead(LeaderPost(arguments.head, secret, place), place)
+    coordinates, secret = RankCoordinates.of(environment), read_secret(arguments.secret)
+    if coordinates.rank == 0:
+        _lead(LeaderRendezvous(arguments.head, secret, coordinates), coordinates)
     else:
-        post = FollowerPost(arguments.head, secret, place)
-        follow(post.channel, place.own, post.meet)
+        follow(FollowerRendezvous(arguments.head, secret, coordinates))
 
 
 def _alone(channel: Channel) -> None:
@@ -99,24 +98,24 @@ def _alone(channel: Channel) -> None:
             _run(channel, commands, start, ranks=None)
 
 
-def _lead(post: LeaderPost, place: Place) -> None:
+def _lead(rendezvous: LeaderRendezvous, coordinates: RankCoordinates) -> None:
     def lost(reason: str) -> NoReturn:
         with contextlib.suppress(ConnectionLost):
-            post.channel.send(encode(Lost(reason)))
-        post.kill_others()
+            rendezvous.channel.send(encode(RanksLost(reason)))
+        rendezvous.kill_local_followers()
         os._exit(1)  # whatever other threads wait for will not come
 
-    commands = _commands(post.channel)
+    commands = _commands(rendezvous.channel)
     start = commands.get()
-    if isinstance(start, Leader) and start.fault is not None:
+    if isinstance(start, LeaderAddress) and start.fault is not None:
         raise start.fault.error()
     if not isinstance(start, Start):
         lost("the head is gone")
     try:
-        transport = post.meet(start.config, start.model_folder, start.cache_dir)
-        ranks = ProcessRanks(transport, post.members, lost)
-        start = Start(place.own(start.config), start.model_folder, start.cache_dir)
-        if _run(post.channel, commands, start, ranks=ranks):
+        transport = rendezvous.join_group(start.config, start.model_folder, start.cache_dir)
+        ranks = RemoteRanks(transport, rendezvous.followers, lost)
+        start = Start(coordinates.rank_config(start.config), start.model_folder, start.cache_dir)
+        if _run(rendezvous.channel, commands, start, ranks=ranks):
             ranks.close()
         else:
             lost("the head is gone")
@@ -132,7 +131,7 @@ def _run(
     commands: "queue.SimpleQueue[Command | None]",
     start: Start,
     *,
-    ranks: ProcessRanks | None,
+    ranks: RemoteRanks | None,
 ) -> bool:
     """Whether it was told to end. Raises ConnectionLost (the server), PeerLost (a rank)."""
     folder, cache_dir = Path(start.model_folder), Path(start.cache_dir)
@@ -157,7 +156,7 @@ def _commands(channel: Channel) -> "queue.SimpleQueue[Command | None]":
 
     def receive() -> None:
         while (body := channel.receive()) is not None:
-            commands.put(read_command(body))
+            commands.put(decode_command(body))
         commands.put(None)
 
     threading.Thread(target=receive, daemon=True).start()
@@ -168,7 +167,7 @@ def _serve(
     engine: Engine,
     channel: Channel,
     commands: "queue.SimpleQueue[Command | None]",
-    ranks: ProcessRanks | None,
+    ranks: RemoteRanks | None,
 ) -> bool:
     """Whether it was told to end."""
     judging = ThreadPoolExecutor(max_workers=1)  # takes seconds, and answers have to flow
@@ -191,7 +190,7 @@ def _serve(
             channel.send(encode(Outputs(outputs)))
 
 
-def _obey(engine: Engine, command: Command, ranks: ProcessRanks | None) -> Event | None:
+def _obey(engine: Engine, command: Command, ranks: RemoteRanks | None) -> Event | None:
     try:
         match command:
             case Submit():

@@ -7,8 +7,8 @@ import threading
 
 from longctx.errors import ConnectionLost, EngineDied, PeerLost
 from longctx.ipc.channel import Channel
-from longctx.ipc.protocol import Fault, Joined, Leader, encode, read_event
-from longctx.ring.processes.listener import Reception
+from longctx.ipc.protocol import Fault, LeaderAddress, RankJoined, decode_event, encode
+from longctx.ring.processes.listener import Listener
 
 WAITING_SECONDS = 60.0  # of another rank for rank 0
 
@@ -18,28 +18,28 @@ class Head:
         """Raises OSError."""
         self._ranks = ranks
         self._changed = threading.Condition()
-        self._leader: Joined | None = None
-        self._waiting: asyncio.Future[tuple[socket.socket, Joined]] | None = None
-        self._reception = Reception(address, secret, self._answer)
-        self.address = self._reception.address
+        self._leader: RankJoined | None = None
+        self._waiting: asyncio.Future[tuple[socket.socket, RankJoined]] | None = None
+        self._listener = Listener(address, secret, self._answer)
+        self.address = self._listener.address
 
-    async def leader(self) -> tuple[socket.socket, Joined]:
+    async def next_leader(self) -> tuple[socket.socket, RankJoined]:
         """The next rank 0 that calls, once its connection awaits `Start`."""
         with self._changed:
             self._waiting = asyncio.get_running_loop().create_future()
         return await self._waiting
 
-    def forget(self) -> None:
+    def forget_leader(self) -> None:
         """The leader has gone: who asks waits for the next one."""
         with self._changed:
             self._leader = None
 
     def close(self) -> None:
-        self._reception.close()
+        self._listener.close()
 
     def _answer(self, connection: socket.socket, word: bytes) -> None:
-        joined = read_event(word)
-        assert isinstance(joined, Joined), joined
+        joined = decode_event(word)
+        assert isinstance(joined, RankJoined), joined
         if joined.rank == 0 and joined.ranks == self._ranks:
             self._take(connection, joined)
             return
@@ -48,7 +48,7 @@ class Head:
             channel.send(encode(self._where(joined)))
         channel.close()
 
-    def _take(self, connection: socket.socket, joined: Joined) -> None:
+    def _take(self, connection: socket.socket, joined: RankJoined) -> None:
         with self._changed:
             waiting = self._waiting
             if waiting is None:  # a second leader: one of the two is of an older attempt
@@ -66,12 +66,12 @@ class Head:
         with contextlib.suppress(RuntimeError):  # the loop has ended
             waiting.get_loop().call_soon_threadsafe(give)
 
-    def _where(self, joined: Joined) -> Leader:
+    def _where(self, joined: RankJoined) -> LeaderAddress:
         if joined.ranks != self._ranks:
             message = f"torchrun started {joined.ranks} ranks, the head has --ranks {self._ranks}"
-            return Leader("", Fault.of(EngineDied(message)))
+            return LeaderAddress("", Fault.of(EngineDied(message)))
         with self._changed:
             self._changed.wait_for(lambda: self._leader is not None, WAITING_SECONDS)
             if self._leader is None:
-                return Leader("", Fault.of(PeerLost("rank 0 has not called yet")))
-            return Leader(self._leader.address)
+                return LeaderAddress("", Fault.of(PeerLost("rank 0 has not called yet")))
+            return LeaderAddress(self._leader.address)

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from longctx.errors import ConnectionLost
 from longctx.ipc.channel import Channel
 
-BEAT_SECONDS = 0.5
+HEARTBEAT_SECONDS = 0.5
 SILENCE_SECONDS = 6.0  # far longer than any thread waits for its turn on a machine that works
 LOADING_SILENCE_SECONDS = 60.0  # while weights are loaded, which may keep all threads waiting
 
 
-class Watch:
+class HeartbeatMonitor:
     """Looks after the other ends of some channels."""
 
     def __init__(self, peers: Mapping[str, Channel], lost: Callable[[str], None]) -> None:
@@ -27,18 +27,19 @@ class Watch:
     def _look(self) -> None:
         looked = time.monotonic()
         while True:
-            time.sleep(BEAT_SECONDS)
+            time.sleep(HEARTBEAT_SECONDS)
             now = time.monotonic()
-            if now - looked > 4 * BEAT_SECONDS:  # this process was stopped itself: ask again
+            if now - looked > 4 * HEARTBEAT_SECONDS:  # this process was stopped itself: ask again
                 for channel in self._peers.values():
-                    channel.heard = now
+                    channel.received_at = now
             looked = now
             for name, channel in self._peers.items():
-                if now - channel.heard > self.silence_seconds:
-                    self._lost(f"{name} has not been heard of for {now - channel.heard:.0f} s")
+                silent_seconds = now - channel.received_at
+                if silent_seconds > self.silence_seconds:
+                    self._lost(f"{name} has not been heard of for {silent_seconds:.0f} s")
 
 
-def beat(channels: Sequence[Channel], body: bytes) -> None:
+def send_heartbeats(channels: Sequence[Channel], body: bytes) -> None:
     """Send `body` to all of them again and again, from a thread."""
 
     def send() -> None:
@@ -48,6 +49,6 @@ def beat(channels: Sequence[Channel], body: bytes) -> None:
                     channel.send(body)
                 except ConnectionLost:
                     continue  # whoever receives from it notices
-            time.sleep(BEAT_SECONDS)
+            time.sleep(HEARTBEAT_SECONDS)
 
-    threading.Thread(target=send, name="longctx-beat", daemon=True).start()
+    threading.Thread(target=send, name="longctx-heartbeat", daemon=True).start()

@@ -9,7 +9,7 @@ from longctx.errors import AuthenticationFailed, ConnectionLost
 from longctx.ipc.channel import first_word, listen
 
 
-class Reception:
+class Listener:
     """Each caller has a thread of its own, so that strangers who say nothing hold up no other."""
 
     def __init__(
@@ -22,7 +22,7 @@ class Reception:
         if not address.startswith("unix:"):
             host, port = self._listener.getsockname()[:2]
             self.address = f"{host}:{port}"
-        threading.Thread(target=self._listen, name="longctx-reception", daemon=True).start()
+        threading.Thread(target=self._listen, name="longctx-listener", daemon=True).start()
 
     def close(self) -> None:
         """Take no more calls; who has called already is still heard."""

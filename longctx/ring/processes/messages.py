@@ -1,29 +1,29 @@
 """What the leader and another rank say to each other, beside tensors: msgpack, never pickle.
 
-The leader asks for pages to be written, read or copied at any time, from any thread; the answer
-carries the same ticket. Everything else follows in order: `Group`, `Ready`, `Open`, `Ready`, then
-`Step` and `Stepped` again and again.
+The leader asks for pages to be written, read or copied at any time, from any thread; the reply
+carries the same ticket. Everything else follows in order: `JoinGroup`, `Ready`, `OpenRank`,
+`Ready`, then `RunStep` and `StepDone` again and again.
 """
 
 import msgspec
 
 from longctx.config import EngineConfig
 from longctx.errors import LongctxError, PeerLost
-from longctx.ipc.protocol import Beat, Fault, Message, decode_hook, encode_hook
+from longctx.ipc.protocol import Fault, Heartbeat, Message, decode_hook, encode_hook
 from longctx.ring.rank import RingMemory
 from offload.block_run import BlockRun
 from offload.disk.extent_file import LayoutDiffers
 from offload.disk.extent_header import ExtentMeta, ExtentUnreadable, OtherVersion
 
 
-class Member(Message, frozen=True):
+class FollowerJoined(Message, frozen=True):
     """The first word of a rank to its leader."""
 
     rank: int
     pid: int
 
 
-class Group(Message, frozen=True):
+class JoinGroup(Message, frozen=True):
     """Everybody is there: where the process group meets, and what to load."""
 
     store: str  # file:PATH or HOST:PORT
@@ -38,25 +38,25 @@ class Ready(Message, frozen=True):
     fault: Fault | None = None
 
 
-class Open(Message, frozen=True):
+class OpenRank(Message, frozen=True):
     """`fingerprint`: of the leader's model."""
 
     memory: RingMemory
     fingerprint: str
 
 
-class Step(Message, frozen=True):
+class RunStep(Message, frozen=True):
     body: bytes  # of a `RankStep`
 
 
-class Stepped(Message, frozen=True):
+class StepDone(Message, frozen=True):
     """`sent_bytes`: to other ranks, ever. `failure`: what step and rank have died of."""
 
     sent_bytes: int
     failure: str | None = None
 
 
-class End(Message, frozen=True):
+class EndRank(Message, frozen=True):
     """The rank's process ends."""
 
 
@@ -81,7 +81,7 @@ class CopyPages(Message, frozen=True):
     pages: list[int]
 
 
-class Answer(Message, frozen=True):
+class PagesReply(Message, frozen=True):
     """`found`: of a read; `copies`: of a copy. Or what it died of."""
 
     ticket: int
@@ -92,7 +92,7 @@ class Answer(Message, frozen=True):
     errno: int | None = None
 
     @classmethod
-    def failed(cls, ticket: int, error: Exception) -> "Answer":
+    def failed(cls, ticket: int, error: Exception) -> "PagesReply":
         if isinstance(error, OSError):
             return cls(ticket, failure=str(error), kind="OSError", errno=error.errno)
         return cls(ticket, failure=str(error), kind=type(error).__name__)
@@ -108,9 +108,9 @@ class Answer(Message, frozen=True):
         raise LongctxError(f"{self.kind}: {self.failure}")
 
 
-PagesOrder = WritePages | ReadPages | CopyPages
-FromLeader = Group | Open | Step | End | WritePages | ReadPages | CopyPages | Beat
-ToLeader = Member | Ready | Stepped | Answer | Beat
+PagesRequest = WritePages | ReadPages | CopyPages
+FromLeader = JoinGroup | OpenRank | RunStep | EndRank | PagesRequest | Heartbeat
+ToLeader = FollowerJoined | Ready | StepDone | PagesReply | Heartbeat
 
 _FAILURES: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (ExtentUnreadable, OtherVersion, LayoutDiffers, PeerLost)
@@ -129,9 +129,9 @@ def encode(message: FromLeader | ToLeader) -> bytes:
     return _ENCODER.encode(message)
 
 
-def from_leader(body: bytes) -> FromLeader:
+def decode_from_leader(body: bytes) -> FromLeader:
     return _FROM_LEADER.decode(body)
 
 
-def to_leader(body: bytes) -> ToLeader:
+def decode_to_leader(body: bytes) -> ToLeader:
     return _TO_LEADER.decode(body)

@@ -13,24 +13,24 @@ from pathlib import Path
 
 from longctx.errors import ConnectionLost, PeerLost
 from longctx.ipc.channel import Channel
-from longctx.ipc.protocol import Beat
+from longctx.ipc.protocol import Heartbeat
 from longctx.model.loader import LoadedModel
 from longctx.ring.pages import RankPages
 from longctx.ring.process_group import ProcessGroupTransport
-from longctx.ring.processes.heartbeat import SILENCE_SECONDS, Watch, beat
+from longctx.ring.processes.heartbeat import SILENCE_SECONDS, HeartbeatMonitor, send_heartbeats
 from longctx.ring.processes.messages import (
-    Answer,
     CopyPages,
-    End,
-    Open,
-    PagesOrder,
+    EndRank,
+    OpenRank,
+    PagesReply,
+    PagesRequest,
     ReadPages,
     Ready,
-    Step,
-    Stepped,
+    RunStep,
+    StepDone,
     WritePages,
+    decode_to_leader,
     encode,
-    to_leader,
 )
 from longctx.ring.rank import RingMemory
 from longctx.ring.step import RankStep
@@ -40,7 +40,7 @@ from offload.disk.extent_header import ExtentMeta
 LEAVING_SECONDS = 5.0  # for the other ranks to end when they are told to
 
 
-class ProcessRanks:
+class RemoteRanks:
     """`Ranks` over channels; `channels[r]` leads to rank r, from 1 on."""
 
     def __init__(
@@ -51,68 +51,68 @@ class ProcessRanks:
     ) -> None:
         self.transport = transport
         self.size = transport.size
-        self._members = [_Member(rank, channels[rank], lost) for rank in range(1, self.size)]
-        names = {f"rank {member.rank}": member.channel for member in self._members}
-        self._watch = Watch(names, lost)
-        beat(list(channels.values()), encode(Beat()))
+        self._followers = [_RemoteRank(rank, channels[rank], lost) for rank in range(1, self.size)]
+        names = {f"rank {follower.rank}": follower.channel for follower in self._followers}
+        self._watch = HeartbeatMonitor(names, lost)
+        send_heartbeats(list(channels.values()), encode(Heartbeat()))
 
     def open(self, memory: RingMemory, model: LoadedModel) -> None:
         """Raises what kept a rank from loading its model."""
-        opening = encode(Open(memory, model.spec.fingerprint))
+        opening = encode(OpenRank(memory, model.spec.fingerprint))
         self._all_ready()  # with their models
-        for member in self._members:
-            member.send(opening)
+        for follower in self._followers:
+            follower.send(opening)
         self._all_ready()  # to make their pools
         self._watch.silence_seconds = SILENCE_SECONDS
 
     def _all_ready(self) -> None:
-        for member in self._members:
-            ready = member.ready.get()
+        for follower in self._followers:
+            ready = follower.ready.get()
             if ready.fault is not None:
                 raise ready.fault.error()
 
     def start(self, steps: Sequence[RankStep]) -> None:
-        for member, step in zip(self._members, steps[1:], strict=True):
-            member.send(encode(Step(step.encode())))
+        for follower, step in zip(self._followers, steps[1:], strict=True):
+            follower.send(encode(RunStep(step.encode())))
 
     def finish(self) -> None:
-        for member in self._members:
-            stepped = member.stepped.get()
-            member.sent_bytes = stepped.sent_bytes
-            if stepped.failure is not None:
-                raise PeerLost(f"rank {member.rank} failed: {stepped.failure}")
+        for follower in self._followers:
+            done = follower.done.get()
+            follower.sent_bytes = done.sent_bytes
+            if done.failure is not None:
+                raise PeerLost(f"rank {follower.rank} failed: {done.failure}")
 
     def pages(self, rank: int) -> RankPages:
-        return self._members[rank - 1]
+        return self._followers[rank - 1]
 
     def stats(self) -> dict[str, float]:
         """As `Engine.stats`."""
-        sent_bytes = self.transport.bytes_sent + sum(each.sent_bytes for each in self._members)
+        sent_bytes = self.transport.bytes_sent + sum(each.sent_bytes for each in self._followers)
         return {"ring_sent_bytes_total": sent_bytes}
 
     def close(self) -> None:
         """Let the other ranks end, and leave the process group."""
-        for member in self._members:
-            member.leave()
-        for member in self._members:
-            member.gone.wait(LEAVING_SECONDS)
+        for follower in self._followers:
+            follower.leave()
+        for follower in self._followers:
+            follower.gone.wait(LEAVING_SECONDS)
         self.transport.close()
 
 
-class _Member:
+class _RemoteRank:
     """Another rank, and its pages (`RankPages`)."""
 
     def __init__(self, rank: int, channel: Channel, lost: Callable[[str], None]) -> None:
         self.rank = rank
         self.channel = channel
         self.ready: queue.SimpleQueue[Ready] = queue.SimpleQueue()
-        self.stepped: queue.SimpleQueue[Stepped] = queue.SimpleQueue()
+        self.done: queue.SimpleQueue[StepDone] = queue.SimpleQueue()
         self.gone = threading.Event()
         self.sent_bytes = 0
         self._lost = lost
         self._leaving = False
         self._tickets = itertools.count()
-        self._asked: dict[int, Future[Answer]] = {}
+        self._asked: dict[int, Future[PagesReply]] = {}
         threading.Thread(target=self._receive, name=f"longctx-rank-{rank}", daemon=True).start()
 
     def send(self, body: bytes) -> None:
@@ -124,7 +124,7 @@ class _Member:
 
     def leave(self) -> None:
         self._leaving = True
-        self.send(encode(End()))
+        self.send(encode(EndRank()))
 
     def write(self, path: Path, meta: ExtentMeta, pages: Sequence[int]) -> None:
         self._ask(lambda ticket: WritePages(ticket, str(path), meta, list(pages)))
@@ -143,9 +143,9 @@ class _Member:
         assert answer.copies is not None
         return answer.copies
 
-    def _ask(self, order: Callable[[int], PagesOrder]) -> Answer:
+    def _ask(self, order: Callable[[int], PagesRequest]) -> PagesReply:
         ticket = next(self._tickets)
-        asked = self._asked[ticket] = Future[Answer]()
+        asked = self._asked[ticket] = Future[PagesReply]()
         self.send(encode(order(ticket)))
         answer = asked.result()
         answer.raise_failure()
@@ -153,12 +153,12 @@ class _Member:
 
     def _receive(self) -> None:
         while (body := self.channel.receive()) is not None:
-            match to_leader(body):
+            match decode_to_leader(body):
                 case Ready() as ready:
                     self.ready.put(ready)
-                case Stepped() as stepped:
-                    self.stepped.put(stepped)
-                case Answer() as answer:
+                case StepDone() as done:
+                    self.done.put(done)
+                case PagesReply() as answer:
                     self._asked.pop(answer.ticket).set_result(answer)
         self.gone.set()
         if not self._leaving:

@@ -24,12 +24,12 @@ from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-de
 from longctx.config import EngineConfig
 from longctx.errors import AuthenticationFailed, ConnectionLost, LongctxError, PeerLost
 from longctx.ipc.channel import Channel, connect, listen, prove
-from longctx.ipc.protocol import Beat, Joined, Leader, encode, read_command
+from longctx.ipc.protocol import Heartbeat, LeaderAddress, RankJoined, decode_command, encode
 from longctx.ring.process_group import ProcessGroupTransport
 from longctx.ring.processes import messages
-from longctx.ring.processes.heartbeat import beat
-from longctx.ring.processes.listener import Reception
-from longctx.ring.processes.messages import Group, Member, to_leader
+from longctx.ring.processes.heartbeat import send_heartbeats
+from longctx.ring.processes.listener import Listener
+from longctx.ring.processes.messages import FollowerJoined, JoinGroup, decode_to_leader
 
 GATHERING_SECONDS = 120.0  # until every rank is there: Python and torch load slowly from cold disks
 CALL_SECONDS = 5.0  # for one connection
@@ -39,7 +39,7 @@ SIOCGIFADDR = 0x8915  # Linux: an interface's address
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class RankCoordinates:
     """Which rank this process is, among all and among those of its machine."""
 
     rank: int
@@ -59,35 +59,35 @@ class Place:
             ) from error
         return cls(rank=rank, ranks=ranks, local_rank=local_rank, local_ranks=local_ranks)
 
-    def own(self, config: EngineConfig) -> EngineConfig:
+    def rank_config(self, config: EngineConfig) -> EngineConfig:
         """The configuration with this rank's share of the machine; its threads are set by it."""
         device = config.model.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda":
             device = f"cuda:{self.local_rank}"
-        threads = config.model.threads or max(1, cores() // self.local_ranks)
+        threads = config.model.threads or max(1, usable_cores() // self.local_ranks)
         torch.set_num_threads(threads)
         return replace(config, model=replace(config.model, device=device, threads=threads))
 
 
-def cores() -> int:
+def usable_cores() -> int:
     """That this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-class LeaderPost:
+class LeaderRendezvous:
     """Rank 0: connected to the head, with a channel to each other rank."""
 
-    def __init__(self, head: str, secret: bytes, place: Place) -> None:
+    def __init__(self, head: str, secret: bytes, coordinates: RankCoordinates) -> None:
         """Raises AuthenticationFailed, ConnectionLost (the head), PeerLost (a rank)."""
         connection = _call_head(head, secret)
         self.channel = Channel(connection)
-        self._place = place
+        self._coordinates = coordinates
         self._pids: list[int] = []
-        self.members: dict[int, Channel] = {}
+        self.followers: dict[int, Channel] = {}
         self._arrival = threading.Condition()
         self._gathering = True
         if head.startswith("unix:"):
@@ -96,48 +96,49 @@ class LeaderPost:
             self._host = connection.getsockname()[0]
             _use_interface(self._host)
             address = f"{self._host}:0"
-        with contextlib.closing(Reception(address, secret, self._welcome)) as reception:
-            self._address = reception.address
-            joined = Joined(0, place.ranks, os.getpid(), self._address)
+        with contextlib.closing(Listener(address, secret, self._welcome)) as listener:
+            self._address = listener.address
+            joined = RankJoined(0, coordinates.ranks, os.getpid(), self._address)
             self.channel.send(encode(joined))
-            beat([self.channel], encode(Beat()))  # others may be late; the head waits for less
+            # Others may be late; the head waits for less.
+            send_heartbeats([self.channel], encode(Heartbeat()))
             self._gather()
 
     def _gather(self) -> None:
-        others = self._place.ranks - 1
+        others = self._coordinates.ranks - 1
         with self._arrival:
-            self._arrival.wait_for(lambda: len(self.members) == others, GATHERING_SECONDS)
+            self._arrival.wait_for(lambda: len(self.followers) == others, GATHERING_SECONDS)
             self._gathering = False
-        if len(self.members) < others:
-            missing = sorted(set(range(1, self._place.ranks)) - self.members.keys())
+        if len(self.followers) < others:
+            missing = sorted(set(range(1, self._coordinates.ranks)) - self.followers.keys())
             raise PeerLost(f"ranks {missing} did not come")
 
     def _welcome(self, connection: socket.socket, word: bytes) -> None:
-        member = to_leader(word)
-        assert isinstance(member, Member), member
+        joined = decode_to_leader(word)
+        assert isinstance(joined, FollowerJoined), joined
         with self._arrival:
             if not self._gathering:
                 connection.close()
                 return
-            self.members[member.rank] = Channel(connection)
-            self._pids.append(member.pid)
+            self.followers[joined.rank] = Channel(connection)
+            self._pids.append(joined.pid)
             self._arrival.notify_all()
 
-    def meet(
+    def join_group(
         self, config: EngineConfig, model_folder: str, cache_dir: str
     ) -> ProcessGroupTransport:
         """The process group, of which everybody is told. `config` is not yet this rank's own."""
         store, name = self._open_store()
-        group = messages.encode(Group(name, config, model_folder, cache_dir))
-        for channel in self.members.values():
+        group = messages.encode(JoinGroup(name, config, model_folder, cache_dir))
+        for channel in self.followers.values():
             try:
                 channel.send(group)
             except ConnectionLost as error:
                 raise PeerLost(f"a rank ended while the ranks gathered: {error}") from error
-        device = torch.device(self._place.own(config).model.device)
-        return ProcessGroupTransport(store, 0, self._place.ranks, device)
+        device = torch.device(self._coordinates.rank_config(config).model.device)
+        return ProcessGroupTransport(store, 0, self._coordinates.ranks, device)
 
-    def kill_others(self) -> None:
+    def kill_local_followers(self) -> None:
         """End ranks of this machine that may hang: the launcher would wait long for that."""
         for pid in () if self._host else self._pids:
             with contextlib.suppress(ProcessLookupError):
@@ -146,7 +147,7 @@ class LeaderPost:
     def _open_store(self) -> tuple[Store, str]:
         if not self._host:
             path = self._address.removeprefix("unix:") + "-store"
-            return FileStore(path, self._place.ranks), f"file:{path}"
+            return FileStore(path, self._coordinates.ranks), f"file:{path}"
         listener = listen(f"{self._host}:0")  # by itself the store would be open at every address
         port = listener.getsockname()[1]
         store = TCPStore(
@@ -159,12 +160,12 @@ class LeaderPost:
         return store, f"{self._host}:{port}"
 
 
-class FollowerPost:
+class FollowerRendezvous:
     """Another rank: with a channel to rank 0."""
 
-    def __init__(self, head: str, secret: bytes, place: Place) -> None:
+    def __init__(self, head: str, secret: bytes, coordinates: RankCoordinates) -> None:
         """Raises LongctxError, PeerLost, where head or leader are not there in time."""
-        self._place = place
+        self._coordinates = coordinates
         deadline = time.monotonic() + GATHERING_SECONDS
         while True:
             try:
@@ -172,37 +173,44 @@ class FollowerPost:
                 return
             except NOT_THERE as error:  # the leader of before, who is gone, perhaps
                 if time.monotonic() > deadline:
-                    raise PeerLost(f"rank {place.rank} did not find the leader: {error}") from error
+                    raise PeerLost(
+                        f"rank {coordinates.rank} did not find the leader: {error}"
+                    ) from error
                 time.sleep(RETRY_SECONDS)
 
     def _reach(self, head: str, secret: bytes) -> Channel:
-        asking = Channel(_call(head, secret))
+        coordinates, asking = self._coordinates, Channel(_call(head, secret))
         try:
-            asking.send(encode(Joined(self._place.rank, self._place.ranks, os.getpid())))
+            asking.send(encode(RankJoined(coordinates.rank, coordinates.ranks, os.getpid())))
             body = asking.receive()
         finally:
             asking.close()
         if body is None:
             raise ConnectionLost("the head knows no leader")
-        leader = read_command(body)
-        assert isinstance(leader, Leader), leader
+        leader = decode_command(body)
+        assert isinstance(leader, LeaderAddress), leader
         if leader.fault is not None:
             raise leader.fault.error()
         connection = _call(leader.address, secret)
         if connection.family == socket.AF_INET:
             _use_interface(connection.getsockname()[0])
         channel = Channel(connection)
-        channel.send(messages.encode(Member(self._place.rank, os.getpid())))
+        channel.send(messages.encode(FollowerJoined(coordinates.rank, os.getpid())))
         return channel
 
-    def meet(self, group: Group) -> ProcessGroupTransport:
-        device = torch.device(self._place.own(group.config).model.device)
+    def rank_config(self, config: EngineConfig) -> EngineConfig:
+        """As `RankCoordinates.rank_config`."""
+        return self._coordinates.rank_config(config)
+
+    def join_group(self, group: JoinGroup, config: EngineConfig) -> ProcessGroupTransport:
+        """`config`: this rank's own. Raises PeerLost where another rank does not come."""
+        device = torch.device(config.model.device)
         if group.store.startswith("file:"):
-            store: Store = FileStore(group.store.removeprefix("file:"), self._place.ranks)
+            store: Store = FileStore(group.store.removeprefix("file:"), self._coordinates.ranks)
         else:
             host, _, port = group.store.rpartition(":")
             store = TCPStore(host, int(port), is_master=False)
-        return ProcessGroupTransport(store, self._place.rank, self._place.ranks, device)
+        return ProcessGroupTransport(store, self._coordinates.rank, self._coordinates.ranks, device)
 
 
 def _call(address: str, secret: bytes) -> socket.socket:

@@ -15,10 +15,10 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from longctx.errors import AuthenticationFailed, ConnectionLost, PeerLost
 from longctx.ipc import channel
 from longctx.ipc.channel import Channel, connect, first_word, prove
-from longctx.ipc.protocol import HEADER, Beat, read_event
-from longctx.ring.processes import rendezvous as join
+from longctx.ipc.protocol import HEADER, Heartbeat, decode_event
+from longctx.ring.processes import rendezvous
 from longctx.ring.processes.head import Head
-from longctx.ring.processes.rendezvous import FollowerPost, LeaderPost, Place
+from longctx.ring.processes.rendezvous import FollowerRendezvous, LeaderRendezvous, RankCoordinates
 
 SECRET = b"s" * 32
 
@@ -30,8 +30,16 @@ def head(tmp_path: Path) -> Iterator[Head]:
     head.close()
 
 
-def place(rank: int) -> Place:
-    return Place(rank=rank, ranks=2, local_rank=rank, local_ranks=2)
+def coordinates(rank: int) -> RankCoordinates:
+    return RankCoordinates(rank=rank, ranks=2, local_rank=rank, local_ranks=2)
+
+
+def leading_rank(head: Head) -> LeaderRendezvous:
+    return LeaderRendezvous(head.address, SECRET, coordinates(0))
+
+
+def following_rank(head: Head) -> FollowerRendezvous:
+    return FollowerRendezvous(head.address, SECRET, coordinates(1))
 
 
 def dribble(connection: socket.socket) -> None:
@@ -45,19 +53,19 @@ def dribble(connection: socket.socket) -> None:
 def test_the_head_hears_of_rank_0_while_it_waits_for_others(head: Head) -> None:
     async def test() -> None:
         with ThreadPoolExecutor() as threads:
-            calling = asyncio.ensure_future(head.leader())
+            calling = asyncio.ensure_future(head.next_leader())
             await asyncio.sleep(0)
-            leading = threads.submit(LeaderPost, head.address, SECRET, place(0))
+            leading = threads.submit(leading_rank, head)
             connection, _ = await calling
             heard = Channel(connection)
             for _ in range(2):
                 body = await asyncio.to_thread(heard.receive)
-                assert body is not None and isinstance(read_event(body), Beat)
+                assert body is not None and isinstance(decode_event(body), Heartbeat)
             assert not leading.done()
-            follower = await asyncio.to_thread(FollowerPost, head.address, SECRET, place(1))
+            follower = await asyncio.to_thread(following_rank, head)
             leader = await asyncio.wrap_future(leading)
-            assert list(leader.members) == [1]
-            for end in (follower.channel, leader.channel, leader.members[1], heard):
+            assert list(leader.followers) == [1]
+            for end in (follower.channel, leader.channel, leader.followers[1], heard):
                 end.close()
 
     asyncio.run(test())
@@ -67,18 +75,18 @@ def test_the_head_hears_of_rank_0_while_it_waits_for_others(head: Head) -> None:
 def test_strangers_keep_no_rank_waiting(head: Head, dribbling: bool) -> None:
     async def test() -> None:
         with ThreadPoolExecutor() as threads:
-            calling = asyncio.ensure_future(head.leader())
+            calling = asyncio.ensure_future(head.next_leader())
             await asyncio.sleep(0)
-            leading = threads.submit(LeaderPost, head.address, SECRET, place(0))
+            leading = threads.submit(leading_rank, head)
             connection, joined = await calling
             strangers = [connect(each, 5) for each in (head.address, joined.address) * 4]
             for stranger in strangers if dribbling else ():
                 threading.Thread(target=dribble, args=(stranger,), daemon=True).start()
             began = time.monotonic()
-            follower = await asyncio.to_thread(FollowerPost, head.address, SECRET, place(1))
+            follower = await asyncio.to_thread(following_rank, head)
             leader = await asyncio.wrap_future(leading)
             assert time.monotonic() - began < channel.PROVING_SECONDS / 2
-            for end in (follower.channel, leader.channel, leader.members[1]):
+            for end in (follower.channel, leader.channel, leader.followers[1]):
                 end.close()
             for end in (connection, *strangers):
                 end.close()
@@ -117,13 +125,13 @@ def test_a_caller_has_one_deadline(
 
 
 def test_ranks_that_do_not_come_are_named(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(join, "GATHERING_SECONDS", 0.2)
+    monkeypatch.setattr(rendezvous, "GATHERING_SECONDS", 0.2)
 
     async def test() -> None:
-        calling = asyncio.ensure_future(head.leader())
+        calling = asyncio.ensure_future(head.next_leader())
         await asyncio.sleep(0)
         with pytest.raises(PeerLost, match=r"ranks \[1\] did not come"):
-            await asyncio.to_thread(LeaderPost, head.address, SECRET, place(0))
+            await asyncio.to_thread(leading_rank, head)
         (await calling)[0].close()
 
     asyncio.run(test())
@@ -134,10 +142,10 @@ def test_where_the_group_meets_is_open_at_one_address(monkeypatch: pytest.Monkey
     head = Head("127.0.0.1:0", SECRET, ranks=1)
 
     async def test() -> None:
-        calling = asyncio.ensure_future(head.leader())
+        calling = asyncio.ensure_future(head.next_leader())
         await asyncio.sleep(0)
-        alone = Place(rank=0, ranks=1, local_rank=0, local_ranks=1)
-        leader = await asyncio.to_thread(LeaderPost, head.address, SECRET, alone)
+        alone = RankCoordinates(rank=0, ranks=1, local_rank=0, local_ranks=1)
+        leader = await asyncio.to_thread(LeaderRendezvous, head.address, SECRET, alone)
         connection, _ = await calling
         store, name = leader._open_store()
         host, _, port = name.rpartition(":")

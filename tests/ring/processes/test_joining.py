@@ -14,11 +14,11 @@ import pytest
 
 from longctx.errors import AuthenticationFailed, LongctxError
 from longctx.ipc.channel import Channel, connect, prove
-from longctx.ipc.protocol import Beat, Joined, Leader, encode, read_command
+from longctx.ipc.protocol import Heartbeat, LeaderAddress, RankJoined, decode_command, encode
 from longctx.ring.processes import heartbeat
 from longctx.ring.processes.head import Head
-from longctx.ring.processes.heartbeat import Watch, beat
-from longctx.ring.processes.rendezvous import Place
+from longctx.ring.processes.heartbeat import HeartbeatMonitor, send_heartbeats
+from longctx.ring.processes.rendezvous import RankCoordinates
 from longctx.ring.processes.secret import make_secret, read_secret
 
 SECRET = b"s" * 32
@@ -31,7 +31,7 @@ def head(tmp_path: Path) -> Iterator[Head]:
     head.close()
 
 
-def call(head: Head, joined: Joined, secret: bytes = SECRET) -> Channel:
+def call(head: Head, joined: RankJoined, secret: bytes = SECRET) -> Channel:
     connection = connect(head.address, 5)
     try:
         prove(connection, secret, caller=True)
@@ -45,23 +45,23 @@ def call(head: Head, joined: Joined, secret: bytes = SECRET) -> Channel:
 
 def test_ranks_learn_from_the_head_where_rank_0_is(head: Head) -> None:
     def ask(rank: int) -> object:
-        channel = call(head, Joined(rank, 3, 1000 + rank))
+        channel = call(head, RankJoined(rank, 3, 1000 + rank))
         body = channel.receive()
         channel.close()
         assert body is not None
-        return read_command(body)
+        return decode_command(body)
 
     async def test() -> None:
         with ThreadPoolExecutor() as threads:
             early = threads.submit(ask, 1)  # it waits for rank 0
-            leading = asyncio.ensure_future(head.leader())
+            leading = asyncio.ensure_future(head.next_leader())
             await asyncio.sleep(0.1)
-            leader = await asyncio.to_thread(call, head, Joined(0, 3, 1000, "unix:/there"))
+            leader = await asyncio.to_thread(call, head, RankJoined(0, 3, 1000, "unix:/there"))
             connection, joined = await leading
             assert joined.pid == 1000
             late = threads.submit(ask, 2)
             for asked in (early, late):
-                assert await asyncio.wrap_future(asked) == Leader("unix:/there")
+                assert await asyncio.wrap_future(asked) == LeaderAddress("unix:/there")
             leader.close()
             connection.close()
 
@@ -69,18 +69,18 @@ def test_ranks_learn_from_the_head_where_rank_0_is(head: Head) -> None:
 
 
 def test_another_number_of_ranks_is_refused(head: Head) -> None:
-    channel = call(head, Joined(1, 4, 1))
+    channel = call(head, RankJoined(1, 4, 1))
     body = channel.receive()
     channel.close()
     assert body is not None
-    refused = read_command(body)
-    assert isinstance(refused, Leader) and refused.fault is not None
+    refused = decode_command(body)
+    assert isinstance(refused, LeaderAddress) and refused.fault is not None
     assert refused.fault.message == "torchrun started 4 ranks, the head has --ranks 3"
 
 
 def test_who_does_not_know_the_secret_is_not_heard(head: Head) -> None:
     with pytest.raises(AuthenticationFailed, match="secret"):
-        call(head, Joined(0, 3, 1), secret=b"t" * 32)
+        call(head, RankJoined(0, 3, 1), secret=b"t" * 32)
 
 
 def test_a_proof_cannot_be_sent_back_as_ones_own() -> None:
@@ -135,11 +135,11 @@ def test_heads_that_start_together_have_one_secret(tmp_path: Path) -> None:
 
 def test_a_process_that_torchrun_did_not_start_is_no_rank() -> None:
     with pytest.raises(LongctxError, match="RANK is not set; ranks are started by torchrun"):
-        Place.of({})
+        RankCoordinates.of({})
 
 
 def test_who_says_nothing_is_lost_and_who_beats_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.05)
     lost: list[tuple[float, str]] = []
     silent, silent_end = socket.socketpair()
     beating, beating_end = socket.socketpair()
@@ -147,12 +147,12 @@ def test_who_says_nothing_is_lost_and_who_beats_is_not(monkeypatch: pytest.Monke
     listening = threading.Thread(target=lambda: list(iter(heard.receive, None)), daemon=True)
     listening.start()
     began = time.monotonic()
-    watch = Watch(
+    watch = HeartbeatMonitor(
         {"rank 1": Channel(silent), "rank 2": heard},
         lambda reason: lost.append((time.monotonic() - began, reason)),
     )
     watch.silence_seconds = 0.5
-    beat([Channel(beating_end)], encode(Beat()))
+    send_heartbeats([Channel(beating_end)], encode(Heartbeat()))
     while not lost:
         time.sleep(0.02)
     seconds, reason = lost[0]

@@ -14,12 +14,12 @@ from longctx.kv.memory import KVMemory
 from longctx.model.spec import LayerSpec
 from longctx.ring.pages import LocalPages, RingExtents, RingTransfer
 from longctx.ring.processes.messages import (
-    Answer,
+    PagesReply,
     ReadPages,
     WritePages,
+    decode_from_leader,
+    decode_to_leader,
     encode,
-    from_leader,
-    to_leader,
 )
 from offload.disk import extent_file, extent_header, extent_io
 from offload.disk.extent_file import LayoutDiffers
@@ -168,8 +168,8 @@ def test_a_full_disk_of_another_rank_turns_writing_off(
     ids=lambda error: type(error).__name__,
 )
 def test_what_goes_wrong_on_a_rank_is_raised_at_the_leader(error: Exception) -> None:
-    answer = to_leader(encode(Answer.failed(3, error)))
-    assert isinstance(answer, Answer)
+    answer = decode_to_leader(encode(PagesReply.failed(3, error)))
+    assert isinstance(answer, PagesReply)
     with pytest.raises(type(error)) as raised:
         answer.raise_failure()
     assert getattr(raised.value, "errno", None) == getattr(error, "errno", None)
@@ -179,4 +179,4 @@ def test_orders_travel_whole() -> None:
     run = run_of("a", 3, 2)
     meta = ExtentMeta(run=run, cost_seconds=1.5, created_at=2.5, retained=True)
     orders = (WritePages(1, "/x", meta, [4, 5]), ReadPages(2, "/x", run, [0], [7]))
-    assert tuple(from_leader(encode(order)) for order in orders) == orders
+    assert tuple(decode_from_leader(encode(order)) for order in orders) == orders
