@@ -63,7 +63,7 @@ class Conversation:
         async for news in self._opening.waiting():
             yield news
         for entry in self._files:
-            while not await self._library.settled(entry, timeout_seconds=NEWS_SECONDS):
+            while not await self._library.wait_tokenized(entry, timeout_seconds=NEWS_SECONDS):
                 yield {"waiting_for": entry.reading()}
 
     async def prompts(self) -> list[Prompt]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from api.background.finish import finish
 from api.background.ingest import Failures, prefill, to_keep
 from api.background.job_queue import Lane
 from api.background.store_dir import StoreDir
@@ -205,9 +206,9 @@ class Library:
         tokens_per_ms = (progress.processed - progress.cache) / progress.time_ms
         return round((progress.total - progress.processed) / tokens_per_ms / 1000, 1)
 
-    async def settled(self, entry: Entry, *, timeout_seconds: float) -> bool:
-        """Whether the document's tokens are known to the engine, or never will be; waits at most
-        so long for it, and lets the document be tokenized before others."""
+    async def wait_tokenized(self, entry: Entry, *, timeout_seconds: float) -> bool:
+        """Moves the document to the head of the queue, and waits until it needs no more waiting:
+        the engine knows its tokens, or it has failed or was deleted. False after the time-out."""
         self._tokenizing.hurry(entry.document.id)
         with suppress(TimeoutError):
             await asyncio.wait_for(entry.tokenized.wait(), timeout_seconds)
@@ -321,7 +322,13 @@ class Library:
         self._tokenizing.add(entry.document.id)
 
     async def _drop(self, entry: Entry) -> None:
-        """What is left of a deleted document. The engine must know it to find its blocks."""
+        """Drops what is left of a deleted document; once begun, this ends before a shutdown does.
+
+        The engine must know the document to find its blocks.
+        """
+        await finish(self._drop_to_the_end(entry))
+
+    async def _drop_to_the_end(self, entry: Entry) -> None:
         document_id = entry.document.id
         try:
             if entry.document.fingerprint == self._engine.info.fingerprint:

@@ -24,6 +24,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+from api.background.finish import finish
 from longctx.errors import InvalidRequest, LongctxError
 from longctx.text.tokenizer import Tokenizer
 
@@ -79,18 +80,21 @@ class Parser:
     ) -> int:
         """Writes the token ids of UTF-8 `text` to `tokens`, little-endian int32; returns how many.
 
-        One document at a time; cancelling kills the process at work. `continues`: other text
+        One document at a time; cancelling kills the process at work. Once this has returned or
+        raised, nothing writes `tokens`, or any other file, any more. `continues`: other text
         stands before the document in its prompt. Raises ParseFailed.
         """
         child = _Child()
-        job = {"text": str(text), "tokens": str(tokens), "continues": continues}
-        run = asyncio.ensure_future(self._run(child, job, on_progress))
+        # The child writes a draft, and only this process names it `tokens`: a child that is killed
+        # too late, or whose zygote has died before it, leaves no tokens of a deleted document.
+        draft = tokens.with_suffix(".draft")
+        job = {"text": str(text), "tokens": str(draft), "continues": continues}
         try:
-            return await asyncio.shield(run)
-        except asyncio.CancelledError:
-            child.kill()
-            run.add_done_callback(lambda done: done.cancelled() or done.exception())
-            raise
+            count = await finish(self._run(child, job, on_progress), on_cancel=child.kill)
+            draft.rename(tokens)
+        finally:
+            draft.unlink(missing_ok=True)
+        return count
 
     async def close(self) -> None:
         """Ends the zygote; what it still works on is abandoned."""
@@ -111,20 +115,24 @@ class Parser:
             cpu_seconds = CPU_SECONDS + CPU_SECONDS_PER_MIB * mebibytes
             deadline = asyncio.get_running_loop().call_later(PATIENCE * cpu_seconds, child.kill)
             result: dict[str, Any] = {}
-            await self._send({**job, "cpu_seconds": cpu_seconds})
-            while "exit" not in result:
-                message = await self._receive()
-                result |= message
-                if "pid" in message:
-                    child.pid = message["pid"]
-                    if child.unwanted:
-                        child.kill()
-                elif "read" in message:
-                    on_progress(message["read"])
-            child.pid = None  # the number may be another's from now on
-            draft_of(Path(job["tokens"])).unlink(missing_ok=True)
-            late = deadline.when() <= asyncio.get_running_loop().time()
-            deadline.cancel()
+            try:
+                await self._send({**job, "cpu_seconds": cpu_seconds})
+                while "exit" not in result:
+                    message = await self._receive()
+                    result |= message
+                    if "pid" in message:
+                        child.pid = message["pid"]
+                        if child.unwanted:
+                            child.kill()
+                    elif "read" in message:
+                        on_progress(message["read"])
+            except ParseFailed:
+                child.kill()  # it has outlived the zygote
+                raise
+            finally:
+                child.pid = None  # the number may be another's from now on
+                late = deadline.when() <= asyncio.get_running_loop().time()
+                deadline.cancel()
         if "error" in result:
             raise ParseFailed(result["error"])
         if "count" not in result:
@@ -175,10 +183,7 @@ def _run_zygote(tokenizer: Tokenizer, connection: socket.socket) -> None:
         os.closerange(keep + 1, os.sysconf("SC_OPEN_MAX"))
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.nice(19)
-        if sys.platform == "linux":
-            with suppress(PermissionError):
-                os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        leave_processors_to_others()
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizers library reads it
         lines = connection.makefile("rw", encoding="utf-8", newline="\n")
         for line in lines:
@@ -194,6 +199,14 @@ def _run_zygote(tokenizer: Tokenizer, connection: socket.socket) -> None:
         traceback.print_exc()
         os._exit(1)
     os._exit(0)
+
+
+def leave_processors_to_others() -> None:
+    """Gives this process the lowest priority: its work takes only what others leave."""
+    os.nice(19)
+    if sys.platform == "linux":
+        with suppress(PermissionError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def _run_child(tokenizer: Tokenizer, job: dict[str, Any], lines: TextIOWrapper) -> None:
@@ -237,9 +250,8 @@ def _write_tokens(
     continues: bool,
     on_progress: Callable[[int], None],
 ) -> int:
-    draft = draft_of(tokens)
     count = 0
-    with draft.open("wb") as file:
+    with tokens.open("wb") as file:
         for piece, read_bytes in _pieces(text):
             ids = array.array("i", tokenizer.encode(piece, continues=continues))
             if sys.byteorder == "big":
@@ -250,13 +262,7 @@ def _write_tokens(
             on_progress(read_bytes)
         file.flush()
         os.fsync(file.fileno())
-    draft.rename(tokens)
     return count
-
-
-def draft_of(tokens: Path) -> Path:
-    """Where they are written until they are complete; a killed process leaves it behind."""
-    return tokens.with_suffix(".draft")
 
 
 def _pieces(path: Path) -> Iterator[tuple[str, int]]:

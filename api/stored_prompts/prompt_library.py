@@ -165,7 +165,7 @@ class PromptLibrary:
         for file_id in record.file_ids:
             try:
                 entry = self._library.find(record.tenant, file_id)
-                while not await self._library.settled(entry, timeout_seconds=SETTLE_SECONDS):
+                while not await self._library.wait_tokenized(entry, timeout_seconds=SETTLE_SECONDS):
                     pass
                 self._library.check(entry)
             except ApiError as error:

@@ -6,6 +6,7 @@ from collections.abc import Coroutine
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Self, TypeVar
+from unittest import mock
 
 import httpx
 import openai
@@ -18,11 +19,17 @@ from api.http.auth import read_keys
 from api.server import Server, listen
 from longctx.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from longctx.text.tokenizer import Tokenizer
+from tests.support.waiting import patient
 
 Result = TypeVar("Result")
 
 MODEL = "tiny"
-STOP_SECONDS = 30
+
+
+def tokenizer_process(tokenizer: Tokenizer) -> Parser:
+    """The server's, at an ordinary priority: at its own it gets no time on a busy machine."""
+    with mock.patch("api.files.tokenizer_process.leave_processors_to_others"):
+        return Parser(tokenizer)
 
 
 class LiveServer:
@@ -57,20 +64,20 @@ class LiveServer:
         self.failure: BaseException | None = None
 
     def __enter__(self) -> Self:
-        self.parser = Parser(self.tokenizer)
+        self.parser = tokenizer_process(self.tokenizer)
         self.thread = threading.Thread(target=self._run)
         self.thread.start()
         self.started.wait()
         if self.failure is not None:
             self.thread.join()
             raise self.failure
-        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.http = httpx.Client(base_url=self.url, timeout=patient())
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.http.close()
         self.server.should_exit = True
-        self.thread.join(STOP_SECONDS)
+        self.thread.join(patient())
         assert not self.thread.is_alive(), "the server did not stop"
 
     @property
@@ -78,11 +85,13 @@ class LiveServer:
         return self.config.folder / "documents"
 
     def openai(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=patient()
+        )
 
     def call(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Runs a coroutine on the server's event loop."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(patient())
 
     def engine_stats(self) -> dict[str, float]:
         return self.call(self.application.engine.stats())

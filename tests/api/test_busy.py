@@ -17,6 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.waiting import patient
+
 ANSWER_TOKENS = 300
 ANSWERS = 5
 UPLOAD_BYTES = 4 << 20
@@ -35,7 +37,7 @@ def server(store: Path) -> Iterator[str]:
             yield process.stdout.readline().removeprefix("longctx ready ").strip()
         finally:
             process.terminate()
-            process.wait(60)
+            process.wait(patient())
 
 
 def seconds_per_token(client: httpx.Client, number: int) -> float:
@@ -82,7 +84,7 @@ def upload(client: httpx.Client, text: str) -> str:
 def test_answers_and_health_hardly_notice_a_large_upload(tmp_path: Path) -> None:
     sentence = "The committee met on a grey morning and wrote down what each of them had seen. "
     text = (sentence * (UPLOAD_BYTES // len(sentence) + 1))[:UPLOAD_BYTES]
-    with server(tmp_path) as url, httpx.Client(base_url=url, timeout=600) as client:
+    with server(tmp_path) as url, httpx.Client(base_url=url, timeout=patient(600)) as client:
         seconds_per_token(client, -1)  # warms up
         quiet = [seconds_per_token(client, number) for number in range(ANSWERS)]
         health: list[float] = []

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from api.server import startup_line
-from tests.api.files.test_files import ask, cached_tokens, upload, wait_until_settled
+from tests.api.files.test_files import ask, cached_tokens, upload, wait_until_done
 from tests.api.live_server import MODEL, LiveServer
 
 STORY = "".join(f"Line {i}: {i * 7919 % 977} boats came back with fish.\n" for i in range(250))
@@ -30,7 +30,7 @@ def tiered(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture(scope="module")
 def document(tiered: LiveServer) -> str:
     file_id = upload(tiered, STORY, name="boats.txt")
-    wait_until_settled(tiered, file_id)
+    wait_until_done(tiered, file_id)
     return file_id
 
 

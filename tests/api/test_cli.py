@@ -3,7 +3,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import openai
 import pytest
 
 from longctx.cli import main
+from tests.support.waiting import patient, wait_for
 
 OPTIONS = ("--device-pool-gib", "0.1", "--threads", "1", "--device", "cpu", "--kv-codec", "raw")
 
@@ -45,7 +45,9 @@ def test_serve_says_where_finishes_what_runs_and_leaves_nothing(
     assert found is not None, ready + server.stderr.read()
     processes = children(server.pid)
     assert len(processes) == 2
-    with openai.OpenAI(base_url=f"{found[1]}/v1", api_key="none", max_retries=0) as client:
+    with openai.OpenAI(
+        base_url=f"{found[1]}/v1", api_key="none", max_retries=0, timeout=patient()
+    ) as client:
         stream = client.chat.completions.create(
             model=model_folder.name,
             messages=[{"role": "user", "content": "a tale"}],
@@ -57,7 +59,7 @@ def test_serve_says_where_finishes_what_runs_and_leaves_nothing(
         server.send_signal(signal.SIGTERM)
         reasons = [chunk.choices[0].finish_reason for chunk in stream]
     assert reasons[-1] == "length"
-    output, errors = server.communicate(timeout=30)
+    output, errors = server.communicate(timeout=patient())
     assert (server.returncode, output) == (0, "")
     serves, stores = errors.splitlines()
     assert re.fullmatch(r"longctx serves .* tokens of raw KV fit the device, .*", serves)
@@ -69,7 +71,7 @@ def test_ask_streams_an_answer_and_tells_the_cost(model_folder: Path, tmp_path: 
     document = tmp_path / "tale.md"
     document.write_text("The name of the ship is Meridian. " * 100)
     asked = longctx("ask", document, "What is its name?", "--model", model_folder, *OPTIONS)
-    output, errors = asked.communicate(timeout=120)
+    output, errors = asked.communicate(timeout=patient())
     assert asked.returncode == 0, errors
     assert output.strip()
     cost = re.search(r"([\d,]+) of ([\d,]+) prompt tokens were cached; first token after", errors)
@@ -86,10 +88,9 @@ def test_ctrl_c_ends_ask_quietly(model_folder: Path, tmp_path: Path) -> None:
     asked = longctx(
         *("ask", document, "What?", "--model", model_folder, *OPTIONS), start_new_session=True
     )
-    while len(processes := children(asked.pid)) < 2:
-        time.sleep(0.05)
+    processes = wait_for(lambda: len(found := children(asked.pid)) > 1 and found)
     os.killpg(asked.pid, signal.SIGINT)
-    _, errors = asked.communicate(timeout=60)
+    _, errors = asked.communicate(timeout=patient())
     assert asked.returncode == 130
     assert "Traceback" not in errors
     assert not any(Path(f"/proc/{process}").exists() for process in processes)

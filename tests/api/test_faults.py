@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.api.files.test_files import ask, cached_tokens, upload, wait_until_settled
+from tests.api.files.test_files import ask, cached_tokens, upload, wait_until_done
 from tests.api.live_server import LiveServer
 from tests.api.test_cache_routes import cache_of, explained, flush, ids
 
@@ -69,7 +69,7 @@ def test_damaged_blocks_are_computed_again_and_never_served(
     known = set(kv_dir.glob("*.kv"))
     seed = ["flip_a_bit", "cut_short", "state_another_version", "remove"].index(damage.__name__)
     file_id = upload(stored, story(seed))
-    wait_until_settled(stored, file_id)
+    wait_until_done(stored, file_id)
     before = ask(stored, file_id, question=QUESTION)
     own = set(kv_dir.glob("*.kv")) - known
     assert own, "nothing of the document was stored"
@@ -84,7 +84,7 @@ def test_damaged_blocks_are_computed_again_and_never_served(
     assert again["longctx"]["computed_tokens"] > before["longctx"]["computed_tokens"]
     assert faults(stored) > told, "nobody was told"
     # What was computed again is stored again, and serves the next one.
-    wait_until_settled(stored, file_id)
+    wait_until_done(stored, file_id)
     assert cached_tokens(ask(stored, file_id, question=QUESTION)) > cached_tokens(again)
     stored.http.delete(f"/v1/files/{file_id}").raise_for_status()
 
@@ -96,13 +96,13 @@ def test_a_folder_that_was_removed_costs_time_and_no_answer(
     cache = {"kv_dir": kv_dir, "disk_cap_gib": 0.5, "disk_free_gib": 0.0}
     with LiveServer(model_folder, tmp_path / "store", cache=cache) as server:
         file_id = upload(server, story(7))
-        wait_until_settled(server, file_id)
+        wait_until_done(server, file_id)
         before = ask(server, file_id, question=QUESTION)
         shutil.rmtree(kv_dir)
         flush(server)
         assert ask(server, file_id, question=QUESTION)["choices"] == before["choices"]
         other = upload(server, story(8))
-        assert wait_until_settled(server, other)["state"] == "ready"
+        assert wait_until_done(server, other)["state"] == "ready"
         assert ask(server, other, question=QUESTION)["choices"]
 
 
@@ -126,7 +126,7 @@ def test_a_full_disk_stops_writing_and_nothing_else(
         ballast.write_bytes(bytes(700 << 10))  # somebody else's
         files = [upload(server, story(20 + i)) for i in range(3)]
         for file_id in files:
-            assert wait_until_settled(server, file_id)["state"] == "ready"
+            assert wait_until_done(server, file_id)["state"] == "ready"
         before = [ask(server, file_id, question=QUESTION)["choices"] for file_id in files]
         disk = cache_of(server)["tiers"]["disk"]
         assert disk["writes_off"] or disk["incidents"] or disk["evictions"], disk

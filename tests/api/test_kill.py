@@ -19,11 +19,12 @@ import pytest
 from longctx.bench.haystack import document
 from longctx.embedded import model_path
 from longctx.text.tokenizer import Tokenizer
+from tests.support.waiting import patient
 
 KILLS = 30
 DOCUMENTS = 4
 DOCUMENT_TOKENS = 6_000
-START_SECONDS = 90.0
+START_SECONDS = 90.0  # on an idle machine
 QUESTION = "What is the access code of the north gate?"
 
 
@@ -41,7 +42,7 @@ class Server:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line.startswith("longctx ready"), log.read_text()
-        self.client = httpx.Client(base_url=line.split()[-1], timeout=60)
+        self.client = httpx.Client(base_url=line.split()[-1], timeout=patient())
 
     def kill(self) -> None:
         engines = subprocess.run(
@@ -50,7 +51,7 @@ class Server:
         self.process.kill()
         for pid in engines:
             os.kill(int(pid), signal.SIGKILL)
-        self.process.wait(30)
+        self.process.wait(patient())
         assert self.process.stdout is not None
         self.process.stdout.close()
         self.client.close()
@@ -108,7 +109,7 @@ def test_thirty_kills_lose_nothing_that_was_durable(tmp_path: Path) -> None:
     for _ in range(KILLS):
         began = time.monotonic()
         server = Server(store)
-        assert time.monotonic() - began < START_SECONDS
+        assert time.monotonic() - began < patient(START_SECONDS)
         assert not list(store.rglob("*.tmp")) and not list(store.rglob("*.draft"))
         end = time.monotonic() + chance.uniform(0.1, 4.0)
         try:

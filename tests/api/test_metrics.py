@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import httpx
@@ -14,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from api.metrics import sample_of
 from tests.api.live_server import MODEL, LiveServer
 from tests.api.test_restart import engine_process
+from tests.support.waiting import patient, wait_for
 
 
 def families(server: LiveServer) -> dict[str, Metric]:
@@ -123,7 +123,7 @@ def test_scrapes_do_not_change_an_answer(server: LiveServer) -> None:
         assert server.http.post("/v1/completions", json=body).json()["choices"] == alone
     finally:
         over.set()
-        thread.join(30)
+        thread.join(patient())
 
 
 def test_a_scrape_while_the_engine_restarts_tells_the_rest(
@@ -132,14 +132,10 @@ def test_a_scrape_while_the_engine_restarts_tells_the_rest(
     with LiveServer(model_folder, tmp_path, served_name=MODEL) as server:
         assert value(server, "longctx_engine_state", state="ready") == 1
         os.kill(engine_process(server), signal.SIGKILL)
-        deadline = time.monotonic() + 30
-        while value(server, "longctx_engine_state", state="restarting") == 0:
-            assert time.monotonic() < deadline
+        wait_for(lambda: value(server, "longctx_engine_state", state="restarting"))
         told = families(server)
         assert "longctx_http_requests" in told and "longctx_steps" not in told
-        while value(server, "longctx_engine_state", state="ready") == 0:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for(lambda: value(server, "longctx_engine_state", state="ready"))
         assert "longctx_steps" in families(server)
 
 

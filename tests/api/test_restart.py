@@ -1,7 +1,6 @@
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from api.server import listen
 from longctx.errors import LongctxError, ModelRefused
 from longctx.process.launcher import Child
 from tests.api.live_server import MODEL, LiveServer
+from tests.support.waiting import wait_for
 
 KEYS = ("alice", "bob")
 STORY = "The boats come back with fish, and every evening they leave for the open sea. " * 60
@@ -25,11 +25,8 @@ def state_of(client: openai.OpenAI, file_id: str) -> str:
     return described.longctx["state"]  # type: ignore[no-any-return]
 
 
-def wait_until_ready(client: openai.OpenAI, file_id: str, seconds: float = 40) -> None:
-    deadline = time.monotonic() + seconds
-    while state_of(client, file_id) != "ready":
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+def wait_until_ready(client: openai.OpenAI, file_id: str) -> None:
+    wait_for(lambda: state_of(client, file_id) == "ready")
 
 
 def computed_tokens(client: openai.OpenAI, file_id: str) -> int:
@@ -180,13 +177,9 @@ def test_a_file_deleted_while_the_engine_is_away_leaves_nothing_on_disk(
         wait_until_ready(client, file_id)
         assert list(kv_dir.glob("*.kv"))
         os.kill(engine_process(server), signal.SIGKILL)
-        while server.application.engine.state == "ready":
-            time.sleep(0.01)
+        wait_for(lambda: server.application.engine.state != "ready")
         assert client.files.delete(file_id).deleted
         with pytest.raises(openai.NotFoundError):
             client.files.retrieve(file_id)
-        deadline = time.monotonic() + 40
-        while list(kv_dir.glob("*.kv")):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for(lambda: not list(kv_dir.glob("*.kv")))
     assert not list((tmp_path / "store" / "documents").iterdir())

@@ -9,6 +9,7 @@ import pytest
 
 from api.background import expiry
 from api.background.expiry import Expiry
+from tests.support.waiting import eventually
 
 
 def test_what_cannot_be_let_go_is_tried_again_and_holds_nothing_else_up(
@@ -30,9 +31,7 @@ def test_what_cannot_be_let_go_is_tried_again_and_holds_nothing_else_up(
     async def run() -> None:
         expiring = Expiry(known, let_go)
         expiring.start()
-        async with asyncio.timeout(5):
-            while moments:
-                await asyncio.sleep(0.01)
+        await eventually(lambda: not moments)
         await expiring.close()
 
     with caplog.at_level(logging.ERROR):

@@ -1,6 +1,7 @@
 import asyncio
 
 from api.background.job_queue import Lane
+from tests.support.waiting import eventually, patient
 
 
 def test_jobs_run_in_order_at_most_width_at_a_time() -> None:
@@ -18,8 +19,7 @@ def test_jobs_run_in_order_at_most_width_at_a_time() -> None:
         lane = Lane(job, width=2)
         for name in "abcde":
             lane.add(name)
-        while len(order) < 5 or running:
-            await asyncio.sleep(0.001)
+        await eventually(lambda: len(order) == 5 and not running)
         assert order == list("abcde")
         assert most == 2
 
@@ -42,8 +42,7 @@ def test_a_hurried_job_is_next_and_a_cancelled_one_never_runs() -> None:
         await lane.cancel("b")
         await asyncio.sleep(0)
         go.set()
-        while len(order) < 3:
-            await asyncio.sleep(0)
+        await eventually(lambda: len(order) == 3)
         assert order == ["a", "d", "c"]
 
     asyncio.run(main())
@@ -88,7 +87,7 @@ def test_a_job_added_while_it_runs_runs_again() -> None:
 
         lane = Lane(job, width=2)
         lane.add("a")
-        await asyncio.wait_for(done.wait(), 5)
+        await asyncio.wait_for(done.wait(), patient())
         assert runs == 2
 
     asyncio.run(main())
@@ -106,6 +105,6 @@ def test_a_job_cancelled_before_its_first_step_makes_room() -> None:
         lane.add("a")
         lane.add("b")
         await lane.cancel("a")
-        await asyncio.wait_for(done.wait(), 5)
+        await asyncio.wait_for(done.wait(), patient())
 
     asyncio.run(main())

@@ -1,5 +1,4 @@
 import threading
-import time
 from typing import Any
 
 import httpx
@@ -8,18 +7,10 @@ import pytest
 
 from longctx.text.chat_template import ChatPrompts, Message
 from tests.api.live_server import MODEL, LiveServer
+from tests.support.waiting import patient, wait_for
 
 HELLO: Any = [{"role": "user", "content": "What is the name of the ship?"}]
 GREEDY: dict[str, Any] = {"model": MODEL, "messages": HELLO, "temperature": 0.0}
-
-
-def waits_for(condition: Any, seconds: float = 10) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def is_idle(server: LiveServer) -> bool:
@@ -156,7 +147,7 @@ def test_a_client_that_leaves_frees_the_engine(server: LiveServer, stream: bool)
         else:
             with pytest.raises(httpx.ReadTimeout):
                 impatient.post("/v1/chat/completions", json=body, timeout=0.5)
-    assert waits_for(lambda: is_idle(server))
+    wait_for(lambda: is_idle(server))
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -226,9 +217,9 @@ def test_sixty_four_clients_at_once_each_get_one_end(server: LiveServer) -> None
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(patient())
     assert ends == [["left"] if leaves(number) else ["length"] for number in range(64)]
-    assert waits_for(lambda: is_idle(server))
+    wait_for(lambda: is_idle(server))
 
 
 def test_health_answers_while_prompts_are_read(server: LiveServer) -> None:

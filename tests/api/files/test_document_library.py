@@ -15,6 +15,7 @@ from api.files.document_store import Document, DocumentStore
 from api.stored_prompts.module_keeper import Keeper, Kept
 from longctx.errors import DocumentMissing, EngineDied, InvalidRequest
 from longctx.request import FinishReason, Piece, Request, RequestOutput
+from tests.support.waiting import eventually, patient
 
 
 class MortalEngine:
@@ -30,6 +31,8 @@ class MortalEngine:
         self.stored: set[str] = set()  # on disk: closed documents leave it if they are registered
         self.calls: list[str] = []
         self.restarts = 0
+        self.closing, self.may_close = asyncio.Event(), asyncio.Event()
+        self.may_close.set()
         self.on_restart: Callable[[], Awaitable[None]]
 
     async def open_document(self, document_id: str, tokens: Path, *, keep: Request) -> None:
@@ -42,6 +45,8 @@ class MortalEngine:
 
     async def close_document(self, document_id: str) -> None:
         self._check()
+        self.closing.set()
+        await self.may_close.wait()
         if document_id in self.known:
             self.known.remove(document_id)
             self.stored.discard(document_id)
@@ -126,8 +131,7 @@ class Bench:
         return await self.library.add(document, draft)
 
     async def until(self, entry: Entry, state: str) -> None:
-        while self.library.state(entry) != state:
-            await asyncio.sleep(0.005)
+        await eventually(lambda: self.library.state(entry) == state)
 
     async def close(self) -> None:
         await self.library.close()
@@ -140,7 +144,7 @@ def on_bench(folder: Path, test: Callable[[Bench], Awaitable[None]]) -> None:
         bench = Bench(folder)
         await bench.store.open()
         try:
-            await asyncio.wait_for(test(bench), 10)
+            await asyncio.wait_for(test(bench), patient())
         finally:
             await bench.close()
 
@@ -157,8 +161,7 @@ def test_a_document_waits_behind_another_after_a_crash_and_is_computed(tmp_path:
         bench.engine.deadly["a"] = 1
         short = await bench.upload("a", "short")
         long = await bench.upload("b", "long")
-        while bench.engine.deadly["a"] or bench.engine.state != "ready":
-            await asyncio.sleep(0.005)
+        await eventually(lambda: not bench.engine.deadly["a"] and bench.engine.state == "ready")
         await asyncio.sleep(0.1)  # many retries: the engine is back, and knows nothing yet
         assert bench.library.state(short) == "queued"
         bench.parser.may_go_on.set()
@@ -191,7 +194,7 @@ def test_crashes_are_counted_from_the_last_time_that_all_went_well(tmp_path: Pat
             await bench.until(entry, "ready")
             bench.engine.deadly["a"] = 2
             bench.engine.die()
-            await until(lambda: bench.engine.deadly["a"] == 0)
+            await eventually(lambda: bench.engine.deadly["a"] == 0)
         await bench.until(entry, "ready")
 
     on_bench(tmp_path, test)
@@ -211,8 +214,7 @@ def test_modules_are_encoded_again_after_crashes_until_there_are_too_many(
 
         kept = Kept(id="k", salt="t", prepare=prepare)
         keeper.keep(kept)
-        while keeper.state(kept) != state:
-            await asyncio.sleep(0.005)
+        await eventually(lambda: keeper.state(kept) == state)
         assert bench.engine.deadly["n"] == 0
         await keeper.close()
 
@@ -233,21 +235,16 @@ def test_modules_that_are_dropped_while_the_engine_is_away_leave_the_tiers_later
         kept = Kept(id="k", salt="t", prepare=prepare)
         if opened:
             keeper.keep(kept)
-            await until(lambda: keeper.state(kept) == "ready")
+            await eventually(lambda: keeper.state(kept) == "ready")
         bench.engine.die()
         if not opened:
             keeper.keep(kept)
         bench.engine.calls.clear()
         await keeper.drop(kept)
-        await until(lambda: bench.engine.calls == ["open m", "close m"])
+        await eventually(lambda: bench.engine.calls == ["open m", "close m"])
         await keeper.close()
 
     on_bench(tmp_path, test)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.005)
 
 
 def files(bench: Bench) -> list[str]:
@@ -272,10 +269,10 @@ def test_what_is_stored_of_a_deleted_document_is_dropped_once_the_engine_is_back
         assert list(bench.library.entries()) == [second]
         assert await bench.store.all() == [second.document]
         assert files(bench) == ["a.tokens", "b.tokens", "b.txt"]
-        await until(lambda: bench.engine.stored == {"b"})
+        await eventually(lambda: bench.engine.stored == {"b"})
         # Others come first: they may share blocks with it.
         assert bench.engine.calls == ["open b", "open a", "close a"]
-        await until(lambda: files(bench) == ["b.tokens", "b.txt"])
+        await eventually(lambda: files(bench) == ["b.tokens", "b.txt"])
         assert await bench.store.deleted() == []
 
     on_bench(tmp_path, test)
@@ -295,8 +292,8 @@ def test_what_is_stored_of_a_deleted_document_is_dropped_by_the_next_server_if_n
         assert [entry.document.id for entry in bench.library.entries()] == ["b"]
         page = await bench.store.page("t", purpose=None, order="asc", after=None, limit=9)
         assert [document.id for document in page] == ["b"]
-        await until(lambda: bench.engine.stored == {"b"})
-        await until(lambda: files(bench) == ["b.tokens", "b.txt"])
+        await eventually(lambda: bench.engine.stored == {"b"})
+        await eventually(lambda: files(bench) == ["b.tokens", "b.txt"])
         assert await bench.store.deleted() == []
 
     on_bench(tmp_path, end)
@@ -309,13 +306,15 @@ def test_a_document_deleted_while_it_waits_to_be_opened_again_is_dropped_in_its_
     async def test(bench: Bench) -> None:
         first, _ = await two_ready(bench)
         long = await bench.upload("c", "long")
-        await asyncio.sleep(0.01)
+        await bench.until(long, "processing")
         bench.engine.die()
-        await until(lambda: bench.engine.restarts == 1)
+        await eventually(lambda: bench.engine.restarts == 1)
         await bench.library.remove(first)
         assert bench.engine.stored == {"a", "b"}
         bench.parser.may_go_on.set()
-        await until(lambda: bench.engine.stored >= {"b", "c"} and "a" not in bench.engine.stored)
+        await eventually(
+            lambda: bench.engine.stored >= {"b", "c"} and "a" not in bench.engine.stored
+        )
         await bench.until(long, "ready")
 
     on_bench(tmp_path, test)
@@ -329,6 +328,24 @@ def test_a_document_that_the_engine_knows_is_dropped_at_once(tmp_path: Path) -> 
         assert files(bench) == ["b.tokens", "b.txt"]
         unread = await bench.upload("c", "long")
         await bench.library.remove(unread)
+        assert files(bench) == ["b.tokens", "b.txt"]
+        assert await bench.store.deleted() == []
+
+    on_bench(tmp_path, test)
+
+
+def test_a_deletion_at_work_ends_before_the_library_does(tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        first, _ = await two_ready(bench)
+        bench.engine.die()
+        await bench.library.remove(first)  # it waits for the engine
+        bench.engine.may_close.clear()
+        await bench.engine.closing.wait()
+        ending = asyncio.ensure_future(bench.library.close())
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().call_later(0.05, bench.engine.may_close.set)
+        await ending
+        assert bench.engine.stored == {"b"}
         assert files(bench) == ["b.tokens", "b.txt"]
         assert await bench.store.deleted() == []
 

@@ -10,7 +10,9 @@ import pytest
 
 from api.files.tokenizer_process import PIECE_CHARACTERS, ParseFailed, Parser, cut
 from longctx.text.tokenizer import Tokenizer
+from tests.api.live_server import tokenizer_process
 from tests.support.tiny_tokenizer import write_tokenizer
+from tests.support.waiting import patient, wait_for
 
 Run = Callable[[Callable[[Parser], Coroutine[Any, Any, Any]]], Any]
 
@@ -26,9 +28,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def with_parser(tokenizer: Tokenizer) -> Run:
     def run(work: Callable[[Parser], Coroutine[Any, Any, Any]]) -> Any:
         async def main() -> Any:
-            parser = Parser(tokenizer)
+            parser = tokenizer_process(tokenizer)
             try:
-                return await asyncio.wait_for(work(parser), 60)
+                return await asyncio.wait_for(work(parser), patient())
             finally:
                 await parser.close()
 
@@ -84,17 +86,79 @@ def test_a_cancelled_document_is_given_up_and_the_next_one_is_read(
     short.write_text("few words")
 
     async def work(parser: Parser) -> int:
+        begun = asyncio.Event()
         first = asyncio.ensure_future(
-            parser.tokenize(long, tmp_path / "long.tokens", continues=False)
+            parser.tokenize(
+                long,
+                tmp_path / "long.tokens",
+                continues=False,
+                on_progress=lambda read_bytes: begun.set(),
+            )
         )
-        await asyncio.sleep(0.1)
+        await begun.wait()
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
         return await parser.tokenize(short, tmp_path / "short.tokens", continues=False)
 
     assert with_parser(work) > 0
-    assert not (tmp_path / "long.tokens").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["long", "short", "short.tokens"]
+
+
+class HeldTokenizer:
+    """Every text is three tokens, once `gate` exists; it makes `waiting` when it is asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.gate, self.waiting = folder / "gate", folder / "waiting"
+
+    def encode(self, text: str, *, continues: bool) -> list[int]:
+        self.waiting.touch()
+        wait_for(self.gate.exists)
+        return [1, 2, 3]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known", "not yet known"])
+def test_a_cancelled_process_that_ends_its_work_all_the_same_leaves_no_tokens(
+    known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes too late: the process has already all its tokens, and only then dies."""
+    held: Any = HeldTokenizer(tmp_path)
+    text, tokens = tmp_path / "document.txt", tmp_path / "document.tokens"
+    text.write_text("words")
+
+    async def work() -> None:
+        process = tokenizer_process(held)
+        try:
+            begun = asyncio.ensure_future(process.tokenize(text, tokens, continues=False))
+            while not held.waiting.exists():
+                await asyncio.sleep(0)
+            if known:
+                await asyncio.sleep(0.1)  # its id has arrived
+            monkeypatch.setattr(os, "kill", lambda pid, number: None)
+            asyncio.get_running_loop().call_later(0.1, held.gate.touch)
+            begun.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await begun
+            text.unlink()  # as a deletion does next
+            tokens.unlink(missing_ok=True)
+            assert not list(tmp_path.glob("document.*"))
+            # The process takes one text after the other: the first one has ended by now.
+            text.write_text("other words")
+            assert await process.tokenize(text, tmp_path / "next.tokens", continues=False) == 3
+            assert list(tmp_path.glob("document.*")) == [text]
+        finally:
+            monkeypatch.undo()
+            await process.close()
+
+    asyncio.run(asyncio.wait_for(work(), patient()))
+
+
+def test_the_process_takes_only_what_others_leave(tokenizer: Tokenizer) -> None:
+    process = Parser(tokenizer)
+    try:
+        wait_for(lambda: os.getpriority(os.PRIO_PROCESS, process.zygote_pid) == 19)
+    finally:
+        asyncio.run(process.close())
 
 
 def test_a_process_that_dies_is_an_error_that_says_how(

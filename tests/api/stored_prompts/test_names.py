@@ -22,6 +22,7 @@ from longctx.request import FinishReason, Piece, Request, RequestOutput
 from prompt_cache.level import EXACT
 from prompt_cache.read import read_schema
 from prompt_cache.schema import Schema
+from tests.support.waiting import eventually
 
 LONG, TOO_LONG = 100, 400
 
@@ -70,11 +71,7 @@ class Shelf:
         known = [entry.record.schema for entry in self.library.of_tenant("")]
         stored = [record.schema for record in await self.records.schemas()]
         assert known == stored == list(expected)
-        for _ in range(100):
-            if len(self.engine.open) == len(expected):
-                return
-            await asyncio.sleep(0.01)
-        raise AssertionError(f"open: {self.engine.open}")
+        await eventually(lambda: len(self.engine.open) == len(expected))
 
 
 def schema(text: str) -> Schema:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from tests.api.live_server import MODEL, LiveServer
+from tests.support.waiting import wait_for
 
 KEYS = ("alice", "bob")
 SYSTEM = "You answer from the rules of the harbour. Boats come in before the evening. " * 20
@@ -27,13 +28,6 @@ def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield running
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 40) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def stored(
     http: httpx.Client, *, headers: dict[str, str] | None = None, **fields: Any
 ) -> dict[str, Any]:
@@ -41,7 +35,7 @@ def stored(
     answer = http.post(PROMPTS, json=fields, headers=headers)
     assert answer.status_code == 200, answer.text
     path = f"{PROMPTS}/{fields['name']}"
-    wait_until(lambda: http.get(path, headers=headers).json()["state"] in ("ready", "error"))
+    wait_for(lambda: http.get(path, headers=headers).json()["state"] in ("ready", "error"))
     described: dict[str, Any] = http.get(path, headers=headers).json()
     return described
 
@@ -96,10 +90,10 @@ def test_a_file_that_is_deleted_is_missed_by_its_prompt(server: LiveServer) -> N
 
 def test_an_expired_prompt_is_gone_and_so_are_its_blocks(server: LiveServer) -> None:
     stored(server.http, name="brief", system=f"Only for now. {SYSTEM}", ttl=1)
-    wait_until(lambda: server.http.get(f"{PROMPTS}/brief").status_code == 404, 5)
+    wait_for(lambda: server.http.get(f"{PROMPTS}/brief").status_code == 404)
     names = [entry["name"] for entry in server.http.get(PROMPTS).json()["data"]]
     assert "brief" not in names
-    wait_until(
+    wait_for(
         lambda: (
             chat(
                 server.http,
@@ -168,9 +162,7 @@ def test_prompts_survive_restarts_and_are_a_tenants_own(model_folder: Path, tmp_
         assert server.http.get(PROMPTS, headers=bob).json()["data"] == []
     time.sleep(1)
     with LiveServer(model_folder, tmp_path, api_key=KEYS, cache=disk) as server:
-        wait_until(
-            lambda: server.http.get(f"{PROMPTS}/a", headers=alice).json()["state"] == "ready"
-        )
+        wait_for(lambda: server.http.get(f"{PROMPTS}/a", headers=alice).json()["state"] == "ready")
         assert server.http.get(f"{PROMPTS}/brief", headers=alice).status_code == 404
         assert server.engine_stats()["computed_tokens_total"] == 0  # all of it was on the disk
         answer = chat(server.http, headers=alice, prompt_cache={"prompt": "a"})
@@ -202,7 +194,7 @@ def test_retention_means_what_it_says(model_folder: Path, tmp_path: Path) -> Non
         for _ in range(2):
             usage = chat(server.http, messages=long, prompt_cache_retention="in_memory")["usage"]
         assert usage["prompt_tokens_details"]["cached_tokens"] > 1024  # it is in memory
-        wait_until(lambda: server.engine_stats()["disk_blocks"] > 0)
+        wait_for(lambda: server.engine_stats()["disk_blocks"] > 0)
     with LiveServer(model_folder, tmp_path, cache=disk) as server:
         cached = [
             chat(server.http, messages=messages)["usage"]["prompt_tokens_details"]["cached_tokens"]
@@ -215,7 +207,7 @@ def test_retention_means_what_it_says(model_folder: Path, tmp_path: Path) -> Non
 def test_a_file_is_reused_after_any_text(server: LiveServer) -> None:
     with server.openai() as client:
         file: Any = client.files.create(file=("c.txt", STORY.encode()), purpose="user_data")
-        wait_until(lambda: _state(client, file.id) == "ready")
+        wait_for(lambda: _state(client, file.id) == "ready")
         levels: dict[str, Any] = {}
         for level in (None, "exact", "link:16", "modular"):
             part: Any = {"type": "file", "file": {"file_id": file.id}}

@@ -2,8 +2,7 @@
 
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from longctx.request import LevelVerdict
 from prompt_cache.level import Level
 from tests.api.live_server import MODEL, LiveServer
 from tests.api.test_restart import engine_process
+from tests.support.waiting import wait_for
 
 KEYS = ("alice", "bob")
 FISH = "The boats come back with fish in the evening, and the market opens. " * 8
@@ -54,19 +54,12 @@ def client(server: LiveServer) -> Iterator[openai.OpenAI]:
         yield connected
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 40) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def stored(http: httpx.Client, text: str = PML, **options: Any) -> dict[str, Any]:
     """The schema, once its modules are computed."""
     answer = http.post("/v1/prompt_cache/schemas", content=text, **options)
     assert answer.status_code == 200, answer.text
     path = f"/v1/prompt_cache/schemas/{answer.json()['name']}"
-    wait_until(lambda: http.get(path, **options).json()["state"] == "ready")
+    wait_for(lambda: http.get(path, **options).json()["state"] == "ready")
     described: dict[str, Any] = http.get(path, **options).json()
     return described
 
@@ -286,13 +279,13 @@ def test_schemas_survive_the_engine_and_the_server_and_are_a_tenants_own(
         assert refused.status_code == 404
 
         os.kill(engine_process(server), signal.SIGKILL)
-        wait_until(lambda: server.application.engine.state == "restarting")
-        wait_until(lambda: server.http.get(path, headers=alice).json().get("state") == "ready")
+        wait_for(lambda: server.application.engine.state == "restarting")
+        wait_for(lambda: server.http.get(path, headers=alice).json().get("state") == "ready")
         answer = server.http.post("/v1/chat/completions", json=body, headers=alice).json()
         assert answer["prompt_cache"]["borrowed_tokens"] > 100
 
     with LiveServer(model_folder, tmp_path, api_key=KEYS, cache=disk) as server:
-        wait_until(lambda: server.http.get(path, headers=alice).json()["state"] == "ready")
+        wait_for(lambda: server.http.get(path, headers=alice).json()["state"] == "ready")
         modules = server.http.get(path, headers=alice).json()["modules"]
         assert all(module["durable_tokens"] == module["tokens"] for module in modules)
         assert server.engine_stats()["computed_tokens_total"] == 0  # all of it was on the disk
