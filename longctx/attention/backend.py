@@ -18,6 +18,7 @@ from torch import Tensor
 from compress.shape import BLOCK_TOKENS
 from longctx.kv.block_entry import Entries
 from longctx.kv.memory import KVMemory
+from longctx.model.layer_attention import AttentionCall
 from offload.key import BlockKey
 
 
@@ -79,16 +80,11 @@ class AttentionBackend(Protocol):
         ...
 
     def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        plan: AttentionPlan,
-        *,
-        scaling: float,
-        softcap: float | None,
+        self, call: AttentionCall, query: Tensor, plan: AttentionPlan
     ) -> tuple[Tensor, Tensor]:
-        """Attention of all rows named in the plan.
+        """Return the attention of all rows that the plan names, but for the call's sinks.
 
+        The caller merges those when all parts of a row are there (`merge_sink`).
         `query` [tokens, heads, head_dim] -> out [tokens, heads, head_dim] float32 and lse
         [tokens, heads] float32, natural log; rows outside the plan have out 0 and lse -inf.
         """

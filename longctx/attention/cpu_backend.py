@@ -13,6 +13,7 @@ from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import ChunkRows
 from longctx.kernels import _kernels
 from longctx.kv.memory import KVMemory
+from longctx.model.layer_attention import AttentionCall
 
 if not _kernels.instruction_sets():
     raise ImportError("this CPU has none of the instruction sets that the kernels are compiled for")
@@ -48,29 +49,21 @@ class CPUAttention:
         made = self._layers.get((layer, kv_heads)) or self._layer(layer, kv_heads)
         _kernels.seal(made, _page_indices(raw), _page_indices(packed))
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        plan: object,
-        *,
-        scaling: float,
-        softcap: float | None,
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, call: AttentionCall, query: Tensor, plan: object) -> tuple[Tensor, Tensor]:
         tokens, heads, _ = query.shape
         if query.stride(2) != 1:
             query = query.contiguous()
         out = torch.empty(query.shape, dtype=torch.float32)
         lse = torch.empty((tokens, heads), dtype=torch.float32)
         self._kernels.attend(
-            self._layers.get((layer, heads)) or self._layer(layer, heads),
+            self._layers.get((call.layer, heads)) or self._layer(call.layer, heads),
             cast(_kernels.Plan, plan),
             query.data_ptr(),
             DTYPES[query.dtype],
             query.stride(0),
             query.stride(1),
-            scaling,
-            softcap or 0.0,
+            call.scaling,
+            call.softcap or 0.0,
             tokens,
             out.data_ptr(),
             lse.data_ptr(),

@@ -10,6 +10,7 @@ from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import ChunkRows
 from longctx.kv.block_entry import FIRST_POSITION, PAGE, ROW_BEGIN, ROWS
 from longctx.kv.memory import KVMemory
+from longctx.model.layer_attention import AttentionCall
 
 
 class ReferenceAttention:
@@ -22,28 +23,22 @@ class ReferenceAttention:
     def seal(self, layer: int, raw: Tensor | slice, packed: Tensor | slice) -> None:
         self._memory.seal(layer, raw, packed)
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        plan: object,
-        *,
-        scaling: float,
-        softcap: float | None,
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, call: AttentionCall, query: Tensor, plan: object) -> tuple[Tensor, Tensor]:
         tokens, heads, _ = query.shape
         out = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
         lse = torch.full((tokens, heads), -torch.inf, device=query.device)
         for chunk in cast(Sequence[ChunkRows], plan):
             for index in range(chunk.rows):
                 row = chunk.row_begin + index
-                keys, values = self._visible(layer, chunk.pick(row))  # [keys, kv_heads, head_dim]
+                keys, values = self._visible(
+                    call.layer, chunk.pick(row)
+                )  # [keys, kv_heads, head_dim]
                 group = heads // keys.shape[1]
                 keys = keys.repeat_interleave(group, dim=1)
                 values = values.repeat_interleave(group, dim=1)
-                scores = torch.einsum("hd,khd->hk", query[row].float(), keys) * scaling
-                if softcap is not None:
-                    scores = softcap * torch.tanh(scores / softcap)
+                scores = torch.einsum("hd,khd->hk", query[row].float(), keys) * call.scaling
+                if call.softcap is not None:
+                    scores = call.softcap * torch.tanh(scores / call.softcap)
                 out[row] = torch.einsum("hk,khd->hd", torch.softmax(scores, dim=-1), values)
                 lse[row] = torch.logsumexp(scores, dim=-1)
         return out, lse

@@ -19,6 +19,7 @@ from longctx.attention.backend import AttentionBackend, AttentionPlan, ChunkRows
 from longctx.attention.merge import merge_parts
 from longctx.kv.block_entry import FIRST_POSITION, ROTATION, ROWS
 from longctx.kv.memory import KVMemory
+from longctx.model.layer_attention import AttentionCall
 from longctx.model.spec import Rotation
 
 
@@ -102,24 +103,16 @@ class RotatedAttention:
     def seal(self, layer: int, raw: Tensor | slice, packed: Tensor | slice) -> None:
         self._inner.seal(layer, raw, packed)
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        plan: object,
-        *,
-        scaling: float,
-        softcap: float | None,
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, call: AttentionCall, query: Tensor, plan: object) -> tuple[Tensor, Tensor]:
         """As any backend's."""
-        rotation = self._rotations[layer]
+        rotation = self._rotations[call.layer]
         if not isinstance(plan, _Plan) or rotation is None:
             inner_plan = plan.plain if isinstance(plan, _Plan) else plan
-            return self._inner.attend(layer, query, inner_plan, scaling=scaling, softcap=softcap)
+            return self._inner.attend(call, query, inner_plan)
         rows = plan.rows
         wide = query.index_select(0, plan.source)
         wide[rows:-1] = rotation.turn(wide[rows:-1], *plan.turns[rotation])
-        out, lse = self._inner.attend(layer, wide, plan.wide, scaling=scaling, softcap=softcap)
+        out, lse = self._inner.attend(call, wide, plan.wide)
         out[plan.parted], lse[plan.parted] = merge_parts(out[plan.parts], lse[plan.parts])
         if rows == len(query):
             return out[:rows], lse[:rows]

@@ -19,6 +19,7 @@ from longctx.attention.merge import merge
 from longctx.errors import BlocksLost
 from longctx.kv.block_entry import ENTRY_COLUMNS, FIRST_POSITION, PAGE, ROWS
 from longctx.kv.memory import KVMemory
+from longctx.model.layer_attention import AttentionCall
 from offload.key import BlockKey
 
 ReadPages = Callable[[int, Sequence[BlockKey], Sequence[int]], bool]
@@ -66,31 +67,19 @@ class StreamedAttention:
     def seal(self, layer: int, raw: Tensor | slice, packed: Tensor | slice) -> None:
         self._inner.seal(layer, raw, packed)
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        plan: object,
-        *,
-        scaling: float,
-        softcap: float | None,
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, call: AttentionCall, query: Tensor, plan: object) -> tuple[Tensor, Tensor]:
         """As any backend's. Raises BlocksLost where an absent block cannot be read."""
         if not isinstance(plan, _Plan):
-            return self._inner.attend(layer, query, plan, scaling=scaling, softcap=softcap)
-        reading = self._begin(layer, plan.tiles[0])
+            return self._inner.attend(call, query, plan)
+        reading = self._begin(call.layer, plan.tiles[0])
         try:
-            out, lse = self._inner.attend(
-                layer, query, plan.present, scaling=scaling, softcap=softcap
-            )
+            out, lse = self._inner.attend(call, query, plan.present)
             for number, tile in enumerate(plan.tiles):
                 if not reading.result():
                     raise BlocksLost("blocks of this context can no longer be read")
                 if number + 1 < len(plan.tiles):
-                    reading = self._begin(layer, plan.tiles[number + 1])
-                tile_out, tile_lse = self._inner.attend(
-                    layer, query, tile.plan, scaling=scaling, softcap=softcap
-                )
+                    reading = self._begin(call.layer, plan.tiles[number + 1])
+                tile_out, tile_lse = self._inner.attend(call, query, tile.plan)
                 out, lse = merge(out, lse, tile_out, tile_lse)
         finally:
             reading.exception()  # nothing is read into pages that somebody else is given

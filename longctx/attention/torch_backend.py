@@ -12,6 +12,7 @@ from longctx.attention.backend import ChunkRows
 from longctx.attention.merge import merge
 from longctx.attention.torch_plan import Tile, plan_tiles
 from longctx.kv.memory import KVMemory
+from longctx.model.layer_attention import AttentionCall
 
 PRODUCT_ROWS = 4  # 2 or 3 rows take twice as long in a product as 4: they are padded with zeros
 # On a CPU a softmax of one's own beats flash where few query rows share a key head and many keys
@@ -39,40 +40,29 @@ class TorchAttention:
     def seal(self, layer: int, raw: Tensor | slice, packed: Tensor | slice) -> None:
         self._memory.seal(layer, raw, packed)
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        plan: object,
-        *,
-        scaling: float,
-        softcap: float | None,
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, call: AttentionCall, query: Tensor, plan: object) -> tuple[Tensor, Tensor]:
         tiles = cast(tuple[Tile, ...], plan)
         if len(tiles) == 1 and tiles[0].rows == slice(0, len(query)):
-            return self._attend(layer, query, tiles[0], scaling, softcap)
+            return self._attend(call, query, tiles[0])
         out = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
         lse = query.new_full(query.shape[:2], -torch.inf, dtype=torch.float32)
         for tile in tiles:
-            tile_out, tile_lse = self._attend(layer, query, tile, scaling, softcap)
+            tile_out, tile_lse = self._attend(call, query, tile)
             rows = tile.rows if tile.targets is None else tile.targets
             if not tile.first:
                 tile_out, tile_lse = merge(out[rows], lse[rows], tile_out, tile_lse)
             out[rows], lse[rows] = tile_out, tile_lse
         return out, lse
 
-    def _attend(
-        self, layer: int, query: Tensor, tile: Tile, scaling: float, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
+    def _attend(self, call: AttentionCall, query: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
         """One tile: out [rows, heads, head_dim] and lse [rows, heads] of its real rows."""
-        parts = self._rows(layer, tile)
+        parts = self._rows(call.layer, tile)
         tile_query = query[tile.rows]
         out, lse = attend_tile(
+            call,
             tile_query.reshape(tile.batch, -1, *query.shape[1:]),
             [part[:, :, 0] for part in parts],
             [part[:, :, 1] for part in parts],
-            scaling=scaling,
-            softcap=softcap,
             bias=tile.bias,
             causal=tile.causal,
         )
@@ -93,12 +83,11 @@ class TorchAttention:
 
 
 def attend_tile(
+    call: AttentionCall,
     query: Tensor,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     *,
-    scaling: float,
-    softcap: float | None,
     bias: Tensor | None,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -110,9 +99,9 @@ def attend_tile(
     """
     rows_per_key_head = query.shape[1] * (query.shape[2] // keys[0].shape[2])
     long = rows_per_key_head <= FEW_ROWS and sum(key.shape[1] for key in keys) >= MANY_KEYS
-    if query.device.type == "cpu" and softcap is None and not long:
-        return _flash(query, _joined(keys), _joined(values), scaling, bias, causal)
-    return _explicit(query, keys, values, scaling, softcap, bias, causal)
+    if query.device.type == "cpu" and call.softcap is None and not long:
+        return _flash(query, _joined(keys), _joined(values), call.scaling, bias, causal)
+    return _explicit(call, query, keys, values, bias, causal)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -140,11 +129,10 @@ def _flash(
 
 
 def _explicit(
+    call: AttentionCall,
     query: Tensor,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
-    scaling: float,
-    softcap: float | None,
     bias: Tensor | None,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -160,9 +148,9 @@ def _explicit(
     for index in range(batch):
         products = [torch.bmm(grouped[index], key[index].permute(1, 2, 0)) for key in keys]
         scores = (products[0] if len(products) == 1 else torch.cat(products, dim=-1)).float()
-        scores.mul_(scaling)
-        if softcap is not None:
-            scores.div_(softcap).tanh_().mul_(softcap)
+        scores.mul_(call.scaling)
+        if call.softcap is not None:
+            scores.div_(call.softcap).tanh_().mul_(call.softcap)
         by_row = scores[:, : group * rows].view(kv_heads, group, rows, -1)
         if bias is not None:
             by_row += bias[index]

@@ -35,6 +35,7 @@ from longctx.bench.random_pages import random_chunk
 from longctx.bench.report import Parameter, Report, Result
 from longctx.config import EngineConfig
 from longctx.kv.memory import KVMemory
+from longctx.model.layer_attention import AttentionCall
 from longctx.model.loader import computes_bfloat16
 from longctx.model.spec import LayerSpec
 
@@ -202,15 +203,15 @@ def _paged(
     chunk: ChunkRows,
 ) -> Contender:
     attention = BACKENDS[backend](memory)
-    scaling = heads.head_dim**-0.5
     layers = len(memory.codecs)
+    calls = [AttentionCall(layer, heads.head_dim**-0.5) for layer in range(layers)]
     one, many = (torch.randn(n, heads.heads, heads.head_dim).to(dtype) for n in (1, chunk.rows))
 
     def attend(query: Tensor, rows: ChunkRows, count: int) -> float:
         plan = attention.plan([rows], 0)
         began = time.perf_counter()
-        for layer in range(count):
-            attention.attend(layer, query, plan, scaling=scaling, softcap=None)
+        for call in calls[:count]:
+            attention.attend(call, query, plan)
         return (time.perf_counter() - began) / count
 
     return Contender(

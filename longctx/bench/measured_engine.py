@@ -19,6 +19,7 @@ from longctx.config import EngineConfig
 from longctx.engine.engine import Engine
 from longctx.engine.model_runner import ModelRunner
 from longctx.engine.sampler import SamplingState, sample
+from longctx.model.layer_attention import AttentionCall
 from longctx.request import Request, RequestOutput, SamplingParams, Segment
 from offload.key import chain_keys
 
@@ -163,9 +164,11 @@ class _TimedAttention:
         self._backend.seal(layer, raw, packed)
         self._profile.attention_seconds += time.perf_counter() - began
 
-    def attend(self, layer: int, query: Tensor, plan: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, call: AttentionCall, query: Tensor, plan: AttentionPlan
+    ) -> tuple[Tensor, Tensor]:
         began = time.perf_counter()
-        result = self._backend.attend(layer, query, plan, **options)
+        result = self._backend.attend(call, query, plan)
         self._profile.attention_seconds += time.perf_counter() - began
         return result
 

@@ -10,6 +10,7 @@ from longctx.attention.merge import merge_sink
 from longctx.engine.batch import Batch
 from longctx.engine.scheduler import Chunk
 from longctx.kv.memory import KVMemory
+from longctx.model.layer_attention import AttentionCall
 from longctx.model.loader import LoadedModel
 
 
@@ -52,24 +53,15 @@ class _StepAttention:
             batch.last_chunks, memory.group_of[self._last_layer]
         )
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         batch, memory = self._batch, self._memory
+        layer = call.layer
         group = memory.group_of[layer]
         memory.write(layer, batch.slots, key, value)
         if batch.sealed_blocks:
             self._backend.seal(layer, batch.sealed_raw, batch.sealed_packed[group])
         plan = self._last_plan if layer == self._last_layer else self._plans[group]
-        out, lse = self._backend.attend(layer, query, plan, scaling=scaling, softcap=softcap)
-        if sinks is not None:
-            out, lse = merge_sink(out, lse, sinks)
+        out, lse = self._backend.attend(call, query, plan)
+        if call.sinks is not None:
+            out, lse = merge_sink(out, lse, call.sinks)
         return out.to(query.dtype)

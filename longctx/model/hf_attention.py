@@ -6,35 +6,14 @@ that one row `[1, tokens]` may carry any number of sequences. No mask is made: w
 sees is the business of whoever stands behind `attend`.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from longctx.model.layer_attention import AttentionCall, LayerAttention
+
 ATTENTION = "longctx"
-
-
-class LayerAttention(Protocol):
-    """Attention of one forward pass, called once by each layer, in order."""
-
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        """Returns [tokens, heads, head_dim].
-
-        `query` [tokens, heads, head_dim]; `key`, `value` [tokens, kv_heads, head_dim], after RoPE;
-        all may be strided views. Scores are `scaling * q.k`, then `softcap * tanh(s / softcap)`.
-        `sinks` [heads] are logits that take part in the softmax and carry no value.
-        """
-        ...
 
 
 def register_attention() -> None:
@@ -42,7 +21,7 @@ def register_attention() -> None:
 
     It is not given a mask function: transformers then makes no mask and passes None.
     """
-    AttentionInterface.register(ATTENTION, _attention)
+    AttentionInterface.register(ATTENTION, attend_packed)
 
 
 def run_packed(
@@ -67,7 +46,7 @@ def run_packed(
     return logits
 
 
-def _attention(
+def attend_packed(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -80,16 +59,16 @@ def _attention(
     s_aux: Tensor | None = None,
     **_: Any,  # the probe has checked at load that none of the others matters
 ) -> tuple[Tensor, None]:
-    """Returns [1, tokens, heads, head_dim]; the others are [1, heads, tokens, head_dim]."""
+    """Let `batch` attend for one layer, as transformers calls the attention of a model.
+
+    Returns [1, tokens, heads, head_dim]; query, key and value are [1, heads, tokens, head_dim].
+    """
     layer = module.layer_idx
     assert isinstance(layer, int), f"{type(module).__name__} does not know its layer"
+    call = AttentionCall(
+        layer, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux
+    )
     out = batch.attend(
-        layer,
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=softcap,
-        sinks=s_aux,
+        call, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     )
     return out[None].contiguous(), None  # some architectures call view() on it

@@ -12,11 +12,11 @@ explains them the model's keys are not moved. Read `find_relocation`.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from longctx.model.call_recorder import CallRecorder, RecordedCall
 from longctx.model.hf_attention import run_packed
 from longctx.model.spec import Relocation, Rotation
 
@@ -41,13 +41,14 @@ def find_relocation(model: nn.Module, *, vocab_size: int, max_context: int) -> R
         )
     seen, frequencies = [], dict.fromkeys(_frequencies(model))
     for positions in contexts:
-        seen.append(_watch(model, tokens, positions))
+        seen.append(_record(model, tokens, positions))
         frequencies |= dict.fromkeys(_frequencies(model))  # some are chosen by the length
     rotations: list[Rotation | None] = []
     likely: dict[Rotation, None] = {}  # what explained another layer comes first
-    for layer in range(len(seen[0].keys)):
-        keys = [(at, each.keys[layer]) for at, each in zip(contexts, seen, strict=True)]
-        values = [(at, each.values[layer]) for at, each in zip(contexts, seen, strict=True)]
+    for layer, calls in enumerate(zip(*seen, strict=True)):
+        pairs = list(zip(contexts, calls, strict=True))
+        keys = [(at, _by_position(each.key, at)) for at, each in pairs]
+        values = [(at, _by_position(each.value, at)) for at, each in pairs]
         if _error(None, values) > MAX_ERROR:
             return _not_shiftable("positions are part of its hidden states (learned ones)")
         candidates = [*likely, *_candidates(frequencies, keys[0][1].shape[-1])]
@@ -75,45 +76,26 @@ def _not_shiftable(reason: str) -> Relocation:
     return Relocation(shiftable=False, reason=reason)
 
 
-@dataclass(slots=True)
-class _Watch:
-    """A `LayerAttention` under which tokens see only themselves: nothing else knows of positions.
+def _record(model: nn.Module, tokens: Tensor, positions: list[int]) -> list[RecordedCall]:
+    """Compute the same tokens at each of `positions`, all in one packed row.
 
-    `keys`, `values`: of each layer, [positions, tokens, kv_heads, head_dim] float32.
+    No token sees another, so nothing but their own positions tells them apart.
     """
-
-    positions: int
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        for kept, rows in ((self.keys, key), (self.values, value)):
-            kept.append(rows.float().reshape(self.positions, -1, *rows.shape[1:]))
-        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-
-
-def _watch(model: nn.Module, tokens: Tensor, positions: list[int]) -> _Watch:
-    """The same tokens at each of `positions`, all in one packed row."""
     device = next(model.parameters()).device
-    watch = _Watch(len(positions))
+    recorder = CallRecorder()
     run_packed(
         model,
         tokens.repeat(len(positions)).to(device),
         torch.tensor(positions, device=device).repeat_interleave(len(tokens)),
-        watch,
+        recorder,
         torch.zeros(1, dtype=torch.int64, device=device),
     )
-    return watch
+    return recorder.calls
+
+
+def _by_position(rows: Tensor, positions: list[int]) -> Tensor:
+    """[positions, tokens, kv_heads, head_dim] float32, of keys or values of one packed row."""
+    return rows.float().reshape(len(positions), -1, *rows.shape[1:])
 
 
 def _frequencies(model: nn.Module) -> Iterator[tuple[float, ...]]:

@@ -20,13 +20,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from longctx.config import ModelConfig, Weights
 from longctx.errors import ModelRefused
 from longctx.model.checkpoint import ModelFiles, fingerprint, read_model_folder
-from longctx.model.hf_attention import (
-    ATTENTION,
-    LayerAttention,
-    register_attention,
-    run_packed,
-)
+from longctx.model.hf_attention import ATTENTION, register_attention, run_packed
 from longctx.model.key_rotation import find_relocation
+from longctx.model.layer_attention import LayerAttention
 from longctx.model.probe import PROBE, probe_layers, register_probe
 from longctx.model.rope import settle_rope
 from longctx.model.spec import ModelSpec

@@ -3,13 +3,13 @@
 Configuration fields are named differently in every architecture, and some lie. So the model runs
 with an attention that only watches: which layers call it, with what shapes, under which mask. The
 attention returns each token's own value, so that nothing else should carry anything from one
-token to another; the second run changes a neighbour's tokens, position and place in the row, and
+token to another; the second run changes a neighbor's tokens, position and place in the row, and
 what the unchanged tokens show to the attention must stay. That catches recurrent layers,
 convolutions and rotary types that look at the whole row. Read `probe_layers`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from longctx.errors import ModelRefused
-from longctx.model.hf_attention import run_packed
+from longctx.model.call_recorder import CallRecorder, RecordedCall
+from longctx.model.hf_attention import attend_packed, run_packed
 from longctx.model.spec import LayerSpec
 
 PROBE = "longctx_probe"
@@ -34,36 +35,35 @@ HARMLESS = frozenset(
     | {"output_attentions", "output_hidden_states", "output_router_logits"}
 )
 
-# Half the probe's tokens are watched, the others are their neighbours.
-NEIGHBOURS = 4
+HONORED = frozenset({"scaling", "softcap", "s_aux"})  # parts of an `AttentionCall`
+
+# Half the probe's tokens are watched, the others are their neighbors.
+NEIGHBORS = 4
 WATCHED = 4
 # Far above rounding in bfloat16, far below what a recurrent layer carries over.
 MAX_CHANGE = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Call:
-    """One layer's call; `query` [heads, tokens, head_dim], the others with their own heads."""
+class _Terms:
+    """What transformers says of one layer's call beside its tensors."""
 
-    layer: int
-    query: Tensor
-    key: Tensor
-    value: Tensor
     mask: Tensor | None
     sliding_window: int | None
-    unknown: tuple[str, ...]  # keywords that nobody has told us how to honour
+    unknown: tuple[str, ...]  # keywords that nobody has told us how to honor
 
 
-@dataclass(slots=True)
-class _Watcher:
-    """Travels through the model in place of a `LayerAttention`."""
+class _ProbeRecorder(CallRecorder):
+    """A recorder that keeps the terms of each call too."""
 
-    calls: list[_Call] = field(default_factory=list)
+    def __init__(self) -> None:
+        super().__init__()
+        self.terms: list[_Terms] = []
 
 
 def register_probe() -> None:
     """Make the name `PROBE` known to transformers; doing it twice changes nothing."""
-    AttentionInterface.register(PROBE, _watch)
+    AttentionInterface.register(PROBE, _attend_probed)
     AttentionMaskInterface.register(PROBE, _coded_mask)
 
 
@@ -75,28 +75,31 @@ def probe_layers(
     `model` must have been built with the attention implementation `PROBE`.
     """
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocab_size, (NEIGHBOURS + WATCHED,), generator=generator)
-    strangers = torch.randint(vocab_size, (NEIGHBOURS,), generator=generator)
-    near = torch.arange(NEIGHBOURS + WATCHED)
-    far = torch.arange(NEIGHBOURS) + max(max_context - NEIGHBOURS, NEIGHBOURS)
+    tokens = torch.randint(vocab_size, (NEIGHBORS + WATCHED,), generator=generator)
+    strangers = torch.randint(vocab_size, (NEIGHBORS,), generator=generator)
+    near = torch.arange(NEIGHBORS + WATCHED)
+    far = torch.arange(NEIGHBORS) + max(max_context - NEIGHBORS, NEIGHBORS)
     first = _run(model, tokens, near)
     second = _run(
-        model, torch.cat([tokens[NEIGHBOURS:], strangers]), torch.cat([near[NEIGHBOURS:], far])
+        model, torch.cat([tokens[NEIGHBORS:], strangers]), torch.cat([near[NEIGHBORS:], far])
     )
-    _check_calls(first, layers)
-    _check_dtypes(first, model.dtype)
-    specs = tuple(_layer_spec(call, max_context) for call in first)
-    _check_shared_keys(first)
-    _check_independence(first, second)
+    _check_calls(first.calls, layers)
+    _check_dtypes(first.calls, model.dtype)
+    specs = tuple(
+        _layer_spec(recorded, terms, max_context)
+        for recorded, terms in zip(first.calls, first.terms, strict=True)
+    )
+    _check_shared_keys(first.calls)
+    _check_independence(first.calls, second.calls)
     return specs
 
 
-def _run(model: PreTrainedModel, tokens: Tensor, positions: Tensor) -> list[_Call]:
-    watcher = _Watcher()
+def _run(model: PreTrainedModel, tokens: Tensor, positions: Tensor) -> _ProbeRecorder:
+    recorder = _ProbeRecorder()
     row = torch.tensor([len(tokens) - 1], device=model.device)
     try:
         logits = run_packed(
-            model, tokens.to(model.device), positions.to(model.device), watcher, row
+            model, tokens.to(model.device), positions.to(model.device), recorder, row
         )
     except Exception as error:  # whatever the model's code raises, it cannot be served
         raise ModelRefused(
@@ -107,11 +110,11 @@ def _run(model: PreTrainedModel, tokens: Tensor, positions: Tensor) -> list[_Cal
             f"{type(model).__name__} computes logits for every token of a prompt; "
             "it must accept logits_to_keep"
         )
-    return watcher.calls
+    return recorder
 
 
-def _check_calls(calls: list[_Call], layers: int) -> None:
-    called = [call.layer for call in calls]
+def _check_calls(calls: list[RecordedCall], layers: int) -> None:
+    called = [recorded.call.layer for recorded in calls]
     if called and called == list(range(layers)):
         return
     if len(set(called)) < layers or not called:
@@ -122,42 +125,43 @@ def _check_calls(calls: list[_Call], layers: int) -> None:
     raise ModelRefused(f"attention is called in the order {called}, not once for each layer")
 
 
-def _check_dtypes(calls: list[_Call], dtype: torch.dtype) -> None:
-    for call in calls:
-        found = {call.query.dtype, call.key.dtype, call.value.dtype}
+def _check_dtypes(calls: list[RecordedCall], dtype: torch.dtype) -> None:
+    for recorded in calls:
+        found = {recorded.query.dtype, recorded.key.dtype, recorded.value.dtype}
         if found != {dtype}:
             raise ModelRefused(
-                f"layer {call.layer} mixes {', '.join(sorted(map(str, found)))} in a model of "
-                f"{dtype}; start with --dtype float32"
+                f"layer {recorded.call.layer} mixes {', '.join(sorted(map(str, found)))} in a "
+                f"model of {dtype}; start with --dtype float32"
             )
 
 
-def _layer_spec(call: _Call, max_context: int) -> LayerSpec:
-    where = f"layer {call.layer}"
-    heads, _, head_dim = call.query.shape
-    kv_heads = call.key.shape[0]
-    if not call.query.shape[2] == call.key.shape[2] == call.value.shape[2]:
+def _layer_spec(recorded: RecordedCall, terms: _Terms, max_context: int) -> LayerSpec:
+    where = f"layer {recorded.call.layer}"
+    _, heads, head_dim = recorded.query.shape
+    _, kv_heads, key_dim = recorded.key.shape
+    _, value_heads, value_dim = recorded.value.shape
+    if not head_dim == key_dim == value_dim:
         raise ModelRefused(
-            f"{where} has query, key and value heads of {head_dim}, {call.key.shape[2]} and "
-            f"{call.value.shape[2]} values (multi-head latent attention?); they must be equal"
+            f"{where} has query, key and value heads of {head_dim}, {key_dim} and "
+            f"{value_dim} values (multi-head latent attention?); they must be equal"
         )
-    if call.value.shape[0] != kv_heads or heads % kv_heads:
+    if value_heads != kv_heads or heads % kv_heads:
         raise ModelRefused(
-            f"{where} has {heads} query, {kv_heads} key and {call.value.shape[0]} value heads; "
+            f"{where} has {heads} query, {kv_heads} key and {value_heads} value heads; "
             "key and value heads must be equal and divide the query heads"
         )
     if head_dim not in HEAD_DIMS:
         raise ModelRefused(
             f"{where} has a head_dim of {head_dim}; it must be {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}"
         )
-    if call.unknown:
-        raise ModelRefused(f"{where} passes {', '.join(call.unknown)}, which cannot be honoured")
-    window = _window(call, where, max_context)
+    if terms.unknown:
+        raise ModelRefused(f"{where} passes {', '.join(terms.unknown)}, which cannot be honored")
+    window = _window(terms, where, max_context)
     return LayerSpec(heads=heads, kv_heads=kv_heads, head_dim=head_dim, window=window)
 
 
-def _window(call: _Call, where: str, max_context: int) -> int | None:
-    mask = call.mask
+def _window(terms: _Terms, where: str, max_context: int) -> int | None:
+    mask = terms.mask
     if mask is None or mask.dtype != torch.int64 or mask.numel() != 1 or mask == UNKNOWN_MASK:
         raise ModelRefused(
             f"{where} has a mask that is neither causal nor a sliding window (ALiBi, a position "
@@ -172,71 +176,56 @@ def _window(call: _Call, where: str, max_context: int) -> int | None:
             )
         return None
     window = reach if 0 < reach < max_context else None
-    told = call.sliding_window
+    told = terms.sliding_window
     told = told if told is not None and 0 < told < max_context else None
     if told is not None and told != window:
         raise ModelRefused(f"{where} names a window of {told} tokens but masks {window or 'none'}")
     return window
 
 
-def _check_shared_keys(calls: list[_Call]) -> None:
-    for call in calls:
-        for earlier in calls[: call.layer]:
-            if torch.equal(call.key, earlier.key) and torch.equal(call.value, earlier.value):
+def _check_shared_keys(calls: list[RecordedCall]) -> None:
+    for layer, one in enumerate(calls):
+        for earlier, other in enumerate(calls[:layer]):
+            if torch.equal(one.key, other.key) and torch.equal(one.value, other.value):
                 raise ModelRefused(
-                    f"layer {call.layer} shares its keys and values with layer {earlier.layer}; "
+                    f"layer {layer} shares its keys and values with layer {earlier}; "
                     "keys shared across layers are not supported"
                 )
 
 
-def _check_independence(first: list[_Call], second: list[_Call]) -> None:
+def _check_independence(first: list[RecordedCall], second: list[RecordedCall]) -> None:
     """In `first` the watched tokens come last, in `second` they come first."""
     for one, other in zip(first, second, strict=True):
         for name in ("query", "key", "value"):
-            before = getattr(one, name)[:, NEIGHBOURS:].float()
-            after = getattr(other, name)[:, :WATCHED].float()
+            before = getattr(one, name)[NEIGHBORS:].float()
+            after = getattr(other, name)[:WATCHED].float()
             change = (before - after).norm() / before.norm().clamp_min(1e-20)
             if not change <= MAX_CHANGE:  # NaN is no better
                 raise ModelRefused(
-                    f"layer {one.layer} carries something from token to token besides attention "
-                    "(a recurrent state, a convolution, rotary frequencies that look at the whole "
-                    "batch); such a model cannot share a batch or a cache"
+                    f"layer {one.call.layer} carries something from token to token besides "
+                    "attention (a recurrent state, a convolution, rotary frequencies that look at "
+                    "the whole batch); such a model cannot share a batch or a cache"
                 )
 
 
-def _watch(
+def _attend_probed(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    batch: _Watcher | None = None,
+    batch: _ProbeRecorder | None = None,
     sliding_window: int | None = None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **others: Any,
+    **keywords: Any,
 ) -> tuple[Tensor, None]:
-    """The probe's attention: every token gets its own value."""
+    """Note the terms of the call, then attend as the served model does: through `batch`."""
     if batch is None:
         raise ModelRefused("its layers do not hand their keywords on to the attention")
-    unknown = [name for name, value in others.items() if value is not None]
-    layer = module.layer_idx
-    assert isinstance(layer, int), f"{type(module).__name__} does not know its layer"
-    batch.calls.append(
-        _Call(
-            layer=layer,
-            query=query[0],
-            key=key[0],
-            value=value[0],
-            mask=attention_mask,
-            sliding_window=sliding_window,
-            unknown=tuple(sorted(set(unknown) - HARMLESS)),
-        )
-    )
-    out = value[0].repeat_interleave(max(query.shape[1] // value.shape[1], 1), dim=0)
-    return out.transpose(0, 1)[None].contiguous(), None
+    given = {name for name, value in keywords.items() if value is not None}
+    unknown = tuple(sorted(given - HARMLESS - HONORED))
+    batch.terms.append(_Terms(mask=attention_mask, sliding_window=sliding_window, unknown=unknown))
+    return attend_packed(module, query, key, value, attention_mask, batch=batch, **keywords)
 
 
 def _coded_mask(

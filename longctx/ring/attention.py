@@ -20,19 +20,10 @@ from torch import Tensor
 from longctx.attention.backend import AttentionBackend, AttentionPlan
 from longctx.attention.merge import merge, merge_sink
 from longctx.kv.memory import KVMemory
+from longctx.model.call_recorder import RecordedCall
+from longctx.model.layer_attention import AttentionCall
 from longctx.ring.step import GroupStep, RankStep, Round, Rows
 from longctx.ring.transport import Transfer, Transport
-
-
-@dataclass(frozen=True, slots=True)
-class LayerCall:
-    """How the model calls a layer's attention: a rank without rows has to know it too."""
-
-    heads: int
-    head_dim: int
-    dtype: torch.dtype
-    scaling: float
-    softcap: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +73,7 @@ class RankAttention:
         memory: KVMemory,
         backend: AttentionBackend,
         transport: Transport,
-        calls: Sequence[LayerCall],
+        calls: Sequence[RecordedCall],
     ) -> None:
         self._memory = memory
         self._backend = backend
@@ -97,33 +88,23 @@ class RankAttention:
         self._last_layer = max(memory.group_of)
         self._last = self._group(step.last, memory.group_of[self._last_layer])
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        self._memory.write(layer, self._slots, key, value)
+    def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        self._memory.write(call.layer, self._slots, key, value)
         if self._seals:
-            packed = self._sealed_packed[self._memory.group_of[layer]]
-            self._backend.seal(layer, self._sealed_raw, packed)
-        out, lse = self._over_ranks(layer, query)
-        if sinks is not None:
-            out, lse = merge_sink(out, lse, sinks)
+            packed = self._sealed_packed[self._memory.group_of[call.layer]]
+            self._backend.seal(call.layer, self._sealed_raw, packed)
+        out, lse = self._over_ranks(call, query)
+        if call.sinks is not None:
+            out, lse = merge_sink(out, lse, call.sinks)
         return out.to(query.dtype)
 
     def serve(self, layer: int) -> None:
         """The layer, of a rank that has no rows."""
-        call = self._calls[layer]
-        shape = (0, call.heads, call.head_dim)
-        self._over_ranks(layer, torch.empty(shape, dtype=call.dtype, device=self._memory.device))
+        recorded = self._calls[layer]
+        self._over_ranks(recorded.call, recorded.query[:0])
 
-    def _over_ranks(self, layer: int, query: Tensor) -> tuple[Tensor, Tensor]:
+    def _over_ranks(self, call: AttentionCall, query: Tensor) -> tuple[Tensor, Tensor]:
+        layer = call.layer
         last = layer == self._last_layer
         group = self._last if last else self._groups[self._memory.group_of[layer]]
         for gathered in [self._begin(layer, passing) for passing in group.gathers]:
@@ -131,14 +112,14 @@ class RankAttention:
         asking, guests = self._ask(layer, group, query)
         rounds = iter(group.rounds)
         coming = self._begin_next(layer, rounds)
-        out, lse = self._attend(layer, query, group.local)
-        results = self._answer(layer, group, asking, guests)
+        out, lse = self._attend(call, query, group.local)
+        results = self._answer(call, group, asking, guests)
         while coming is not None:
             arrived = coming
             self._end(layer, arrived)
             coming = self._begin_next(layer, rounds)
             if arrived.passing.plan is not None:
-                here = self._attend(layer, query, arrived.passing.plan)
+                here = self._attend(call, query, arrived.passing.plan)
                 out, lse = merge(out, lse, *here)
         self._wait(results.transfer)
         for rows, their_out, their_lse in results.parts:
@@ -146,13 +127,12 @@ class RankAttention:
         return out, lse
 
     def _attend(
-        self, layer: int, query: Tensor, plan: AttentionPlan | None
+        self, call: AttentionCall, query: Tensor, plan: AttentionPlan | None
     ) -> tuple[Tensor, Tensor]:
         if plan is None:
             out = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
             return out, torch.full(query.shape[:2], -torch.inf, device=query.device)
-        call = self._calls[layer]
-        return self._backend.attend(layer, query, plan, scaling=call.scaling, softcap=call.softcap)
+        return self._backend.attend(call, query, plan)
 
     def _wait(self, transfer: Transfer) -> None:
         began = time.perf_counter()
@@ -199,12 +179,14 @@ class RankAttention:
         sends = [(rank, query.index_select(0, asked)) for rank, asked in group.asks]
         return self._transport.begin(sends, list(receives)), guests
 
-    def _answer(self, layer: int, group: _Group, asking: Transfer, guests: Tensor) -> _Results:
+    def _answer(
+        self, call: AttentionCall, group: _Group, asking: Transfer, guests: Tensor
+    ) -> _Results:
         """Attend the rows of others; the results are on their way, and those of the own rows."""
         self._wait(asking)
         sends: list[tuple[int, Tensor]] = []
         if group.guests is not None:
-            out, lse = self._attend(layer, guests, group.guests)
+            out, lse = self._attend(call, guests, group.guests)
             counts = [count for _, count in group.answers]
             for (rank, _), part, part_lse in zip(
                 group.answers, _split(out, counts), _split(lse, counts), strict=True

@@ -12,9 +12,10 @@ from compress.shape import BLOCK_TOKENS
 from longctx.attention.registry import BACKENDS
 from longctx.kv.layout import Layout
 from longctx.kv.memory import KVMemory, layer_codecs
+from longctx.model.call_recorder import CallRecorder, RecordedCall
 from longctx.model.loader import LoadedModel
 from longctx.model.spec import ModelSpec
-from longctx.ring.attention import LayerCall, RankAttention
+from longctx.ring.attention import RankAttention
 from longctx.ring.link import measure
 from longctx.ring.step import NONE, RankStep, Rows
 from longctx.ring.transport import Transport
@@ -128,18 +129,15 @@ class Rank:
     def _attention_rate(self) -> float:
         """Rows times keys of one layer that this rank attends in a second, measured."""
         layer = self.memory.groups[0].layers[0]  # one that sees everything, if any does
-        device, call = self.model.spec.device, self._calls[layer]
+        recorded = self._calls[layer]
         entries = Layout().table(RATE_BLOCKS)  # all on page 0, which is all zeros
         rows = Rows(0, RATE_ROWS, RATE_BLOCKS * BLOCK_TOKENS, 0, NONE, RATE_BLOCKS, entries)
         plan = self._backend.plan([rows.chunk(0)], 0)
-        shape = (RATE_ROWS, call.heads, call.head_dim)
-        query = torch.zeros(shape, dtype=call.dtype, device=device)
+        query = recorded.query.new_zeros(RATE_ROWS, *recorded.query.shape[1:])
         times = []
         for _ in range(3):
             began = time.perf_counter()
-            out, _ = self._backend.attend(
-                layer, query, plan, scaling=call.scaling, softcap=call.softcap
-            )
+            out, _ = self._backend.attend(recorded.call, query, plan)
             out[:1].cpu()  # a GPU is done
             times.append(time.perf_counter() - began)
         return RATE_ROWS * RATE_BLOCKS * BLOCK_TOKENS / min(times)
@@ -165,31 +163,9 @@ class Rank:
         return torch.from_numpy(array).to(self.model.spec.device, non_blocking=True)
 
 
-class _Listener:
-    """A `LayerAttention` that only takes note of how it is called."""
-
-    def __init__(self) -> None:
-        self.calls: list[LayerCall] = []
-
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        assert layer == len(self.calls)
-        _, heads, head_dim = query.shape
-        self.calls.append(LayerCall(heads, head_dim, query.dtype, scaling, softcap))
-        return torch.zeros_like(query)
-
-
-def _layer_calls(model: LoadedModel) -> list[LayerCall]:
-    listener = _Listener()
+def _layer_calls(model: LoadedModel) -> list[RecordedCall]:
+    """How each layer calls its attention, seen with one token: a rank without rows needs it too."""
+    recorder = CallRecorder()
     one = torch.zeros(1, dtype=torch.int64, device=model.spec.device)
-    model.forward(one, one, listener, one)
-    return listener.calls
+    model.forward(one, one, recorder, one)
+    return recorder.calls

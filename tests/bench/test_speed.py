@@ -19,6 +19,7 @@ from longctx.bench.timing import Stopwatch
 from longctx.cli import main
 from longctx.config import CacheConfig, EngineConfig, ModelConfig
 from longctx.kv.memory import KVMemory
+from longctx.model.layer_attention import AttentionCall
 from longctx.model.spec import LayerSpec
 from longctx.request import SamplingParams, Segment
 
@@ -124,7 +125,7 @@ def test_random_pages_are_read_as_any_others() -> None:
         outs = []
         for attention in (ReferenceAttention(memory), TorchAttention(memory)):
             plan = attention.plan([chunk], 0)
-            outs.append(attention.attend(1, query, plan, scaling=0.25, softcap=None)[0])
+            outs.append(attention.attend(AttentionCall(1, 0.25), query, plan)[0])
         torch.testing.assert_close(*outs, atol=1e-4, rtol=1e-4)
         assert outs[0].std() > 0.05
 

@@ -15,6 +15,7 @@ from longctx.attention.reference import ReferenceAttention
 from longctx.attention.registry import BACKENDS
 from longctx.kv.block_entry import ENTRY_COLUMNS, FIRST_POSITION, PAGE, ROW_BEGIN, ROWS
 from longctx.kv.memory import KVMemory
+from longctx.model.layer_attention import AttentionCall
 from longctx.model.spec import LayerSpec
 
 TOLERANCE = 4e-5  # float32 sums of up to 2,000 terms in another order, of scores up to 30
@@ -134,7 +135,7 @@ def test_backend_equals_reference(name: str, case: Case) -> None:
     results = []
     for backend in (BACKENDS[name](memory), ReferenceAttention(memory)):
         plan = backend.plan(chunks, 0)
-        results.append(backend.attend(0, query, plan, scaling=0.3, softcap=case.softcap))
+        results.append(backend.attend(AttentionCall(0, 0.3, case.softcap), query, plan))
     (out, lse), (expected_out, expected_lse) = results
     allowed = tolerance(name, case)
     torch.testing.assert_close(lse, expected_lse, atol=allowed, rtol=allowed)
@@ -147,8 +148,8 @@ def test_rows_outside_the_plan_are_empty(name: str) -> None:
     memory, chunks, query = build(case)
     backend = BACKENDS[name](memory)
     picked = (chunks[0].pick(4),)
-    out, lse = backend.attend(0, query, backend.plan(picked, 0), scaling=1.0, softcap=None)
-    whole, _ = backend.attend(0, query, backend.plan(chunks, 0), scaling=1.0, softcap=None)
+    out, lse = backend.attend(AttentionCall(0, 1.0), query, backend.plan(picked, 0))
+    whole, _ = backend.attend(AttentionCall(0, 1.0), query, backend.plan(chunks, 0))
     torch.testing.assert_close(out[4], whole[4])
     others = torch.arange(len(query)) != 4
     assert not out[others].any()

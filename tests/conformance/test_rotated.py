@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from compress.codec import CODECS
 from compress.shape import BLOCK_TOKENS
-from longctx.attention.backend import ChunkRows
+from longctx.attention.backend import AttentionPlan, ChunkRows
 from longctx.attention.registry import BACKENDS
 from longctx.attention.rotated import RotatedAttention
 from longctx.kv.block_entry import ENTRY_COLUMNS, FIRST_POSITION, PAGE, ROTATION, ROW_BEGIN, ROWS
 from longctx.kv.memory import KVMemory
+from longctx.model.layer_attention import AttentionCall
 from longctx.model.spec import LayerSpec, Rotation
 
 HEAD_DIM = 16
@@ -184,9 +185,11 @@ class Counting:
         self.plan, self.seal = self._inner.plan, self._inner.seal
         self.calls = 0
 
-    def attend(self, *args: object, **keywords: object) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(
+        self, call: AttentionCall, query: torch.Tensor, plan: AttentionPlan
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self.calls += 1
-        return self._inner.attend(*args, **keywords)  # type: ignore[arg-type]
+        return self._inner.attend(call, query, plan)
 
 
 @pytest.mark.parametrize("name", sorted(BACKENDS))
@@ -200,7 +203,7 @@ def test_turned_queries_equal_turned_keys(name: str, case: Case) -> None:
     plan = backend.plan(chunks, 0)
     allowed = INTEGER_TOLERANCES.get(case.codec, TOLERANCE) if name == "cpu" else TOLERANCE
     for layer, rotation in enumerate(rotations):
-        out, lse = backend.attend(layer, query, plan, scaling=0.3, softcap=case.softcap)
+        out, lse = backend.attend(AttentionCall(layer, 0.3, case.softcap), query, plan)
         wanted_out, wanted_lse = expected(case, memory, chunks, query, layer, rotation)
         torch.testing.assert_close(lse, wanted_lse, atol=allowed, rtol=allowed)
         torch.testing.assert_close(out, wanted_out, atol=allowed, rtol=allowed)
@@ -215,8 +218,9 @@ def test_rows_whose_logits_are_wanted_are_computed_alone(name: str) -> None:
     backend = RotatedAttention(BACKENDS[name](memory), memory, [KINDS[k] for k in case.kinds])
     picked = tuple(chunk.pick(chunk.row_begin + chunk.rows - 1) for chunk in chunks)
     for layer in range(2):
-        whole, _ = backend.attend(layer, query, backend.plan(chunks, 0), scaling=0.3, softcap=None)
-        out, lse = backend.attend(layer, query, backend.plan(picked, 0), scaling=0.3, softcap=None)
+        call = AttentionCall(layer, 0.3)
+        whole, _ = backend.attend(call, query, backend.plan(chunks, 0))
+        out, lse = backend.attend(call, query, backend.plan(picked, 0))
         rows = [chunk.row_begin for chunk in picked]
         torch.testing.assert_close(out[rows], whole[rows], atol=1e-5, rtol=1e-5)
         others = torch.ones(len(query), dtype=torch.bool)
@@ -262,6 +266,6 @@ def test_scores_are_as_near_as_the_codec_to_those_of_keys_encoded_in_place(
             memory.packed_pages(0)[int(table[0, PAGE])] = memory.codecs[0].encode(stored)[0]
             table[0, ROTATION] = moved
             plan = backend.plan([replace(chunk, rotated_entries=1 if moved else 0)], 0)
-            _, lse = backend.attend(0, query, plan, scaling=1.0, softcap=None)
+            _, lse = backend.attend(AttentionCall(0, 1.0), query, plan)
             errors.append(float((lse - exact).square().mean().sqrt()))
         assert errors[1] <= 2 * errors[0] + 1e-5

@@ -22,6 +22,7 @@ from longctx.attention.backend import ChunkRows
 from longctx.attention.reference import ReferenceAttention
 from longctx.kv.block_entry import ENTRY_COLUMNS, FIRST_POSITION, PAGE, ROW_BEGIN, ROWS
 from longctx.kv.memory import KVMemory
+from longctx.model.layer_attention import AttentionCall
 from tests.conformance.test_backends import Case, build, cases, tolerance
 
 _kernels = pytest.importorskip("longctx.kernels._kernels")
@@ -47,7 +48,7 @@ def attend(
     try:
         backend = CPUAttention(memory, instruction_set)
         plan = backend.plan(chunks, 0)
-        return backend.attend(0, query, plan, scaling=scaling, softcap=softcap)
+        return backend.attend(AttentionCall(0, scaling, softcap), query, plan)
     finally:
         torch.set_num_threads(before)
 
@@ -62,7 +63,7 @@ def expected(
 ) -> tuple[Tensor, Tensor]:
     backend = ReferenceAttention(memory)
     plan = backend.plan(chunks, 0)
-    return backend.attend(0, query, plan, scaling=scaling, softcap=softcap)
+    return backend.attend(AttentionCall(0, scaling, softcap), query, plan)
 
 
 def assert_close(

@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from longctx.model.hf_attention import ATTENTION, register_attention
 from longctx.model.key_rotation import find_relocation
+from longctx.model.layer_attention import AttentionCall
 from longctx.model.loader import LoadedModel
 from tests.support.assembled import (
     MODULES,
@@ -63,7 +64,7 @@ class Keys:
     def __init__(self) -> None:
         self.of_layer: list[Tensor] = []  # each [tokens, kv_heads, head_dim]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
+    def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self.of_layer.append(key)
         return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from longctx.config import ModelConfig
+from longctx.model.layer_attention import AttentionCall
 from longctx.model.loader import LoadedModel, load_model
 from longctx.model.spec import LayerSpec
 from tests.support.tiny_models import VOCAB_SIZE
@@ -28,35 +29,25 @@ class PlainAttention:
         self._lengths = lengths
         self.calls: list[int] = []
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        self.calls.append(layer)
-        spec = self._layers[layer]
+    def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        self.calls.append(call.layer)
+        spec = self._layers[call.layer]
         group = spec.heads // spec.kv_heads
         outs = []
         for q, k, v in zip(
             *(torch.split(x.float(), self._lengths) for x in (query, key, value)), strict=True
         ):
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-            scores = torch.einsum("qhd,khd->hqk", q, k) * scaling
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
+            scores = torch.einsum("qhd,khd->hqk", q, k) * call.scaling
+            if call.softcap is not None:
+                scores = call.softcap * torch.tanh(scores / call.softcap)
             at = torch.arange(len(q))
             hidden = at[None] > at[:, None]
             if spec.window is not None:
                 hidden = hidden | (at[None] <= at[:, None] - spec.window)
             scores = scores.masked_fill(hidden, float("-inf"))
-            if sinks is not None:
-                column = sinks.float()[:, None, None].expand(-1, len(q), 1)
+            if call.sinks is not None:
+                column = call.sinks.float()[:, None, None].expand(-1, len(q), 1)
                 scores = torch.cat([scores, column], dim=-1)
             weights = torch.softmax(scores, dim=-1)[..., : len(q)]
             outs.append(torch.einsum("hqk,khd->qhd", weights, v))
