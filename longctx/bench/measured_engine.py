@@ -89,7 +89,7 @@ class MeasuredEngine(Engine):
             segments=(Segment(token_ids=tuple(token_ids)),),
             sampling=SamplingParams(max_tokens=0),
         )
-        namespace = self._intake.sequence(request).namespace
+        namespace = self._intake.sequence(request).blocks.namespace
         ids = np.array(token_ids, dtype=np.int32)
         ids = ids[: len(ids) // BLOCK_TOKENS * BLOCK_TOKENS]
         keys = chain_keys(namespace, ids, first_position=0, block_tokens=BLOCK_TOKENS)
@@ -122,7 +122,7 @@ class MeasuredEngine(Engine):
 
     @property
     def _decodes(self) -> bool:
-        return any(sequence.answering for sequence in self._scheduler.running)
+        return any(sequence.decoding for sequence in self._scheduler.running)
 
     @contextmanager
     def profile(self, *, decode_only: bool = False) -> Iterator[Profile]:

@@ -12,8 +12,8 @@ from torch import Tensor
 from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import ChunkRows
 from longctx.engine.scheduler import Chunk
-from longctx.engine.sequence import Sequence
 from longctx.kv.block_entry import PAGE
+from longctx.kv.sequence_blocks import SequenceBlocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Batch:
         """Pages for every chunk must have been allocated."""
         begins = np.cumsum([0] + [chunk.num_tokens for chunk in chunks]).tolist()
         parts = [
-            tuple(_chunk_rows(chunk.sequence, chunk.num_tokens, row_begin=begin))
+            tuple(_chunk_rows(chunk.sequence.blocks, chunk.num_tokens, row_begin=begin))
             for chunk, begin in zip(chunks, begins, strict=False)
         ]
         rows = tuple(row for part in parts for row in part)
@@ -52,10 +52,8 @@ class Batch:
         ]
         token_ids = np.concatenate(
             [
-                chunk.sequence.tokens.slice(
-                    chunk.sequence.computed, chunk.sequence.computed + chunk.num_tokens
-                )
-                for chunk in chunks
+                blocks.tokens.slice(blocks.computed, blocks.computed + num_tokens)
+                for blocks, num_tokens in ((c.sequence.blocks, c.num_tokens) for c in chunks)
             ]
         )
         positions = [np.arange(r.first_position, r.first_position + r.rows) for r in rows]
@@ -93,22 +91,22 @@ class Batch:
         )
 
 
-def _chunk_rows(sequence: Sequence, num_tokens: int, *, row_begin: int) -> Iterator[ChunkRows]:
+def _chunk_rows(blocks: SequenceBlocks, num_tokens: int, *, row_begin: int) -> Iterator[ChunkRows]:
     """What the sequence's next `num_tokens` tokens see, run by run."""
-    layout = sequence.layout
-    for begin, end in layout.cut(sequence.computed, sequence.computed + num_tokens):
+    layout = blocks.layout
+    for begin, end in layout.cut(blocks.computed, blocks.computed + num_tokens):
         first, last = layout.blocks(begin), layout.blocks(end - 1)
         past_entries = layout.entry(first)
-        own = [sequence.own_pages[block] for block in range(first, last + 1)]
+        own = [blocks.own_pages[block] for block in range(first, last + 1)]
         yield ChunkRows(
-            row_begin=row_begin + begin - sequence.computed,
+            row_begin=row_begin + begin - blocks.computed,
             rows=end - begin,
             first_position=layout.position(begin),
             own_row=begin - layout.tokens(first),
             own_pages=np.array(own, dtype=np.int64),
             past_entries=past_entries,
-            entries=tuple(table.entries for table in sequence.tables),
-            absent_keys=[sequence.key(block) for block in range(sequence.tier.absent)],
+            entries=tuple(table.entries for table in blocks.tables),
+            absent_keys=[blocks.key(block) for block in range(blocks.tier.absent)],
             rotated_entries=layout.rotated(past_entries),
             sealed_pages=layout.blocks(end) - first,
         )

@@ -204,7 +204,7 @@ class Engine:
     def _forget_blocks(self, document_id: str) -> None:
         for answers in self._requests.values():
             for sequence in answers.sequences:
-                sequence.forget_document(document_id)
+                sequence.blocks.forget_document(document_id)
         self._cache.close_document(document_id)
         self._explainer.forget(document_id)
         if self._ingestion is not None:
@@ -219,8 +219,8 @@ class Engine:
         if self._ingestion is not None:
             for sequence in self._ingestion.settled(transferred=transferred):
                 outputs += self._finish(sequence, FinishReason.LENGTH)
-        for sequence in self._scheduler.failed():
-            outputs += self._finish(sequence, FinishReason.ERROR, error=sequence.tier.failure)
+        for sequence, failure in self._scheduler.failed():
+            outputs += self._finish(sequence, FinishReason.ERROR, error=failure)
         scheduled = self._scheduler.schedule()
         fetched = self._fetches.begin()
         self._requests |= fetched
@@ -246,7 +246,7 @@ class Engine:
             for sequence, token in drawn:
                 outputs += self._advance(sequence, token)
             for chunk in scheduled.chunks:
-                if chunk.sequence.remaining == 0 and chunk.sequence.finish_reason is None:
+                if chunk.sequence.blocks.remaining == 0 and chunk.sequence.finish_reason is None:
                     outputs += self._prefilled(chunk.sequence)
         elif not outputs and self._migration is not None and self._migration.busy:
             self._migration.store.wait(IDLE_SECONDS)
@@ -281,7 +281,7 @@ class Engine:
         forks = []
         for index in range(1, first.width):
             fork = first.fork(index, TextStream(self.tokenizer, stop=first.request.sampling.stop))
-            self._cache.fork(first, fork)
+            self._cache.fork(first.blocks, fork.blocks)
             self._scheduler.add_fork(fork)
             self._requests[first.request.request_id].sequences.append(fork)
             forks.append(fork)
@@ -293,7 +293,7 @@ class Engine:
         if isinstance(token, SamplingError):
             return self._finish(sequence, FinishReason.ERROR, error=str(token))
         sampling = sequence.request.sampling
-        sequence.tokens.append(token)
+        sequence.blocks.tokens.append(token)
         sequence.sampling.observe(token)
         if token in sampling.stop_token_ids:
             return self._finish(sequence, FinishReason.STOP, token=token, stop_reason=token)
@@ -308,7 +308,8 @@ class Engine:
                 text=delta.text,
                 stop_reason=delta.stopped_by,
             )
-        full = sequence.layout.position(len(sequence.tokens)) >= self._spec.max_context
+        position = sequence.blocks.layout.position(len(sequence.blocks.tokens))
+        full = position >= self._spec.max_context
         if full or sequence.completion_tokens >= sampling.max_tokens:
             return self._finish(sequence, FinishReason.LENGTH, token=token, text=delta.text)
         request_id, index = sequence.request.request_id, sequence.index
@@ -359,7 +360,7 @@ class Engine:
         """A tier has lost what some of these sequences need: they begin again with what is left."""
         for chunk in scheduled.chunks:
             self._scheduler.preempt(chunk.sequence)
-            tier = chunk.sequence.tier
+            tier = chunk.sequence.blocks.tier
             tier.setbacks += tier.streams
             if tier.setbacks > MAX_SETBACKS:
                 tier.failure = message

@@ -76,19 +76,20 @@ class Explainer:
 
     def finished(self, sequence: Sequence) -> None:
         """Remember what the prompt and its answer said."""
+        blocks = sequence.blocks
         covered = (sequence.cached_tokens or 0) + sequence.computed_tokens
-        if sequence.index or not covered or not sequence.layout.plain:
+        if sequence.index or not covered or not blocks.layout.plain:
             return
-        answer = sequence.tokens.slice(sequence.prompt_tokens, len(sequence.tokens))
+        answer = blocks.tokens.slice(blocks.prompt_tokens, len(blocks.tokens))
         known = _Known(
-            (*_pieces(sequence), answer), min(covered, len(sequence.tokens)), name="prompt"
+            (*_pieces(sequence), answer), min(covered, len(blocks.tokens)), name="prompt"
         )
-        recent = self._recent.setdefault(sequence.namespace, deque())
-        self._recent.move_to_end(sequence.namespace)
+        recent = self._recent.setdefault(blocks.namespace, deque())
+        self._recent.move_to_end(blocks.namespace)
         recent.append(known)
         self._recent_tokens += _own_tokens(known)
         if len(recent) > RECENT_PROMPTS:
-            self._forget_oldest(sequence.namespace)
+            self._forget_oldest(blocks.namespace)
         while self._recent_tokens > RECENT_TOKENS:
             self._forget_oldest(next(iter(self._recent)))
 
@@ -103,26 +104,27 @@ class Explainer:
 
     def explain(self, sequence: Sequence, others: Iterable[Sequence]) -> None:
         """Fill the trace of a sequence that was just admitted; `others` are being answered."""
-        trace = sequence.trace
+        blocks = sequence.blocks
+        trace = blocks.trace
         if trace is None or trace.explanation is not None or sequence.cached_tokens is None:
             return
-        layout = sequence.layout
+        layout = blocks.layout
         depth = layout.blocks(sequence.cached_tokens)
-        limit = layout.blocks(sequence.prompt_tokens - 1)
+        limit = layout.blocks(blocks.prompt_tokens - 1)
         if trace.first is None:  # all of it is safe below, and nothing was looked for
-            trace.note([self._cache.place(sequence, 0, block) for block in range(depth)])
+            trace.note([self._cache.place(blocks, 0, block) for block in range(depth)])
         counts, waited = self._found(trace, sequence, depth)
         reason, place, divergence = "below_block", "", None
         if depth < limit:
             covered, divergence = self._compare(sequence, others)
             reason, place = self._why(sequence, depth, covered)
         trace.explanation = CacheExplanation(
-            prompt_tokens=sequence.prompt_tokens + sequence.borrowed_tokens,
+            prompt_tokens=blocks.prompt_tokens + blocks.borrowed_tokens,
             device_tokens=counts["device"],
             host_tokens=counts["host"],
             disk_tokens=counts["disk"],
             waited_tokens=waited,
-            borrowed_tokens=sequence.borrowed_tokens,
+            borrowed_tokens=blocks.borrowed_tokens,
             linked_tokens=sequence.linked_tokens,
             reason=reason,
             detail=_borrows(sequence)
@@ -136,7 +138,7 @@ class Explainer:
         assert trace.first is not None
         counts: Counter[TierName] = Counter()
         waited = 0
-        layout = sequence.layout
+        layout = sequence.blocks.layout
         windows_only = self._cache.memory.groups[0].window is not None
         place: TierName = "device"
         for block in reversed(range(depth)):
@@ -150,7 +152,8 @@ class Explainer:
 
     def _why(self, sequence: Sequence, depth: int, covered_tokens: int) -> tuple[str, str]:
         """The reason why block `depth` was not found, and the place in its text."""
-        groups, layout = self._cache.memory.groups, sequence.layout
+        blocks = sequence.blocks
+        groups, layout = self._cache.memory.groups, blocks.layout
         needed = [
             (index, block)
             for index, group in enumerate(groups)
@@ -162,14 +165,14 @@ class Explainer:
         missing = [
             (group, block)
             for group, block in needed
-            if self._cache.place(sequence, group, block) is None
+            if self._cache.place(blocks, group, block) is None
         ]
         migration = self._cache.migration
         if migration is not None:
             if not missing:
                 return "recomputed", ""
             for group, block in missing:
-                reason = migration.store.explain(group, sequence.key(block))
+                reason = migration.store.explain(group, blocks.key(block))
                 if reason in REASONS:
                     return reason, migration.store.lowest
         if groups[0].window is None and all(group for group, _ in missing):
@@ -179,10 +182,11 @@ class Explainer:
         return self._never_here(sequence, depth)
 
     def _never_here(self, sequence: Sequence, depth: int) -> tuple[str, str]:
+        blocks = sequence.blocks
         known = list(self._names(sequence))
-        for end, name in sequence.document_ends:
+        for end, name in blocks.document_ends:
             others = any(other[-1] == name[-1] and other != name for other in known)
-            if end > sequence.layout.tokens(depth) and name not in known and others:
+            if end > blocks.layout.tokens(depth) and name not in known and others:
                 document_id = name[-1][1]
                 assert isinstance(document_id, str)
                 return "other_prefix", document_id
@@ -194,7 +198,7 @@ class Explainer:
         if self._cache.migration is None:
             return None
         used = self._cache.memory.codecs[0]
-        token_ids = sequence.tokens.slice(0, BLOCK_TOKENS)
+        token_ids = sequence.blocks.tokens.slice(0, BLOCK_TOKENS)
         for name, make in CODECS.items():
             try:
                 codec = make(used.shape)
@@ -210,7 +214,7 @@ class Explainer:
         self, sequence: Sequence, others: Iterable[Sequence]
     ) -> tuple[int, Divergence | None]:
         """With what is known and begins alike: tokens that were computed before, the difference."""
-        if not sequence.layout.plain:
+        if not sequence.blocks.layout.plain:
             return 0, None  # what it borrows cannot be compared token by token
         own = self._resolve(_pieces(sequence))
         best: tuple[int, list[Piece], str] = (0, [], "")
@@ -229,11 +233,12 @@ class Explainer:
         return covered, divergence
 
     def _candidates(self, sequence: Sequence, others: Iterable[Sequence]) -> Iterator[_Known]:
-        yield from reversed(self._recent.get(sequence.namespace, ()))
+        blocks = sequence.blocks
+        yield from reversed(self._recent.get(blocks.namespace, ()))
         for other in others:
-            apart = other.request is not sequence.request and other.layout.plain
-            if apart and other.namespace == sequence.namespace:
-                yield _Known(_pieces(other), other.computed, "prompt")
+            apart = other.request is not sequence.request and other.blocks.layout.plain
+            if apart and other.blocks.namespace == blocks.namespace:
+                yield _Known(_pieces(other), other.blocks.computed, "prompt")
         for name in self._names(sequence):
             pieces = tuple(
                 part[1] if _is_document(part) else np.array(part, dtype=np.int32)
@@ -299,10 +304,11 @@ def _pieces(sequence: Sequence) -> tuple[Piece | str, ...]:
 
 
 def _borrows(sequence: Sequence) -> str:
-    borrowed, linked = sequence.borrowed_tokens, sequence.linked_tokens
+    blocks = sequence.blocks
+    borrowed, linked = blocks.borrowed_tokens, sequence.linked_tokens
     if not borrowed:
         return ""
-    fetches = sequence.tier.fetches
+    fetches = blocks.tier.fetches
     fetched = f" ({fetches} of its parts were not on the device and came first)" if fetches else ""
     return (
         f"{borrowed} tokens are used as they were encoded elsewhere{fetched}, and {linked} of the "

@@ -57,27 +57,29 @@ class Ingestion:
 
     def register(self, sequence: Sequence) -> bool:
         """Note the documents of a prompt that is to be kept; whether all of it is safe already."""
-        self._cache.find_keys(sequence)
-        for end, name in sequence.document_ends:
-            keys = tuple(sequence.key(block) for block in range(sequence.blocks_until(end)))
+        blocks = sequence.blocks
+        self._cache.find_keys(blocks)
+        for end, name in blocks.document_ends:
+            keys = tuple(blocks.key(block) for block in range(blocks.blocks_until(end)))
             self._cache.prefixes.know(name, keys)
-        if sequence.document_ends:
+        if blocks.document_ends:
             self._know(sequence)
-        limit = sequence.full_blocks()
-        keys = tuple(sequence.key(block) for block in range(limit))
-        depth = self._durable(keys, sequence.layout)
+        limit = blocks.full_blocks()
+        keys = tuple(blocks.key(block) for block in range(limit))
+        depth = self._durable(keys, blocks.layout)
         if depth == limit:
-            sequence.cached_tokens = sequence.layout.tokens(depth)
+            sequence.cached_tokens = blocks.layout.tokens(depth)
         return depth == limit
 
     def _know(self, sequence: Sequence) -> None:
         """The module, or the last document of the prompt, is to be durable."""
-        end, name = sequence.document_ends[-1]
+        blocks = sequence.blocks
+        end, name = blocks.document_ends[-1]
         owner, keys = owner_of(name), self._cache.prefixes.known_keys(name)
-        before = 0 if sequence.layout.closed else tokens_before(sequence.document_ends)
+        before = 0 if blocks.layout.closed else tokens_before(blocks.document_ends)
         known = self._chains.get(owner)
-        if known is None or known.end_tokens <= end or not sequence.layout.closed:
-            self._chains[owner] = _Chain(keys, sequence.layout, before, end)
+        if known is None or known.end_tokens <= end or not blocks.layout.closed:
+            self._chains[owner] = _Chain(keys, blocks.layout, before, end)
         self._store.retain(owner, keys)
         self._changed = True
 
@@ -99,7 +101,9 @@ class Ingestion:
         `transferred`: something was written or read since the last call.
         """
         self._changed |= transferred
-        over = [s for s in self._settling if s.tier.writing == 0 or s.finish_reason is not None]
+        over = [
+            s for s in self._settling if s.blocks.tier.writing == 0 or s.finish_reason is not None
+        ]
         self._settling = [s for s in self._settling if s not in over]
         return [sequence for sequence in over if sequence.finish_reason is None]
 

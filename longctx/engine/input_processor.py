@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 from compress.codec import Codec
 from compress.shape import BLOCK_TOKENS
 from longctx.engine.modules import Module
-from longctx.engine.prompt import Prompts
+from longctx.engine.prompt import Prompt
+from longctx.engine.prompt_resolver import PromptResolver
 from longctx.engine.sampler import SamplingState
-from longctx.engine.sequence import Prompt, Sequence
+from longctx.engine.sequence import Sequence, preemption_key
 from longctx.errors import ContextTooLong, InvalidRequest
 from longctx.kv.cache_manager import KVCacheManager
 from longctx.kv.layout import Layout, Source
 from longctx.kv.lookup_trace import Trace
+from longctx.kv.sequence_blocks import SequenceBlocks
 from longctx.limits import ContextLimits
 from longctx.model.spec import ModelSpec
 from longctx.request import Piece, Request
@@ -41,7 +43,7 @@ class Intake:
         *,
         max_sequences: int,
     ) -> None:
-        self.prompts = Prompts(
+        self.prompts = PromptResolver(
             cache.prefixes,
             by_piece=any(group.window is not None for group in cache.memory.groups),
             root_of=lambda salt: self.namespace(salt, cache.memory.codecs[0]),
@@ -124,22 +126,27 @@ class Intake:
             index=0,
             arrival=self._arrivals,
             arrival_seconds=time.monotonic(),
-            tokens=tokens,
-            prompt_tokens=prompt_tokens,
             sampling=SamplingState(sampling, seed=seed, prompt_token_ids=_said(prompt)),
             seed=seed,
             text=TextStream(self._tokenizer, stop=sampling.stop),
-            namespace=self.namespace(request.salt, self._cache.memory.codecs[0]),
-            layout=layout,
-            owners=_owners(request),
+            blocks=SequenceBlocks(
+                tokens=tokens,
+                prompt_tokens=prompt_tokens,
+                namespace=self.namespace(request.salt, self._cache.memory.codecs[0]),
+                preemption_key=preemption_key(request, self._arrivals, 0),
+                layout=layout,
+                owners=_owners(request),
+                document_ends=prompt.ends,
+                prefill_only=sampling.max_tokens == 0,
+                in_memory=request.in_memory,
+                trace=Trace() if request.explain else None,
+            ),
             linked_tokens=prompt.linked_tokens,
-            document_ends=prompt.ends,
-            trace=Trace() if request.explain else None,
         )
         # A sequence that fits never streams, so that others can use what it computes.
         longest = prompt_tokens + sampling.max_tokens
         if layout.plain:
-            sequence.tier.streams = longest > self._limits.capacity_tokens
+            sequence.blocks.tier.streams = longest > self._limits.capacity_tokens
         else:
             self._check_shifts(layout)
             borrowed: dict[str, int] = {}

@@ -6,7 +6,6 @@ computed before. So a missing block makes an answer later, never different.
 """
 
 import itertools
-from dataclasses import replace
 
 from longctx.engine.ingestion import Ingestion
 from longctx.engine.input_processor import Intake
@@ -44,20 +43,26 @@ class Fetches:
         room that is free. Else they would take each other's modules away.
         """
         resident = self._cache.prefixes
-        wanted = {name: both for name, both in self._cache.wanted.items() if name not in resident}
+        waiting = {sequence.blocks: sequence for sequence in self._scheduler.waiting}
+        wanted = {
+            name: (source, waiting[blocks])
+            for name, (source, blocks) in self._cache.wanted.items()
+            if name not in resident and blocks in waiting  # else its request has ended meanwhile
+        }
         self._cache.wanted = {}
         if not wanted:
             return {}
         begun = {}
-        first = min((asker for _, asker in wanted.values()), key=lambda asker: asker.rank)
+        urgent = sorted(wanted.items(), key=lambda item: item[1][1].blocks.preemption_key)
+        first = urgent[0][1][1]
         room = self._cache.memory.packed[0].available - sum(
-            sequence.full_blocks() - sequence.layout.blocks(sequence.computed)
+            sequence.blocks.full_blocks() - sequence.blocks.layout.blocks(sequence.blocks.computed)
             for sequence in self._running.values()
         )
-        for name, (source, asker) in sorted(wanted.items(), key=lambda item: item[1][1].rank):
+        for name, (source, asker) in urgent:
             running = self._running.get(name)
             if running is not None:
-                _hurry(running, asker)
+                running.prioritize(asker.request.request_class)
             elif asker is first or len(source.keys) <= room:
                 room -= len(source.keys)
                 sequence = self._fetch(source, asker)
@@ -69,9 +74,9 @@ class Fetches:
 
     def _fetch(self, source: Source, asker: Sequence) -> Sequence | None:
         """A sequence, already scheduled; None if the asker has to give up instead."""
-        asker.tier.fetches += 1
-        if asker.tier.fetches > MOST_FETCHES * len(asker.layout.sources):
-            asker.tier.failure = (
+        asker.blocks.tier.fetches += 1
+        if asker.blocks.tier.fetches > MOST_FETCHES * len(asker.blocks.layout.sources):
+            asker.blocks.tier.failure = (
                 "what this prompt borrows does not stay on the device until all of it is there; "
                 "raise --device-pool-gib or lower --max-sequences"
             )
@@ -86,7 +91,7 @@ class Fetches:
         try:
             sequence = self._intake.encoding(source, request)
         except LongctxError as error:
-            asker.tier.failure = str(error)
+            asker.blocks.tier.failure = str(error)
             return None
         self._scheduler.waiting.append(sequence)  # however many wait: the asker was let in
         if self._ingestion is not None:
@@ -99,11 +104,5 @@ class Fetches:
         for name in ended:
             del self._running[name]
             for waiting in self._scheduler.waiting if error is not None else ():
-                if any(source.name == name for source in waiting.layout.sources):
-                    waiting.tier.failure = error
-
-
-def _hurry(running: Sequence, asker: Sequence) -> None:
-    """A fetch is as urgent as the most urgent of those who wait for it."""
-    request_class = min(running.request.request_class, asker.request.request_class)
-    running.request = replace(running.request, request_class=request_class)
+                if any(source.name == name for source in waiting.blocks.layout.sources):
+                    waiting.blocks.tier.failure = error

@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.shape import BLOCK_TOKENS
-from longctx.engine.sequence import Prompt, Sequence, TokenIds
+from longctx.engine.prompt import Prompt
+from longctx.engine.sequence import Sequence
 from longctx.errors import DocumentMissing, InvalidRequest
 from longctx.kv.layout import PLAIN, Layout, Run, Source
 from longctx.kv.prefix_index import PrefixName, module_name, owner_of, tokens_before
+from longctx.kv.sequence_blocks import TokenIds
 from longctx.request import Piece, Segment
 from offload.key import BlockKey
 
@@ -182,9 +184,9 @@ class Modules:
 
     def note(self, sequence: Sequence) -> None:
         """A prompt is to be computed and kept: its last document can be borrowed from it."""
-        if sequence.document_ends and sequence.layout.plain:
-            ends = sequence.document_ends
-            ingested = Ingested(sequence.request.segments, ends, sequence.namespace)
+        if sequence.blocks.document_ends and sequence.blocks.layout.plain:
+            ends = sequence.blocks.document_ends
+            ingested = Ingested(sequence.request.segments, ends, sequence.blocks.namespace)
             self._ingested[sequence.request.salt, owner_of(ends[-1][1])] = ingested
 
     def ingested(self, document_id: str, salt: str) -> Ingested | None:

@@ -22,14 +22,14 @@ class Answers:
     def progress(self, cache: KVCacheManager) -> list[RequestOutput]:
         """News of the prompt, if there are any: computed by its own sequence or by another's."""
         first = self.sequences[0]
-        owner = cache.computed_by(first)
-        done = min(first.prompt_tokens, (owner or first).computed)
+        owner = cache.computed_by(first.blocks)
+        done = min(first.blocks.prompt_tokens, (owner or first.blocks).computed)
         if self.hidden or first.completion_tokens or done <= self.reported:
             return []
         self.reported = done
-        total = first.prompt_tokens + first.borrowed_tokens
+        total = first.blocks.prompt_tokens + first.blocks.borrowed_tokens
         admitted = first.cached_tokens is not None
-        borrowed = first.borrowed_tokens if admitted else 0  # or it still waits for that
+        borrowed = first.blocks.borrowed_tokens if admitted else 0  # or it still waits for that
         progress = Progress(
             total=total,
             cache=(first.cached_tokens or 0) + borrowed,
@@ -40,14 +40,14 @@ class Answers:
 
     def usage(self) -> Usage:
         first = self.sequences[0]
-        borrowed = first.borrowed_tokens
+        borrowed = first.blocks.borrowed_tokens
         found = None if first.cached_tokens is None else first.cached_tokens + borrowed
         return Usage(
-            prompt_tokens=first.prompt_tokens + borrowed,
+            prompt_tokens=first.blocks.prompt_tokens + borrowed,
             cached_tokens=found or 0,
             completion_tokens=sum(sequence.completion_tokens for sequence in self.sequences),
             computed_tokens=sum(sequence.computed_tokens for sequence in self.sequences),
             borrowed_tokens=borrowed if found is not None else 0,
             linked_tokens=first.linked_tokens,
-            explanation=None if first.trace is None else first.trace.explanation,
+            explanation=None if first.blocks.trace is None else first.blocks.trace.explanation,
         )

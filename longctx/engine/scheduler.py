@@ -20,6 +20,7 @@ from longctx.config import SchedulerConfig
 from longctx.engine.sequence import Sequence, SequenceState
 from longctx.errors import Overloaded
 from longctx.kv.cache_manager import KVCacheManager
+from longctx.kv.sequence_blocks import SequenceBlocks
 from longctx.request import RequestClass
 
 # Shares of the prompt tokens when several classes compete.
@@ -39,7 +40,7 @@ class Chunk:
     def draws(self) -> bool:
         """A token is drawn after this chunk: it computes all that the sequence has."""
         return (
-            self.num_tokens == self.sequence.remaining
+            self.num_tokens == self.sequence.blocks.remaining
             and self.sequence.request.sampling.max_tokens > 0
         )
 
@@ -126,15 +127,17 @@ class Scheduler:
         """Finished or aborted; its memory is free from now on."""
         if sequence.state is SequenceState.RUNNING:
             self.running.remove(sequence)
-            self._cache.release(sequence)
+            self._cache.release(sequence.blocks)
         elif sequence.state is SequenceState.WAITING:
             self.waiting.remove(sequence)
-            self._cache.leave_load(sequence)
+            self._cache.leave_load(sequence.blocks)
         sequence.state = SequenceState.FINISHED
 
-    def failed(self) -> list[Sequence]:
-        """Those that the lower tiers cannot serve, to be ended."""
-        return [s for s in (*self.running, *self.waiting) if s.tier.failure is not None]
+    def failed(self) -> list[tuple[Sequence, str]]:
+        """Sequences that the lower tiers cannot serve, which are to be ended, and why."""
+        everyone = (*self.running, *self.waiting)
+        failures = ((sequence, sequence.blocks.tier.failure) for sequence in everyone)
+        return [(sequence, failure) for sequence, failure in failures if failure is not None]
 
     def schedule(self) -> SchedulerOutput:
         answers = self._answers()
@@ -148,11 +151,11 @@ class Scheduler:
                 chunk = self._prompt_chunk(sequence, budget) if budget > 0 else None
                 if chunk is not None:
                     prompts.append(chunk)
-                    begin = sequence.computed
-                    budget -= sequence.layout.charge(begin, begin + chunk.num_tokens)
+                    begin = sequence.blocks.computed
+                    budget -= sequence.blocks.layout.charge(begin, begin + chunk.num_tokens)
         # A prompt chunk may have preempted what was scheduled before it.
         runs = (chunk for chunk in (*answers, *prompts) if _runs(chunk.sequence))
-        complete = (sequence for sequence in self.running if sequence.remaining == 0)
+        complete = (sequence for sequence in self.running if sequence.blocks.remaining == 0)
         return SchedulerOutput(tuple(runs), tuple(complete))
 
     def update(self, output: SchedulerOutput, seconds: float) -> None:
@@ -160,7 +163,7 @@ class Scheduler:
         tokens_of: dict[RequestClass, int] = defaultdict(int)
         answers = False
         for chunk in output.chunks:
-            if chunk.sequence.answering:
+            if chunk.sequence.decoding:
                 answers = True
             else:
                 tokens_of[chunk.sequence.request.request_class] += chunk.num_tokens
@@ -169,14 +172,14 @@ class Scheduler:
         self._duty.record(tokens_of, seconds, answers=answers)
         for chunk in output.chunks:
             share = seconds * chunk.num_tokens / output.num_tokens
-            self._cache.commit(chunk.sequence, chunk.num_tokens, share)
+            self._cache.commit(chunk.sequence.blocks, chunk.num_tokens, share)
             chunk.sequence.computed_tokens += chunk.num_tokens
 
     def _answers(self) -> list[Chunk]:
         """One token for each answering sequence, lowest rank first."""
         chunks: list[Chunk] = []
-        answering = (sequence for sequence in self.running if sequence.answering)
-        for sequence in sorted(answering, key=lambda sequence: sequence.rank):
+        answering = (sequence for sequence in self.running if sequence.decoding)
+        for sequence in sorted(answering, key=lambda sequence: sequence.blocks.preemption_key):
             if _runs(sequence):  # or an earlier one has preempted it
                 if self._allocate(sequence, 1):
                     chunks.append(Chunk(sequence, 1))
@@ -189,9 +192,9 @@ class Scheduler:
 
         A sequence that others wait for is as urgent as the most urgent of them.
         """
-        urgency: dict[Sequence, RequestClass] = {}
+        urgency: dict[SequenceBlocks, RequestClass] = {}
         for waiting in self.waiting:
-            owner = self._cache.computed_by(waiting)
+            owner = self._cache.computed_by(waiting.blocks)
             if owner is not None:
                 wanted = waiting.request.request_class
                 urgency[owner] = min(wanted, urgency.get(owner, wanted))
@@ -199,13 +202,13 @@ class Scheduler:
 
         def work(sequence: Sequence) -> tuple[float, int]:
             aged = AGEING_TOKENS_PER_SECOND * (now - sequence.arrival_seconds)
-            return sequence.remaining - aged, sequence.arrival
+            return sequence.blocks.remaining - aged, sequence.arrival
 
         queues: dict[RequestClass, list[Sequence]] = defaultdict(list)
         for sequence in sorted((*self.running, *self.waiting), key=work):
-            if not sequence.answering:
+            if not sequence.decoding:
                 own = sequence.request.request_class
-                queues[min(own, urgency.get(sequence, own))].append(sequence)
+                queues[min(own, urgency.get(sequence.blocks, own))].append(sequence)
         return queues
 
     def _turns(self, present: Iterable[RequestClass]) -> list[RequestClass]:
@@ -222,11 +225,11 @@ class Scheduler:
             return None
         if not _runs(sequence):
             return None  # an earlier chunk of this step has preempted it
-        layout, begin = sequence.layout, sequence.computed
-        num_tokens = min(sequence.remaining, layout.within(begin, budget))
+        layout, begin = sequence.blocks.layout, sequence.blocks.computed
+        num_tokens = min(sequence.blocks.remaining, layout.within(begin, budget))
         if num_tokens == 0:
             return None
-        if num_tokens < sequence.remaining:
+        if num_tokens < sequence.blocks.remaining:
             # Ending at a block boundary saves carrying an open block.
             end = layout.tokens(layout.blocks(begin + num_tokens))
             num_tokens = end - begin if end > begin else num_tokens
@@ -236,20 +239,20 @@ class Scheduler:
         width = sum(running.width for running in self.running)
         if width + sequence.width > self._config.max_sequences:
             return False
-        if not self._cache.admit(sequence, spare_blocks=len(self.running)):
+        if not self._cache.admit(sequence.blocks, spare_blocks=len(self.running)):
             return False
         self.waiting.remove(sequence)
         self.running.append(sequence)
         sequence.state = SequenceState.RUNNING
         if sequence.cached_tokens is None:
-            sequence.cached_tokens = sequence.computed
+            sequence.cached_tokens = sequence.blocks.computed
         return True
 
     def _allocate(self, sequence: Sequence, num_tokens: int) -> bool:
         """Pages for the next tokens, if need be from sequences of higher rank."""
-        while not self._cache.allocate(sequence, num_tokens):
-            victim = max(self.running, key=lambda running: running.rank)
-            if victim.rank <= sequence.rank:
+        while not self._cache.allocate(sequence.blocks, num_tokens):
+            victim = max(self.running, key=lambda running: running.blocks.preemption_key)
+            if victim.blocks.preemption_key <= sequence.blocks.preemption_key:
                 return False
             self.preempt(victim)
         return True
@@ -257,7 +260,7 @@ class Scheduler:
     def preempt(self, sequence: Sequence) -> None:
         """A running sequence gives its memory back and waits to be admitted again."""
         self.running.remove(sequence)
-        self._cache.release(sequence)
+        self._cache.release(sequence.blocks)
         sequence.state = SequenceState.WAITING
         sequence.preemptions += 1
         self.preemptions += 1

@@ -6,14 +6,15 @@ Keys that are being computed are pending: who needs one of them waits for it. Bl
 holds stay findable until their room is needed; so do whole prefixes that nobody uses.
 """
 
-from longctx.engine.sequence import BlockTable, Sequence
 from longctx.kv.block_entry import PAGE
+from longctx.kv.block_table import BlockTable
 from longctx.kv.layout import Source
 from longctx.kv.memory import KVMemory
 from longctx.kv.offloading import Migration
 from longctx.kv.prefix_index import PrefixIndex, PrefixName
 from longctx.kv.prefix_match import Available, deepest
 from longctx.kv.resident_prefixes import ResidentPrefixes
+from longctx.kv.sequence_blocks import SequenceBlocks
 from offload.block_run import EXTENT_BLOCKS
 from offload.key import BlockKey
 from offload.tier_names import TierName
@@ -33,8 +34,8 @@ class KVCacheManager:
         self.prefixes = PrefixIndex()
         self.residents = ResidentPrefixes(memory, self.prefixes)
         # What is not resident and somebody wants to borrow: it is to be computed first.
-        self.wanted: dict[PrefixName, tuple[Source, Sequence]] = {}
-        self._pending: dict[BlockKey, Sequence] = {}
+        self.wanted: dict[PrefixName, tuple[Source, SequenceBlocks]] = {}
+        self._pending: dict[BlockKey, SequenceBlocks] = {}
         self._releases = 0
         self.hits = self.misses = 0  # blocks of prompts that the device had, or had not
 
@@ -50,7 +51,7 @@ class KVCacheManager:
 
     # -- admission ------------------------------------------------------------------------------
 
-    def admit(self, sequence: Sequence, *, spare_blocks: int) -> bool:
+    def admit(self, sequence: SequenceBlocks, *, spare_blocks: int) -> bool:
         """Give the sequence what is cached of its prompt; False if it has to wait.
 
         It waits for the blocks that another sequence is computing or a lower tier is reading, or
@@ -59,7 +60,7 @@ class KVCacheManager:
         load = sequence.tier.load
         if (
             sequence.blocked_on in self._pending
-            or sequence.tried_at == self._changes
+            or sequence.refused_at == self._changes
             or (load is not None and not load.ended)
         ):
             return False
@@ -79,7 +80,7 @@ class KVCacheManager:
         wanted = range(depth, min(limit, depth + self._most_held(sequence)))
         if not self.residents.make_room(self.memory.pages_needed(wanted, spare_blocks)):
             self._detach(sequence)
-            sequence.tried_at = self._changes
+            sequence.refused_at = self._changes
             return False
         for block in range(depth, limit):
             self._pending[sequence.key(block)] = sequence
@@ -93,19 +94,19 @@ class KVCacheManager:
         self.misses += limit - found
         return True
 
-    def _borrow(self, sequence: Sequence) -> bool:
+    def _borrow(self, sequence: SequenceBlocks) -> bool:
         """Whether all that the sequence borrows is resident, and it has got it now."""
         sources = sequence.layout.sources
         absent = [source for source in sources if source.name not in self.prefixes]
         for source in absent:
             wanted = self.wanted.setdefault(source.name, (source, sequence))
-            if sequence.rank < wanted[1].rank:
+            if sequence.preemption_key < wanted[1].preemption_key:
                 self.wanted[source.name] = (source, sequence)
         if not absent:
             sequence.lenders = tuple(self.prefixes.take(source.name) for source in sources)
         return not absent
 
-    def _wait_for_owner(self, sequence: Sequence, depth: int) -> bool:
+    def _wait_for_owner(self, sequence: SequenceBlocks, depth: int) -> bool:
         """Whether another sequence is computing the next block; then wait until it has."""
         limit = sequence.full_blocks()
         owner = self._pending.get(sequence.key(depth)) if depth < limit else None
@@ -119,11 +120,11 @@ class KVCacheManager:
         self.residents.leave(sequence)
         return True
 
-    def computed_by(self, sequence: Sequence) -> Sequence | None:
+    def computed_by(self, sequence: SequenceBlocks) -> SequenceBlocks | None:
         """Whom the waiting sequence waits for."""
         return None if sequence.blocked_on is None else self._pending.get(sequence.blocked_on)
 
-    def _find_prefix(self, sequence: Sequence) -> None:
+    def _find_prefix(self, sequence: SequenceBlocks) -> None:
         for _, name in reversed(sequence.document_ends):
             prefix = self.prefixes.get(name)
             # A prompt that ends with the document computes its last block again: a prefix that
@@ -133,20 +134,20 @@ class KVCacheManager:
                 sequence.prefix = prefix
                 return
 
-    def find_keys(self, sequence: Sequence) -> None:
+    def find_keys(self, sequence: SequenceBlocks) -> None:
         """Keys of all full blocks of the tokens so far; those of documents are known already."""
         for _, name in reversed(sequence.document_ends):
             if sequence.known_keys == 0:
                 sequence.base_keys = self.prefixes.known_keys(name)
         sequence.extend_keys()
 
-    def _depth(self, sequence: Sequence, available: Available) -> int:
+    def _depth(self, sequence: SequenceBlocks, available: Available) -> int:
         """Depth in blocks at which the prompt can go on, given what is available."""
         begin = 0 if sequence.prefix is None else sequence.prefix.blocks
         limit = sequence.full_blocks()
         return deepest(self.memory.groups, sequence.layout, available, begin=begin, limit=limit)
 
-    def _on_device(self, sequence: Sequence) -> Available:
+    def _on_device(self, sequence: SequenceBlocks) -> Available:
         """What a sequence can use without waiting: a streaming one whatever can be read."""
         windowed = [group.window is not None for group in self.memory.groups]
 
@@ -157,21 +158,21 @@ class KVCacheManager:
 
         return available
 
-    def _is_stored(self, sequence: Sequence, block: int) -> bool:
+    def _is_stored(self, sequence: SequenceBlocks, block: int) -> bool:
         return self.migration is not None and self.migration.store.has(0, sequence.key(block))
 
-    def _most_held(self, sequence: Sequence) -> int:
+    def _most_held(self, sequence: SequenceBlocks) -> int:
         """Blocks that the sequence has to hold at once for as long as it is computed."""
         return self.memory.step_blocks if sequence.tier.streams else self.memory.capacity_blocks
 
-    def _page(self, sequence: Sequence, group: int, block: int) -> int | None:
+    def _page(self, sequence: SequenceBlocks, group: int, block: int) -> int | None:
         """Where the device has a block of the sequence's prompt."""
         prefix = sequence.prefix
         if prefix is not None and prefix.window_begin[group] <= block < prefix.blocks:
             return int(prefix.tables[group][block, PAGE])
         return self.memory.packed[group].lookup(sequence.key(block))
 
-    def place(self, sequence: Sequence, group: int, block: int) -> TierName | None:
+    def place(self, sequence: SequenceBlocks, group: int, block: int) -> TierName | None:
         """The best tier that has a block of the sequence's prompt."""
         if self._page(sequence, group, block) is not None:
             return "device"
@@ -181,7 +182,7 @@ class KVCacheManager:
             else self.migration.store.tier_of(group, sequence.key(block))
         )
 
-    def _attach(self, sequence: Sequence, depth: int) -> None:
+    def _attach(self, sequence: SequenceBlocks, depth: int) -> None:
         """Make the first `depth` blocks the sequence's own past."""
         prefix, layout = sequence.prefix, sequence.layout
         lenders = {lender.name: lender for lender in sequence.lenders}
@@ -216,7 +217,7 @@ class KVCacheManager:
         self._releases += changed
         return changed
 
-    def _restore(self, sequence: Sequence, depth: int) -> bool:
+    def _restore(self, sequence: SequenceBlocks, depth: int) -> bool:
         """Whether the sequence waits for a lower tier, which has more of it than the device.
 
         It was just attached at `depth`; if it waits it keeps only what the load holds for it, and
@@ -230,7 +231,7 @@ class KVCacheManager:
         self._let_go(sequence)
         return True
 
-    def leave_load(self, sequence: Sequence) -> None:
+    def leave_load(self, sequence: SequenceBlocks) -> None:
         """The sequence has got what was on its way up for it, or goes: then others will find it."""
         load = sequence.tier.load
         if self.migration is not None and load is not None:
@@ -239,7 +240,7 @@ class KVCacheManager:
             self.migration.leave(load)
             self._releases += 1
 
-    def _anywhere(self, sequence: Sequence) -> Available:
+    def _anywhere(self, sequence: SequenceBlocks) -> Available:
         assert self.migration is not None
         store = self.migration.store
 
@@ -251,7 +252,7 @@ class KVCacheManager:
 
     # -- steps ----------------------------------------------------------------------------------
 
-    def allocate(self, sequence: Sequence, num_tokens: int) -> bool:
+    def allocate(self, sequence: SequenceBlocks, num_tokens: int) -> bool:
         """Pages for the sequence's next `num_tokens` tokens; False, and nothing, without room."""
         layout = sequence.layout
         first = layout.blocks(sequence.computed)
@@ -270,13 +271,13 @@ class KVCacheManager:
         sequence.own_pages.update(zip(new, self.memory.raw.allocate(len(new)), strict=True))
         return True
 
-    def _make_room(self, sequence: Sequence, sealed: range) -> bool:
+    def _make_room(self, sequence: SequenceBlocks, sealed: range) -> bool:
         needed = self.memory.pages_needed(sealed)
         if not self.residents.make_room(needed) and sequence.tier.streams:
             self._stream_out(sequence, len(sealed))
         return self.residents.make_room(needed)
 
-    def _stream_out(self, sequence: Sequence, blocks: int) -> None:
+    def _stream_out(self, sequence: SequenceBlocks, blocks: int) -> None:
         """Let go of the oldest blocks of a sequence that streams, as far as they are stored."""
         tier = sequence.tier
         begin = tier.absent
@@ -291,7 +292,7 @@ class KVCacheManager:
             if not tier.writing:
                 tier.failure = NO_ROOM_BELOW
 
-    def commit(self, sequence: Sequence, num_tokens: int, seconds: float = 0.0) -> None:
+    def commit(self, sequence: SequenceBlocks, num_tokens: int, seconds: float = 0.0) -> None:
         """The step has run: publish what it sealed, let go of what left the windows.
 
         `seconds`: what computing these tokens took.
@@ -314,7 +315,7 @@ class KVCacheManager:
             self.migration.computed(sequence, num_tokens, seconds)
         self._slide_windows(sequence)
 
-    def fork(self, parent: Sequence, child: Sequence) -> None:
+    def fork(self, parent: SequenceBlocks, child: SequenceBlocks) -> None:
         """`child` continues where `parent` stands: shared sealed blocks, its own open one."""
         child.tables = tuple(table.fork() for table in parent.tables)
         child.live_from = list(parent.live_from)
@@ -334,7 +335,7 @@ class KVCacheManager:
             self.memory.copy_raw(block, page, copy)
             child.own_pages[block] = copy
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: SequenceBlocks) -> None:
         """Let go of all memory. Sealed blocks stay cached, so it may be admitted again."""
         if self.migration is not None:
             self.migration.sealed(sequence, ends=True)
@@ -342,16 +343,16 @@ class KVCacheManager:
         self._detach(sequence)
         self._releases += 1
 
-    def _detach(self, sequence: Sequence) -> None:
+    def _detach(self, sequence: SequenceBlocks) -> None:
         self._no_longer_pending(sequence, sequence.layout.blocks(sequence.computed))
         self._let_go(sequence)
 
-    def _no_longer_pending(self, sequence: Sequence, begin: int) -> None:
+    def _no_longer_pending(self, sequence: SequenceBlocks, begin: int) -> None:
         for block in range(begin, sequence.known_keys):
             if self._pending.get(sequence.key(block)) is sequence:
                 del self._pending[sequence.key(block)]
 
-    def _let_go(self, sequence: Sequence) -> None:
+    def _let_go(self, sequence: SequenceBlocks) -> None:
         if sequence.tables:
             for pool, held in zip(self.memory.packed, self._held(sequence), strict=True):
                 pool.release(held)
@@ -375,7 +376,7 @@ class KVCacheManager:
 
     # -- windows --------------------------------------------------------------------------------
 
-    def _slide_windows(self, sequence: Sequence) -> None:
+    def _slide_windows(self, sequence: SequenceBlocks) -> None:
         layout = sequence.layout
         for index, group in enumerate(self.memory.groups):
             if group.window is None:
@@ -392,7 +393,7 @@ class KVCacheManager:
                     pool.supersede([page])
             sequence.live_from[index] = max(first, sequence.live_from[index])
 
-    def _held(self, sequence: Sequence) -> list[list[int]]:
+    def _held(self, sequence: SequenceBlocks) -> list[list[int]]:
         """Per group: the pages to which the sequence has a reference of its own."""
         return [
             table.pages(begin, table.blocks)

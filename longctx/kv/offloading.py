@@ -12,9 +12,9 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from compress.shape import BLOCK_TOKENS
-from longctx.engine.sequence import Sequence
 from longctx.kv.memory import KVMemory
 from longctx.kv.offload_state import Load
+from longctx.kv.sequence_blocks import SequenceBlocks
 from longctx.kv.transfer import PageTransfer, Transfer
 from offload.block_run import EXTENT_BLOCKS, BlockRun, Slots
 from offload.key import BlockKey
@@ -27,7 +27,7 @@ WINDOW_SHARE = 0.08  # bytes that window checkpoints may add, beside those where
 
 @dataclass(slots=True, eq=False)
 class _Write:
-    sequence: Sequence
+    sequence: SequenceBlocks
     run: BlockRun
     pages: list[int]
     slots: Slots
@@ -89,7 +89,7 @@ class Migration:
 
     # -- down -----------------------------------------------------------------------------------
 
-    def admitted(self, sequence: Sequence, depth: int) -> None:
+    def admitted(self, sequence: SequenceBlocks, depth: int) -> None:
         """Decide how much of the sequence is worth storing; `depth` blocks of it were found."""
         for owner in sequence.owners:
             self.store.use(owner)
@@ -97,18 +97,18 @@ class Migration:
         documents = max((end for end, _ in sequence.document_ends), default=0)
         own_tokens = sequence.prompt_tokens - documents
         seen_again = prompt if own_tokens >= KEPT_PROMPT_TOKENS else min(depth, prompt)
-        if sequence.request.in_memory:
+        if sequence.in_memory:
             seen_again = 0
         sequence.tier.store_until = max(sequence.blocks_until(documents), seen_again)
         if sequence.tier.streams:
             sequence.tier.store_until = prompt
-        ingests = sequence.request.sampling.max_tokens == 0
+        ingests = sequence.prefill_only
         known = 0 if sequence.prefix is None or ingests else sequence.prefix.blocks
         known = max(known, sequence.tier.absent)
         sequence.tier.stored = min(known, sequence.tier.store_until)
         sequence.tier.stored_seconds = self._clock()
 
-    def computed(self, sequence: Sequence, num_tokens: int, seconds: float) -> None:
+    def computed(self, sequence: SequenceBlocks, num_tokens: int, seconds: float) -> None:
         """Its next tokens took so long; to be called while the windows before them are held."""
         sequence.tier.prefill_seconds += seconds
         if num_tokens >= BLOCK_TOKENS and seconds:
@@ -116,7 +116,7 @@ class Migration:
             self._seconds_per_token = now if before is None else 0.8 * before + 0.2 * now
         self.sealed(sequence)
 
-    def sealed(self, sequence: Sequence, *, ends: bool = False) -> None:
+    def sealed(self, sequence: SequenceBlocks, *, ends: bool = False) -> None:
         """Offer the extents that are complete; with `ends`, whatever there is."""
         limit = min(sequence.tier.store_until, sequence.layout.blocks(sequence.computed))
         if sequence.tier.stored >= limit:
@@ -137,7 +137,7 @@ class Migration:
             sequence.tier.stored = end
             sequence.tier.stored_seconds = self._clock()
 
-    def _offer_blocks(self, sequence: Sequence, begin: int, end: int) -> None:
+    def _offer_blocks(self, sequence: SequenceBlocks, begin: int, end: int) -> None:
         for index, group in enumerate(self._memory.groups):
             if group.window is None:
                 pages = sequence.tables[index].pages(begin, end)
@@ -148,7 +148,7 @@ class Migration:
         """What one block costs all in all: the measure of what windows may add."""
         return self._memory.block_bytes or sum(sum(p.page_bytes) for p in self._memory.packed)
 
-    def _offer_windows(self, sequence: Sequence, end: int, *, always: bool) -> None:
+    def _offer_windows(self, sequence: SequenceBlocks, end: int, *, always: bool) -> None:
         """The windows before block `end`, so that a prompt can go on there."""
         checkpoint: list[tuple[int, int, list[int]]] = []
         size_bytes = 0
@@ -166,7 +166,7 @@ class Migration:
             for index, begin, pages in checkpoint:
                 self._offer(sequence, index, begin, pages)
 
-    def _offer(self, sequence: Sequence, group: int, begin: int, pages: list[int]) -> None:
+    def _offer(self, sequence: SequenceBlocks, group: int, begin: int, pages: list[int]) -> None:
         keys = tuple(sequence.key(block) for block in range(begin, begin + len(pages)))
         if all(self.store.durable(group, key) for key in keys):
             return
@@ -212,10 +212,10 @@ class Migration:
 
     def load(
         self,
-        sequence: Sequence,
+        sequence: SequenceBlocks,
         depth: int,
         target: int,
-        page_of: Callable[[Sequence, int, int], int | None],
+        page_of: Callable[[SequenceBlocks, int, int], int | None],
     ) -> bool:
         """Begin to read what the sequence lacks between two depths, if that is worth the while.
 

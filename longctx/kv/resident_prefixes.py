@@ -8,10 +8,10 @@ from collections.abc import Sequence as Items
 
 import numpy as np
 
-from longctx.engine.sequence import Sequence
 from longctx.kv.block_entry import PAGE
 from longctx.kv.memory import KVMemory
 from longctx.kv.prefix_index import Prefix, PrefixIndex, PrefixName
+from longctx.kv.sequence_blocks import SequenceBlocks
 
 
 class ResidentPrefixes:
@@ -20,7 +20,7 @@ class ResidentPrefixes:
         self._prefixes = prefixes
         self.freed = 0  # prefixes that were let go, ever
 
-    def keep(self, sequence: Sequence) -> None:
+    def keep(self, sequence: SequenceBlocks) -> None:
         """Hold everything up to the end of each document that has been computed."""
         if sequence.tier.absent:
             return
@@ -30,7 +30,7 @@ class ResidentPrefixes:
             if 0 < blocks <= computed and name not in self._prefixes:
                 self._hold(sequence, name, end_tokens)
 
-    def leave(self, sequence: Sequence) -> None:
+    def leave(self, sequence: SequenceBlocks) -> None:
         held = (
             [*sequence.lenders] if sequence.prefix is None else [sequence.prefix, *sequence.lenders]
         )
@@ -85,7 +85,7 @@ class ResidentPrefixes:
         counts: list[int] = np.bincount(ranks, minlength=pool.ranks).tolist()
         return counts
 
-    def _hold(self, sequence: Sequence, name: PrefixName, end_tokens: int) -> None:
+    def _hold(self, sequence: SequenceBlocks, name: PrefixName, end_tokens: int) -> None:
         blocks, layout = sequence.blocks_until(end_tokens), sequence.layout
         begins = [layout.first_needed(group.window, blocks) for group in self._memory.groups]
         for group, begin, live in zip(self._memory.groups, begins, sequence.live_from, strict=True):

@@ -183,8 +183,8 @@ class _Race:
                 for codec, cache in self._caches.items()
             }
         )
-        while (remaining := lane.exact.remaining) > 0:
-            first = lane.exact.computed
+        while (remaining := lane.exact.blocks.remaining) > 0:
+            first = lane.exact.blocks.computed
             count = min(remaining, CHUNK_TOKENS - first % BLOCK_TOKENS)
             logits = self._feed([lane], count)
             judged = range(
@@ -215,7 +215,7 @@ class _Race:
                 coded = torch.cat([lane.last[codec] for lane in lanes])
                 rows = _compare(exact, coded, tokens)
                 for lane, row in zip(lanes, rows[:, None].unbind(), strict=True):
-                    if lane.exact.computed > BLOCK_TOKENS:
+                    if lane.exact.blocks.computed > BLOCK_TOKENS:
                         lane.own.setdefault(codec, []).append(row)
             for lane, token in zip(lanes, tokens, strict=True):
                 lane.say(token)
@@ -249,7 +249,7 @@ class _Lane:
     def say(self, token: int) -> None:
         self.exact.sampling.observe(token)
         for sequence in self.sequences.values():
-            sequence.tokens.append(token)
+            sequence.blocks.tokens.append(token)
 
 
 def _blocks(prompts: Sequence[_Prompt], own_tokens: int) -> int:

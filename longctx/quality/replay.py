@@ -19,9 +19,10 @@ from longctx.engine.batch import Batch
 from longctx.engine.model_runner import ModelRunner
 from longctx.engine.sampler import SamplingState
 from longctx.engine.scheduler import Chunk
-from longctx.engine.sequence import Sequence, TokenIds
+from longctx.engine.sequence import Sequence
 from longctx.kv.cache_manager import KVCacheManager
 from longctx.kv.memory import KVMemory
+from longctx.kv.sequence_blocks import SequenceBlocks, TokenIds
 from longctx.model.loader import LoadedModel
 from longctx.request import Request, SamplingParams, Segment
 from longctx.text.detokenizer import TextStream
@@ -76,26 +77,29 @@ class Replay:
             index=0,
             arrival=self._admitted,
             arrival_seconds=0.0,
-            tokens=TokenIds(ids, []),
-            prompt_tokens=len(ids),
             sampling=SamplingState(sampling, seed=seed, prompt_token_ids=lambda: ids),
             seed=seed,
             text=TextStream(self._tokenizer, stop=()),
-            namespace=OWN_SPACE,
+            blocks=SequenceBlocks(
+                tokens=TokenIds(ids, []),
+                prompt_tokens=len(ids),
+                namespace=OWN_SPACE,
+                preemption_key=(self._admitted,),
+            ),
         )
-        admitted = self._cache.admit(sequence, spare_blocks=0)
+        admitted = self._cache.admit(sequence.blocks, spare_blocks=0)
         assert admitted, "the pool was made for these sequences"
         return sequence
 
     def feed(self, sequences: Items[Sequence], num_tokens: int) -> Tensor:
         """Compute the next `num_tokens` of each: logits [sequences * num_tokens, vocab]."""
         for sequence in sequences:
-            allocated = self._cache.allocate(sequence, num_tokens)
+            allocated = self._cache.allocate(sequence.blocks, num_tokens)
             assert allocated, "the pool was made for these sequences"
         chunks = [Chunk(sequence, num_tokens) for sequence in sequences]
         batch = Batch.build(chunks, device=self._memory.device)
         every_row = torch.arange(len(batch.token_ids), device=self._memory.device)
         logits = self._runner.run(replace(batch, logits_rows=every_row, last_chunks=batch.chunks))
         for sequence in sequences:
-            self._cache.commit(sequence, num_tokens)
+            self._cache.commit(sequence.blocks, num_tokens)
         return logits

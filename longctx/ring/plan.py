@@ -11,8 +11,8 @@ import numpy as np
 
 from compress.shape import BLOCK_TOKENS
 from longctx.engine.scheduler import Chunk
-from longctx.engine.sequence import BlockTable
 from longctx.kv.block_entry import PAGE
+from longctx.kv.block_table import BlockTable
 from longctx.model.spec import ModelSpec
 from longctx.ring.comm_cost import RowBytes, Traffic, keys_traffic, passes_queries, queries_traffic
 from longctx.ring.exchange import Exchange, Past, Spread
@@ -70,11 +70,13 @@ class StepPlanner:
 
     def _rows(self, chunk: Chunk, drafts: list[Draft]) -> list[Piece]:
         """Give each rank its rows of the chunk."""
-        sequence, begin = chunk.sequence, chunk.sequence.computed
+        sequence, begin = chunk.sequence, chunk.sequence.blocks.computed
         pieces = []
         for part in parts(begin, begin + chunk.num_tokens, self._ring.ranks):
-            raw = np.array([sequence.own_pages[block] for block in part.touched], dtype=np.int64)
-            token_ids = sequence.tokens.slice(part.begin, part.end)
+            raw = np.array(
+                [sequence.blocks.own_pages[block] for block in part.touched], dtype=np.int64
+            )
+            token_ids = sequence.blocks.tokens.slice(part.begin, part.end)
             pieces.append(drafts[part.rank].add_rows(part, raw, token_ids))
         return pieces
 
@@ -87,12 +89,12 @@ class StepPlanner:
         drafts: list[Draft],
     ) -> None:
         """Layers that see a window: the pages are on every rank, so each attends alone."""
-        entries = chunk.sequence.tables[group].entries
+        entries = chunk.sequence.blocks.tables[group].entries
         window = self._memory.groups[group].window
         assert window is not None, group
         for chosen, last in ((pieces, False), (wanted, True)):
             for piece in chosen:
-                first = chunk.sequence.layout.first_seen(window, piece.first_position)
+                first = chunk.sequence.blocks.layout.first_seen(window, piece.first_position)
                 seen = entries[first : piece.part.sealed.stop]
                 rows = piece.rows_of(piece.first_block - first, seen)
                 drafts[piece.part.rank].add_local(group, rows, last=last)
@@ -111,10 +113,10 @@ class StepPlanner:
     ) -> None:
         """Layers that see everything: the pages are spread over the ranks."""
         memory = self._memory
-        begin = chunk.sequence.computed
+        begin = chunk.sequence.blocks.computed
         end = begin + chunk.num_tokens
         first, sealed = begin // BLOCK_TOKENS, end // BLOCK_TOKENS
-        table, pool = chunk.sequence.tables[0], memory.packed[0]
+        table, pool = chunk.sequence.blocks.tables[0], memory.packed[0]
         past = self._pasts.get(table)
         if past is None or past.blocks != first:
             past = Past.of(table.entries[:first], pool.pages_per_rank, len(drafts))

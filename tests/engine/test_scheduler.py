@@ -42,7 +42,7 @@ def test_chunks_end_at_block_boundaries(tokenizer: Tokenizer) -> None:
     prompt = bench.add(numbers(300))
     for computed in (64, 128, 192, 256, 300):
         bench.step()
-        assert prompt.computed == computed or prompt.state is SequenceState.FINISHED
+        assert prompt.blocks.computed == computed or prompt.state is SequenceState.FINISHED
 
 
 def test_a_budget_below_a_block_still_moves(tokenizer: Tokenizer) -> None:
@@ -105,7 +105,7 @@ def test_an_ingestion_moves_under_constant_questions_and_answers(tokenizer: Toke
         bench.step()
         if ingestion.state is SequenceState.FINISHED:
             return
-    raise AssertionError(f"only {ingestion.computed} tokens were read")
+    raise AssertionError(f"only {ingestion.blocks.computed} tokens were read")
 
 
 def seconds_by_tokens(output: SchedulerOutput) -> float:
@@ -122,7 +122,9 @@ def test_waiting_for_a_block_lends_its_computer_the_urgency(tokenizer: Tokenizer
     while question.state is not SequenceState.FINISHED:
         bench.step()
     assert ingestion.computed_tokens == 1000
-    assert rival.computed <= 256  # a fifth, its share beside questions; of ingestion it is twice
+    assert (
+        rival.blocks.computed <= 256
+    )  # a fifth, its share beside questions; of ingestion it is twice
     assert question.cached_tokens == 960 and question.computed_tokens == 1002 - 960
 
 
@@ -187,7 +189,7 @@ def test_the_first_of_the_highest_class_never_gives_way_and_all_end(
         bench.add(numbers(length, 1000 * i), request_class=c, max_tokens=max_tokens)
         for i, (length, max_tokens, c) in enumerate(prompts)
     ]
-    first = min(sequences, key=lambda sequence: sequence.rank)
+    first = min(sequences, key=lambda sequence: sequence.blocks.preemption_key)
     bench.finish()
     assert first.preemptions == 0
     assert all(sequence.state is SequenceState.FINISHED for sequence in sequences)

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.shape import BLOCK_TOKENS
-from longctx.engine.sequence import BlockTable, Sequence, SequenceState, TokenIds
+from longctx.engine.sequence import Sequence, SequenceState
+from longctx.kv.block_table import BlockTable
 from longctx.kv.cache_manager import EXTENT_BLOCKS, KVCacheManager
 from longctx.kv.layout import PLAIN
 from longctx.kv.memory import LayerGroup, layer_groups
+from longctx.kv.sequence_blocks import TokenIds
 from longctx.text.tokenizer import Tokenizer
 from tests.support.bare_cache import GLOBAL, Bench, bare_cache, blocks, numbers, window_of
 
@@ -24,9 +26,9 @@ def tokenizer(llama: Path) -> Tokenizer:
 def matched(bench: Bench, token_ids: list[int]) -> int:
     """Tokens that a prompt finds when it is admitted."""
     sequence = bench.sequence(token_ids)
-    assert bench.cache.admit(sequence, spare_blocks=0)
-    found = sequence.computed
-    bench.cache.release(sequence)
+    assert bench.cache.admit(sequence.blocks, spare_blocks=0)
+    found = sequence.blocks.computed
+    bench.cache.release(sequence.blocks)
     return found
 
 
@@ -80,7 +82,7 @@ def test_a_match_is_the_deepest_one_whose_windows_are_there(
     assert matched(bench, [*prompt, 2]) == 40 * BLOCK_TOKENS
     # Without the last block's window page, the end of the last extent is the next best.
     keys = bench.sequence([*prompt, 2])
-    keys.extend_keys()
+    keys.blocks.extend_keys()
     forget(cache, len(cache.memory.packed) - 1, keys, [39])
     assert matched(bench, [*prompt, 2]) == 39 * BLOCK_TOKENS
     forget(cache, len(cache.memory.packed) - 1, keys, [b for b in range(32, 40)])
@@ -94,7 +96,7 @@ def test_a_match_is_the_deepest_one_whose_windows_are_there(
 
 def forget(cache: KVCacheManager, group: int, sequence: Sequence, indices: list[int]) -> None:
     pool = cache.memory.packed[group]
-    pages = [pool.lookup(sequence.key(block)) for block in indices]
+    pages = [pool.lookup(sequence.blocks.key(block)) for block in indices]
     pool.forget([page for page in pages if page is not None])
 
 
@@ -114,14 +116,14 @@ def test_a_match_equals_a_search_of_all_depths(
     bench.add(prompt)
     bench.finish()
     sequence = bench.sequence(prompt)
-    sequence.extend_keys()
+    sequence.blocks.extend_keys()
     for group, block in lost:
         if group < len(cache.memory.groups):
             forget(cache, group, sequence, [block])
 
     def possible(depth: int) -> bool:
         return all(
-            pool.lookup(sequence.key(block)) is not None
+            pool.lookup(sequence.blocks.key(block)) is not None
             for group, pool in zip(cache.memory.groups, cache.memory.packed, strict=True)
             for block in range(PLAIN.first_needed(group.window, depth), depth)
         )
@@ -138,11 +140,11 @@ def test_superseded_window_pages_leave_before_checkpoints(tokenizer: Tokenizer) 
     bench.add(prompt)
     bench.finish()
     sequence = bench.sequence(prompt)
-    sequence.extend_keys()
+    sequence.blocks.extend_keys()
     windows = cache.memory.packed[1]
 
     def present(block: int) -> bool:
-        return windows.lookup(sequence.key(block)) is not None
+        return windows.lookup(sequence.blocks.key(block)) is not None
 
     at_checkpoints = [EXTENT_BLOCKS - 1, 2 * EXTENT_BLOCKS - 1]
     between = [5, EXTENT_BLOCKS + 5]
@@ -162,7 +164,7 @@ def test_a_block_that_another_computes_is_waited_for(tokenizer: Tokenizer) -> No
     first, second = bench.add(numbers(300)), bench.add(numbers(300))
     bench.step()
     assert second.state is SequenceState.WAITING
-    assert bench.cache.computed_by(second) is first
+    assert bench.cache.computed_by(second.blocks) is first.blocks
     bench.scheduler.remove(first)  # cancelled: the second takes over where it stood
     bench.finish()
     assert second.cached_tokens == 128 and second.computed_tokens == 300 - 128
@@ -184,10 +186,10 @@ def test_a_waiting_prompt_is_not_looked_up_again_for_nothing(tokenizer: Tokenize
     bench.add(numbers(400), max_tokens=100)
     second = bench.add(numbers(500, 1000))
     bench.step()
-    tried_at = second.tried_at
-    assert tried_at >= 0
+    refused_at = second.blocks.refused_at
+    assert refused_at is not None
     bench.step()
-    assert second.tried_at == tried_at
+    assert second.blocks.refused_at == refused_at
 
 
 # -- prefixes ---------------------------------------------------------------------------------

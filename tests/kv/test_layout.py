@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.shape import BLOCK_TOKENS
-from longctx.engine.prompt import Assembly
-from longctx.engine.sequence import BlockTable, Prompt
+from longctx.engine.prompt import Prompt, PromptBuilder
 from longctx.errors import InvalidRequest
 from longctx.kv.block_entry import FIRST_POSITION, PAGE, ROTATION, ROW_BEGIN, ROWS
+from longctx.kv.block_table import BlockTable
 from longctx.kv.layout import PLAIN, Layout, Run, Source
 from longctx.kv.prefix_index import module_name
 from offload.key import BlockKey
@@ -51,14 +51,14 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    assembly = Assembly(np.empty(0, dtype=np.int32))
+    builder = PromptBuilder(np.empty(0, dtype=np.int32))
     rows: list[Row] = []
     borrowed: list[tuple[int, int, int]] = []
     position, block, entry, room = 0, -1, -1, 0
     for _ in range(draw(st.integers(1, 6))):
         if draw(st.booleans()):
             gap, tokens = draw(st.sampled_from([0, 0, 1, 50])), draw(st.integers(1, 200))
-            assembly.compute(list(range(tokens)), position + gap)
+            builder.compute(list(range(tokens)), position + gap)
             room = 0 if gap else room
             for offset in range(tokens):
                 if room == 0:
@@ -69,13 +69,13 @@ def cases(draw: st.DrawFn) -> Case:
         else:
             begin = draw(st.integers(0, SOURCE_TOKENS - 1))
             end = draw(st.integers(begin + 1, SOURCE_TOKENS))
-            assembly.borrow(SOURCE, begin, np.arange(begin, end, dtype=np.int32), position)
+            builder.borrow(SOURCE, begin, np.arange(begin, end, dtype=np.int32), position)
             borrowed.append((entry + 1, position, end - begin))
             entry += (end - 1) // BLOCK_TOKENS - begin // BLOCK_TOKENS + 1
             position, room = position + end - begin, 0
-    assembly.compute([1], position + 7)
+    builder.compute([1], position + 7)
     rows.append(Row(position + 7, block + 1, entry + 1))
-    return Case(assembly.prompt(), rows, borrowed)
+    return Case(builder.prompt(), rows, borrowed)
 
 
 @given(case=cases())
@@ -161,11 +161,11 @@ def test_a_table_shows_own_blocks_and_all_that_is_borrowed(case: Case, tokens: i
 
 def test_what_stands_as_it_was_encoded_leaves_the_ordinary_chain() -> None:
     def after(*parts: tuple[int, int, int]) -> BlockKey:
-        assembly = Assembly(np.empty(0, dtype=np.int32))
+        builder = PromptBuilder(np.empty(0, dtype=np.int32))
         for begin, end, position in parts:
-            assembly.borrow(SOURCE, begin, np.arange(begin, end, dtype=np.int32), position)
-        assembly.compute([1])
-        return assembly.prompt().layout.lineage(0, ROOT)
+            builder.borrow(SOURCE, begin, np.arange(begin, end, dtype=np.int32), position)
+        builder.compute([1])
+        return builder.prompt().layout.lineage(0, ROOT)
 
     last = SOURCE.keys[-1]
     assert after((0, 200, 10)) == last
@@ -182,7 +182,7 @@ def test_what_stands_as_it_was_encoded_leaves_the_ordinary_chain() -> None:
 
 
 def test_positions_never_go_back() -> None:
-    assembly = Assembly(np.arange(5, dtype=np.int32))
-    assembly.compute([1, 2], 9)
+    builder = PromptBuilder(np.arange(5, dtype=np.int32))
+    builder.compute([1, 2], 9)
     with pytest.raises(InvalidRequest, match="ends at 11"):
-        assembly.compute([3], 10)
+        builder.compute([3], 10)

@@ -40,14 +40,14 @@ class TieredBench(Bench):
     def _compute(self, output: SchedulerOutput) -> float:
         for chunk in output.chunks:
             sequence = chunk.sequence
-            begin = sequence.computed // BLOCK_TOKENS
-            end = (sequence.computed + chunk.num_tokens) // BLOCK_TOKENS
+            begin = sequence.blocks.computed // BLOCK_TOKENS
+            end = (sequence.blocks.computed + chunk.num_tokens) // BLOCK_TOKENS
             self.computed_blocks += end - begin
-            for group, table in enumerate(sequence.tables):
-                for block in range(begin, min(end, sequence.known_keys)):
+            for group, table in enumerate(sequence.blocks.tables):
+                for block in range(begin, min(end, sequence.blocks.known_keys)):
                     for layer, pages in enumerate(self.cache.memory.packed[group].pages):
                         page = int(table.entries[block, 0])
-                        pages[page] = mark(sequence.key(block), group, layer)
+                        pages[page] = mark(sequence.blocks.key(block), group, layer)
         return 0.01
 
     def run(self, token_ids: list[int], **options: object) -> Sequence:
@@ -101,15 +101,15 @@ def bench(tokenizer: Tokenizer) -> Iterator[TieredBench]:
 def assert_marked(bench: TieredBench, token_ids: list[int]) -> int:
     """All blocks of the prompt that the device has hold what was computed; how many there are."""
     sequence = bench.sequence(token_ids)
-    bench.cache.find_keys(sequence)
+    bench.cache.find_keys(sequence.blocks)
     found = 0
-    for block in range(sequence.known_keys):
+    for block in range(sequence.blocks.known_keys):
         for group, pool in enumerate(bench.cache.memory.packed):
-            page = pool.lookup(sequence.key(block))
+            page = pool.lookup(sequence.blocks.key(block))
             if page is not None:
                 found += 1
                 for layer, pages in enumerate(pool.pages):
-                    expected = mark(sequence.key(block), group, layer)
+                    expected = mark(sequence.blocks.key(block), group, layer)
                     assert (pages[page] == expected).all(), (block, group, layer)
     return found
 
@@ -148,8 +148,8 @@ def test_others_are_answered_while_a_document_is_on_its_way(bench: TieredBench) 
     waiting = bench.add([*text, 1], document=("report", len(text)), max_tokens=2)
     other = bench.add(numbers(50, 90_000), max_tokens=2)
     bench.step()
-    assert waiting.tier.load is not None and waiting.computed == 0
-    assert other.computed == 50
+    assert waiting.blocks.tier.load is not None and waiting.blocks.computed == 0
+    assert other.blocks.computed == 50
     bench.settle()
     assert waiting.cached_tokens == len(text)
 
@@ -161,10 +161,10 @@ def test_two_questions_on_a_document_that_left_read_it_once(bench: TieredBench) 
     first = bench.add([*text, 1], document=("report", len(text)))
     second = bench.add([*text, 2], document=("report", len(text)))
     bench.step()
-    assert first.tier.load is not None and second.tier.load is None
+    assert first.blocks.tier.load is not None and second.blocks.tier.load is None
     bench.settle()
     assert first.cached_tokens == second.cached_tokens == len(text)
-    assert second.tier.loads == 0
+    assert second.blocks.tier.loads == 0
 
 
 def test_a_question_that_is_withdrawn_while_it_loads_leaves_nothing_pinned(
@@ -175,7 +175,7 @@ def test_a_question_that_is_withdrawn_while_it_loads_leaves_nothing_pinned(
     bench.empty_device()
     sequence = bench.add([*text, 1], document=("report", len(text)))
     bench.step()
-    assert sequence.tier.load is not None
+    assert sequence.blocks.tier.load is not None
     bench.scheduler.remove(sequence)
     bench.settle()
     assert_nothing_is_pinned(bench)
@@ -207,7 +207,7 @@ def test_a_cancelled_prefill_goes_on_where_it_stood(bench: TieredBench) -> None:
     sequence = bench.add(text, document=("report", len(text)))
     for _ in range(10):
         bench.step()
-    done = sequence.computed
+    done = sequence.blocks.computed
     assert 0 < done < len(text)
     bench.scheduler.remove(sequence)
     bench.settle()
@@ -244,7 +244,7 @@ def test_whatever_is_left_of_a_prompt_serves_another(
     text = numbers(first)
     stored = bench.run(text, document=("report", len(text)))
     bench.empty_device()
-    keys = [stored.key(block) for block in lost if block < stored.known_keys]
+    keys = [stored.blocks.key(block) for block in lost if block < stored.blocks.known_keys]
     bench.cache.migration.store.retain("lost", keys)
     bench.cache.migration.store.release("lost", drop=True)
     bench.cache.migration.store.flush(PATIENCE_SECONDS)
@@ -266,7 +266,8 @@ def test_pages_of_a_deleted_document_leave_every_tier(bench: TieredBench) -> Non
     assert bench.cache.migration is not None
     text = blocks(32)
     sequence = bench.run(text, document=("report", len(text)))
-    bench.cache.migration.store.retain("report", sequence.base_keys + tuple(sequence.tail_keys))
+    keys = sequence.blocks.base_keys + tuple(sequence.blocks.tail_keys)
+    bench.cache.migration.store.retain("report", keys)
     bench.cache.close_document("report")
     bench.cache.migration.store.flush(PATIENCE_SECONDS)
     bench.settle()

@@ -91,8 +91,8 @@ def replayed(
     sequence = cache.admit(prompt, SamplingParams(max_tokens=64))
     rows = []
     for count in counts:
-        if sequence.remaining == 0:
-            sequence.tokens.append(tokens[sequence.computed])
+        if sequence.blocks.remaining == 0:
+            sequence.blocks.tokens.append(tokens[sequence.blocks.computed])
         rows.append(cache.feed([sequence], count))
     return tokens, torch.cat(rows)
 

@@ -12,10 +12,11 @@ from longctx.config import SchedulerConfig
 from longctx.engine.sampler import SamplingState
 from longctx.engine.scheduler import Scheduler, SchedulerOutput
 from longctx.engine.sequence import Sequence as EngineSequence
-from longctx.engine.sequence import TokenIds
+from longctx.engine.sequence import preemption_key
 from longctx.kv.cache_manager import KVCacheManager
 from longctx.kv.memory import KVMemory
 from longctx.kv.prefix_index import document_name
+from longctx.kv.sequence_blocks import SequenceBlocks, TokenIds
 from longctx.model.spec import LayerSpec
 from longctx.request import Request, RequestClass, SamplingParams, Segment
 from longctx.text.detokenizer import TextStream
@@ -82,25 +83,30 @@ class Bench:
         ends = ()
         if document is not None:
             ends = ((document[1], ("", document_name(document[0]))),)
+        request = Request(
+            request_id=f"{arrival}",
+            segments=(Segment(token_ids=tuple(token_ids)),),
+            sampling=sampling,
+            request_class=request_class,
+        )
         return EngineSequence(
-            request=Request(
-                request_id=f"{arrival}",
-                segments=(Segment(token_ids=tuple(token_ids)),),
-                sampling=sampling,
-                request_class=request_class,
-            ),
+            request=request,
             index=0,
             arrival=arrival,
             arrival_seconds=self.now,
-            tokens=tokens,
-            prompt_tokens=len(token_ids),
             sampling=SamplingState(
                 sampling, seed=0, prompt_token_ids=lambda: np.array(token_ids, dtype=np.int32)
             ),
             seed=0,
             text=TextStream(self.tokenizer, stop=()),
-            namespace=SPACE,
-            document_ends=ends,
+            blocks=SequenceBlocks(
+                tokens=tokens,
+                prompt_tokens=len(token_ids),
+                namespace=SPACE,
+                preemption_key=preemption_key(request, arrival, 0),
+                document_ends=ends,
+                prefill_only=max_tokens == 0,
+            ),
         )
 
     def add(self, token_ids: Sequence[int], **options: object) -> EngineSequence:
@@ -116,10 +122,10 @@ class Bench:
         drawing = [chunk.sequence for chunk in output.chunks if chunk.draws]
         self.scheduler.update(output, seconds)
         for sequence in drawing:
-            sequence.tokens.append(7)
+            sequence.blocks.tokens.append(7)
         for chunk in output.chunks:
             sequence = chunk.sequence
-            prefilled = sequence.computed >= sequence.prompt_tokens
+            prefilled = sequence.blocks.computed >= sequence.blocks.prompt_tokens
             if prefilled and sequence.completion_tokens >= sequence.request.sampling.max_tokens:
                 self.scheduler.remove(sequence)
         return output

@@ -22,7 +22,7 @@ from longctx.engine.parts import Runner
 from longctx.engine.sampler import SamplingError
 from longctx.engine.scheduler import Chunk, SchedulerOutput
 from longctx.engine.sequence import Sequence as EngineSequence
-from longctx.engine.sequence import TokenIds
+from longctx.kv.sequence_blocks import TokenIds
 from longctx.request import (
     FinishReason,
     Progress,
@@ -125,13 +125,13 @@ class RecordedEngine(Engine):
         self, scheduled: SchedulerOutput
     ) -> list[tuple[EngineSequence, int | SamplingError]]:
         drawing = [chunk.sequence for chunk in scheduled.chunks if chunk.draws]
-        lengths = [len(sequence.tokens) for sequence in drawing]
+        lengths = [len(sequence.blocks.tokens) for sequence in drawing]
         drawn = super()._compute(scheduled)
         assert self.runner.logits is not None
         for sequence, length, row in zip(drawing, lengths, self.runner.logits, strict=True):
             name = (sequence.request.request_id, sequence.index)
             self.logits[name][length] = row.clone()
-            self.texts_of[name] = sequence.tokens
+            self.texts_of[name] = sequence.blocks.tokens
             self.preemptions += sequence.preemptions
         return drawn
 
