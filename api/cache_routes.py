@@ -18,7 +18,7 @@ from api.http.errors import ApiError
 from api.http.openapi import JSON, Body
 from api.metrics import EVICTIONS, OF_TIER, TIER
 from longctx.process.client import EngineClient
-from offload.tier_names import TIERS
+from offload.tier_names import MEMORY_TIERS, TIERS, TierName
 
 FLUSH_BODY = Body(content={JSON: FlushRequest}, required=False)
 
@@ -48,18 +48,17 @@ class Cache:
     async def flush(self, request: Request) -> Response:
         """Evicts what nobody uses from the tiers in memory. Nothing durable is lost."""
         wanted = await read_json(request, FlushRequest, if_empty=b"{}")
-        has_host = self.engine.info.host_capacity_tokens > 0
-        tiers: tuple[str, ...] = (wanted.tier,)
-        if wanted.tier == "all":
-            tiers = ("device", "host") if has_host else ("device",)
-        elif wanted.tier == "host" and not has_host:
+        capacity = self.engine.info.tier_capacity_tokens
+        present = [tier for tier in MEMORY_TIERS if capacity[tier]]
+        tiers = present if wanted.tier == "all" else [wanted.tier]
+        if not set(tiers) <= set(present):
             raise ApiError(
                 400,
-                "this server has no host tier; --host-pool-gib makes one in RAM",
+                f"this server has no {wanted.tier} tier; --host-pool-gib makes one in RAM",
                 param="tier",
                 code="unsupported_value",
             )
-        freed = await self.engine.clear(tiers)
+        freed = await self.engine.clear(tuple(tiers))
         return JSONResponse(
             {
                 "object": "cache.flush",
@@ -70,7 +69,7 @@ class Cache:
             }
         )
 
-    def _tier(self, tier: str, figures: dict[str, float]) -> dict[str, Any] | None:
+    def _tier(self, tier: TierName, figures: dict[str, float]) -> dict[str, Any] | None:
         """None for a tier that this server does not have."""
         own = {
             found[2]: value
@@ -81,15 +80,10 @@ class Cache:
             return None
         hits, misses = own["hits_total"], own["misses_total"]
         capacity = own["capacity_bytes"]
-        info = self.engine.info
         described: dict[str, Any] = {
             "bytes": int(own["bytes"]),
             "capacity_bytes": int(capacity) if math.isfinite(capacity) else None,
-            "capacity_tokens": {
-                "device": info.capacity_tokens,
-                "host": info.host_capacity_tokens,
-                "disk": info.disk_capacity_tokens,
-            }[tier],
+            "capacity_tokens": self.engine.info.tier_capacity_tokens[tier],
             "blocks": int(own["blocks"]),
             "hits": int(hits),
             "misses": int(misses),

@@ -90,11 +90,12 @@ def startup_line(info: EngineInfo) -> str:
         f"longctx serves {info.model_name} on {info.device} in {info.dtype}: "
         f"{info.capacity_tokens:,} tokens of {info.kv_codec} KV fit the device"
     )
-    if info.host_capacity_tokens:
-        line += f", about {info.host_capacity_tokens:,} the host's RAM"
-    if info.disk_capacity_tokens:
+    capacity = info.tier_capacity_tokens
+    if capacity["host"]:
+        line += f", about {capacity['host']:,} the host's RAM"
+    if capacity["disk"]:
         line += (
-            f", about {info.disk_capacity_tokens:,} the disk ({info.disk_bytes / 1e9:.1f} of "
+            f", about {capacity['disk']:,} the disk ({info.disk_bytes / 1e9:.1f} of "
             f"{info.disk_capacity_bytes / 1e9:.1f} GB are used)"
         )
     return f"{line}; a context has at most {info.max_context_tokens:,}"

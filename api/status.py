@@ -60,11 +60,7 @@ class About:
             "longctx": {
                 "model": info.model_name,
                 "max_context_tokens": info.max_context_tokens,
-                "capacity_tokens": {
-                    "device": info.capacity_tokens,
-                    "host": info.host_capacity_tokens,
-                    "disk": info.disk_capacity_tokens,
-                },
+                "capacity_tokens": info.tier_capacity_tokens,
                 "block_tokens": info.block_tokens,
                 "kv_codec": info.kv_codec,
                 "kv_codec_reason": info.codec_choice.reason,

@@ -9,6 +9,7 @@ from longctx.limits import ContextLimits
 from longctx.model.spec import ModelSpec
 from longctx.quality.gate import CodecChoice
 from offload.store import KVStore
+from offload.tier_names import TIERS, TierName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,8 +17,7 @@ class EngineInfo:
     model_name: str
     fingerprint: str
     limits: ContextLimits
-    host_capacity_tokens: int  # about so many fit the RAM below it; 0 without
-    disk_capacity_tokens: int  # about so many fit the disk; 0 without
+    tier_capacity_tokens: dict[TierName, int]  # about so many fit; 0 where there is no such tier
     disk_capacity_bytes: int
     disk_bytes: int  # stored there when the engine started, of any model
     block_tokens: int
@@ -43,19 +43,18 @@ class EngineInfo:
         backend: str,
     ) -> "EngineInfo":
         stored = {} if store is None else store.stats()
-        host_bytes = int(stored.get("host_capacity_bytes", 0))
-        disk_bytes = int(stored.get("disk_capacity_bytes", 0))
+        capacity_tokens = {
+            tier: memory.tokens_in(int(stored.get(f"{tier}_capacity_bytes", 0))) for tier in TIERS
+        }
+        limits = ContextLimits.of(
+            spec.max_context, memory, below_tokens=max(capacity_tokens.values())
+        )
         return cls(
             model_name=spec.name,
             fingerprint=spec.fingerprint,
-            limits=ContextLimits.of(
-                spec.max_context,
-                memory,
-                below_tokens=memory.tokens_in(max(host_bytes, disk_bytes)),
-            ),
-            host_capacity_tokens=memory.tokens_in(host_bytes),
-            disk_capacity_tokens=memory.tokens_in(disk_bytes),
-            disk_capacity_bytes=disk_bytes,
+            limits=limits,
+            tier_capacity_tokens=capacity_tokens | {"device": limits.capacity_tokens},
+            disk_capacity_bytes=int(stored.get("disk_capacity_bytes", 0)),
             disk_bytes=int(stored.get("disk_bytes", 0)),
             block_tokens=BLOCK_TOKENS,
             kv_block_bytes=memory.block_bytes,

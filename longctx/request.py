@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
 from longctx.errors import InvalidRequest
+from offload.tier_names import TierName
 
 
 class FinishReason(StrEnum):
@@ -141,15 +142,13 @@ class Divergence:
 class CacheExplanation:
     """What the cache had of a prompt when it was admitted, and why no more (`explain.py`).
 
-    Of the tokens found on the device, `waited_tokens` were still being computed by other requests
-    when this one came. Borrowed tokens are counted apart; `linked_tokens` are those of borrowed
-    parts that were to be computed in context.
+    `found_tokens` counts them by tier. Of those found on the device, `waited_tokens` were still
+    being computed by other requests when this one came. Borrowed tokens are counted apart;
+    `linked_tokens` are those of borrowed parts that were to be computed in context.
     """
 
     prompt_tokens: int
-    device_tokens: int
-    host_tokens: int
-    disk_tokens: int
+    found_tokens: dict[TierName, int]
     waited_tokens: int
     reason: str  # one of `explain.REASONS`
     detail: str

@@ -247,11 +247,7 @@ class Reply:
         return {
             "cache_explain": {
                 "prompt_tokens": told.prompt_tokens,
-                "matched_tokens": {
-                    "device": told.device_tokens,
-                    "host": told.host_tokens,
-                    "disk": told.disk_tokens,
-                },
+                "matched_tokens": told.found_tokens,
                 "waited_for_tokens": told.waited_tokens,
                 "borrowed_tokens": told.borrowed_tokens,
                 "linked_tokens": told.linked_tokens,

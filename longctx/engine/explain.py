@@ -22,7 +22,7 @@ from longctx.kv.prefix_index import PrefixName
 from longctx.request import CacheExplanation, Divergence
 from longctx.text.tokenizer import Tokenizer
 from offload.key import BlockKey, chain_keys
-from offload.tier_names import TierName
+from offload.tier_names import TIERS, TierName
 
 RECENT_PROMPTS = 32  # of each tenant
 RECENT_TOKENS = 1 << 21  # of all tenants together, documents not counted
@@ -120,9 +120,7 @@ class Explainer:
             reason, place = self._why(sequence, depth, covered)
         trace.explanation = CacheExplanation(
             prompt_tokens=blocks.prompt_tokens + blocks.borrowed_tokens,
-            device_tokens=counts["device"],
-            host_tokens=counts["host"],
-            disk_tokens=counts["disk"],
+            found_tokens={tier: counts[tier] for tier in TIERS},
             waited_tokens=waited,
             borrowed_tokens=blocks.borrowed_tokens,
             linked_tokens=sequence.linked_tokens,

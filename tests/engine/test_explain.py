@@ -50,7 +50,7 @@ def why(engine: RecordedEngine, request: Request) -> CacheExplanation:
     (answered,) = engine.finish(replace(request, explain=True))
     explanation = answered.counts.explanation
     assert explanation is not None
-    found = explanation.device_tokens + explanation.host_tokens + explanation.disk_tokens
+    found = sum(explanation.found_tokens.values())
     assert found == answered.counts.cached_tokens
     assert explanation.prompt_tokens == answered.counts.prompt_tokens
     assert explanation.reason in REASONS and explanation.detail.startswith(
@@ -74,9 +74,9 @@ def test_a_new_text_was_never_seen_and_is_then_found_but_for_its_last_block(
 ) -> None:
     ids = some_ids(64 * 5, 1)
     told = why(engine, ask("first", ids))
-    assert (told.reason, told.device_tokens, told.divergence) == ("never_seen", 0, None)
+    assert (told.reason, told.found_tokens["device"], told.divergence) == ("never_seen", 0, None)
     told = why(engine, ask("second", ids))
-    assert (told.reason, told.device_tokens, told.waited_tokens) == ("below_block", 256, 0)
+    assert (told.reason, told.found_tokens["device"], told.waited_tokens) == ("below_block", 256, 0)
 
 
 def test_the_first_different_token_is_found_inside_a_block(engine: RecordedEngine) -> None:
@@ -84,7 +84,7 @@ def test_the_first_different_token_is_found_inside_a_block(engine: RecordedEngin
     engine.finish(ask("first", ids))
     changed = (*ids[:200], ids[200] % 300 + 100, *ids[201:])
     told = why(engine, ask("second", changed))
-    assert (told.reason, told.device_tokens) == ("never_seen", 192)
+    assert (told.reason, told.found_tokens["device"]) == ("never_seen", 192)
     assert told.divergence is not None
     assert (told.divergence.position, told.divergence.known) == (200, "prompt")
 
@@ -93,7 +93,7 @@ def test_other_tenants_are_not_compared_with(engine: RecordedEngine) -> None:
     ids = some_ids(400, 1)
     engine.finish(ask("first", ids, salt="alice"))
     told = why(engine, ask("second", (*ids[:200], *some_ids(200, 2)), salt="bob"))
-    assert (told.device_tokens, told.divergence) == (0, None)
+    assert (told.found_tokens["device"], told.divergence) == (0, None)
 
 
 def test_a_prompt_that_another_is_computing_is_waited_for(engine: RecordedEngine) -> None:
@@ -101,8 +101,8 @@ def test_a_prompt_that_another_is_computing_is_waited_for(engine: RecordedEngine
     engine.submit(ask("first", ids))
     engine.take_step()
     told = why(engine, ask("second", (*ids, *some_ids(70, 2))))
-    assert told.device_tokens >= 64 * 19
-    assert 0 < told.waited_tokens <= told.device_tokens
+    assert told.found_tokens["device"] >= 64 * 19
+    assert 0 < told.waited_tokens <= told.found_tokens["device"]
 
 
 def test_what_left_the_device_was_evicted(engine: RecordedEngine) -> None:
@@ -110,7 +110,7 @@ def test_what_left_the_device_was_evicted(engine: RecordedEngine) -> None:
     engine.finish(ask("first", ids))
     assert engine.clear(["device"])["device_blocks"] >= 10
     told = why(engine, ask("second", ids))
-    assert (told.reason, told.device_tokens) == ("evicted", 0)
+    assert (told.reason, told.found_tokens["device"]) == ("evicted", 0)
     assert "device" in told.detail
 
 
@@ -126,11 +126,11 @@ def test_each_tier_is_named_for_what_it_had(tiered: RecordedEngine) -> None:
     ids = some_ids(64 * 20, 1)
     tiered.finish(ask("first", ids))
     settle(tiered)
-    assert why(tiered, ask("device", ids)).device_tokens == 64 * 19
+    assert why(tiered, ask("device", ids)).found_tokens["device"] == 64 * 19
     tiered.clear(["device"])
-    assert why(tiered, ask("host", ids)).host_tokens == 64 * 19
+    assert why(tiered, ask("host", ids)).found_tokens["host"] == 64 * 19
     tiered.clear(["device", "host"])
-    assert why(tiered, ask("disk", ids)).disk_tokens == 64 * 19
+    assert why(tiered, ask("disk", ids)).found_tokens["disk"] == 64 * 19
 
 
 def test_a_document_under_another_prompt_is_known_by_its_id(tiered: RecordedEngine) -> None:
@@ -138,7 +138,7 @@ def test_a_document_under_another_prompt_is_known_by_its_id(tiered: RecordedEngi
     tiered.finish(ask("ingest", some_ids(10, 2), "report", max_tokens=0))
     settle(tiered)
     told = why(tiered, ask("question", some_ids(70, 3), "report", some_ids(5, 4)))
-    assert (told.reason, told.device_tokens) == ("other_prefix", 0)
+    assert (told.reason, told.found_tokens["device"]) == ("other_prefix", 0)
     assert "report" in told.detail
     assert why(tiered, ask("again", some_ids(10, 2), "report", some_ids(5, 4))).reason in (
         "below_block",
@@ -156,7 +156,7 @@ def test_a_damaged_file_is_the_reason(tiered: RecordedEngine, tmp_path: Path) ->
         file.write_bytes(bytes(raw))
     tiered.clear(["device", "host"])
     told = why(tiered, ask("second", ids))
-    assert told.reason in ("corrupt", "slow") and told.disk_tokens < 64 * 24
+    assert told.reason in ("corrupt", "slow") and told.found_tokens["disk"] < 64 * 24
 
 
 def test_text_stored_by_another_codec_is_said_to_be_so(llama: Path, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_windows_are_kept_only_where_something_ends(gemma3: Path) -> None:
     windows = engine.memory.packed[1]
     windows.forget(range(1, windows.num_pages))
     told = why(engine, ask("second", (*ids[:500], *some_ids(200, 2))))
-    assert (told.reason, told.device_tokens) == ("checkpoint", 0)
+    assert (told.reason, told.found_tokens["device"]) == ("checkpoint", 0)
 
 
 def test_a_deleted_document_is_forgotten(tiered: RecordedEngine) -> None:
@@ -188,7 +188,7 @@ def test_a_deleted_document_is_forgotten(tiered: RecordedEngine) -> None:
     tiered.close_document("report")
     literal = [int(token) for token in text]
     told = why(tiered, ask("question", some_ids(10, 2), [*literal[:500], 7, *literal[501:]]))
-    assert told.divergence is None and told.device_tokens == 0
+    assert told.divergence is None and told.found_tokens["device"] == 0
 
 
 def test_a_tier_that_there_is_not_cannot_be_cleared(engine: RecordedEngine) -> None:

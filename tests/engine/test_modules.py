@@ -193,11 +193,11 @@ def test_an_explanation_tells_what_is_borrowed_from_what_is_computed(llama: Path
         told = answered.counts.explanation
         assert told is not None
         assert (told.prompt_tokens, told.borrowed_tokens, told.linked_tokens) == (298, 212, 16)
-        assert told.device_tokens + 212 == answered.counts.cached_tokens
+        assert told.found_tokens["device"] + 212 == answered.counts.cached_tokens
         explanations.append(told)
     first, again = explanations
     assert first.reason == "never_seen" and again.reason == "below_block"
-    assert (first.device_tokens, again.device_tokens) == (0, 16 + 64)
+    assert (first.found_tokens["device"], again.found_tokens["device"]) == (0, 16 + 64)
     assert first.detail.startswith(
         "212 tokens are used as they were encoded elsewhere (2 of its parts were not on the device "
         "and came first), and 16 of the same parts are computed in context; of the rest, found up "
