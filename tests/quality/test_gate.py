@@ -251,15 +251,21 @@ def test_auto_stays_raw_where_nothing_can_be_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("more_codecs")
-def test_a_codec_that_was_asked_for_and_fails_is_refused_with_the_cure(llama: Path) -> None:
+def test_a_codec_that_was_asked_for_and_fails_is_refused_with_the_cure(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CODECS, "int4", CODECS["bad"])
     with pytest.raises(ModelRefused, match=r"KL .* is [0-9.e-]+ \+- .*the limit .*--force-codec"):
-        choice(llama, "bad")
+        choice(llama, "int4")
 
 
 @pytest.mark.usefixtures("more_codecs")
-def test_a_forced_codec_is_used_and_called_forced(llama: Path) -> None:
-    found = choice(llama, "bad", force=True)
-    assert found.codec == "bad" and found.forced and "forced" in found.reason
+def test_a_forced_codec_is_used_and_called_forced(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CODECS, "int4", CODECS["bad"])
+    found = choice(llama, "int4", force=True)
+    assert found.codec == "int4" and found.forced and "forced" in found.reason
 
 
 def test_an_exact_codec_is_not_measured(llama: Path) -> None:
