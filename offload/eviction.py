@@ -22,7 +22,7 @@ _STALE_SHARE = 2  # the heap is rebuilt when it is this many times larger than t
 
 
 @dataclass(frozen=True, slots=True)
-class Entry(Generic[Name]):
+class Evictable(Generic[Name]):
     """`blocks` are what the entry holds; its parent is the entry that holds the block `parent`.
 
     `cost_seconds` is what computing the blocks again would take.
@@ -39,7 +39,7 @@ class Entry(Generic[Name]):
 class EvictionPolicy(Protocol[Name]):
     """Entries may be added in any order, a child before its parent too."""
 
-    def added(self, entry: Entry[Name]) -> None:
+    def added(self, entry: Evictable[Name]) -> None:
         """The tier holds a new entry, which counts as used now."""
         ...
 
@@ -60,7 +60,7 @@ class EvictionPolicy(Protocol[Name]):
 
 @dataclass(slots=True)
 class _Held(Generic[Name]):
-    entry: Entry[Name]
+    entry: Evictable[Name]
     retained: bool
     priority: float = 0.0
     uses: int = 0
@@ -85,7 +85,7 @@ class _LeafHeap(ABC, Generic[Name]):
     def __len__(self) -> int:
         return len(self._held)
 
-    def added(self, entry: Entry[Name]) -> None:
+    def added(self, entry: Evictable[Name]) -> None:
         assert entry.name not in self._held, f"added twice: {entry.name}"
         held = _Held(entry, entry.retained)
         self._held[entry.name] = held

@@ -8,7 +8,6 @@ how memory is allocated.
 import math
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, Literal
 
@@ -16,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offload.block_run import PageSlots, Slots
-from offload.eviction import Block, Entry, EvictionPolicy
+from offload.eviction import Block, Evictable, EvictionPolicy
+from offload.eviction_log import EvictionLog
 from offload.key import BlockKey
 from offload.tier import Cleared
 from offload.tier_names import TierName
 
 _UNITS_PER_PAGE = 16  # at most: each costs a call of its own
-_REMEMBERED = 10_000  # keys whose end `explain` knows
 
 
 def _paged(size_bytes: int) -> NDArray[np.uint8]:
@@ -56,7 +55,7 @@ class HostTier:
         self._free: list[int] = []
         self._never_used = 0  # units from here on were never given out
         self._groups: dict[int, tuple[int, ...]] = {}  # page sizes of the layers of each
-        self._gone: OrderedDict[Block, str] = OrderedDict()
+        self._log = EvictionLog()
         self._counts = dict.fromkeys(
             (
                 "hits_total",
@@ -160,7 +159,7 @@ class HostTier:
             return Cleared(len(blocks), units * self._unit_bytes)
 
     def explain(self, group: int, key: BlockKey) -> str | None:
-        return None if self.has(group, key) else self._gone.get((group, key))
+        return None if self.has(group, key) else self._log.reason((group, key))
 
     def stats(self) -> dict[str, float]:
         with self._lock:
@@ -201,9 +200,9 @@ class HostTier:
             part[:] = page
         self._counts["write_bytes_total"] += slots.block_bytes
         self._policy.added(
-            Entry(block, slots.block_bytes, cost_seconds, (block,), parent, retained)
+            Evictable(block, slots.block_bytes, cost_seconds, (block,), parent, retained)
         )
-        self._gone.pop(block, None)
+        self._log.forget(block)
         self._units[block] = units  # last: `has` may be asked at any moment
         return True
 
@@ -217,9 +216,7 @@ class HostTier:
     def _remove(self, block: Block, reason: str) -> None:
         self._free.extend(self._units.pop(block))
         self._policy.removed(block)
-        self._gone[block] = reason
-        if len(self._gone) > _REMEMBERED:
-            self._gone.popitem(last=False)
+        self._log.record(block, reason)
 
     def _parts(
         self, arrays: Sequence[NDArray[np.uint8]], row: int, units: Iterable[int]

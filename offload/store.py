@@ -161,19 +161,21 @@ class KVStore:
                 self._used[owner] = now
                 self._writer.add(lambda: self._stack.use(keys))
 
-    def release(self, owner: str, *, drop: bool = False) -> None:
-        """The owner retains nothing any more; with `drop`, what nobody retains then is deleted.
+    def release(self, owner: str) -> None:
+        """End what the owner retains: keys that nobody else retains may be evicted from now on."""
+        free = self._let_go(owner)
+        if free:
+            self._writer.add(lambda: self._stack.release(self._unowned(free)))
 
-        Deleted keys are not found from now on. The writer deletes them after what was offered
-        before.
+    def delete(self, owner: str) -> None:
+        """Release what the owner retains, and delete the keys that nobody else retains.
+
+        They are not found from now on. The writer deletes them after what was offered before.
         """
-        self._used.pop(owner, None)
-        free = self._owners.release(owner)
-        if not free:
-            return
-        if drop:
+        free = self._let_go(owner)
+        if free:
             self._dropping.update(free)
-        self._writer.add(lambda: self._let_go(free, drop))
+            self._writer.add(lambda: self._drop(free))
 
     @property
     def queued_bytes(self) -> int:
@@ -217,11 +219,16 @@ class KVStore:
         self._reader.join(max(end - time.monotonic(), 0.0))
         self._stack.close()
 
-    def _let_go(self, keys: Sequence[BlockKey], drop: bool) -> None:
-        """On the writer's thread. Whoever retained some of the keys since keeps them."""
-        free = [key for key in keys if key not in self._owners]
-        if drop:
-            self._stack.drop(free)
-            self._dropping.difference_update(keys)
-        else:
-            self._stack.release(free)
+    def _let_go(self, owner: str) -> list[BlockKey]:
+        """Forget the owner; return those of its keys that nobody retains any more."""
+        self._used.pop(owner, None)
+        return self._owners.release(owner)
+
+    def _drop(self, keys: Sequence[BlockKey]) -> None:
+        """Delete keys, on the writer's thread."""
+        self._stack.drop(self._unowned(keys))
+        self._dropping.difference_update(keys)
+
+    def _unowned(self, keys: Sequence[BlockKey]) -> list[BlockKey]:
+        """Return the keys without those that somebody retained since they were released."""
+        return [key for key in keys if key not in self._owners]

@@ -21,7 +21,7 @@ from longctx.bench.config import BenchConfig, EvictionConfig, RoundsConfig
 from longctx.bench.picture import Series, draw_bars
 from longctx.bench.report import Parameter, Report, Result
 from offload.block_run import EXTENT_BLOCKS
-from offload.eviction import POLICIES, Block, Entry, EvictionPolicy
+from offload.eviction import POLICIES, Block, Evictable, EvictionPolicy
 from offload.key import BlockKey
 from offload.units import GIB
 
@@ -187,9 +187,9 @@ def _gib(config: EvictionConfig, outcome: Outcome) -> float:
     return outcome.extents * config.extent_bytes / GIB
 
 
-def _entry(trace: Trace, extent: Extent) -> Entry[Extent]:
+def _entry(trace: Trace, extent: Extent) -> Evictable[Extent]:
     document, index = extent
-    return Entry(
+    return Evictable(
         name=extent,
         size_bytes=trace.config.extent_bytes,
         cost_seconds=trace.seconds(index),

@@ -17,12 +17,20 @@ from rich.table import Table
 from compress.shape import BLOCK_TOKENS
 from longctx.config import CacheConfig
 from longctx.errors import LongctxError
-from offload.disk.tier import DiskEntry, DiskTier, FolderInUse, FolderRefused
+from offload.disk.tier import (
+    DiskBounds,
+    DiskEntry,
+    DiskTier,
+    DiskTierConfig,
+    FolderInUse,
+    FolderRefused,
+)
 from offload.eviction import LRU
 from offload.key import BlockKey
 from offload.units import GIB, KIB, MIB
 
 DAY_SECONDS = 86_400.0
+UNBOUNDED = DiskBounds()
 SHORT_HEX = 12  # digits shown of a key
 LEAST_HEX = 4  # digits that `rm` asks for
 
@@ -109,9 +117,11 @@ def _gc(arguments: argparse.Namespace, folder: Path, config: CacheConfig) -> Non
         _open(
             folder,
             read_only=False,
-            cap_bytes=None if cap_gib is None else int(cap_gib * GIB),
-            ttl_seconds=None if ttl_days is None else ttl_days * DAY_SECONDS,
-            free_floor_bytes=int(config.disk_free_gib * GIB),
+            bounds=DiskBounds(
+                cap_bytes=None if cap_gib is None else int(cap_gib * GIB),
+                ttl_seconds=None if ttl_days is None else ttl_days * DAY_SECONDS,
+                free_floor_bytes=int(config.disk_free_gib * GIB),
+            ),
         )
     ) as tier:
         tier.gc()
@@ -195,25 +205,12 @@ def chosen(entries: Sequence[DiskEntry], names: Sequence[str]) -> set[BlockKey]:
     return keys
 
 
-def _open(
-    folder: Path,
-    *,
-    read_only: bool,
-    cap_bytes: int | None = None,
-    ttl_seconds: float | None = None,
-    free_floor_bytes: int = 0,
-) -> DiskTier:
-    """Without bounds nothing leaves by being looked at."""
+def _open(folder: Path, *, read_only: bool, bounds: DiskBounds = UNBOUNDED) -> DiskTier:
+    """Open the tier. Without bounds nothing leaves by being looked at."""
     if not folder.is_dir():
         raise LongctxError(f"{folder} is no folder: nothing was stored there; see --store-dir")
-    return DiskTier(
-        folder,
-        cap_bytes=cap_bytes,
-        ttl_seconds=ttl_seconds,
-        free_floor_bytes=free_floor_bytes,
-        policy=LRU[str](),
-        read_only=read_only,
-    )
+    config = DiskTierConfig(folder=folder, bounds=bounds, read_only=read_only)
+    return DiskTier(config, LRU[str]())
 
 
 def _entries(folder: Path) -> list[DiskEntry]:

@@ -204,7 +204,7 @@ class Migration:
 
     def close_document(self, document_id: str) -> None:
         """Its blocks leave every tier, except for those that something else retains."""
-        self.store.release(document_id, drop=True)
+        self.store.delete(document_id)
         if self._writes or self._copying:
             self._closed.add(document_id)
 

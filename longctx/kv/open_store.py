@@ -13,7 +13,7 @@ from longctx.errors import LongctxError
 from longctx.kv.memory import KVMemory
 from offload.disk.extent_io import ExtentIO
 from offload.disk.folder import FolderRefused
-from offload.disk.tier import DiskTier
+from offload.disk.tier import DiskBounds, DiskTier, DiskTierConfig
 from offload.eviction import POLICIES
 from offload.host import HostTier
 from offload.store import KVStore
@@ -62,13 +62,14 @@ def _disk(config: CacheConfig, extents: ExtentIO | None) -> DiskTier | None:
     deadline = time.monotonic() + OWNER_SECONDS
     while True:
         try:
-            return DiskTier(
-                folder,
+            bounds = DiskBounds(
                 cap_bytes=_cap_bytes(config, folder),
                 ttl_seconds=None if config.disk_ttl_days is None else config.disk_ttl_days * 86_400,
                 free_floor_bytes=int(config.disk_free_gib * GIB),
-                policy=POLICIES[config.eviction_policy](),
-                compress=config.disk_compress,
+            )
+            return DiskTier(
+                DiskTierConfig(folder=folder, bounds=bounds, compress=config.disk_compress),
+                POLICIES[config.eviction_policy](),
                 extents=extents,
             )
         except FolderRefused as error:

@@ -4,15 +4,13 @@ Whoever calls it holds its lock; only `holder` may be asked without.
 """
 
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from offload.disk.extent_header import ExtentMeta
-from offload.eviction import Block, Entry, EvictionPolicy
+from offload.eviction import Block, Evictable, EvictionPolicy
+from offload.eviction_log import EvictionLog
 from offload.key import BlockKey
-
-_REMEMBERED = 10_000  # blocks whose end `why_gone` knows
 
 
 @dataclass(slots=True, eq=False)
@@ -80,7 +78,7 @@ class DiskIndex:
         self._copies: dict[Block, list[Extent]] = {}  # where a block is in several files: all
         self._groups: dict[int, int] = {}  # extents of each layer group
         self._retained: set[BlockKey] = set()
-        self._gone: OrderedDict[Block, str] = OrderedDict()
+        self._log = EvictionLog()
         self._used: set[str] = set()  # whose files do not know yet when that was
         self.num_bytes = 0
         self.changes = 0  # extents that came or left, ever
@@ -116,7 +114,7 @@ class DiskIndex:
             self._retained.update(run.keys)
         parent = None if run.parent == run.namespace else (run.group, run.parent)
         self._policy.added(
-            Entry(
+            Evictable(
                 name=extent.name,
                 size_bytes=extent.file_bytes,
                 cost_seconds=extent.meta.cost_seconds,
@@ -218,15 +216,9 @@ class DiskIndex:
             extent.dropped.remove(key)
             self._point((extent.meta.run.group, key), extent)
 
-    def why_gone(self, block: Block) -> str | None:
-        return None if block in self._by_block else self._gone.get(block)
-
-    def remember(self, blocks: Iterable[Block], reason: str) -> None:
-        for block in blocks:
-            self._gone.pop(block, None)
-            self._gone[block] = reason
-        while len(self._gone) > _REMEMBERED:
-            self._gone.popitem(last=False)
+    def explain(self, block: Block) -> str | None:
+        """Return why a block left; None for one that is here, or that nobody remembers."""
+        return None if block in self._by_block else self._log.reason(block)
 
     def _holding(self, key: BlockKey) -> list[Extent]:
         found: list[Extent] = []
@@ -244,15 +236,14 @@ class DiskIndex:
         if before is not None:
             self._copies.setdefault(block, [before]).append(extent)
         self._by_block[block] = extent
-        if self._gone:
-            self._gone.pop(block, None)
+        self._log.forget(block)
 
     def _unpoint(self, block: Block, extent: Extent, reason: str) -> None:
         copies = self._copies.pop(block, [extent])
         copies.remove(extent)
         if not copies:
             del self._by_block[block]
-            self.remember((block,), reason)
+            self._log.record(block, reason)
             return
         self._by_block[block] = copies[-1]
         if len(copies) > 1:

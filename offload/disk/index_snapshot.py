@@ -22,7 +22,7 @@ _KEY_BYTES = 32
 _FEW, _SHARE = 64, 16  # a crash costs asking so many extents, or that part of all, at the start
 
 
-class IndexKeeper:
+class IndexSnapshot:
     def __init__(self, index: DiskIndex, folder: DiskFolder) -> None:
         self._index, self._folder = index, folder
         self._saved_changes = 0  # of the index, up to its latest copy

@@ -19,9 +19,15 @@ _REFUSALS = 1000  # remembered
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskBounds:
-    cap_bytes: int | None  # of all files together
-    ttl_seconds: float | None  # since an extent's last use
-    free_floor_bytes: int  # what stays free on the file system
+    """How large and how old a disk tier may become. Without bounds nothing leaves by itself.
+
+    `cap_bytes` bounds all extents together at any moment, damaged ones too; the copy of the index
+    comes on top, 0.6 KB for each extent.
+    """
+
+    cap_bytes: int | None = None
+    ttl_seconds: float | None = None  # since an extent's last use
+    free_floor_bytes: int = 0  # what stays free on the file system, for everybody else
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +39,7 @@ class Collected:
     temporary: int
 
 
-class DiskRoom:
+class DiskQuota:
     def __init__(
         self,
         bounds: DiskBounds,
@@ -56,7 +62,7 @@ class DiskRoom:
         ttl_seconds = self._bounds.ttl_seconds
         return ttl_seconds is not None and now - extent.used_at > ttl_seconds
 
-    def make(self, num_bytes: int, run: BlockRun, *, retained: bool) -> bool:
+    def make_room(self, num_bytes: int, run: BlockRun, *, retained: bool) -> bool:
         """Evict until a file of `num_bytes` may be written; False where it may not. OSError.
 
         What is retained makes room only for what is; and nothing for its own continuation, which

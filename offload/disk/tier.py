@@ -15,6 +15,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
@@ -27,15 +28,24 @@ from offload.disk.filesystem import FileSystem
 from offload.disk.folder import TEMPORARY, DiskFolder, FolderInUse, FolderRefused
 from offload.disk.incidents import Incidents
 from offload.disk.index import DiskEntry, DiskIndex, Extent
-from offload.disk.index_snapshot import IndexKeeper
-from offload.disk.quota import Collected, DiskBounds, DiskRoom
+from offload.disk.index_snapshot import IndexSnapshot
+from offload.disk.quota import Collected, DiskBounds, DiskQuota
 from offload.disk.shuffle import PageShuffle
 from offload.disk.verify import DiskVerifier, Verified
 from offload.eviction import EvictionPolicy
 from offload.key import BlockKey
 from offload.tier_names import TierName
 
-__all__ = ["Collected", "DiskEntry", "DiskTier", "FolderInUse", "FolderRefused", "Verified"]
+__all__ = [
+    "Collected",
+    "DiskBounds",
+    "DiskEntry",
+    "DiskTier",
+    "DiskTierConfig",
+    "FolderInUse",
+    "FolderRefused",
+    "Verified",
+]
 
 _REST_SECONDS = 30.0  # without writes after one failed
 _SLOW_READ_SECONDS = 5.0  # for one extent
@@ -65,51 +75,59 @@ _COUNTS = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskTierConfig:
+    """Where a disk tier keeps its files, and how.
+
+    A `read_only` tier needs no lock and changes nothing. `compress` is for pages of 16-bit floats:
+    a quarter smaller, and several times slower to read.
+    """
+
+    folder: Path
+    bounds: DiskBounds = field(default_factory=DiskBounds)
+    read_only: bool = False
+    compress: bool = False
+
+
 class DiskTier:
     name: Final[TierName] = "disk"
     durable: Final[Literal[True]] = True
 
     def __init__(
         self,
-        folder: Path,
-        *,
-        cap_bytes: int | None,
-        ttl_seconds: float | None,
-        free_floor_bytes: int,
+        config: DiskTierConfig,
         policy: EvictionPolicy[str],
+        *,
         clock: Callable[[], float] = time.time,
         steady_clock: Callable[[], float] = seconds_since_boot,
         files: FileSystem | None = None,
-        read_only: bool = False,
-        compress: bool = False,
         extents: ExtentIO | None = None,
     ) -> None:
-        """Opens `folder`, which is created; raises FolderRefused, OSError.
+        """Open the folder, which is made if need be. Raises FolderRefused, OSError.
 
-        `cap_bytes` bounds all extents together at any moment, damaged ones too; a copy of the index
-        comes on top, 0.6 KB for each. `ttl_seconds` counts from an extent's last use; on the file
-        system, `free_floor_bytes` stay free. `clock` may jump, `steady_clock` never does.
-        `read_only` needs no lock and changes nothing. `compress` is for pages of 16-bit floats: a
-        quarter smaller, and several times slower to read. `extents` moves the pages' bytes.
+        `clock` may jump, `steady_clock` never does. `files` is the operating system, and `extents`
+        moves the pages' bytes; by default the real one, and pages of this process.
         """
-        self.read_only = read_only
-        self._bounds = DiskBounds(
-            cap_bytes=cap_bytes, ttl_seconds=ttl_seconds, free_floor_bytes=free_floor_bytes
-        )
+        self.read_only = read_only = config.read_only
+        self._bounds = config.bounds
         self._files = files or FileSystem()
         self._shuffle = PageShuffle()
-        self._extents = extents or LocalExtents(self._files, self._shuffle, compress=compress)
+        self._extents = extents or LocalExtents(
+            self._files, self._shuffle, compress=config.compress
+        )
         self._writer = threading.Lock()  # one write at a time: room is made for one file
         self._counts = dict.fromkeys(_COUNTS, 0.0)  # under the lock of the index
         self._incidents = Incidents(_INCIDENTS, steady_clock)
         self._clocks = Clocks(clock, steady_clock)
         self._no_writes_until = -math.inf  # by the steady clock
         self._index = DiskIndex(policy)
-        self._folder = DiskFolder(folder, self._files, self._incidents, read_only=read_only)
-        self._keeper = IndexKeeper(self._index, self._folder)
-        self._room = DiskRoom(self._bounds, self._index, self._folder, self._files, self._incidents)
+        self._folder = DiskFolder(config.folder, self._files, self._incidents, read_only=read_only)
+        self._snapshot = IndexSnapshot(self._index, self._folder)
+        self._quota = DiskQuota(
+            self._bounds, self._index, self._folder, self._files, self._incidents
+        )
         try:
-            self._keeper.load(self._now)
+            self._snapshot.load(self._now)
             if not read_only:
                 self.gc()
         except BaseException:
@@ -146,7 +164,7 @@ class DiskTier:
             now = self._now()
             for i, key in enumerate(keys):
                 extent = self._index.holder((group, key))
-                if extent is not None and not self._room.is_expired(extent, now):
+                if extent is not None and not self._quota.is_expired(extent, now):
                     plan.setdefault(extent.name, (extent, []))[1].append(i)
             for extent, _ in plan.values():
                 self._index.use(extent, now)
@@ -162,10 +180,10 @@ class DiskTier:
             if not all(found):
                 raise ExtentUnreadable("checksum of a page does not match")
         except ExtentUnreadable as error:
-            if self._room.forget(extent, "corrupt"):
+            if self._quota.forget(extent, "corrupt"):
                 self._folder.quarantine(extent.name, error)
         except FileNotFoundError:
-            if self._room.forget(extent, "deleted"):
+            if self._quota.forget(extent, "deleted"):
                 self._incidents.report(
                     "missing_files", f"{self._folder.file(extent.name)} was removed by somebody"
                 )
@@ -205,7 +223,7 @@ class DiskTier:
             now = self._now()
         meta = ExtentMeta(run=run, cost_seconds=cost_seconds, created_at=now, retained=retained)
         packed = self._extents.pack(meta, slots)
-        if not self._room.make(packed.header.file_bytes, run, retained=retained):
+        if not self._quota.make_room(packed.header.file_bytes, run, retained=retained):
             return False
         name = meta.file_name
         temporary = self._folder.file(name + TEMPORARY)
@@ -233,7 +251,7 @@ class DiskTier:
         except FileNotFoundError:
             whole = False
         if not whole:
-            self._room.forget(extent, "deleted")
+            self._quota.forget(extent, "deleted")
             return False
         with self._index.lock:
             if self._index.named(extent.name) is not extent:
@@ -263,7 +281,7 @@ class DiskTier:
             for extent in list(self._index):
                 self._index.remove(extent, "deleted")
         self._folder.enter()
-        self._keeper.load(self._now)
+        self._snapshot.load(self._now)
 
     # -- keeping --------------------------------------------------------------------------------
 
@@ -291,7 +309,7 @@ class DiskTier:
                 empty = self._index.drop(gone)
             try:
                 for extent in empty:
-                    self._room.delete(extent, "deleted")
+                    self._quota.delete(extent, "deleted")
                 self._folder.forget_quarantined_of(gone)
                 self._folder.sync_removals()
             except OSError as error:
@@ -308,9 +326,9 @@ class DiskTier:
                 temporary = self._folder.remove_temporary()
                 with self._index.lock:
                     now = self._now()
-                expired = self._room.expire(now)
-                evicted = self._room.shrink()
-                self._keeper.save_many()
+                expired = self._quota.expire(now)
+                evicted = self._quota.shrink()
+                self._snapshot.save_many()
             except OSError as error:
                 self._incidents.report(
                     "write_errors", f"cannot clean up {self._folder.path}: {error}"
@@ -322,7 +340,7 @@ class DiskTier:
         with self._writer:
             if not self.read_only:
                 with contextlib.suppress(OSError):
-                    self._keeper.save()
+                    self._snapshot.save()
             self._folder.leave()
 
     # -- looking --------------------------------------------------------------------------------
@@ -334,7 +352,7 @@ class DiskTier:
     def explain(self, group: int, key: BlockKey) -> str | None:
         """Why a block left: evicted, expired, corrupt or deleted; None if nothing is known."""
         with self._index.lock:
-            return self._index.why_gone((group, key))
+            return self._index.explain((group, key))
 
     def entries(self) -> list[DiskEntry]:
         """Chain by chain."""
@@ -348,21 +366,21 @@ class DiskTier:
         `report` is told of each file that is not as it should be.
         """
         return DiskVerifier(
-            self._files, self._folder, self._index, self._room, self._shuffle
+            self._files, self._folder, self._index, self._quota, self._shuffle
         ).verify(self._writer, self._now, report)
 
     def stats(self) -> dict[str, float]:
         with self._index.lock:
             figures = {
-                "bytes": self._room.used_bytes,
+                "bytes": self._quota.used_bytes,
                 "extents": len(self._index),
                 "blocks": self._index.num_blocks,
                 "quarantine_bytes": self._folder.quarantine_bytes,
                 "quarantine_files": self._folder.quarantine_files,
                 "writes_off": float(self._clocks.steady() < self._no_writes_until),
-                "evictions_cap_total": self._room.evicted_for_cap,
-                "evictions_space_total": self._room.evicted_for_space,
-                "evictions_ttl_total": self._room.expired,
+                "evictions_cap_total": self._quota.evicted_for_cap,
+                "evictions_space_total": self._quota.evicted_for_space,
+                "evictions_ttl_total": self._quota.expired,
                 **self._counts,
             }
         if self._bounds.cap_bytes is not None:

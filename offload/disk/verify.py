@@ -9,7 +9,7 @@ from offload.disk.extent_header import ExtentUnreadable
 from offload.disk.filesystem import FileSystem
 from offload.disk.folder import DiskFolder
 from offload.disk.index import DiskIndex, Extent
-from offload.disk.quota import DiskRoom
+from offload.disk.quota import DiskQuota
 from offload.disk.shuffle import PageShuffle
 
 Report = Callable[[str], None]
@@ -34,11 +34,11 @@ class DiskVerifier:
         files: FileSystem,
         folder: DiskFolder,
         index: DiskIndex,
-        room: DiskRoom,
+        quota: DiskQuota,
         shuffle: PageShuffle,
     ) -> None:
         self._files, self._folder, self._shuffle = files, folder, shuffle
-        self._index, self._room = index, room
+        self._index, self._quota = index, quota
 
     def verify(self, writer: threading.Lock, now: Callable[[], float], report: Report) -> Verified:
         """`writer` keeps files from being written or deleted; it is held for moments only."""
@@ -67,7 +67,7 @@ class DiskVerifier:
         with self._index.lock:
             extent = self._index.named(name)
         if extent is not None:
-            self._room.forget(extent, "corrupt")
+            self._quota.forget(extent, "corrupt")
         self._folder.quarantine(name, error)
 
     def _adopt(self, name: str, now: Callable[[], float]) -> None:
@@ -83,4 +83,4 @@ class DiskVerifier:
         there = set(self._folder.names())
         with self._index.lock:
             missing = [extent for extent in self._index if extent.name not in there]
-        return [extent.name for extent in missing if self._room.forget(extent, "deleted")]
+        return [extent.name for extent in missing if self._quota.forget(extent, "deleted")]

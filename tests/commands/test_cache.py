@@ -11,14 +11,14 @@ import pytest
 from longctx.cli import main
 from offload.block_run import BlockRun
 from offload.disk.folder import INDEX
-from offload.disk.tier import DiskTier
+from offload.disk.tier import DiskTier, DiskTierConfig
 from offload.eviction import LRU
 from tests.offload.memory_disk import chain, filled_slots, key
 
 
 @contextmanager
 def tier(folder: Path) -> Iterator[DiskTier]:
-    held = DiskTier(folder, cap_bytes=None, ttl_seconds=None, free_floor_bytes=0, policy=LRU[str]())
+    held = DiskTier(DiskTierConfig(folder=folder), LRU[str]())
     yield held
     held.close()
 

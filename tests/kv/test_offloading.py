@@ -246,7 +246,7 @@ def test_whatever_is_left_of_a_prompt_serves_another(
     bench.empty_device()
     keys = [stored.blocks.key(block) for block in lost if block < stored.blocks.known_keys]
     bench.cache.migration.store.retain("lost", keys)
-    bench.cache.migration.store.release("lost", drop=True)
+    bench.cache.migration.store.delete("lost")
     bench.cache.migration.store.flush(PATIENCE_SECONDS)
 
     prompt = [*text[:shared], *numbers(second, 50_000)]

@@ -11,7 +11,7 @@ from offload.block_run import BlockRun, PageSlots
 from offload.disk.clocks import seconds_since_boot
 from offload.disk.extent_header import ExtentMeta
 from offload.disk.filesystem import FileSystem
-from offload.disk.tier import DiskTier
+from offload.disk.tier import DiskBounds, DiskTier, DiskTierConfig
 from offload.eviction import LRU
 from offload.key import BlockKey
 
@@ -105,17 +105,15 @@ def open_tier(
     read_only: bool = False,
     compress: bool = False,
 ) -> DiskTier:
+    bounds = DiskBounds(
+        cap_bytes=cap_bytes, ttl_seconds=ttl_seconds, free_floor_bytes=free_floor_bytes
+    )
     return DiskTier(
-        folder,
-        cap_bytes=cap_bytes,
-        ttl_seconds=ttl_seconds,
-        free_floor_bytes=free_floor_bytes,
-        policy=LRU(),
+        DiskTierConfig(folder=folder, bounds=bounds, read_only=read_only, compress=compress),
+        LRU(),
         clock=wall_clock if time is None else lambda: time.day,
         steady_clock=seconds_since_boot if time is None else lambda: time.steady,
         files=files,
-        read_only=read_only,
-        compress=compress,
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload.eviction import GDSF, LRU, POLICIES, Block, Entry, EvictionPolicy
+from offload.eviction import GDSF, LRU, POLICIES, Block, Evictable, EvictionPolicy
 from tests.offload.memory_disk import key
 
 
@@ -24,9 +24,11 @@ def entry(
     cost_seconds: float = 1.0,
     size_bytes: int = 100,
     retained: bool = False,
-) -> Entry[str]:
+) -> Evictable[str]:
     parent_block = None if parent is None else block(parent)
-    return Entry(name, size_bytes, cost_seconds, tuple(map(block, blocks)), parent_block, retained)
+    return Evictable(
+        name, size_bytes, cost_seconds, tuple(map(block, blocks)), parent_block, retained
+    )
 
 
 @dataclass
@@ -34,14 +36,14 @@ class Plain:
     """Slow and obvious: priorities in a dictionary, leaves by looking."""
 
     gdsf: bool
-    entries: dict[str, Entry[str]] = field(default_factory=dict)
+    entries: dict[str, Evictable[str]] = field(default_factory=dict)
     kept: set[str] = field(default_factory=set)
     uses: dict[str, int] = field(default_factory=dict)
     priorities: dict[str, tuple[float, int]] = field(default_factory=dict)
     moment: int = 0
     age: float = 0.0
 
-    def added(self, entry: Entry[str]) -> None:
+    def added(self, entry: Evictable[str]) -> None:
         self.entries[entry.name] = entry
         self.uses[entry.name] = 0
         if entry.retained:

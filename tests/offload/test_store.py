@@ -323,7 +323,7 @@ def test_a_third_tier_needs_no_more_than_its_place_in_the_list(
         store.retain("it", run.keys)
         assert store.flush(10)
         assert far.retained == set(run.keys) and not disk.retained  # the lowest keeps it
-        store.release("it", drop=True)
+        store.delete("it")
         assert store.flush(10)
         assert not disk.blocks and not far.blocks and not host.has(0, key(1))
 
@@ -334,16 +334,13 @@ def test_what_no_document_retains_any_more_is_dropped_from_every_tier(
     write(hosted, chain(1, 6))
     hosted.retain("first", [key(number) for number in (1, 2, 3, 4)])
     hosted.retain("second", [key(number) for number in (1, 2, 5)])
-    hosted.release("first", drop=True)
-    assert [hosted.has(0, key(number)) for number in range(1, 7)] == [
-        *(True, True),
-        *(False, False),
-        *(True, True),  # the last was never retained: a prompt's
-    ]
+    hosted.delete("first")
+    # Keys 3 and 4 were retained by the first alone; key 6 never was, since it is a prompt's
+    assert [number for number in range(1, 7) if hosted.has(0, key(number))] == [1, 2, 5, 6]
     assert hosted.flush(10)
     assert not disk.has(0, key(3)) and not hosted.has(0, key(3))
     assert disk.has(0, key(1))
-    hosted.release("second", drop=True)
+    hosted.delete("second")
     assert hosted.flush(10)
     assert {number for _, number in disk.blocks} == {key(6)}
 
@@ -354,7 +351,7 @@ def test_a_deleted_key_is_gone_at_once_and_can_come_back(hosted: KVStore, disk: 
     write(hosted, run)
     disk.go_on_writing.clear()
     offer(hosted, chain(9, 1))  # holds up the writer
-    hosted.release("it", drop=True)
+    hosted.delete("it")
     assert not hosted.has(0, key(1)) and not hosted.durable(0, key(1))
     assert hosted.explain(0, key(1)) == "deleted"
     again = offer(hosted, run, filled_slots(run, seed=1))
@@ -372,7 +369,7 @@ def test_who_retains_a_key_again_before_it_is_deleted_keeps_it(
     write(store, chain(1, 2))
     disk.go_on_writing.clear()
     offer(store, chain(9, 1))
-    store.release("old", drop=True)
+    store.delete("old")
     store.retain("new", [key(1)])
     disk.go_on_writing.set()
     assert store.flush(10)
@@ -388,7 +385,7 @@ def test_a_key_deleted_while_it_is_read_does_not_stay_in_host_memory(
     disk.go_on_reading.clear()
     ticket = hosted.load([(0, (key(1),), blank_slots(1))])
     until(lambda: disk.reads)
-    hosted.release("it", drop=True)
+    hosted.delete("it")
     assert hosted.flush(10)
     disk.go_on_reading.set()
     ended(hosted, ticket)
@@ -426,7 +423,7 @@ def test_retaining_a_million_tokens_takes_milliseconds(store: KVStore) -> None:
     keys = [key(number) for number in range(16_000)]
     begin = time.process_time()
     store.retain("it", keys)
-    store.release("it", drop=True)
+    store.delete("it")
     assert time.process_time() - begin < 0.5  # 10 ms where nothing else runs
 
 

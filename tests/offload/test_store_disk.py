@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from offload.disk.tier import DiskTier
+from offload.disk.tier import DiskBounds, DiskTier, DiskTierConfig
 from offload.eviction import GDSF, LRU, Block
 from offload.host import HostTier
 from offload.store import KVStore, Late, Loaded, Written
@@ -26,9 +26,8 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def open_store(folder: Path) -> OpenStore:
     def open_it(*, host_blocks: int = 0, cap_bytes: int | None = None) -> KVStore:
-        disk = DiskTier(
-            folder, cap_bytes=cap_bytes, ttl_seconds=None, free_floor_bytes=0, policy=GDSF[str]()
-        )
+        config = DiskTierConfig(folder=folder, bounds=DiskBounds(cap_bytes=cap_bytes))
+        disk = DiskTier(config, GDSF[str]())
         host = HostTier(
             capacity_bytes=max(host_blocks, 1) * sum(PAGE_BYTES),
             page_bytes=PAGE_BYTES,
@@ -91,11 +90,8 @@ def test_a_flipped_bit_is_a_miss_and_the_block_can_be_written_again(
 def test_a_document_in_use_does_not_grow_old(tmp_path: Path) -> None:
     now = [1000.0]  # the time of day, with which the steady clock agrees
     disk = DiskTier(
-        tmp_path,
-        cap_bytes=None,
-        ttl_seconds=100.0,
-        free_floor_bytes=0,
-        policy=LRU[str](),
+        DiskTierConfig(folder=tmp_path, bounds=DiskBounds(ttl_seconds=100.0)),
+        LRU[str](),
         clock=lambda: now[0],
         steady_clock=lambda: now[0],
     )
@@ -118,10 +114,10 @@ def test_a_deleted_document_leaves_no_file(open_store: OpenStore, folder: Path) 
         store.retain("other", chain(1, 16).keys)
         for first, count in ((1, 16), (17, 16), (33, 8)):
             write(store, chain(first, count))
-        store.release("document", drop=True)
+        store.delete("document")
         assert store.flush(30)
         assert len(files(folder)) == 1
-        store.release("other", drop=True)
+        store.delete("other")
         assert store.flush(30)
         assert files(folder) == []
 
@@ -156,7 +152,7 @@ def test_a_small_store_forgets_but_is_never_wrong(
             case "retain":
                 store.retain(f"{document}", run.keys)
             case "delete":
-                store.release(f"{document}", drop=rng.random() < 0.7)
+                (store.delete if rng.random() < 0.7 else store.release)(f"{document}")
             case "restart" if rng.random() < 0.3:
                 assert store.flush(30)
                 evictions += store.stats()["disk_evictions_cap_total"]

@@ -24,7 +24,7 @@ from longctx.ring.processes.messages import (
 from offload.disk import extent_file, extent_header, extent_io
 from offload.disk.extent_file import LayoutDiffers
 from offload.disk.extent_header import ExtentMeta, OtherVersion
-from offload.disk.tier import DiskTier
+from offload.disk.tier import DiskTier, DiskTierConfig
 from offload.eviction import LRU
 from tests.offload.extents import run_of
 
@@ -50,11 +50,8 @@ class Ranks:
         ]
         books: Any = self.memories[0]
         self.disk = DiskTier(
-            folder,
-            cap_bytes=None,
-            ttl_seconds=None,
-            free_floor_bytes=0,
-            policy=LRU(),
+            DiskTierConfig(folder=folder),
+            LRU(),
             extents=RingExtents(books, [LocalPages(memory) for memory in self.memories]),
         )
         self.transfers = [RingTransfer(g, sum(p.page_bytes)) for g, p in enumerate(books.packed)]
