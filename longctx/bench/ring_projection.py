@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from compress.shape import BLOCK_TOKENS
 from longctx.ring.comm_cost import (
     RowBytes,
-    keys_traffic,
     new_pages_sent,
-    passes_queries,
-    queries_traffic,
+    pass_kv_cost,
+    pass_q_cost,
+    prefers_pass_q,
 )
 from longctx.ring.link import Link
-from longctx.ring.placement import owned, parts
+from longctx.ring.placement import count_owned, split_chunk
 
 GPU_FLOP_PER_SECOND = 540e12
 # Of one GPU and direction, as specified, at 80%.
@@ -127,26 +127,26 @@ def _layer_seconds(
     model: Model, link: Link, begin: int, end: int, ranks: int, flop_per_second: float
 ) -> float:
     """One layer of one chunk: the slowest rank's linear layers, and its attention or the wires."""
-    cut = parts(begin, end, ranks)
+    cut = split_chunk(begin, end, ranks)
     rows, pairs = [0] * ranks, [0.0] * ranks
     for part in cut:
         rows[part.rank] += part.rows
         pairs[part.rank] += part.rows * (part.begin - begin + part.rows / 2)
-    past = owned(0, begin // BLOCK_TOKENS, ranks)
+    past = count_owned(0, begin // BLOCK_TOKENS, ranks)
     new_bytes = new_pages_sent(cut, ranks) * model.page_bytes / ranks
     sending = link.seconds(ranks - 1, 0) + new_bytes / link.bytes_per_second
     if begin and ranks > 1:
-        keys = keys_traffic(rows, past, page_bytes=model.page_bytes, tile_pages=TILE_BLOCKS)
-        queries = queries_traffic(rows, past, row_bytes=model.row_bytes)
+        keys = pass_kv_cost(rows, past, page_bytes=model.page_bytes, tile_pages=TILE_BLOCKS)
+        queries = pass_q_cost(rows, past, row_bytes=model.row_bytes)
         pairs_per_second = flop_per_second / model.attention_flop(1)
-        asks = passes_queries(keys, queries, link, pairs_per_second=pairs_per_second)
-        sending += (queries if asks else keys).link_seconds(link)
+        is_pass_q = prefers_pass_q(keys, queries, link, pairs_per_second=pairs_per_second)
+        sending += (queries if is_pass_q else keys).link_seconds(link)
     else:
-        asks = False
+        is_pass_q = False
     for rank in range(ranks):
         # Where queries are passed, a rank attends everybody's rows against its own share.
         pairs[rank] += (
-            (end - begin) * past[rank] * BLOCK_TOKENS if asks else rows[rank] * float(begin)
+            (end - begin) * past[rank] * BLOCK_TOKENS if is_pass_q else rows[rank] * float(begin)
         )
     attending = max(model.attention_flop(each) for each in pairs) / flop_per_second
     return max(rows) * model.linear_flop / flop_per_second + max(attending, sending)

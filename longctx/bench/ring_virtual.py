@@ -16,7 +16,7 @@ from longctx.config import EngineConfig
 from longctx.engine.engine import Engine
 from longctx.request import Request, SamplingParams, Segment
 from longctx.ring.comm_cost import new_pages_sent
-from longctx.ring.placement import is_zigzag, owned, owner, parts
+from longctx.ring.placement import count_owned, is_zigzag, owner, split_chunk
 from longctx.ring.runner import RingRunner
 from longctx.ring.virtual import VirtualRanks
 
@@ -87,19 +87,21 @@ class _WatchedEngine(Engine):
             return 0, 1.0
         ranks = runner.ranks.size
         assert is_zigzag(begin, end, ranks), "chunks are as large as ranks need them"
-        cut = parts(begin, end, ranks)
+        cut = split_chunk(begin, end, ranks)
         rows, pairs = [0] * ranks, [0.0] * ranks
         for part in cut:
             rows[part.rank] += part.rows
             pairs[part.rank] += part.rows * (part.begin - begin + part.rows / 2)
-        past = owned(0, begin // BLOCK_TOKENS, ranks)
-        asks, traffic = runner.planner.choose(rows, past)
+        past = count_owned(0, begin // BLOCK_TOKENS, ranks)
+        is_pass_q, cost = runner.planner.choose_passing(rows, past)
         for rank in range(ranks):
-            own = (end - begin) * past[rank] * BLOCK_TOKENS if asks else rows[rank] * begin
+            own = (end - begin) * past[rank] * BLOCK_TOKENS if is_pass_q else rows[rank] * begin
             pairs[rank] += own
         page_bytes = self._memory.packed[0].page_bytes[0]
-        layer_bytes = new_pages_sent(cut, ranks) * page_bytes + sum(traffic.bytes_sent)
+        layer_bytes = new_pages_sent(cut, ranks) * page_bytes + sum(cost.bytes_sent)
         # In the last layer no row's logits are wanted: blocks only go where they stay.
-        moved = sum(owner(block, ranks) != part.rank for part in cut for block in part.sealed)
+        moved = sum(
+            owner(block, ranks) != part.rank for part in cut for block in part.sealed_blocks
+        )
         total = (len(self._spec.layers) - 1) * layer_bytes + moved * page_bytes
         return total, max(pairs) / (sum(pairs) / ranks)

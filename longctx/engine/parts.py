@@ -20,7 +20,7 @@ from longctx.kv.open_store import open_store
 from longctx.model.loader import LoadedModel
 from longctx.ring.leader_memory import LeaderMemory
 from longctx.ring.pages import LocalPages, RingExtents, RingTransfer
-from longctx.ring.rank import RingMemory
+from longctx.ring.rank import RingMemorySpec
 from longctx.ring.ranks import Ranks
 from longctx.ring.runner import RingRunner
 from offload.store import KVStore
@@ -88,7 +88,7 @@ class Machine:
         """The same with other ranks, which are told what they need."""
         spec = model.spec
         batch_tokens = config.scheduler.batch_tokens(spec.device.type, ranks=ranks.size)
-        ring = RingMemory.of(
+        ring = RingMemorySpec.of(
             spec,
             ranks=ranks.size,
             codec=codec,

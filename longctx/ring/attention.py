@@ -1,11 +1,12 @@
-"""One rank's attention in one step: what it has, what passes by, and what it is asked.
+"""One rank's attention in one step: to its own pages, to pages that arrive, and for other ranks.
 
-Encoded pages travel, results are merged in float32. Each transfer is under way while something else
-is attended: queries and the first tile of keys while the own keys are, every further tile while the
-one before it is.
+Pages travel as the codec encoded them; results are merged in float32. Each transfer runs while
+something else is attended: queries and the first tile of pages while this rank attends to its own
+pages, every further tile while the one before it is attended.
 
-Source: Ring Attention, https://arxiv.org/abs/2310.01889. Differs: pages go from their rank straight
-to each other one, not from neighbour to neighbour: as many bytes, and no rank waits for two others.
+Source: Ring Attention, https://arxiv.org/abs/2310.01889. Differs: each rank sends its pages
+directly to every other rank instead of relaying what its neighbor sent. As many bytes travel, and
+no rank waits for two others.
 """
 
 import time
@@ -22,50 +23,55 @@ from longctx.attention.merge import merge, merge_sink
 from longctx.kv.memory import KVMemory
 from longctx.model.call_recorder import RecordedCall
 from longctx.model.layer_attention import AttentionCall
-from longctx.ring.step import GroupStep, RankStep, Round, Rows
+from longctx.ring.step import GroupRows, GroupStep, RankStep, Round
 from longctx.ring.transport import Transfer, Transport
 
 
 @dataclass(frozen=True, slots=True)
-class _Passing:
-    """A `Round`, ready for every layer of its group."""
+class _PreparedRound:
+    """A `Round` with what every layer of its group needs of it, on the device."""
 
     round: Round
     sends: Tensor | slice
     receives: Tensor | slice
-    kept: Tensor  # [pages, 2]
+    staged_to_owned: Tensor  # [pages, 2]
     plan: AttentionPlan | None
 
 
 @dataclass(frozen=True, slots=True)
-class _UnderWay:
-    passing: _Passing
+class _RoundInFlight:
+    prepared: _PreparedRound
     transfer: Transfer
-    arriving: Tensor  # [pages, page_bytes]: the pages themselves where they lie side by side
+    arriving: Tensor  # [pages, page_bytes]: the pool's own memory where the pages are contiguous
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
-    """A `GroupStep`, ready for every layer of its group."""
+class _PreparedGroup:
+    """A `GroupStep` with what every layer of its group needs of it, on the device."""
 
-    gathers: tuple[_Passing, ...]
+    all_gather: tuple[_PreparedRound, ...]
     local: AttentionPlan | None
-    asks: tuple[tuple[int, Tensor], ...]  # rank, rows
-    answers: tuple[tuple[int, int], ...]  # rank, how many rows
-    guests: AttentionPlan | None
-    rounds: tuple[_Passing, ...]
+    sent_rows: tuple[tuple[int, Tensor], ...]  # rank, rows
+    received_counts: tuple[tuple[int, int], ...]  # rank, how many rows
+    remote: AttentionPlan | None  # of the rows that other ranks send
+    rounds: tuple[_PreparedRound, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _Results:
-    """Of rows that other ranks attend."""
+class _RemoteResults:
+    """Results of this rank's rows that other ranks attend, on their way here."""
 
     transfer: Transfer
     parts: list[tuple[Tensor, Tensor, Tensor]]  # rows, out, lse
 
 
 class RankAttention:
-    """A `LayerAttention` over all ranks, which go through the same layers in the same order."""
+    """A `LayerAttention` over all ranks, for one step.
+
+    Every rank calls it for the same layers in the same order, from the one thread of its `Rank`:
+    `attend` if it has rows, else `attend_without_rows`. Each call sends to and waits for the other
+    ranks. Both raise PeerLost.
+    """
 
     def __init__(
         self,
@@ -79,14 +85,14 @@ class RankAttention:
         self._backend = backend
         self._transport = transport
         self._calls = calls
-        self.waited_seconds = 0.0  # for what other ranks sent
+        self.wait_seconds = 0.0  # for what other ranks sent
         self._slots = self._indices(step.slots)
         self._seals = len(step.sealed_raw) > 0
         self._sealed_raw = self._indices(step.sealed_raw)
         self._sealed_packed = [self._indices(pages) for pages in step.sealed_packed]
         self._groups = [self._group(each, group) for group, each in enumerate(step.groups)]
         self._last_layer = max(memory.group_of)
-        self._last = self._group(step.last, memory.group_of[self._last_layer])
+        self._last_group = self._group(step.last_layer, memory.group_of[self._last_layer])
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self._memory.write(call.layer, self._slots, key, value)
@@ -98,28 +104,40 @@ class RankAttention:
             out, lse = merge_sink(out, lse, call.sinks)
         return out.to(query.dtype)
 
-    def serve(self, layer: int) -> None:
-        """The layer, of a rank that has no rows."""
+    def attend_without_rows(self, layer: int) -> None:
+        """Take part in the layer on a rank that has no rows: send pages, attend others' rows."""
         recorded = self._calls[layer]
         self._over_ranks(recorded.call, recorded.query[:0])
 
     def _over_ranks(self, call: AttentionCall, query: Tensor) -> tuple[Tensor, Tensor]:
         layer = call.layer
-        last = layer == self._last_layer
-        group = self._last if last else self._groups[self._memory.group_of[layer]]
-        for gathered in [self._begin(layer, passing) for passing in group.gathers]:
-            self._end(layer, gathered)
-        asking, guests = self._ask(layer, group, query)
+        """Attend the rows to all keys, wherever they are.
+
+        `query` [rows, heads, head_dim] -> out and lse as `AttentionBackend.attend` returns them.
+        With two rounds of pages, each line starts a transfer and attends meanwhile:
+
+            send queries, start round 0    attend own rows to own pages
+            wait for others' queries       attend them, send their results back
+            wait for round 0, start 1      attend own rows to its pages
+            wait for round 1               attend own rows to its pages
+            wait for own rows' results     merge them
+        """
+        group = self._groups[self._memory.group_of[layer]]
+        if layer == self._last_layer:
+            group = self._last_group
+        for gathering in [self._begin(layer, prepared) for prepared in group.all_gather]:
+            self._end(layer, gathering)
+        sending, remote_query = self._send_queries(group, query)
         rounds = iter(group.rounds)
-        coming = self._begin_next(layer, rounds)
+        in_flight = self._begin_next(layer, rounds)
         out, lse = self._attend(call, query, group.local)
-        results = self._answer(call, group, asking, guests)
-        while coming is not None:
-            arrived = coming
+        results = self._return_results(call, group, sending, remote_query)
+        while in_flight is not None:
+            arrived = in_flight
             self._end(layer, arrived)
-            coming = self._begin_next(layer, rounds)
-            if arrived.passing.plan is not None:
-                here = self._attend(call, query, arrived.passing.plan)
+            in_flight = self._begin_next(layer, rounds)
+            if arrived.prepared.plan is not None:
+                here = self._attend(call, query, arrived.prepared.plan)
                 out, lse = merge(out, lse, *here)
         self._wait(results.transfer)
         for rows, their_out, their_lse in results.parts:
@@ -129,6 +147,7 @@ class RankAttention:
     def _attend(
         self, call: AttentionCall, query: Tensor, plan: AttentionPlan | None
     ) -> tuple[Tensor, Tensor]:
+        """Attend the plan's rows; out 0 and lse -inf where there is nothing to attend to."""
         if plan is None:
             out = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
             return out, torch.full(query.shape[:2], -torch.inf, device=query.device)
@@ -137,101 +156,107 @@ class RankAttention:
     def _wait(self, transfer: Transfer) -> None:
         began = time.perf_counter()
         transfer.wait()
-        self.waited_seconds += time.perf_counter() - began
+        self.wait_seconds += time.perf_counter() - began
 
-    # -- keys ------------------------------------------------------------------------------------
+    # -- pages -----------------------------------------------------------------------------------
 
-    def _begin_next(self, layer: int, rounds: Iterator[_Passing]) -> _UnderWay | None:
-        passing = next(rounds, None)
-        return None if passing is None else self._begin(layer, passing)
+    def _begin_next(self, layer: int, rounds: Iterator[_PreparedRound]) -> _RoundInFlight | None:
+        prepared = next(rounds, None)
+        return None if prepared is None else self._begin(layer, prepared)
 
-    def _begin(self, layer: int, passing: _Passing) -> _UnderWay:
+    def _begin(self, layer: int, prepared: _PreparedRound) -> _RoundInFlight:
         pool = self._memory.packed_pages(layer)
-        if isinstance(passing.receives, slice):
-            arriving = pool[passing.receives]
+        if isinstance(prepared.receives, slice):
+            arriving = pool[prepared.receives]
         else:
-            arriving = pool.new_empty(len(passing.receives), pool.shape[1])
+            arriving = pool.new_empty(len(prepared.receives), pool.shape[1])
         sends, receives = [], []
-        if len(passing.round.sends):
-            sends.append((passing.round.target, pool[passing.sends]))
+        if len(prepared.round.sends):
+            sends.append((prepared.round.target, pool[prepared.sends]))
         if len(arriving):
-            receives.append((passing.round.source, arriving))
-        return _UnderWay(passing, self._transport.begin(sends, receives), arriving)
+            receives.append((prepared.round.source, arriving))
+        return _RoundInFlight(prepared, self._transport.begin(sends, receives), arriving)
 
-    def _end(self, layer: int, under_way: _UnderWay) -> None:
-        """What was under way is in its pages, and what stays on this rank where it belongs."""
-        self._wait(under_way.transfer)
-        passing = under_way.passing
-        words = self._memory.packed_pages(layer).view(torch.int64)
-        if not isinstance(passing.receives, slice):
-            words[passing.receives] = under_way.arriving.view(torch.int64)
-        if len(passing.kept):
-            words[passing.kept[:, 1]] = words[passing.kept[:, 0]]
+    def _end(self, layer: int, in_flight: _RoundInFlight) -> None:
+        """Wait for the round; then put what arrived into its pages and what is owned into place."""
+        self._wait(in_flight.transfer)
+        prepared = in_flight.prepared
+        pages = self._memory.packed_pages(layer).view(torch.int64)  # eight bytes at a time
+        if not isinstance(prepared.receives, slice):
+            pages[prepared.receives] = in_flight.arriving.view(torch.int64)
+        if len(prepared.staged_to_owned):
+            pages[prepared.staged_to_owned[:, 1]] = pages[prepared.staged_to_owned[:, 0]]
 
     # -- queries ---------------------------------------------------------------------------------
 
-    def _ask(self, layer: int, group: _Group, query: Tensor) -> tuple[Transfer, Tensor]:
-        """Queries on their way, and those that come: [rows of all who ask, heads, head_dim]."""
-        rows = sum(count for _, count in group.answers)
-        guests = query.new_empty(rows, *query.shape[1:])
-        counts = [count for _, count in group.answers]
-        receives = zip((rank for rank, _ in group.answers), _split(guests, counts), strict=True)
-        sends = [(rank, query.index_select(0, asked)) for rank, asked in group.asks]
-        return self._transport.begin(sends, list(receives)), guests
+    def _send_queries(self, group: _PreparedGroup, query: Tensor) -> tuple[Transfer, Tensor]:
+        """Start to send queries, and to receive those of other ranks.
 
-    def _answer(
-        self, call: AttentionCall, group: _Group, asking: Transfer, guests: Tensor
-    ) -> _Results:
-        """Attend the rows of others; the results are on their way, and those of the own rows."""
-        self._wait(asking)
+        Returns the transfer and where they arrive, [rows of all other ranks, heads, head_dim].
+        """
+        counts = [count for _, count in group.received_counts]
+        remote_query = query.new_empty(sum(counts), *query.shape[1:])
+        sources = [rank for rank, _ in group.received_counts]
+        receives = list(zip(sources, _split(remote_query, counts), strict=True))
+        sends = [(rank, query.index_select(0, rows)) for rank, rows in group.sent_rows]
+        return self._transport.begin(sends, receives), remote_query
+
+    def _return_results(
+        self, call: AttentionCall, group: _PreparedGroup, sending: Transfer, remote_query: Tensor
+    ) -> _RemoteResults:
+        """Attend other ranks' rows once they are here; start to return their results.
+
+        Starts to receive the results of this rank's rows, too.
+        """
+        self._wait(sending)
         sends: list[tuple[int, Tensor]] = []
-        if group.guests is not None:
-            out, lse = self._attend(call, guests, group.guests)
-            counts = [count for _, count in group.answers]
+        if group.remote is not None:
+            out, lse = self._attend(call, remote_query, group.remote)
+            counts = [count for _, count in group.received_counts]
             for (rank, _), part, part_lse in zip(
-                group.answers, _split(out, counts), _split(lse, counts), strict=True
+                group.received_counts, _split(out, counts), _split(lse, counts), strict=True
             ):
                 sends += [(rank, part), (rank, part_lse)]
         receives: list[tuple[int, Tensor]] = []
         parts = []
-        for rank, rows in group.asks:
-            shape = (len(rows), *guests.shape[1:])
-            out = torch.empty(shape, dtype=torch.float32, device=guests.device)
-            lse = torch.empty(shape[:2], dtype=torch.float32, device=guests.device)
+        for rank, rows in group.sent_rows:
+            shape = (len(rows), *remote_query.shape[1:])
+            out = torch.empty(shape, dtype=torch.float32, device=remote_query.device)
+            lse = torch.empty(shape[:2], dtype=torch.float32, device=remote_query.device)
             receives += [(rank, out), (rank, lse)]
             parts.append((rows, out, lse))
-        return _Results(self._transport.begin(sends, receives), parts)
+        return _RemoteResults(self._transport.begin(sends, receives), parts)
 
     # -- plans -----------------------------------------------------------------------------------
 
-    def _group(self, step: GroupStep, group: int) -> _Group:
-        asks, answers = step.queries.asks, step.queries.answers
-        return _Group(
-            gathers=tuple(self._passing(each, group) for each in step.gathers),
+    def _group(self, step: GroupStep, group: int) -> _PreparedGroup:
+        sent, counts = step.remote_queries.sent_rows, step.remote_queries.received_counts
+        return _PreparedGroup(
+            all_gather=tuple(self._round(each, group) for each in step.all_gather),
             local=self._plan(step.local, group),
-            asks=tuple((r, self._tensor(rows)) for r, rows in enumerate(asks) if len(rows)),
-            answers=tuple((r, rows) for r, rows in enumerate(answers) if rows),
-            guests=self._plan(step.queries.rows, group),
-            rounds=tuple(self._passing(each, group) for each in step.rounds),
+            sent_rows=tuple((r, self._tensor(rows)) for r, rows in enumerate(sent) if len(rows)),
+            received_counts=tuple((r, count) for r, count in enumerate(counts) if count),
+            remote=self._plan(step.remote_queries.rows, group),
+            rounds=tuple(self._round(each, group) for each in step.rounds),
         )
 
-    def _passing(self, each: Round, group: int) -> _Passing:
-        return _Passing(
-            each,
-            self._indices(each.sends),
-            self._indices(each.receives),
-            self._tensor(each.kept),
-            self._plan(each.rows, group),
+    def _round(self, each: Round, group: int) -> _PreparedRound:
+        return _PreparedRound(
+            round=each,
+            sends=self._indices(each.sends),
+            receives=self._indices(each.receives),
+            staged_to_owned=self._tensor(each.staged_to_owned),
+            plan=self._plan(each.rows, group),
         )
 
-    def _plan(self, rows: Sequence[Rows], group: int) -> AttentionPlan | None:
+    def _plan(self, rows: Sequence[GroupRows], group: int) -> AttentionPlan | None:
         return self._backend.plan([each.chunk(group) for each in rows], group) if rows else None
 
     def _tensor(self, array: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(self._memory.device, non_blocking=True)
 
     def _indices(self, array: NDArray[np.int64]) -> Tensor | slice:
-        """A slice where they follow each other: used in place."""
+        """Return a slice where the indices are consecutive: indexing by it copies nothing."""
         if len(array) and bool((np.diff(array) == 1).all()):
             return slice(int(array[0]), int(array[-1]) + 1)
         return self._tensor(array)

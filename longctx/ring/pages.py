@@ -1,8 +1,8 @@
-"""The tiers' way to pages of other ranks: each rank writes and reads the files of its own pages.
+"""How the offload tiers reach pages of other ranks: each rank writes and reads files of its own.
 
 One store, in the leader, decides which extent goes where and when; `RingExtents` tells the rank
-that owns the pages to move the bytes, so they never travel. What is on disk is the same for any
-number of ranks.
+that owns the pages to move the bytes, so they are not sent between ranks. What is on disk is the
+same for any number of ranks.
 """
 
 import time
@@ -21,29 +21,38 @@ from offload.disk.extent_header import ExtentHeader, ExtentMeta, page_table
 from offload.disk.extent_io import LocalExtents, UnwrittenExtent
 from offload.disk.filesystem import FileSystem
 
-COPY_SECONDS = 0.0005  # between two looks whether a GPU has copied pages out
+COPY_POLL_SECONDS = 0.0005  # between two checks whether a GPU has copied pages out
 
 
 class RankPages(Protocol):
-    """The pages of one rank, by the rank's own numbers. Calls block and come from any thread."""
+    """The pages of one rank, by the rank's own numbers.
+
+    Calls come from any thread and return when the files are written or read.
+    """
 
     def write(self, path: Path, meta: ExtentMeta, pages: Sequence[int]) -> None:
-        """A new extent file, on the disk when this returns. Raises OSError, PeerLost."""
+        """Write a new extent file, durable when this returns. Raises OSError, PeerLost."""
         ...
 
     def read(
         self, path: Path, run: BlockRun, blocks: Sequence[int], pages: Sequence[int]
     ) -> list[bool]:
-        """As `ExtentIO.read`; raises PeerLost too."""
+        """Read blocks of an extent file into pages, as `ExtentIO.read` does.
+
+        Returns which blocks were whole. Raises PeerLost beside the errors of `ExtentIO.read`.
+        """
         ...
 
     def copy(self, group: int, pages: Sequence[int]) -> list[bytes]:
-        """What stands in the pages: of each layer, one page after the other. Raises PeerLost."""
+        """Return the contents of the pages: per layer, one page after the other.
+
+        Raises PeerLost.
+        """
         ...
 
 
 class LocalPages:
-    """The pages of a rank in this process."""
+    """The `RankPages` of a rank in this process."""
 
     def __init__(self, memory: KVMemory) -> None:
         staged = memory.device.type != "cpu"
@@ -72,13 +81,13 @@ class LocalPages:
     def _outgoing(self, group: int, pages: Sequence[int]) -> PageSlots:
         slots, ready = self._transfers[group].outgoing(pages)
         while not ready():
-            time.sleep(COPY_SECONDS)
+            time.sleep(COPY_POLL_SECONDS)
         return slots
 
 
 @dataclass(frozen=True, slots=True)
 class RingSlots:
-    """Pages of one layer group by the leader's numbers, wherever they lie."""
+    """`Slots` that are pages of one layer group by the leader's numbers, on whatever rank."""
 
     group: int
     pages: tuple[int, ...]
@@ -92,29 +101,30 @@ class RingSlots:
 
 
 class RingTransfer:
-    """Pages of one layer group of all ranks: a `Transfer` that leaves the bytes where they are."""
+    """A `Transfer` of one layer group over all ranks, which leaves the bytes where they are."""
 
     def __init__(self, group: int, block_bytes: int) -> None:
         self._group, self._block_bytes = group, block_bytes
 
     def outgoing(self, pages: Sequence[int]) -> tuple[RingSlots, Callable[[], bool]]:
-        return self.incoming(pages), _now  # a step has ended on every rank before this is called
+        return self.incoming(pages), _is_ready
 
     def incoming(self, pages: Sequence[int]) -> RingSlots:
         return RingSlots(self._group, tuple(pages), self._block_bytes)
 
     def arrived(self, slots: Slots, pages: Sequence[int]) -> None:
-        """The rank that read them has put them into their place."""
+        """Do nothing: the rank that read the pages has put them into place."""
 
     def fetch(self, layer: int, pages: Sequence[int], read: Callable[[Slots], bool]) -> bool:
+        """Never called: many ranks do not stream."""
         raise AssertionError("contexts larger than the device are not streamed through many ranks")
 
 
 class RingExtents:
-    """An `ExtentIO` for `RingSlots`."""
+    """An `ExtentIO` for `RingSlots`; like the tiers that call it, safe from any thread."""
 
     def __init__(self, memory: KVMemory, ranks: Sequence[RankPages]) -> None:
-        """`memory`: the leader's, which keeps the books of all."""
+        """`memory`: the leader's, which accounts for the pages of all. `ranks[r]`: rank r's."""
         self._ranks = ranks
         self._page_bytes = [pool.page_bytes for pool in memory.packed]
         self._pages_per_rank = [pool.pages_per_rank for pool in memory.packed]
@@ -122,11 +132,11 @@ class RingExtents:
         self._local = LocalExtents(FileSystem())
 
     def pack(self, meta: ExtentMeta, slots: Slots) -> UnwrittenExtent:
-        """The header has no checksums yet: the rank that owns the pages computes them."""
+        """As `ExtentIO.pack`, but without checksums: the rank that owns the pages adds them."""
         assert isinstance(slots, RingSlots), slots
         parts = self._parts(slots)
         if len(parts) > 1:  # two prompts have computed parts of one chain
-            return self._local.pack(meta, self._collected(slots, parts))
+            return self._local.pack(meta, self._gather_pages(slots, parts))
         ((rank, (_, pages)),) = parts.items()
         page_bytes = self._page_bytes[meta.run.group]
         table = page_table(len(page_bytes), len(meta.run.keys))
@@ -135,6 +145,10 @@ class RingExtents:
         return UnwrittenExtent(header, lambda path: self._ranks[rank].write(path, meta, pages))
 
     def read(self, path: Path, run: BlockRun, blocks: Sequence[int], slots: Slots) -> list[bool]:
+        """As `ExtentIO.read`: each rank reads the blocks whose pages are its own.
+
+        Every rank reads all blocks of window layers; those count as whole that are so everywhere.
+        """
         assert isinstance(slots, RingSlots), slots
         if self._replicated[run.group]:
             copies = [rank.read(path, run, blocks, slots.pages) for rank in self._ranks]
@@ -148,7 +162,11 @@ class RingExtents:
         return found
 
     def _parts(self, slots: RingSlots) -> dict[int, tuple[list[int], list[int]]]:
-        """By rank: which of the slots lie there, and as which of its pages."""
+        """Return, by rank, the indices of the slots there and the rank's own pages for them.
+
+        With 1,000 pages a rank, pages 2005, 7 and 2009 are {2: ([0, 2], [5, 9]), 0: ([1], [7])}.
+        Window pages are the same everywhere, so rank 0 has them all.
+        """
         if self._replicated[slots.group]:
             return {0: (list(range(len(slots.pages))), list(slots.pages))}
         parts: dict[int, tuple[list[int], list[int]]] = {}
@@ -159,10 +177,10 @@ class RingExtents:
             pages.append(own)
         return parts
 
-    def _collected(
+    def _gather_pages(
         self, slots: RingSlots, parts: dict[int, tuple[list[int], list[int]]]
     ) -> PageSlots:
-        """A copy in this process of pages that lie on several ranks."""
+        """Copy pages of several ranks into this process."""
         count = len(slots.pages)
         arrays = tuple(np.empty((count, size), np.uint8) for size in self._page_bytes[slots.group])
         for rank, (indices, pages) in parts.items():
@@ -172,5 +190,5 @@ class RingExtents:
         return PageSlots(arrays, tuple(range(count)))
 
 
-def _now() -> bool:
-    return True
+def _is_ready() -> bool:
+    return True  # nothing copies pages out before a step has ended on every rank

@@ -1,41 +1,80 @@
-"""From scheduled chunks to what each rank does: the leader's part of every step.
+"""From scheduled chunks to what each rank does: the leader's planning before every step.
 
-All is decided here, once, from the leader's tables; see `step.py` for what comes out. Read
-`StepPlanner.plan`.
+Everything is decided here, once, from the leader's block tables; `step.py` describes the result.
+Read `StepPlanner.plan` first.
 """
 
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from numpy.typing import NDArray
 
 from compress.shape import BLOCK_TOKENS
 from longctx.engine.scheduler import Chunk
 from longctx.kv.block_entry import PAGE
 from longctx.kv.block_table import BlockTable
 from longctx.model.spec import ModelSpec
-from longctx.ring.comm_cost import RowBytes, Traffic, keys_traffic, passes_queries, queries_traffic
-from longctx.ring.exchange import Exchange, Past, Spread
+from longctx.ring.comm_cost import CommCost, RowBytes, pass_kv_cost, pass_q_cost, prefers_pass_q
+from longctx.ring.exchange import Exchange, PastShards, SequenceShards
 from longctx.ring.leader_memory import LeaderMemory
 from longctx.ring.link import Link
-from longctx.ring.placement import is_zigzag, parts
-from longctx.ring.step import NONE, GroupStep, Queries, RankStep, Round
-from longctx.ring.step_builder import Draft, Piece, indices
+from longctx.ring.placement import is_zigzag, split_chunk
+from longctx.ring.rank import LEADER
+from longctx.ring.step import NO_INDICES, GroupRows, GroupStep, RankStep, RemoteQueries, Round
+from longctx.ring.step_builder import RankStepBuilder, RowSpan, as_indices
+
+
+@dataclass(frozen=True, slots=True)
+class _PlannedChunk:
+    """A chunk split into spans of rows; `wanted` is its last row if logits are wanted, or none."""
+
+    chunk: Chunk
+    spans: list[RowSpan]
+    wanted: list[RowSpan]
+
+
+class _UnfinishedStep:
+    """What is planned so far: a builder per rank, and what global layers exchange.
+
+    In the model's last layer only wanted rows attend, so it has an exchange of its own.
+    """
+
+    def __init__(self, memory: LeaderMemory) -> None:
+        ranks, groups = range(memory.ring.ranks), len(memory.groups)
+        self.builders = [RankStepBuilder(groups) for _ in ranks]
+        self.exchange, self.last_layer_exchange = Exchange(memory), Exchange(memory)
+        self.result_rows: list[list[int]] = [[] for _ in ranks]
+        self._sampled = 0
+
+    def want_logits(self, span: RowSpan) -> None:
+        """Ask for the logits of the span's one row, as the next row of the step's result."""
+        self.builders[span.rank].logits_rows.append(span.row_begin)
+        self.result_rows[span.rank].append(self._sampled)
+        self._sampled += 1
 
 
 class StepPlanner:
+    """Plans steps over all ranks.
+
+    It reads the leader's block tables and takes the raw page copies that `LeaderMemory` has
+    collected, so it belongs to the engine's thread: call `plan` once per step, after the pages of
+    all chunks have been allocated and before `computed` of their sequences advances.
+    """
+
     def __init__(
         self, memory: LeaderMemory, spec: ModelSpec, link: Link, pairs_per_second: float
     ) -> None:
-        """`pairs_per_second`: rows times keys that a rank attends in one layer."""
+        """`pairs_per_second`: rows times keys that a rank attends in one layer, as measured."""
         self._memory = memory
         self._ring = memory.ring
-        # Of sequences that are computed: most steps add no block to it.
-        self._pasts: WeakKeyDictionary[BlockTable, Past] = WeakKeyDictionary()
+        # Most steps complete no block of a sequence, so its shards of the past stay the same.
+        self._pasts: WeakKeyDictionary[BlockTable, PastShards] = WeakKeyDictionary()
         self.link, self.pairs_per_second = link, pairs_per_second
         self._last_group = memory.group_of[len(spec.layers) - 1]
-        self._global = memory.groups[0].window is None
-        if self._global:
+        self._has_global_layers = memory.groups[0].window is None
+        if self._has_global_layers:
             layers = memory.groups[0].layers
             self._page_bytes = sum(memory.packed[0].page_bytes) // len(layers)
             widest = max((spec.layers[layer] for layer in layers), key=lambda each: each.heads)
@@ -44,177 +83,189 @@ class StepPlanner:
             )
 
     def plan(self, chunks: Items[Chunk]) -> list[RankStep]:
-        """What each rank does; pages for every chunk must have been allocated."""
-        ranks = self._ring.ranks
-        drafts = [Draft(len(self._memory.groups)) for _ in range(ranks)]
-        every, last = Exchange(self._memory), Exchange(self._memory)
-        logits_of: list[list[int]] = [[] for _ in range(ranks)]
-        drawing = 0
+        """Return what each rank does; the result's logits are in the order of the chunks."""
+        step = _UnfinishedStep(self._memory)
         for chunk in chunks:
-            pieces = self._rows(chunk, drafts)
-            wanted: list[Piece] = []
-            if chunk.draws:
-                wanted = [pieces[-1].pick_last()]
-                rank = pieces[-1].part.rank
-                drafts[rank].logits_rows.append(wanted[0].row_begin)
-                logits_of[rank].append(drawing)
-                drawing += 1
+            planned = self._split(chunk, step)
             for group, layers in enumerate(self._memory.groups):
                 if layers.window is not None:
-                    self._window(chunk, group, pieces, wanted, drafts)
-            if self._global:
-                self._spread(chunk, pieces, wanted, drafts, every, last)
+                    self._plan_window_group(planned, group, step)
+            if self._has_global_layers:
+                self._plan_global_group(planned, step)
         for rank, source, target in self._memory.take_copies():
-            drafts[rank].copies.append((source, target))
-        return self._steps(drafts, every, last, logits_of)
+            step.builders[rank].copies.append((source, target))
+        return self._finish(step)
 
-    def _rows(self, chunk: Chunk, drafts: list[Draft]) -> list[Piece]:
+    def _split(self, chunk: Chunk, step: _UnfinishedStep) -> _PlannedChunk:
         """Give each rank its rows of the chunk."""
-        sequence, begin = chunk.sequence, chunk.sequence.blocks.computed
-        pieces = []
-        for part in parts(begin, begin + chunk.num_tokens, self._ring.ranks):
-            raw = np.array(
-                [sequence.blocks.own_pages[block] for block in part.touched], dtype=np.int64
-            )
-            token_ids = sequence.blocks.tokens.slice(part.begin, part.end)
-            pieces.append(drafts[part.rank].add_rows(part, raw, token_ids))
-        return pieces
+        blocks, begin = chunk.sequence.blocks, chunk.sequence.blocks.computed
+        spans = []
+        for part in split_chunk(begin, begin + chunk.num_tokens, self._ring.ranks):
+            raw_pages = as_indices([blocks.own_pages[block] for block in part.touched_blocks])
+            token_ids = blocks.tokens.slice(part.begin, part.end)
+            spans.append(step.builders[part.rank].add_rows(part, raw_pages, token_ids))
+        wanted = [spans[-1].last_row()] if chunk.draws else []
+        for span in wanted:
+            step.want_logits(span)
+        return _PlannedChunk(chunk, spans, wanted)
 
-    def _window(
-        self,
-        chunk: Chunk,
-        group: int,
-        pieces: list[Piece],
-        wanted: list[Piece],
-        drafts: list[Draft],
-    ) -> None:
-        """Layers that see a window: the pages are on every rank, so each attends alone."""
-        entries = chunk.sequence.blocks.tables[group].entries
+    def _plan_window_group(self, planned: _PlannedChunk, group: int, step: _UnfinishedStep) -> None:
+        """Plan layers with a window: their pages are on every rank, so each rank attends alone."""
+        blocks = planned.chunk.sequence.blocks
+        entries = blocks.tables[group].entries
         window = self._memory.groups[group].window
         assert window is not None, group
-        for chosen, last in ((pieces, False), (wanted, True)):
-            for piece in chosen:
-                first = chunk.sequence.blocks.layout.first_seen(window, piece.first_position)
-                seen = entries[first : piece.part.sealed.stop]
-                rows = piece.rows_of(piece.first_block - first, seen)
-                drafts[piece.part.rank].add_local(group, rows, last=last)
-        for piece in pieces:
-            sealed = entries[piece.part.sealed.start : piece.part.sealed.stop, PAGE]
-            drafts[piece.part.rank].sealed_packed[group].append(sealed)
 
-    def _spread(
-        self,
-        chunk: Chunk,
-        pieces: list[Piece],
-        wanted: list[Piece],
-        drafts: list[Draft],
-        every: Exchange,
-        last: Exchange,
-    ) -> None:
-        """Layers that see everything: the pages are spread over the ranks."""
-        memory = self._memory
-        begin = chunk.sequence.blocks.computed
-        end = begin + chunk.num_tokens
-        first, sealed = begin // BLOCK_TOKENS, end // BLOCK_TOKENS
-        table, pool = chunk.sequence.blocks.tables[0], memory.packed[0]
+        def rows(span: RowSpan) -> GroupRows:
+            first = blocks.layout.first_seen(window, span.first_position)
+            seen = entries[first : span.part.sealed_blocks.stop]
+            return span.with_own_blocks(span.first_block - first, seen)
+
+        for span in planned.spans:
+            builder = step.builders[span.rank]
+            builder.local[group].append(rows(span))
+            sealed = span.part.sealed_blocks
+            builder.sealed_packed[group].append(entries[sealed.start : sealed.stop, PAGE])
+        for span in planned.wanted:
+            step.builders[span.rank].last_layer_local[group].append(rows(span))
+
+    def _plan_global_group(self, planned: _PlannedChunk, step: _UnfinishedStep) -> None:
+        """Plan global (full-attention) layers: their pages are sharded over the ranks."""
+        begin = planned.chunk.sequence.blocks.computed
+        end = begin + planned.chunk.num_tokens
+        shards = self._shards(planned)
+        self._seal_new_blocks(shards, step)
+
+        def rows(span: RowSpan) -> GroupRows:
+            seen = shards.count_before(span.rank, span.first_block)
+            return span.with_own_blocks(seen, shards.tables[span.rank])
+
+        row_counts = [0] * self._ring.ranks
+        for span in planned.spans:
+            step.builders[span.rank].local[0].append(rows(span))
+            row_counts[span.rank] += span.rows
+        for span in planned.wanted:
+            step.builders[span.rank].last_layer_local[0].append(rows(span))
+        pass_q, _ = self.choose_passing(row_counts, shards.past_counts)
+        # Of a zigzag-split chunk every rank has rows that attend to new blocks: pass their keys. In
+        # the last layer one row of a sequence attends at most: there queries are always cheaper.
+        step.exchange.add(
+            shards,
+            planned.spans,
+            pass_q_past=pass_q,
+            pass_q_new=not is_zigzag(begin, end, self._ring.ranks),
+        )
+        step.last_layer_exchange.add(shards, planned.wanted, pass_q_past=True, pass_q_new=True)
+
+    def _shards(self, planned: _PlannedChunk) -> SequenceShards:
+        """Return which rank holds which blocks of the sequence in this step."""
+        blocks = planned.chunk.sequence.blocks
+        begin, end = blocks.computed, blocks.computed + planned.chunk.num_tokens
+        first, last = begin // BLOCK_TOKENS, end // BLOCK_TOKENS  # blocks that the chunk completes
+        table, pages_per_rank = blocks.tables[0], self._memory.packed[0].pages_per_rank
         past = self._pasts.get(table)
         if past is None or past.blocks != first:
-            past = Past.of(table.entries[:first], pool.pages_per_rank, len(drafts))
+            past = PastShards.of(table.entries[:first], pages_per_rank, self._ring.ranks)
             self._pasts[table] = past
-        computing = np.concatenate(
-            [NONE, *(np.full(len(p.part.sealed), p.part.rank) for p in pieces)]
+        computing = [np.full(len(s.part.sealed_blocks), s.rank) for s in planned.spans]
+        return SequenceShards.of(
+            past,
+            table.entries[first:last],
+            np.concatenate([NO_INDICES, *computing]),
+            pages_per_rank,
         )
-        spread = Spread.of(past, table.entries[first:sealed], computing, pool.pages_per_rank)
-        for rank, draft in enumerate(drafts):
-            if len(spread.numbers[rank]) > spread.past[rank]:
-                sealing = spread.tables[rank][spread.past[rank] :, PAGE]  # a view
-                guests = np.flatnonzero(spread.keepers[rank] != rank)
-                sealing[guests] = pool.staging.start + draft.staged + np.arange(len(guests))
-                draft.staged += len(guests)
-                draft.sealed_packed[0].append(sealing)
-        assert max(draft.staged for draft in drafts) <= memory.ring.own_blocks
-        for chosen, is_last in ((pieces, False), (wanted, True)):
-            for piece in chosen:
-                rank = piece.part.rank
-                rows = piece.rows_of(spread.sees(rank, piece.first_block), spread.tables[rank])
-                drafts[rank].add_local(0, rows, last=is_last)
-        row_counts = [0] * len(drafts)
-        for piece in pieces:
-            row_counts[piece.part.rank] += piece.rows
-        asks, _ = self.choose(row_counts, spread.past)
-        every.add(
-            spread,
-            pieces,
-            asks_past=asks,
-            asks_new=not is_zigzag(begin, end, len(drafts)),
-        )
-        last.add(spread, wanted, asks_past=True, asks_new=True)
 
-    def choose(self, rows: Items[int], pages: Items[int]) -> tuple[bool, Traffic]:
-        """For rows and past pages by rank: whether queries are passed, and what that sends."""
-        keys = keys_traffic(
+    def _seal_new_blocks(self, shards: SequenceShards, step: _UnfinishedStep) -> None:
+        """Choose the page into which each rank seals each block that it computes.
+
+        A block that it owns has its page already. One that another rank owns is staged until it has
+        been sent there: it takes the next of this rank's first `foreign_blocks` staging pages.
+        """
+        staging = self._memory.packed[0].staging
+        for rank, builder in enumerate(step.builders):
+            sealing = shards.tables[rank][shards.past_counts[rank] :, PAGE]  # a view
+            if len(sealing):
+                foreign = np.flatnonzero(shards.owners[rank] != rank)
+                sealing[foreign] = staging.start + builder.foreign_blocks + np.arange(len(foreign))
+                builder.foreign_blocks += len(foreign)
+                builder.sealed_packed[0].append(sealing)
+            assert builder.foreign_blocks <= self._ring.foreign_blocks
+
+    def choose_passing(self, rows: Items[int], pages: Items[int]) -> tuple[bool, CommCost]:
+        """Choose between keys and queries, given rows and past pages by rank.
+
+        Returns whether queries are passed, and what the chosen way costs.
+        """
+        pass_kv = pass_kv_cost(
             rows, pages, page_bytes=self._page_bytes, tile_pages=self._ring.tile_blocks
         )
-        queries = queries_traffic(rows, pages, row_bytes=self._row_bytes)
-        asks = passes_queries(keys, queries, self.link, pairs_per_second=self.pairs_per_second)
-        return asks, queries if asks else keys
+        pass_q = pass_q_cost(rows, pages, row_bytes=self._row_bytes)
+        is_pass_q = prefers_pass_q(
+            pass_kv, pass_q, self.link, pairs_per_second=self.pairs_per_second
+        )
+        return is_pass_q, pass_q if is_pass_q else pass_kv
 
-    def _steps(
-        self,
-        drafts: list[Draft],
-        every: Exchange,
-        last: Exchange,
-        logits_of: list[list[int]],
-    ) -> list[RankStep]:
-        ranks = len(drafts)
-        groups = range(len(self._memory.groups))
-        gathers = [self._gathers(drafts, group) for group in groups]
-        none = [Queries((NONE,) * ranks, (0,) * ranks, ())] * ranks
-        empty: list[list[Round]] = [[] for _ in range(ranks)]
-        queries, rounds = [none] * len(groups), [empty] * len(groups)
-        last_queries, last_rounds = none, empty
-        if self._global:
-            queries[0], rounds[0] = every.queries(), every.rounds()
+    def _finish(self, step: _UnfinishedStep) -> list[RankStep]:
+        """Build every rank's step."""
+        ranks, groups = self._ring.ranks, range(len(self._memory.groups))
+        all_gathers = [self._all_gather(step, group) for group in groups]
+        no_queries = [RemoteQueries((NO_INDICES,) * ranks, (0,) * ranks, ())] * ranks
+        no_rounds: list[list[Round]] = [[] for _ in range(ranks)]
+        queries, rounds = [no_queries] * len(groups), [no_rounds] * len(groups)
+        last_queries, last_rounds = no_queries, no_rounds
+        if self._has_global_layers:
+            queries[0], rounds[0] = step.exchange.remote_queries(), step.exchange.rounds()
             if self._last_group == 0:
-                last_queries, last_rounds = last.queries(), last.rounds()
+                last_queries = step.last_layer_exchange.remote_queries()
+                last_rounds = step.last_layer_exchange.rounds()
         steps = []
-        for rank, draft in enumerate(drafts):
-            each = tuple(
+        for rank, builder in enumerate(step.builders):
+            group_steps = tuple(
                 GroupStep(
-                    tuple(gathers[group][rank]),
-                    tuple(draft.local[group]),
-                    queries[group][rank],
-                    tuple(rounds[group][rank]),
+                    all_gather=tuple(all_gathers[group][rank]),
+                    local=tuple(builder.local[group]),
+                    remote_queries=queries[group][rank],
+                    rounds=tuple(rounds[group][rank]),
                 )
                 for group in groups
             )
-            final = GroupStep(
-                each[self._last_group].gathers,
-                tuple(draft.last_local[self._last_group]),
-                last_queries[rank],
-                tuple(last_rounds[rank]),
+            last_layer = GroupStep(
+                all_gather=group_steps[self._last_group].all_gather,
+                local=tuple(builder.last_layer_local[self._last_group]),
+                remote_queries=last_queries[rank],
+                rounds=tuple(last_rounds[rank]),
             )
-            counts = tuple(map(indices, logits_of)) if rank == 0 else ()
-            steps.append(draft.step(each, final, counts))
+            result_rows = tuple(map(as_indices, step.result_rows)) if rank == LEADER else ()
+            steps.append(builder.build(group_steps, last_layer, result_rows))
         return steps
 
-    def _gathers(self, drafts: list[Draft], group: int) -> list[list[Round]]:
-        """Every rank gets the window pages that the others seal."""
+    def _all_gather(self, step: _UnfinishedStep, group: int) -> list[list[Round]]:
+        """List, by rank, the rounds after which every rank has all window pages that were sealed.
+
+        With 3 ranks, rank 0 first sends to 1 and receives from 2, then sends to 2 and receives
+        from 1. A page has the same number everywhere, so it arrives where it stays.
+        """
         if self._memory.groups[group].window is None:
-            return [[] for _ in drafts]
-        sealed = [np.concatenate([NONE, *draft.sealed_packed[group]]) for draft in drafts]
-        ranks = len(drafts)
+            return [[] for _ in step.builders]
+        sealed = [
+            np.concatenate([NO_INDICES, *builder.sealed_packed[group]]) for builder in step.builders
+        ]
+        ranks = len(sealed)
         return [
             [
-                Round(
-                    target=(rank + away) % ranks,
-                    sends=sealed[rank],
-                    source=(rank - away) % ranks,
-                    receives=sealed[(rank - away) % ranks],
-                    kept=NONE.reshape(0, 2),
-                    rows=(),
-                )
-                for away in range(1, ranks)
+                _window_round((rank + distance) % ranks, (rank - distance) % ranks, rank, sealed)
+                for distance in range(1, ranks)
             ]
             for rank in range(ranks)
         ]
+
+
+def _window_round(target: int, source: int, rank: int, sealed: list[NDArray[np.int64]]) -> Round:
+    return Round(
+        target=target,
+        sends=sealed[rank],
+        source=source,
+        receives=sealed[source],
+        staged_to_owned=NO_INDICES.reshape(0, 2),
+        rows=(),
+    )

@@ -1,4 +1,4 @@
-"""The leader's forward pass: every rank is told its part, and does it at the same time."""
+"""The leader's forward pass: it plans each rank's step, and all ranks run theirs at once."""
 
 from collections.abc import Sequence as Items
 
@@ -14,9 +14,17 @@ from longctx.ring.ranks import Ranks
 
 
 class RingRunner:
-    """As `ModelRunner`, over all ranks."""
+    """A `Runner` over all ranks.
+
+    The engine's thread constructs it and calls `run_chunks`, once per step. After PeerLost
+    the ranks no longer agree on their pages: the runner cannot be used again.
+    """
 
     def __init__(self, model: LoadedModel, memory: LeaderMemory, ranks: Ranks) -> None:
+        """Open the ranks and measure the link between them.
+
+        Raises ModelRefused where a rank has other weights, PeerLost where one is lost.
+        """
         ranks.open(memory.ring, model)
         self.ranks = ranks
         self.rank = Rank(model, memory.ring, ranks.transport, memory)
@@ -24,14 +32,17 @@ class RingRunner:
         self.computed_tokens = 0
 
     def run_chunks(self, chunks: Items[Chunk]) -> Tensor:
-        """Logits [drawing chunks, vocab], float32. Raises PeerLost: then all ranks start again."""
+        """Return logits [sampled chunks, vocab], float32.
+
+        Raises PeerLost where a rank is lost or its step fails: all ranks must start again.
+        """
         steps = self.planner.plan(chunks)
         try:
             self.ranks.start(steps)
             logits = self.rank.run(steps[0])
         except PeerLost:
             raise
-        except Exception as error:  # the others wait for what will not come
+        except Exception as error:  # the followers wait for what the leader will not send
             raise PeerLost(f"{type(error).__name__}: {error}") from error
         self.ranks.finish()
         assert logits is not None, "the leader gets the logits"
@@ -39,9 +50,10 @@ class RingRunner:
         return logits
 
     def stats(self) -> dict[str, float]:
+        """Return counters and gauges by name, as `Engine.stats` does."""
         return {
             "computed_tokens_total": self.computed_tokens,
-            "ring_wait_seconds_total": self.rank.waited_seconds,
+            "ring_wait_seconds_total": self.rank.wait_seconds,
             "ring_link_latency_seconds": self.rank.link.latency_seconds,
             "ring_link_bytes_per_second": self.rank.link.bytes_per_second,
         }

@@ -1,12 +1,13 @@
-"""What one rank does in one step, as the leader tells it: rows, pages, and what travels when.
+"""What one rank does in one step, as the leader plans it: rows, pages, and what is sent when.
 
-Pages are those of the rank's own pools. Everything is plain numbers, so a step travels as msgpack.
-In each layer group a rank
+Page numbers are those of the rank's own pools. A step holds nothing but numbers, so it travels as
+msgpack. In each layer of a layer group a rank
 
-    seals its new blocks and takes part in the rounds of `gathers`,
-    attends its rows against what it has (`local`),
-    attends other ranks' rows against what it has (`queries`),
-    and attends its rows against pages that pass by (`rounds`), the next of which is on its way.
+    1. writes its rows' keys and values, seals the blocks they complete, and takes part in the
+       rounds of `all_gather`, after which every rank has all new pages of a window layer;
+    2. attends its rows to the pages it has (`local`);
+    3. attends other ranks' rows to the pages it has (`remote_queries`);
+    4. attends its rows to pages that arrive (`rounds`), while those of the next round are sent.
 """
 
 from dataclasses import dataclass
@@ -19,12 +20,12 @@ from numpy.typing import NDArray
 from longctx.attention.backend import ChunkRows
 
 Indices = np.ndarray  # int64; msgspec cannot read numpy's parametrized types
-NONE: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+NO_INDICES: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Consecutive rows and what they see of one layer group: `ChunkRows` of that group alone."""
+class GroupRows:
+    """Consecutive rows and the entries they attend to: `ChunkRows` of one layer group alone."""
 
     row_begin: int
     rows: int
@@ -35,6 +36,7 @@ class Rows:
     entries: Indices  # [entries, ENTRY_COLUMNS]
 
     def chunk(self, group: int) -> ChunkRows:
+        """Return the same as `ChunkRows` whose entries for this layer group are set."""
         return ChunkRows(
             row_begin=self.row_begin,
             rows=self.rows,
@@ -48,51 +50,53 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Pages go to one rank while others come from another; empty where there are none.
+    """Pages are sent to one rank while others arrive from another; either may be empty.
 
-    What comes lands in the pages `receives`; then each page `kept[i, 0]` is copied to `kept[i, 1]`,
-    and `rows` see what has come.
+    Arriving pages are written to `receives`, in order. Then each page `staged_to_owned[i, 0]` is
+    copied to `staged_to_owned[i, 1]`, where this rank keeps what it owns, and `rows` attend to what
+    has arrived.
     """
 
     target: int
     sends: Indices  # [pages]
     source: int
     receives: Indices  # [pages]
-    kept: Indices  # [pages, 2]
-    rows: tuple[Rows, ...]
+    staged_to_owned: Indices  # [pages, 2]
+    rows: tuple[GroupRows, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Queries:
-    """Rows that other ranks attend for this one, and those that it attends for them.
+class RemoteQueries:
+    """Rows that other ranks attend for this one, and rows that this one attends for them.
 
-    `asks[r]`: rows of the batch whose queries go to rank r; the results are merged when they come
-    back. `answers[r]`: how many rows come from rank r. All that come, laid end to end, are the rows
-    that `rows` means.
+    `sent_rows[r]`: rows of this rank's batch whose queries go to rank r; their results are merged
+    when they return. `received_counts[r]`: how many rows arrive from rank r. `rows` index all
+    arriving rows laid end to end, in the order of the ranks.
     """
 
-    asks: tuple[Indices, ...]
-    answers: tuple[int, ...]
-    rows: tuple[Rows, ...]
+    sent_rows: tuple[Indices, ...]
+    received_counts: tuple[int, ...]
+    rows: tuple[GroupRows, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class GroupStep:
-    """One layer group's share of the step."""
+    """What the rank does in every layer of one layer group."""
 
-    gathers: tuple[Round, ...]
-    local: tuple[Rows, ...]
-    queries: Queries
-    rounds: tuple[Round, ...]
+    all_gather: tuple[Round, ...]  # window layers only
+    local: tuple[GroupRows, ...]
+    remote_queries: RemoteQueries
+    rounds: tuple[Round, ...]  # global layers only
 
 
 @dataclass(frozen=True, slots=True)
 class RankStep:
-    """`token_ids`, `positions`, `slots` [rows], as in `Batch`; a rank may have no rows at all.
+    """One rank's whole step.
 
-    `copies` [pages, 2] (source, target) and `fresh_pages` concern the raw pool, before anything is
-    written. `logits_rows`: this rank's rows whose logits are wanted. `logits_of[r]`: where those of
-    rank r stand in the step's result; at the leader alone.
+    `token_ids`, `positions` and `slots` [rows] are as in `Batch`; a rank may have no rows at all.
+    `copies` [pages, 2] (source, target) and `fresh_pages` are about the raw pool, before anything
+    is written. `logits_rows`: this rank's rows whose logits are wanted. `result_rows[r]`: which
+    rows of the step's logits are those of rank r; set for the leader alone.
     """
 
     token_ids: Indices
@@ -101,17 +105,19 @@ class RankStep:
     copies: Indices
     fresh_pages: Indices
     sealed_raw: Indices
-    sealed_packed: tuple[Indices, ...]  # per group
+    sealed_packed: tuple[Indices, ...]  # per layer group
     groups: tuple[GroupStep, ...]
-    last: GroupStep  # of the last layer, where only rows whose logits are wanted are attended
+    last_layer: GroupStep  # in the model's last layer only rows whose logits are wanted attend
     logits_rows: Indices
-    logits_of: tuple[Indices, ...]
+    result_rows: tuple[Indices, ...]
 
     def encode(self) -> bytes:
+        """Return the step as msgpack."""
         return _ENCODER.encode(self)
 
     @classmethod
     def decode(cls, body: bytes) -> "RankStep":
+        """Return the step that `encode` made `body` of."""
         return _DECODER.decode(body)
 
 

@@ -1,4 +1,4 @@
-"""The seam between ranks: tensors from one to another, while both go on computing.
+"""The seam between ranks: tensors are sent from one to another while both go on computing.
 
 `VirtualTransport` joins ranks that are threads of one process: for tests, and to see what the
 engine does on many ranks without having them.
@@ -15,20 +15,19 @@ from torch import Tensor
 
 from longctx.errors import PeerLost
 
-LOOK_SECONDS = 0.1  # between two looks whether another rank has ended
+POLL_SECONDS = 0.1  # between two checks whether another rank has ended
 
 
 class Transfer(Protocol):
-    def wait(self) -> None:
-        """What was to be received is there, and what was sent may be overwritten.
+    """What one `Transport.begin` has started."""
 
-        Raises PeerLost.
-        """
+    def wait(self) -> None:
+        """Return when all is received and what was sent may be overwritten. Raises PeerLost."""
         ...
 
 
 class Transport(Protocol):
-    """How one rank reaches the others."""
+    """How one rank reaches the others; it belongs to the one thread that runs the rank."""
 
     @property
     def rank(self) -> int: ...
@@ -38,7 +37,7 @@ class Transport(Protocol):
 
     @property
     def bytes_sent(self) -> int:
-        """By this rank, ever."""
+        """Bytes that this rank has sent since it was started."""
         ...
 
     def begin(
@@ -46,14 +45,18 @@ class Transport(Protocol):
     ) -> Transfer:
         """Start to send tensors to ranks, and to receive into tensors from ranks.
 
-        Tensors are contiguous. Between two ranks the n-th one received is the n-th one sent, of the
-        same size and type. Nobody touches them until `wait` has returned. Raises PeerLost.
+        Each pair is (rank, contiguous tensor). Between two ranks the n-th tensor received is the
+        n-th one sent, of the same size and type. The caller must not touch any of them until
+        `Transfer.wait` has returned. Raises PeerLost.
         """
         ...
 
 
 class VirtualLinks:
-    """What joins the ranks of one process: a queue from each to each."""
+    """Joins the ranks of one process by a queue from each to each; safe from any thread.
+
+    Setting `lost` makes every transfer that still waits raise PeerLost.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -65,6 +68,8 @@ class VirtualLinks:
 
 
 class VirtualTransport:
+    """A `Transport` of a rank that is a thread of this process: what is sent is copied at once."""
+
     def __init__(self, links: VirtualLinks, rank: int) -> None:
         self._links = links
         self._expected: list[deque[_Receive]] = [deque() for _ in range(links.size)]
@@ -85,19 +90,19 @@ class VirtualTransport:
         return _VirtualTransfer(self, begun)
 
     def complete(self, receive: "_Receive") -> None:
-        """Receive everything up to this one, in order."""
-        while not receive.is_there:
+        """Receive everything from its source up to `receive`, in the order of `begin`."""
+        while not receive.has_arrived:
             first = self._expected[receive.source].popleft()
             arrived = self._next(receive.source)
             assert arrived.nbytes == first.into.nbytes and arrived.dtype == first.into.dtype
             first.into.copy_(arrived.view(first.into.shape))
-            first.is_there = True
+            first.has_arrived = True
 
     def _next(self, source: int) -> Tensor:
         arrived = self._links.between(source, self.rank)
         while not self._links.lost.is_set():
             try:
-                return arrived.get(timeout=LOOK_SECONDS)
+                return arrived.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 continue
         raise PeerLost("another rank has ended")
@@ -107,7 +112,7 @@ class VirtualTransport:
 class _Receive:
     source: int
     into: Tensor
-    is_there: bool = False
+    has_arrived: bool = False
 
 
 class _VirtualTransfer:

@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 
 from compress.codec import CODECS
 from compress.shape import BLOCK_TOKENS
-from longctx.ring import placement as layout
+from longctx.ring import placement
 from longctx.ring.comm_cost import (
+    CommCost,
     RowBytes,
-    Traffic,
-    keys_traffic,
     new_pages_sent,
-    passes_queries,
-    queries_traffic,
+    pass_kv_cost,
+    pass_q_cost,
+    prefers_pass_q,
 )
 from longctx.ring.link import Link
 from tests.ring.side_by_side import LINK, bytes_sent, ringed_engine
@@ -27,9 +27,9 @@ PAGE_BYTES = 2 * 8 * 128 * 2 * BLOCK_TOKENS
 
 
 def choice(rows: list[int], pages: list[int], link: Link = LINK) -> str:
-    keys = keys_traffic(rows, pages, page_bytes=PAGE_BYTES, tile_pages=64)
-    queries = queries_traffic(rows, pages, row_bytes=ROW)
-    return "queries" if passes_queries(keys, queries, link) else "keys"
+    keys = pass_kv_cost(rows, pages, page_bytes=PAGE_BYTES, tile_pages=64)
+    queries = pass_q_cost(rows, pages, row_bytes=ROW)
+    return "queries" if prefers_pass_q(keys, queries, link) else "keys"
 
 
 def test_a_row_takes_its_query_and_a_result_in_float32() -> None:
@@ -55,17 +55,17 @@ def test_latency_counts_where_there_is_little_to_send() -> None:
 
 
 def test_tiles_that_follow_each_other_cost_their_latency() -> None:
-    traffic = keys_traffic([8, 8], [129, 3], page_bytes=100, tile_pages=64)
-    assert traffic == Traffic((12900, 300), 3, (8 * 132 * BLOCK_TOKENS,) * 2)
+    traffic = pass_kv_cost([8, 8], [129, 3], page_bytes=100, tile_pages=64)
+    assert traffic == CommCost((12900, 300), 3, (8 * 132 * BLOCK_TOKENS,) * 2)
 
 
 def test_queries_are_not_passed_to_a_rank_that_would_work_alone() -> None:
     """One rank has all the past: its wires are fast, but the other would wait for its attention."""
-    keys = keys_traffic([256, 256], [16, 0], page_bytes=PAGE_BYTES, tile_pages=64)
-    queries = queries_traffic([256, 256], [16, 0], row_bytes=RowBytes(100, 100))
-    assert passes_queries(keys, queries, LINK)
-    assert not passes_queries(keys, queries, LINK, pairs_per_second=1e7)
-    assert passes_queries(keys, queries, Link(0.0, 1e6), pairs_per_second=1e7), "a slow link"
+    keys = pass_kv_cost([256, 256], [16, 0], page_bytes=PAGE_BYTES, tile_pages=64)
+    queries = pass_q_cost([256, 256], [16, 0], row_bytes=RowBytes(100, 100))
+    assert prefers_pass_q(keys, queries, LINK)
+    assert not prefers_pass_q(keys, queries, LINK, pairs_per_second=1e7)
+    assert prefers_pass_q(keys, queries, Link(0.0, 1e6), pairs_per_second=1e7), "a slow link"
 
 
 @given(
@@ -73,8 +73,8 @@ def test_queries_are_not_passed_to_a_rank_that_would_work_alone() -> None:
     pages=st.lists(st.integers(0, 9), min_size=3, max_size=3),
 )
 def test_traffic_is_the_sum_over_pairs_of_ranks(rows: list[int], pages: list[int]) -> None:
-    keys = keys_traffic(rows, pages, page_bytes=1000, tile_pages=4)
-    queries = queries_traffic(rows, pages, row_bytes=RowBytes(10, 21))
+    keys = pass_kv_cost(rows, pages, page_bytes=1000, tile_pages=4)
+    queries = pass_q_cost(rows, pages, row_bytes=RowBytes(10, 21))
     pairs = [(r, h) for r in range(3) for h in range(3) if r != h]
     assert sum(keys.bytes_sent) == sum(1000 * pages[h] * (rows[r] > 0) for r, h in pairs)
     assert sum(queries.bytes_sent) == sum(31 * rows[r] * (pages[h] > 0) for r, h in pairs)
@@ -97,7 +97,7 @@ def test_prefill_sends_what_the_formula_says(llama: Path, codec: str, ranks: int
     first = 14 * BLOCK_TOKENS
     before = bytes_sent(engine)
     engine.finish(ask("first", some_ids(first, 1), max_tokens=0))
-    new = new_pages_sent(layout.parts(0, first, ranks), ranks)
+    new = new_pages_sent(placement.split_chunk(0, first, ranks), ranks)
     moved = blocks_moved(0, first, ranks)
     # The last layer's rows are not wanted: its pages only go where they stay.
     assert bytes_sent(engine) - before == ((layers - 1) * new + moved) * page_bytes
@@ -111,8 +111,8 @@ def test_decode_sends_what_the_formula_says(llama: Path, ranks: int) -> None:
     before = bytes_sent(engine)
     # 28 blocks are there; the rest, of less than a block, and one token are computed.
     engine.finish(ask("again", prompt, some_ids(3, 2), max_tokens=2))
-    past = layout.owned(0, 28, ranks)
-    rank = layout.owner(28, ranks)
+    past = placement.count_owned(0, 28, ranks)
+    rank = placement.owner(28, ranks)
     others = sum(pages > 0 for other, pages in enumerate(past) if other != rank)
     rows = 2 * (1803 - 1792) + 1 + 3  # in the last layer only those whose logits are wanted
     logits = 2 * engine._spec.vocab_size * 4 * (rank != 0)
@@ -122,7 +122,7 @@ def test_decode_sends_what_the_formula_says(llama: Path, ranks: int) -> None:
 def blocks_moved(begin: int, end: int, ranks: int) -> int:
     """Blocks that are computed on one rank and stay on another."""
     return sum(
-        layout.owner(block, ranks) != part.rank
-        for part in layout.parts(begin, end, ranks)
-        for block in part.sealed
+        placement.owner(block, ranks) != part.rank
+        for part in placement.split_chunk(begin, end, ranks)
+        for block in part.sealed_blocks
     )

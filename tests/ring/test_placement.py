@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.shape import BLOCK_TOKENS
-from longctx.ring import placement as layout
+from longctx.ring import placement
 from offload.block_run import EXTENT_BLOCKS
 
 RANKS = st.integers(2, 8)
@@ -16,37 +16,38 @@ RANKS = st.integers(2, 8)
 
 @given(ranks=RANKS, blocks=st.integers(0, 2000))
 def test_each_rank_keeps_its_share_within_one_extent(ranks: int, blocks: int) -> None:
-    kept = layout.owned(0, blocks, ranks)
+    kept = placement.count_owned(0, blocks, ranks)
     assert sum(kept) == blocks
     assert all(abs(own - blocks / ranks) <= EXTENT_BLOCKS for own in kept)
     assert kept == [
-        sum(layout.owner(block, ranks) == rank for block in range(blocks)) for rank in range(ranks)
+        sum(placement.owner(block, ranks) == rank for block in range(blocks))
+        for rank in range(ranks)
     ]
 
 
 @given(ranks=RANKS, blocks_per_rank=st.integers(1, 300))
 def test_the_longest_sequence_fills_one_rank_and_no_more(ranks: int, blocks_per_rank: int) -> None:
-    longest = layout.capacity(blocks_per_rank, ranks)
-    assert max(layout.owned(0, longest, ranks)) <= blocks_per_rank
-    assert max(layout.owned(0, longest + 1, ranks)) > blocks_per_rank
+    longest = placement.capacity_blocks(blocks_per_rank, ranks)
+    assert max(placement.count_owned(0, longest, ranks)) <= blocks_per_rank
+    assert max(placement.count_owned(0, longest + 1, ranks)) > blocks_per_rank
 
 
 @given(ranks=RANKS, begin=st.integers(0, 5000), rows=st.integers(1, 5000))
 def test_every_row_is_computed_once_and_open_blocks_where_they_stay(
     ranks: int, begin: int, rows: int
 ) -> None:
-    cut = layout.parts(begin, begin + rows, ranks)
+    cut = placement.split_chunk(begin, begin + rows, ranks)
     assert cut[0].begin == begin and cut[-1].end == begin + rows
     assert all(before.end == after.begin for before, after in pairwise(cut))
     assert all(part.rows > 0 for part in cut)
-    assert [b for part in cut for b in part.sealed] == list(
+    assert [b for part in cut for b in part.sealed_blocks] == list(
         range(begin // BLOCK_TOKENS, (begin + rows) // BLOCK_TOKENS)
     )
     for part in cut:
         if part.begin % BLOCK_TOKENS:
-            assert part.rank == layout.owner(part.begin // BLOCK_TOKENS, ranks)
+            assert part.rank == placement.owner(part.begin // BLOCK_TOKENS, ranks)
         if part.end % BLOCK_TOKENS:
-            assert part.rank == layout.owner(part.end // BLOCK_TOKENS, ranks)
+            assert part.rank == placement.owner(part.end // BLOCK_TOKENS, ranks)
 
 
 @given(ranks=RANKS, first=st.integers(0, 500), blocks=st.integers(1, 200))
@@ -54,15 +55,15 @@ def test_enough_blocks_give_every_rank_an_early_and_a_late_run(
     ranks: int, first: int, blocks: int
 ) -> None:
     begin, end = first * BLOCK_TOKENS, (first + blocks) * BLOCK_TOKENS
-    assert layout.is_zigzag(begin, end, ranks) == (blocks >= ranks)
-    cut = layout.parts(begin, end, ranks)
+    assert placement.is_zigzag(begin, end, ranks) == (blocks >= ranks)
+    cut = placement.split_chunk(begin, end, ranks)
     if blocks >= 2 * ranks:
         assert [part.rank for part in cut] == [*range(ranks), *reversed(range(ranks))]
     if blocks >= ranks:
-        sizes = [len(part.sealed) for part in cut]
+        sizes = [len(part.sealed_blocks) for part in cut]
         assert max(sizes) - min(sizes) <= 1
         for rank in range(ranks):
-            own = sum(len(part.sealed) for part in cut if part.rank == rank)
+            own = sum(len(part.sealed_blocks) for part in cut if part.rank == rank)
             assert own <= 2 * blocks / ranks
 
 
@@ -76,8 +77,8 @@ def test_ranks_work_alike_over_32k_tokens(ranks: int, chunk_blocks: int, passed:
     for first in range(0, blocks, chunk_blocks):
         end = min(blocks, first + chunk_blocks)
         rows = (end - first) * BLOCK_TOKENS
-        past = layout.owned(0, first, ranks)
-        for part in layout.parts(first * BLOCK_TOKENS, end * BLOCK_TOKENS, ranks):
+        past = placement.count_owned(0, first, ranks)
+        for part in placement.split_chunk(first * BLOCK_TOKENS, end * BLOCK_TOKENS, ranks):
             new = part.begin - first * BLOCK_TOKENS  # of this chunk, before the part
             work[part.rank] += part.rows * (new + part.rows / 2)
             if passed == "keys":

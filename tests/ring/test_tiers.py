@@ -55,7 +55,7 @@ def test_each_rank_holds_its_share_of_a_document(tmp_path: Path, llama: Path) ->
     engine.finish(ask("read", "d", max_tokens=0))
     ranks = runner_of(engine).ranks
     assert isinstance(ranks, VirtualRanks)
-    memories = [engine.memory, *(member.rank.memory for member in ranks.members)]
+    memories = [engine.memory, *(member.rank.memory for member in ranks.followers)]
     # A page that was never written is all zeros.
     filled = [
         int((m.packed_pages(0)[: m.packed[0].staging.start] != 0).any(dim=1).sum())

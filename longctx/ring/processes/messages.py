@@ -10,7 +10,7 @@ import msgspec
 from longctx.config import EngineConfig
 from longctx.errors import LongctxError, PeerLost
 from longctx.ipc.protocol import Fault, Heartbeat, Message, decode_hook, encode_hook
-from longctx.ring.rank import RingMemory
+from longctx.ring.rank import RingMemorySpec
 from offload.block_run import BlockRun
 from offload.disk.extent_file import LayoutDiffers
 from offload.disk.extent_header import ExtentMeta, ExtentUnreadable, OtherVersion
@@ -41,7 +41,7 @@ class Ready(Message, frozen=True):
 class OpenRank(Message, frozen=True):
     """`fingerprint`: of the leader's model."""
 
-    memory: RingMemory
+    memory: RingMemorySpec
     fingerprint: str
 
 

@@ -32,7 +32,7 @@ from longctx.ring.processes.messages import (
     decode_to_leader,
     encode,
 )
-from longctx.ring.rank import RingMemory
+from longctx.ring.rank import RingMemorySpec
 from longctx.ring.step import RankStep
 from offload.block_run import BlockRun
 from offload.disk.extent_header import ExtentMeta
@@ -56,7 +56,7 @@ class RemoteRanks:
         self._watch = HeartbeatMonitor(names, lost)
         send_heartbeats(list(channels.values()), encode(Heartbeat()))
 
-    def open(self, memory: RingMemory, model: LoadedModel) -> None:
+    def open(self, memory: RingMemorySpec, model: LoadedModel) -> None:
         """Raises what kept a rank from loading its model."""
         opening = encode(OpenRank(memory, model.spec.fingerprint))
         self._all_ready()  # with their models

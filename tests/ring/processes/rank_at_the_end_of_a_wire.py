@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from longctx.ring.link import measure
+from longctx.ring.link import measure_link
 from longctx.ring.process_group import ProcessGroupTransport
 
 SENT_BYTES = 16 << 20
@@ -20,7 +20,7 @@ SENT_BYTES = 16 << 20
 def main(rank: int, store: str) -> None:
     torch.set_num_threads(1)
     transport = ProcessGroupTransport(FileStore(store, 2), rank, 2, torch.device("cpu"))
-    link = measure(transport, torch.device("cpu"))
+    link = measure_link(transport, torch.device("cpu"))
     sent = torch.zeros(SENT_BYTES, dtype=torch.uint8)
     received = torch.empty_like(sent)
     matrix = torch.ones(512, 512)

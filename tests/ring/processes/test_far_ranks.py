@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from longctx.ring.comm_cost import RowBytes, keys_traffic, passes_queries, queries_traffic
+from longctx.ring.comm_cost import RowBytes, pass_kv_cost, pass_q_cost, prefers_pass_q
 from longctx.ring.link import Link
 from longctx.ring.processes.secret import make_secret
 from tests.ring.processes import rank_at_the_end_of_a_wire
@@ -101,13 +101,13 @@ def test_keys_that_share_the_work_are_passed_unless_the_wire_is_slow(
 ) -> None:
     """All of the past is on one rank: with queries it works alone, with keys much more travels."""
     rows, pages = (512, 512), (64, 0)
-    queries = queries_traffic(rows, pages, row_bytes=RowBytes.of(8, 64, query_bytes=4))
-    keys = keys_traffic(rows, pages, page_bytes=96 << 10, tile_pages=32)
+    queries = pass_q_cost(rows, pages, row_bytes=RowBytes.of(8, 64, query_bytes=4))
+    keys = pass_kv_cost(rows, pages, page_bytes=96 << 10, tile_pages=32)
     pairs_per_second = max(queries.pairs) / 0.030  # so keys, shared, take 15 ms
     for far, chosen in ((False, "keys"), (True, "queries")):
         found = measured(tmp_path / str(far), far=far)
         link = Link(found["latency_seconds"], found["bytes_per_second"])
-        passed = passes_queries(keys, queries, link, pairs_per_second=pairs_per_second)
+        passed = prefers_pass_q(keys, queries, link, pairs_per_second=pairs_per_second)
         assert ("queries" if passed else "keys") == chosen, link
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longctx.errors import PeerLost
-from longctx.ring.link import measure
+from longctx.ring.link import measure_link
 from longctx.ring.process_group import ProcessGroupTransport
 from longctx.ring.transport import Transport, VirtualLinks, VirtualTransport
 
@@ -36,7 +36,7 @@ def exchange(transport: Transport) -> tuple[list[bytes], int]:
             waiting.append(transport.begin(sends, receives))
     for transfer in waiting:
         transfer.wait()
-    link = measure(transport, CPU)
+    link = measure_link(transport, CPU)
     assert link.latency_seconds > 0 and link.bytes_per_second > 0
     return [tensor.view(-1).view(torch.uint8).numpy().tobytes() for tensor in received], (
         transport.bytes_sent
