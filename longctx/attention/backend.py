@@ -18,6 +18,7 @@ from torch import Tensor
 from compress.shape import BLOCK_TOKENS
 from longctx.kv.block_entry import Entries
 from longctx.kv.memory import KVMemory
+from longctx.kv.pool_indices import PoolIndices
 from longctx.model.layer_attention import AttentionCall
 from offload.key import BlockKey
 
@@ -75,7 +76,7 @@ class AttentionBackend(Protocol):
         """Work on metadata that all layers of a group share."""
         ...
 
-    def seal(self, layer: int, raw: Tensor | slice, packed: Tensor | slice) -> None:
+    def seal(self, layer: int, raw: PoolIndices, packed: PoolIndices) -> None:
         """Encode full raw pages into packed ones, to the bytes that `KVMemory.seal` gives."""
         ...
 

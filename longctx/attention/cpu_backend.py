@@ -11,21 +11,33 @@ from torch import Tensor
 
 from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import ChunkRows
+from longctx.errors import ModelRefused
 from longctx.kernels import _kernels
 from longctx.kv.memory import KVMemory
+from longctx.kv.pool_indices import PoolIndices, as_tensor
 from longctx.model.layer_attention import AttentionCall
 
 if not _kernels.instruction_sets():
     raise ImportError("this CPU has none of the instruction sets that the kernels are compiled for")
 
-# Numbers that stand for them in csrc/attend.h.
+# The numbers of codecs and types in csrc/attend.h.
 CODECS = {"raw": 0, "bf16": 1, "int8": 2, "int4": 3}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class CPUAttention:
     def __init__(self, memory: KVMemory, instruction_set: str | None = None) -> None:
-        """`instruction_set`: one of `_kernels.instruction_sets()`; the fastest if absent."""
+        """Bind the kernels of one of `_kernels.instruction_sets()`, the fastest if none is named.
+
+        Raises ModelRefused for pools of a codec whose pages the kernels cannot read.
+        """
+        for codec in memory.codecs:
+            if codec.name not in CODECS:
+                raise ModelRefused(
+                    f"attention_backend 'cpu' cannot read pages of kv_codec {codec.name!r}, only "
+                    f"of {', '.join(CODECS)}; start with --attention-backend torch, or with one "
+                    "of these codecs"
+                )
         self._memory = memory
         self._kernels = _kernels.Attention(instruction_set or _kernels.instruction_sets()[-1])
         self._layers: dict[tuple[int, int], _kernels.Layer] = {}
@@ -44,10 +56,10 @@ class CPUAttention:
             )
         return plan
 
-    def seal(self, layer: int, raw: Tensor | slice, packed: Tensor | slice) -> None:
+    def seal(self, layer: int, raw: PoolIndices, packed: PoolIndices) -> None:
         kv_heads = self._memory.codecs[layer].shape.kv_heads
         made = self._layers.get((layer, kv_heads)) or self._layer(layer, kv_heads)
-        _kernels.seal(made, _page_indices(raw), _page_indices(packed))
+        _kernels.seal(made, as_tensor(raw), as_tensor(packed))
 
     def attend(self, call: AttentionCall, query: Tensor, plan: object) -> tuple[Tensor, Tensor]:
         tokens, heads, _ = query.shape
@@ -88,7 +100,3 @@ class CPUAttention:
         )
         self._layers[layer, heads] = made
         return made
-
-
-def _page_indices(pages: Tensor | slice) -> Tensor:
-    return torch.arange(pages.start, pages.stop) if isinstance(pages, slice) else pages

@@ -10,6 +10,7 @@ from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import ChunkRows
 from longctx.kv.block_entry import FIRST_POSITION, PAGE, ROW_BEGIN, ROWS
 from longctx.kv.memory import KVMemory
+from longctx.kv.pool_indices import PoolIndices
 from longctx.model.layer_attention import AttentionCall
 
 
@@ -20,7 +21,7 @@ class ReferenceAttention:
     def plan(self, chunks: Sequence[ChunkRows], group: int) -> Sequence[ChunkRows]:
         return chunks
 
-    def seal(self, layer: int, raw: Tensor | slice, packed: Tensor | slice) -> None:
+    def seal(self, layer: int, raw: PoolIndices, packed: PoolIndices) -> None:
         self._memory.seal(layer, raw, packed)
 
     def attend(self, call: AttentionCall, query: Tensor, plan: object) -> tuple[Tensor, Tensor]:

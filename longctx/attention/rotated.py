@@ -19,6 +19,7 @@ from longctx.attention.backend import AttentionBackend, AttentionPlan, ChunkRows
 from longctx.attention.merge import merge_parts
 from longctx.kv.block_entry import FIRST_POSITION, ROTATION, ROWS
 from longctx.kv.memory import KVMemory
+from longctx.kv.pool_indices import PoolIndices, to_device
 from longctx.model.layer_attention import AttentionCall
 from longctx.model.spec import Rotation
 
@@ -93,14 +94,14 @@ class RotatedAttention:
         return _Plan(
             wide=self._inner.plan([*base, *copies], group),
             rows=rows,
-            source=self._tensor(source),
-            parted=self._tensor(joined[:, 0]),
-            parts=self._tensor(joined),
+            source=to_device(source, self._device),
+            parted=to_device(joined[:, 0], self._device),
+            parts=to_device(joined, self._device),
             turns={kind: self._turns(kind, -offsets) for kind in kinds if kind is not None},
             plain=self._inner.plan(chunks, group) if None in kinds else None,
         )
 
-    def seal(self, layer: int, raw: Tensor | slice, packed: Tensor | slice) -> None:
+    def seal(self, layer: int, raw: PoolIndices, packed: PoolIndices) -> None:
         self._inner.seal(layer, raw, packed)
 
     def attend(self, call: AttentionCall, query: Tensor, plan: object) -> tuple[Tensor, Tensor]:
@@ -123,11 +124,8 @@ class RotatedAttention:
 
     def _turns(self, rotation: Rotation, offsets: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         distinct, which = np.unique(offsets, return_inverse=True)
-        cosines, sines = rotation.turns(self._tensor(distinct))
-        return cosines[self._tensor(which)], sines[self._tensor(which)]
-
-    def _tensor(self, array: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
+        cosines, sines = rotation.turns(to_device(distinct, self._device))
+        return cosines[to_device(which, self._device)], sines[to_device(which, self._device)]
 
 
 @dataclass(frozen=True, slots=True)

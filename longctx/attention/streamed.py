@@ -19,6 +19,7 @@ from longctx.attention.merge import merge
 from longctx.errors import BlocksLost
 from longctx.kv.block_entry import ENTRY_COLUMNS, FIRST_POSITION, PAGE, ROWS
 from longctx.kv.memory import KVMemory
+from longctx.kv.pool_indices import PoolIndices
 from longctx.model.layer_attention import AttentionCall
 from offload.key import BlockKey
 
@@ -64,7 +65,7 @@ class StreamedAttention:
                 tiles.append(_Tile(keys, pages[: len(keys)], self._inner.plan([tile], group)))
         return _Plan(present, tuple(tiles))
 
-    def seal(self, layer: int, raw: Tensor | slice, packed: Tensor | slice) -> None:
+    def seal(self, layer: int, raw: PoolIndices, packed: PoolIndices) -> None:
         self._inner.seal(layer, raw, packed)
 
     def attend(self, call: AttentionCall, query: Tensor, plan: object) -> tuple[Tensor, Tensor]:

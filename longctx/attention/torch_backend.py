@@ -12,6 +12,7 @@ from longctx.attention.backend import ChunkRows
 from longctx.attention.merge import merge
 from longctx.attention.torch_plan import Tile, plan_tiles
 from longctx.kv.memory import KVMemory
+from longctx.kv.pool_indices import PoolIndices
 from longctx.model.layer_attention import AttentionCall
 
 PRODUCT_ROWS = 4  # 2 or 3 rows take twice as long in a product as 4: they are padded with zeros
@@ -37,7 +38,7 @@ class TorchAttention:
             device=memory.device,
         )
 
-    def seal(self, layer: int, raw: Tensor | slice, packed: Tensor | slice) -> None:
+    def seal(self, layer: int, raw: PoolIndices, packed: PoolIndices) -> None:
         self._memory.seal(layer, raw, packed)
 
     def attend(self, call: AttentionCall, query: Tensor, plan: object) -> tuple[Tensor, Tensor]:

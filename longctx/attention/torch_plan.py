@@ -21,6 +21,7 @@ from torch import Tensor
 from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import ChunkRows
 from longctx.kv.block_entry import ENTRY_COLUMNS, FIRST_POSITION, PAGE, ROW_BEGIN, ROWS, Entries
+from longctx.kv.pool_indices import PoolIndices, pool_indices, to_device
 
 TILE_SCORES = 1 << 21  # rows x keys of one tile of the past: what its scores may take
 COPIED_BLOCKS = 128  # pages of one tile that have to be gathered or decoded
@@ -45,8 +46,8 @@ class Tile:
 
     rows: Tensor | slice
     batch: int
-    packed: Tensor | slice | None
-    own: Tensor | slice | None
+    packed: PoolIndices | None
+    own: PoolIndices | None
     bias: Tensor | None
     causal: bool
     first: bool
@@ -296,9 +297,9 @@ class _Planner:
         picked = np.flatnonzero(real)
         return replace(
             tile,
-            rows=self._tensor(row_index),
-            picked=self._tensor(picked),
-            targets=self._tensor(row_index.ravel()[picked]),
+            rows=to_device(row_index, self._device),
+            picked=to_device(picked, self._device),
+            targets=to_device(row_index.ravel()[picked], self._device),
         )
 
     def _begin(self, chunks: Sequence[ChunkRows]) -> bool:
@@ -308,19 +309,12 @@ class _Planner:
         self._begun |= begins
         return first
 
-    def _pages(self, pages: NDArray[np.int64]) -> Tensor | slice:
-        """Pages that follow each other are read in place."""
-        first, count = int(pages[0]), len(pages)
-        if int(pages[-1]) - first == count - 1 and bool((np.diff(pages) == 1).all()):
-            return slice(first, first + count)
-        return self._tensor(pages)
+    def _pages(self, pages: NDArray[np.int64]) -> PoolIndices:
+        return pool_indices(pages, self._device)
 
     def _bias(self, seen: NDArray[np.bool_]) -> Tensor:
         bias = torch.zeros(seen.shape, device=self._device)
-        return bias.masked_fill_(~self._tensor(seen), -torch.inf)[:, None]
-
-    def _tensor(self, array: NDArray[np.int64] | NDArray[np.bool_]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
+        return bias.masked_fill_(~to_device(seen, self._device), -torch.inf)[:, None]
 
 
 def _whole(entries: Entries) -> bool:

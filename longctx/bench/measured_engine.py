@@ -19,6 +19,7 @@ from longctx.config import EngineConfig
 from longctx.engine.engine import Engine
 from longctx.engine.model_runner import ModelRunner
 from longctx.engine.sampler import SamplingState, sample
+from longctx.kv.pool_indices import PoolIndices
 from longctx.model.layer_attention import AttentionCall
 from longctx.request import Request, RequestOutput, SamplingParams, Segment
 from offload.key import chain_keys
@@ -159,7 +160,7 @@ class _TimedAttention:
     def plan(self, chunks: Sequence[ChunkRows], group: int) -> AttentionPlan:
         return self._backend.plan(chunks, group)
 
-    def seal(self, layer: int, raw: Tensor | slice, packed: Tensor | slice) -> None:
+    def seal(self, layer: int, raw: PoolIndices, packed: PoolIndices) -> None:
         began = time.perf_counter()
         self._backend.seal(layer, raw, packed)
         self._profile.attention_seconds += time.perf_counter() - began

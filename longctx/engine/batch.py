@@ -13,6 +13,7 @@ from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import ChunkRows
 from longctx.engine.scheduler import Chunk
 from longctx.kv.block_entry import PAGE
+from longctx.kv.pool_indices import PoolIndices, pool_indices, to_device
 from longctx.kv.sequence_blocks import SequenceBlocks
 
 
@@ -30,11 +31,11 @@ class Batch:
     logits_rows: Tensor
     chunks: tuple[ChunkRows, ...]
     last_chunks: tuple[ChunkRows, ...]  # cut down to the rows whose logits are wanted
-    slots: Tensor | slice
+    slots: PoolIndices
     fresh_pages: Tensor
     sealed_blocks: int
-    sealed_raw: Tensor | slice
-    sealed_packed: tuple[Tensor | slice, ...]
+    sealed_raw: PoolIndices
+    sealed_packed: tuple[PoolIndices, ...]
 
     @classmethod
     def build(cls, chunks: Items[Chunk], *, device: torch.device) -> "Batch":
@@ -74,20 +75,17 @@ class Batch:
             if end % BLOCK_TOKENS and (r.own_row == 0 or len(r.own_pages) > 1)
         ]
 
-        def tensor(array: NDArray[np.int64]) -> Tensor:
-            return torch.from_numpy(array).to(device, non_blocking=True)
-
         return cls(
-            token_ids=tensor(token_ids.astype(np.int64)),
-            positions=tensor(np.concatenate(positions)),
-            logits_rows=tensor(np.array([row for _, row in drawn], dtype=np.int64)),
+            token_ids=to_device(token_ids.astype(np.int64), device),
+            positions=to_device(np.concatenate(positions), device),
+            logits_rows=to_device(np.array([row for _, row in drawn], dtype=np.int64), device),
             chunks=rows,
             last_chunks=tuple(r.pick(row) for r, row in drawn),
-            slots=_run_or_tensor(np.concatenate([_slots(r) for r in rows]), device),
-            fresh_pages=tensor(np.concatenate([np.empty(0, dtype=np.int64), *fresh])),
+            slots=pool_indices(np.concatenate([_slots(r) for r in rows]), device),
+            fresh_pages=to_device(np.concatenate([np.empty(0, dtype=np.int64), *fresh]), device),
             sealed_blocks=sum(map(len, sealed_raw)),
-            sealed_raw=_run_or_tensor(np.concatenate(sealed_raw), device),
-            sealed_packed=tuple(_run_or_tensor(pages, device) for pages in sealed_packed),
+            sealed_raw=pool_indices(np.concatenate(sealed_raw), device),
+            sealed_packed=tuple(pool_indices(pages, device) for pages in sealed_packed),
         )
 
 
@@ -117,10 +115,3 @@ def _slots(rows: ChunkRows) -> NDArray[np.int64]:
     block, row = np.divmod(own_row, BLOCK_TOKENS)
     slots: NDArray[np.int64] = rows.own_pages[block] * BLOCK_TOKENS + row
     return slots
-
-
-def _run_or_tensor(indices: NDArray[np.int64], device: torch.device) -> Tensor | slice:
-    """A slice where the indices follow each other: copied without looking each up."""
-    if len(indices) and bool((np.diff(indices) == 1).all()):
-        return slice(int(indices[0]), int(indices[-1]) + 1)
-    return torch.from_numpy(indices).to(device, non_blocking=True)

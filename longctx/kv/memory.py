@@ -14,6 +14,7 @@ from torch import Tensor
 from compress.codec import CODECS, Codec
 from compress.shape import BLOCK_TOKENS, KVShape, ShapeRefused
 from longctx.errors import ModelRefused
+from longctx.kv.pool_indices import PoolIndices
 from longctx.model.spec import LayerSpec
 from offload.block_pool import BlockPool
 from offload.units import GIB
@@ -166,11 +167,11 @@ class KVMemory:
         """The raw pool, row by row: [raw pages * block_tokens, 2, kv_heads, head_dim]."""
         return self._raw_rows[layer]
 
-    def decoded(self, layer: int, pages: Tensor | slice) -> Tensor:
+    def decoded(self, layer: int, pages: PoolIndices) -> Tensor:
         """Sealed blocks: [blocks, block_tokens, 2, kv_heads, head_dim], in place where possible."""
         return self.codecs[layer].decode(_take(self.packed_pages(layer), pages))
 
-    def own_blocks(self, layer: int, pages: Tensor | slice) -> Tensor:
+    def own_blocks(self, layer: int, pages: PoolIndices) -> Tensor:
         """Blocks of the raw pool: [blocks, block_tokens, 2, kv_heads, head_dim]."""
         return _take(self._raw_rows[layer].view(-1, *self._shapes[layer].rows), pages)
 
@@ -178,13 +179,13 @@ class KVMemory:
         """The packed pool of the layer's group: uint8 [pages, page_bytes]."""
         return self._packed_pages[layer]
 
-    def write(self, layer: int, slots: Tensor | slice, key: Tensor, value: Tensor) -> None:
+    def write(self, layer: int, slots: PoolIndices, key: Tensor, value: Tensor) -> None:
         """Put new rows into the raw pool. `key`, `value`: [tokens, kv_heads, head_dim]."""
         rows = self._raw_rows[layer]
         rows[slots, 0] = key
         rows[slots, 1] = value
 
-    def seal(self, layer: int, raw: Tensor | slice, packed: Tensor | slice) -> None:
+    def seal(self, layer: int, raw: PoolIndices, packed: PoolIndices) -> None:
         """Encode full raw blocks into their packed pages."""
         encoded = self.codecs[layer].encode(self.own_blocks(layer, raw))
         # As int64: torch scatters element by element, and a page has an eighth as many of these.
@@ -201,7 +202,7 @@ class KVMemory:
             pool[target] = pool[source]
 
 
-def _take(pool: Tensor, pages: Tensor | slice) -> Tensor:
+def _take(pool: Tensor, pages: PoolIndices) -> Tensor:
     """A view of a slice; else a copy, by whole pages (indexing copies element by element)."""
     return pool[pages] if isinstance(pages, slice) else pool.index_select(0, pages)
 

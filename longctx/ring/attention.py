@@ -13,14 +13,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from longctx.attention.backend import AttentionBackend, AttentionPlan
 from longctx.attention.merge import merge, merge_sink
 from longctx.kv.memory import KVMemory
+from longctx.kv.pool_indices import PoolIndices, pool_indices, to_device
 from longctx.model.call_recorder import RecordedCall
 from longctx.model.layer_attention import AttentionCall
 from longctx.ring.step import GroupRows, GroupStep, RankStep, Round
@@ -32,8 +31,8 @@ class _PreparedRound:
     """A `Round` with what every layer of its group needs of it, on the device."""
 
     round: Round
-    sends: Tensor | slice
-    receives: Tensor | slice
+    sends: PoolIndices
+    receives: PoolIndices
     staged_to_owned: Tensor  # [pages, 2]
     plan: AttentionPlan | None
 
@@ -86,10 +85,12 @@ class RankAttention:
         self._transport = transport
         self._calls = calls
         self.wait_seconds = 0.0  # for what other ranks sent
-        self._slots = self._indices(step.slots)
+        self._slots = pool_indices(step.slots, self._memory.device)
         self._seals = len(step.sealed_raw) > 0
-        self._sealed_raw = self._indices(step.sealed_raw)
-        self._sealed_packed = [self._indices(pages) for pages in step.sealed_packed]
+        self._sealed_raw = pool_indices(step.sealed_raw, self._memory.device)
+        self._sealed_packed = [
+            pool_indices(pages, self._memory.device) for pages in step.sealed_packed
+        ]
         self._groups = [self._group(each, group) for group, each in enumerate(step.groups)]
         self._last_layer = max(memory.group_of)
         self._last_group = self._group(step.last_layer, memory.group_of[self._last_layer])
@@ -234,7 +235,11 @@ class RankAttention:
         return _PreparedGroup(
             all_gather=tuple(self._round(each, group) for each in step.all_gather),
             local=self._plan(step.local, group),
-            sent_rows=tuple((r, self._tensor(rows)) for r, rows in enumerate(sent) if len(rows)),
+            sent_rows=tuple(
+                (r, to_device(rows, self._memory.device))
+                for r, rows in enumerate(sent)
+                if len(rows)
+            ),
             received_counts=tuple((r, count) for r, count in enumerate(counts) if count),
             remote=self._plan(step.remote_queries.rows, group),
             rounds=tuple(self._round(each, group) for each in step.rounds),
@@ -243,23 +248,14 @@ class RankAttention:
     def _round(self, each: Round, group: int) -> _PreparedRound:
         return _PreparedRound(
             round=each,
-            sends=self._indices(each.sends),
-            receives=self._indices(each.receives),
-            staged_to_owned=self._tensor(each.staged_to_owned),
+            sends=pool_indices(each.sends, self._memory.device),
+            receives=pool_indices(each.receives, self._memory.device),
+            staged_to_owned=to_device(each.staged_to_owned, self._memory.device),
             plan=self._plan(each.rows, group),
         )
 
     def _plan(self, rows: Sequence[GroupRows], group: int) -> AttentionPlan | None:
         return self._backend.plan([each.chunk(group) for each in rows], group) if rows else None
-
-    def _tensor(self, array: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(array).to(self._memory.device, non_blocking=True)
-
-    def _indices(self, array: NDArray[np.int64]) -> Tensor | slice:
-        """Return a slice where the indices are consecutive: indexing by it copies nothing."""
-        if len(array) and bool((np.diff(array) == 1).all()):
-            return slice(int(array[0]), int(array[-1]) + 1)
-        return self._tensor(array)
 
 
 def _split(rows: Tensor, counts: Sequence[int]) -> list[Tensor]:

@@ -3,15 +3,14 @@
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.shape import BLOCK_TOKENS
 from longctx.attention.registry import BACKENDS
 from longctx.kv.layout import Layout
 from longctx.kv.memory import KVMemory, layer_codecs
+from longctx.kv.pool_indices import to_device
 from longctx.model.call_recorder import CallRecorder, RecordedCall
 from longctx.model.loader import LoadedModel
 from longctx.model.spec import ModelSpec
@@ -127,15 +126,15 @@ class Rank:
             for pool in self.memory.raw.pages:
                 pool[target] = pool[source]
         if len(step.fresh_pages):
-            self.memory.clear_raw(self._tensor(step.fresh_pages))
+            self.memory.clear_raw(to_device(step.fresh_pages, self.model.spec.device))
         attention = RankAttention(step, self.memory, self._backend, self.transport, self._calls)
         logits = torch.empty(0, self.model.spec.vocab_size, device=self.model.spec.device)
         if len(step.token_ids):
             logits = self.model.forward(
-                self._tensor(step.token_ids),
-                self._tensor(step.positions),
+                to_device(step.token_ids, self.model.spec.device),
+                to_device(step.positions, self.model.spec.device),
                 attention,
-                self._tensor(step.logits_rows),
+                to_device(step.logits_rows, self.model.spec.device),
             )
         else:
             for layer in sorted(self.memory.group_of):
@@ -186,11 +185,8 @@ class Rank:
         self.transport.begin((), receives).wait()
         ordered = torch.empty_like(gathered)
         for rows, part in zip(step.result_rows, parts, strict=True):
-            ordered[self._tensor(rows)] = part
+            ordered[to_device(rows, self.model.spec.device)] = part
         return ordered
-
-    def _tensor(self, array: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(array).to(self.model.spec.device, non_blocking=True)
 
 
 def _layer_calls(model: LoadedModel) -> list[RecordedCall]:

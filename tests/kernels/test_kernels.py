@@ -18,8 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from compress.codec import CODECS
+from compress.unscaled import Raw
 from longctx.attention.backend import ChunkRows
 from longctx.attention.reference import ReferenceAttention
+from longctx.errors import ModelRefused
 from longctx.kv.block_entry import ENTRY_COLUMNS, FIRST_POSITION, PAGE, ROW_BEGIN, ROWS
 from longctx.kv.memory import KVMemory
 from longctx.model.layer_attention import AttentionCall
@@ -257,6 +260,18 @@ def test_a_hundred_thousand_tokens_equal_reference(codec: str) -> None:
     )
     found = attend(memory, long, query, threads=2, scaling=0.05)
     assert_close(found, expected(memory, long, query, scaling=0.05), 10 * tolerance("cpu", case))
+
+
+def test_pages_of_a_codec_without_kernels_are_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Other(Raw):
+        name = "fp8"
+
+    monkeypatch.setitem(CODECS, "fp8", Other)
+    memory, _, _ = build(Case("fp8", None, 4, 2, 16, ((70, 10),), False, None, 0))
+    with pytest.raises(ModelRefused, match=r"kv_codec 'fp8'.*--attention-backend torch"):
+        CPUAttention(memory)
 
 
 BUILDS = {
