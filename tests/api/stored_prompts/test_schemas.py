@@ -27,7 +27,7 @@ PML = f"""<schema name="travel">
   The agency is closed on Mondays.
   <module name="plan">
     {FISH}
-    The traveller stays for <parameter name="duration" length="24" default="three days"/>.
+    The traveler stays for <parameter name="duration" length="24" default="three days"/>.
     <union>
       <module name="harbour">{FISH}</module>
       <module name="mountains">{SNOW}</module>

@@ -1,0 +1,68 @@
+"""What the README and the pages show a reader is run as it stands there."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from longctx.embedded import model_path
+from tests.api.live_server import LiveServer
+
+ROOT = Path(__file__).parents[2]
+ADDRESS = "http://127.0.0.1:8000"
+HANDBOOK = "The north gate is closed at night. The access code of the north gate is 7421.\n"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+
+
+def curl_commands(page: str) -> list[str]:
+    """Each `$ curl ...`, with the lines that its quotes span."""
+    shown = "\n".join(blocks(page, "console"))
+    return re.findall(r"^\$ (curl (?:[^'\n]|'[^']*')+)$", shown, re.M)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_curl_commands_of_a_page_work_in_their_order(tmp_path: Path, page: str) -> None:
+    commands = curl_commands(page)
+    assert len(commands) >= 2
+    (tmp_path / "handbook.txt").write_text(HANDBOOK, encoding="utf-8")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    file_id = "file-..."
+    answers = []
+    room = {"device_pool_gib": 1.5}  # for a million tokens: the longest answer, without max_tokens
+    with LiveServer(model_path(), tmp_path / "store", served_name=None, cache=room) as server:
+        for command in commands:
+            # A server in the background of a shell has no other port than this one.
+            own = command.replace(ADDRESS, server.url).replace("file-...", file_id)
+            shell = subprocess.run(
+                ["bash", "-c", f"{own} --fail-with-body"],
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+            )
+            assert shell.returncode == 0, f"{own}\n{shell.stdout}{shell.stderr}"
+            answers.append(shell.stdout)
+            if "/v1/files" in command:
+                file_id = json.loads(shell.stdout)["id"]
+    assert "7421" in "".join(re.findall(r'"content":\s*"([^"]*)"', answers[1]))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/library.md"])
+def test_the_python_of_a_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], page: str
+) -> None:
+    (tmp_path / "handbook.txt").write_text(HANDBOOK, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(page, "python"):
+        names: dict[str, object] = {}
+        exec(compile(block, page, "exec"), names)
+        if "with" not in block:
+            names["llm"].close()  # type: ignore[attr-defined]
+    assert "7421" in capsys.readouterr().out
