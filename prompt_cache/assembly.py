@@ -1,8 +1,8 @@
 """One prompt out of a schema: the chosen modules at their positions, with arguments in place.
 
-An `Assembly` says, in reading order, what is borrowed from a module's computed state and what is
-literal text. A module that stands inside others brings them along; a scaffold is borrowed as a
-whole where all of its members were chosen. The request's own text follows the last token.
+An `AssembledPrompt` says, in reading order, what is reused of a module's computed state and what is
+literal text. A module that stands inside others brings them along; a scaffold is reused as a whole
+where all of its members were chosen. The request's own text follows the last token.
 """
 
 import difflib
@@ -13,13 +13,13 @@ from typing import TypeAlias
 from prompt_cache.errors import SchemaError
 from prompt_cache.layout import (
     Encode,
-    Layout,
-    Part,
-    Piece,
     PlacedModule,
+    PlacedParameter,
+    PlacedPart,
     PlacedScaffold,
+    PlacedTokens,
     PlacedUnion,
-    Slot,
+    SchemaLayout,
 )
 
 # A shorter piece is computed in its context: that costs next to nothing, and it sees more.
@@ -27,7 +27,7 @@ SHORT_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Borrowed:
+class ReusedPiece:
     """Piece number `piece` of what `Layout.encoded` calls `module`."""
 
     module: str
@@ -37,17 +37,17 @@ class Borrowed:
 
 
 @dataclass(frozen=True, slots=True)
-class Literal:
+class LiteralTokens:
     token_ids: tuple[int, ...]
     position: int
 
 
-AssemblyPart: TypeAlias = Borrowed | Literal
+PromptPart: TypeAlias = ReusedPiece | LiteralTokens
 
 
 @dataclass(frozen=True, slots=True)
-class Assembly:
-    parts: tuple[AssemblyPart, ...]
+class AssembledPrompt:
+    parts: tuple[PromptPart, ...]
 
     @property
     def end(self) -> int:
@@ -62,11 +62,11 @@ class Assembly:
 
 
 def assemble(
-    layout: Layout,
+    layout: SchemaLayout,
     modules: Iterable[str],
     arguments: Mapping[str, str],
     encode: Encode,
-) -> Assembly:
+) -> AssembledPrompt:
     """Raises SchemaError for a module that is not there, two members of a union, and an argument
     that is missing, too long, or of no chosen module."""
     choice = _Choice(layout, encode, arguments)
@@ -79,12 +79,12 @@ def assemble(
             f'schema "{layout.name}" has no text outside of its modules; choose one of them',
             param="modules",
         )
-    return Assembly(parts)
+    return AssembledPrompt(parts)
 
 
 @dataclass(slots=True)
 class _Choice:
-    layout: Layout
+    layout: SchemaLayout
     encode: Encode
     arguments: Mapping[str, str]
     _enclosing: dict[str, tuple[PlacedModule | PlacedUnion, ...]] = field(default_factory=dict)
@@ -116,25 +116,25 @@ class _Choice:
                     param="modules",
                 )
 
-    def parts(self) -> Iterator[AssemblyPart]:
+    def parts(self) -> Iterator[PromptPart]:
         return self._parts(self.layout.parts, None)
 
     def check_arguments_used(self) -> None:
         for name in self.arguments:
             if name in self._used:
                 continue
-            owners = [m for m in self.layout.modules() if any(s.name == name for s in m.slots)]
+            owners = [m for m in self.layout.modules() if any(s.name == name for s in m.parameters)]
             if owners:
                 reason = f'it is in module "{owners[0].name}", which is not among the modules'
                 cure = "choose it or leave the argument out"
             else:
-                known = sorted({s.name for m in self.layout.modules() for s in m.slots})
+                known = sorted({s.name for m in self.layout.modules() for s in m.parameters})
                 reason = "the schema has no such parameter"
                 cure = f"it has {_listed(known)}" if known else "it has none at all"
             raise SchemaError(f'parameter "{name}": {reason}; {cure}', param="parameters")
 
     def _enter(
-        self, parts: Iterable[Part], enclosing: tuple[PlacedModule | PlacedUnion, ...]
+        self, parts: Iterable[PlacedPart], enclosing: tuple[PlacedModule | PlacedUnion, ...]
     ) -> None:
         for part in parts:
             match part:
@@ -148,22 +148,22 @@ class _Choice:
                     self._enter(part.members, enclosing)
 
     def _parts(
-        self, parts: Sequence[Part], encoded: tuple[str, Iterator[int]] | None
-    ) -> Iterator[AssemblyPart]:
+        self, parts: Sequence[PlacedPart], encoded: tuple[str, Iterator[int]] | None
+    ) -> Iterator[PromptPart]:
         """`encoded`: the name that these parts' pieces are computed under, and their numbers."""
         for part in parts:
             match part:
-                case Piece(token_ids, position):
+                case PlacedTokens(token_ids, position):
                     assert encoded is not None
                     name, numbers = encoded
                     number = next(numbers)
                     if len(token_ids) < SHORT_TOKENS:
-                        yield Literal(token_ids, position)
+                        yield LiteralTokens(token_ids, position)
                     else:
-                        yield Borrowed(name, number, token_ids, position)
-                case Slot():
+                        yield ReusedPiece(name, number, token_ids, position)
+                case PlacedParameter():
                     if argument := self._argument(part):
-                        yield Literal(argument, part.position)
+                        yield LiteralTokens(argument, part.position)
                 case PlacedModule():
                     if part.anonymous or part.name in self._taken:
                         yield from self._parts(part.parts, (part.name, _numbers(part.pieces)))
@@ -177,22 +177,22 @@ class _Choice:
                     else:
                         yield from self._parts(part.members, None)
 
-    def _argument(self, slot: Slot) -> tuple[int, ...]:
-        self._used.add(slot.name)
-        given = self.arguments.get(slot.name)
+    def _argument(self, parameter: PlacedParameter) -> tuple[int, ...]:
+        self._used.add(parameter.name)
+        given = self.arguments.get(parameter.name)
         if given is None:
-            if slot.default is None:
+            if parameter.default is None:
                 raise SchemaError(
-                    f'parameter "{slot.name}" has no default and no argument was given; give one '
-                    f"of at most {slot.length} tokens",
+                    f'parameter "{parameter.name}" has no default and no argument was given; give '
+                    f"one of at most {parameter.length} tokens",
                     param="parameters",
                 )
-            return slot.default
+            return parameter.default
         argument = tuple(self.encode(given))
-        if len(argument) > slot.length:
+        if len(argument) > parameter.length:
             raise SchemaError(
-                f'the argument of "{slot.name}" has {len(argument)} tokens, its place in the '
-                f"schema is {slot.length}; shorten it, put it into your message, or make the "
+                f'the argument of "{parameter.name}" has {len(argument)} tokens, its place in the '
+                f"schema is {parameter.length}; shorten it, put it into your message, or make the "
                 "parameter longer",
                 param="parameters",
             )
@@ -215,7 +215,7 @@ class _Choice:
         return f'"{asked}"' if asked == member else f'"{asked}" (inside "{member}")'
 
 
-def _numbers(pieces: Sequence[Piece]) -> Iterator[int]:
+def _numbers(pieces: Sequence[PlacedTokens]) -> Iterator[int]:
     return iter(range(len(pieces)))
 
 

@@ -16,13 +16,21 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from prompt_cache.errors import SchemaError
-from prompt_cache.schema import Module, Node, Parameter, Scaffold, Schema, Text, Union
+from prompt_cache.schema import (
+    ModuleNode,
+    Node,
+    ParameterNode,
+    ScaffoldNode,
+    Schema,
+    TextNode,
+    UnionNode,
+)
 
 Encode: TypeAlias = Callable[[str], Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class PlacedTokens:
     """Tokens at consecutive positions."""
 
     token_ids: tuple[int, ...]
@@ -34,7 +42,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class PlacedParameter:
     """The positions of an argument."""
 
     name: str
@@ -52,18 +60,18 @@ class PlacedModule:
     name: str
     position: int
     end: int  # of the last of its parts
-    parts: tuple["Part", ...]  # in reading order
+    parts: tuple["PlacedPart", ...]  # in reading order
     anonymous: bool = False
 
     @property
-    def pieces(self) -> tuple[Piece, ...]:
+    def pieces(self) -> tuple[PlacedTokens, ...]:
         """Its own."""
-        return tuple(part for part in self.parts if isinstance(part, Piece))
+        return tuple(part for part in self.parts if isinstance(part, PlacedTokens))
 
     @property
-    def slots(self) -> tuple[Slot, ...]:
+    def parameters(self) -> tuple[PlacedParameter, ...]:
         """Its own."""
-        return tuple(part for part in self.parts if isinstance(part, Slot))
+        return tuple(part for part in self.parts if isinstance(part, PlacedParameter))
 
     @property
     def tokens(self) -> int:
@@ -90,7 +98,7 @@ class PlacedScaffold:
         return "+".join(member.name for member in self.members)
 
     @property
-    def pieces(self) -> tuple[Piece, ...]:
+    def pieces(self) -> tuple[PlacedTokens, ...]:
         return tuple(piece for member in self.members for piece in member.pieces)
 
     @property
@@ -98,11 +106,11 @@ class PlacedScaffold:
         return sum(member.tokens for member in self.members)
 
 
-Part: TypeAlias = Piece | Slot | PlacedModule | PlacedUnion | PlacedScaffold
+PlacedPart: TypeAlias = PlacedTokens | PlacedParameter | PlacedModule | PlacedUnion | PlacedScaffold
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class SchemaLayout:
     """A schema in tokens. `parts` are modules (also anonymous ones), unions and scaffolds.
 
     `ends_in_role`: its last text is a whole message; otherwise the request's own text goes on in
@@ -110,7 +118,7 @@ class Layout:
     """
 
     name: str
-    parts: tuple[Part, ...]
+    parts: tuple[PlacedPart, ...]
     end: int
     ends_in_role: bool
 
@@ -121,7 +129,7 @@ class Layout:
     def scaffolds(self) -> Iterator[PlacedScaffold]:
         return (part for part in _walk(self.parts) if isinstance(part, PlacedScaffold))
 
-    def encoded(self) -> Iterator[tuple[str, tuple[Piece, ...]]]:
+    def encoded(self) -> Iterator[tuple[str, tuple[PlacedTokens, ...]]]:
         """What is computed once: the name and the pieces of each module and scaffold."""
         for part in _walk(self.parts):
             if isinstance(part, PlacedModule | PlacedScaffold) and part.pieces:
@@ -134,7 +142,7 @@ def lay_out(
     frames: Sequence[Sequence[int]],
     *,
     max_positions: int,
-) -> Layout:
+) -> SchemaLayout:
     """`frames`: what the chat template puts before each message, and before the message that the
     schema's last content begins, if there is any.
 
@@ -145,26 +153,26 @@ def lay_out(
     if schema.content:
         messages.append(schema.content)
     assert len(frames) == len(messages), "a frame for each message"
-    layouter = _Layouter(encode)
+    builder = _LayoutBuilder(encode)
     for frame, content in zip(frames, messages, strict=True):
-        layouter.anonymous_tokens(frame)
+        builder.anonymous_tokens(frame)
         for node in content:
-            layouter.anonymous_node(node)
-    layouter.end_anonymous()
-    if layouter.position >= max_positions:
-        raise _too_long(schema, layouter, max_positions)
-    return Layout(
-        schema.name, tuple(layouter.parts), layouter.position, ends_in_role=not schema.content
+            builder.anonymous_node(node)
+    builder.end_anonymous()
+    if builder.position >= max_positions:
+        raise _too_long(schema, builder, max_positions)
+    return SchemaLayout(
+        schema.name, tuple(builder.parts), builder.position, ends_in_role=not schema.content
     )
 
 
-def _too_long(schema: Schema, layouter: "_Layouter", max_positions: int) -> SchemaError:
+def _too_long(schema: Schema, builder: "_LayoutBuilder", max_positions: int) -> SchemaError:
     message = (
-        f'schema "{schema.name}" takes {layouter.position:,} positions, the limit is '
+        f'schema "{schema.name}" takes {builder.position:,} positions, the limit is '
         f"{max_positions:,} together with question and answer; shorten it, put what is never used "
         "together into a union, or split it"
     )
-    named = [module for module in _modules(layouter.parts) if not module.anonymous]
+    named = [module for module in _modules(builder.parts) if not module.anonymous]
     if named:
         longest = max(named, key=lambda module: module.end - module.position)
         positions = longest.end - longest.position
@@ -173,28 +181,29 @@ def _too_long(schema: Schema, layouter: "_Layouter", max_positions: int) -> Sche
 
 
 @dataclass(slots=True)
-class _Layouter:
+class _LayoutBuilder:
     encode: Encode
     position: int = 0
-    parts: list[Part] = field(default_factory=list)
-    _run: list[Piece | Slot] = field(default_factory=list)  # of the anonymous module
+    parts: list[PlacedPart] = field(default_factory=list)
+    # What the next anonymous module will hold, and how many there were before it
+    _run: list[PlacedTokens | PlacedParameter] = field(default_factory=list)
     _runs: int = 0
 
     def anonymous_tokens(self, token_ids: Sequence[int]) -> None:
         if not token_ids:
             return
-        if self._run and isinstance(last := self._run[-1], Piece):
-            self._run[-1] = Piece((*last.token_ids, *token_ids), last.position)
+        if self._run and isinstance(last := self._run[-1], PlacedTokens):
+            self._run[-1] = PlacedTokens((*last.token_ids, *token_ids), last.position)
         else:
-            self._run.append(Piece(tuple(token_ids), self.position))
+            self._run.append(PlacedTokens(tuple(token_ids), self.position))
         self.position += len(token_ids)
 
     def anonymous_node(self, node: Node) -> None:
         match node:
-            case Text(text):
+            case TextNode(text):
                 self.anonymous_tokens(self.encode(text))
-            case Parameter():
-                self._run.append(self._slot(node))
+            case ParameterNode():
+                self._run.append(self._parameter(node))
             case _:
                 self.end_anonymous()
                 self.parts.append(self._part(node))
@@ -208,18 +217,18 @@ class _Layouter:
                 PlacedModule(f"#{self._runs}", run[0].position, self.position, run, anonymous=True)
             )
 
-    def _part(self, node: Node) -> Part:
+    def _part(self, node: Node) -> PlacedPart:
         begin = self.position
         match node:
-            case Text(text):
-                piece = Piece(tuple(self.encode(text)), begin)
+            case TextNode(text):
+                piece = PlacedTokens(tuple(self.encode(text)), begin)
                 self.position = piece.end
                 return piece
-            case Parameter():
-                return self._slot(node)
-            case Module():
+            case ParameterNode():
+                return self._parameter(node)
+            case ModuleNode():
                 return self._module(node)
-            case Union(members):
+            case UnionNode(members):
                 placed, end = [], begin
                 for member in members:
                     self.position = begin
@@ -227,18 +236,18 @@ class _Layouter:
                     end = max(end, self.position)
                 self.position = end
                 return PlacedUnion(begin, end, tuple(placed))
-            case Scaffold(members):
+            case ScaffoldNode(members):
                 placed = [self._module(member) for member in members]
                 return PlacedScaffold(begin, self.position, tuple(placed))
 
-    def _module(self, module: Module) -> PlacedModule:
+    def _module(self, module: ModuleNode) -> PlacedModule:
         begin = self.position
         parts = tuple(self._part(node) for node in module.content)
         # A text may have no tokens at all: some tokenizers drop white space
-        kept = tuple(p for p in parts if not isinstance(p, Piece) or p.token_ids)
+        kept = tuple(p for p in parts if not isinstance(p, PlacedTokens) or p.token_ids)
         return PlacedModule(module.name, begin, self.position, kept)
 
-    def _slot(self, parameter: Parameter) -> Slot:
+    def _parameter(self, parameter: ParameterNode) -> PlacedParameter:
         default = None
         if parameter.default is not None:
             default = tuple(self.encode(parameter.default))
@@ -248,12 +257,12 @@ class _Layouter:
                     f"{len(default)} tokens, its length is {parameter.length}; set length to "
                     f"{len(default)} or more, or shorten the default"
                 )
-        slot = Slot(parameter.name, self.position, parameter.length, default)
-        self.position = slot.end
-        return slot
+        placed = PlacedParameter(parameter.name, self.position, parameter.length, default)
+        self.position = placed.end
+        return placed
 
 
-def _walk(parts: Iterable[Part]) -> Iterator[Part]:
+def _walk(parts: Iterable[PlacedPart]) -> Iterator[PlacedPart]:
     for part in parts:
         yield part
         match part:
@@ -263,5 +272,5 @@ def _walk(parts: Iterable[Part]) -> Iterator[Part]:
                 yield from _walk(part.members)
 
 
-def _modules(parts: Iterable[Part]) -> Iterator[PlacedModule]:
+def _modules(parts: Iterable[PlacedPart]) -> Iterator[PlacedModule]:
     return (part for part in _walk(parts) if isinstance(part, PlacedModule))

@@ -14,7 +14,7 @@ from offload.key import BlockKey
 _RANGE = struct.Struct("<QQQ")
 
 
-def after_borrowed(
+def after_reused(
     before: BlockKey, *, last: BlockKey, begin: int, end: int, position: int
 ) -> BlockKey:
     """The parent of what follows a piece.

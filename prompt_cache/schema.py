@@ -43,12 +43,12 @@ RoleName = Literal["system", "user", "assistant"]
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class TextNode:
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class Parameter:
+class ParameterNode:
     """A place for an argument of at most `length` tokens. The same name, the same argument."""
 
     name: str
@@ -58,7 +58,7 @@ class Parameter:
 
 
 @dataclass(frozen=True, slots=True)
-class Module:
+class ModuleNode:
     """Text that is computed once, and further modules that may only be chosen with it."""
 
     name: str
@@ -67,22 +67,22 @@ class Module:
 
 
 @dataclass(frozen=True, slots=True)
-class Union:
+class UnionNode:
     """Modules of which a prompt has at most one: they stand at the same positions."""
 
-    members: tuple[Module, ...]
+    members: tuple[ModuleNode, ...]
     where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
-class Scaffold:
+class ScaffoldNode:
     """Modules that are also computed together, for prompts that have all of them."""
 
-    members: tuple[Module, ...]
+    members: tuple[ModuleNode, ...]
     where: str = field(default="", compare=False)
 
 
-Node: TypeAlias = Text | Parameter | Module | Union | Scaffold
+Node: TypeAlias = TextNode | ParameterNode | ModuleNode | UnionNode | ScaffoldNode
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class Schema:
     content: tuple[Node, ...]
     where: str = field(default="", compare=False)
 
-    def modules(self) -> Iterator[Module]:
+    def modules(self) -> Iterator[ModuleNode]:
         """All of them, in reading order."""
         for role in self.roles:
             yield from _modules(role.content)
@@ -167,18 +167,18 @@ class _Reader:
         for child in children:
             if isinstance(child, str):
                 _check_unicode(parent, child)
-                if nodes and isinstance(nodes[-1], Text):
-                    nodes[-1] = Text(nodes[-1].text + child)
+                if nodes and isinstance(nodes[-1], TextNode):
+                    nodes[-1] = TextNode(nodes[-1].text + child)
                 elif child:
-                    nodes.append(Text(child))
+                    nodes.append(TextNode(child))
             elif child.tag == "parameter":
                 nodes.append(self._parameter(child))
             elif child.tag == "module":
                 nodes.append(self._module(child))
             elif child.tag == "union":
-                nodes.append(Union(self._members(child), child.where))
+                nodes.append(UnionNode(self._members(child), child.where))
             elif child.tag == "scaffold":
-                nodes.append(Scaffold(self._scaffolded(child), child.where))
+                nodes.append(ScaffoldNode(self._scaffolded(child), child.where))
             elif child.tag in ROLES:
                 raise child.fault("a role stands directly in the schema, not in another element")
             else:
@@ -188,7 +188,7 @@ class _Reader:
                 )
         return tuple(nodes)
 
-    def _module(self, element: Element) -> Module:
+    def _module(self, element: Element) -> ModuleNode:
         name = self._name(element, ("name",))
         known = self.named.setdefault(name, element)
         if known is not element:
@@ -196,9 +196,9 @@ class _Reader:
         content = self._content(element, element.children)
         if not content:
             raise element.fault("it is empty; write text in it or leave it out")
-        return Module(name, content, element.where)
+        return ModuleNode(name, content, element.where)
 
-    def _members(self, element: Element) -> tuple[Module, ...]:
+    def _members(self, element: Element) -> tuple[ModuleNode, ...]:
         self._only(element, ())
         members = []
         for child in element.children:
@@ -214,17 +214,17 @@ class _Reader:
             raise element.fault(f"a {element.tag} has two modules or more; add some or take it out")
         return tuple(members)
 
-    def _scaffolded(self, element: Element) -> tuple[Module, ...]:
+    def _scaffolded(self, element: Element) -> tuple[ModuleNode, ...]:
         members = self._members(element)
         for member in members:
-            if not all(isinstance(node, Text | Parameter) for node in member.content):
+            if not all(isinstance(node, TextNode | ParameterNode) for node in member.content):
                 raise element.fault(
                     f'its module "{member.name}" has modules inside; a scaffold\'s have only text '
                     "and parameters: put the others beside it"
                 )
         return members
 
-    def _parameter(self, element: Element) -> Parameter:
+    def _parameter(self, element: Element) -> ParameterNode:
         name = self._name(element, ("name", "length", "default"))
         if element.children:
             raise element.fault("a parameter has no content; its text is the attribute default")
@@ -240,7 +240,7 @@ class _Reader:
         if default is not None and not isinstance(default, str):
             raise element.fault("its default must be text")
         _check_unicode(element, default or "")
-        return Parameter(name, length, default, element.where)
+        return ParameterNode(name, length, default, element.where)
 
     def _name(self, element: Element, allowed: tuple[str, ...]) -> str:
         self._only(element, allowed)
@@ -258,13 +258,13 @@ class _Reader:
                 raise element.fault(f"there is no attribute {name!r}; {has}")
 
 
-def _modules(nodes: Iterable[Node]) -> Iterator[Module]:
+def _modules(nodes: Iterable[Node]) -> Iterator[ModuleNode]:
     for node in nodes:
         match node:
-            case Module():
+            case ModuleNode():
                 yield node
                 yield from _modules(node.content)
-            case Union() | Scaffold():
+            case UnionNode() | ScaffoldNode():
                 yield from _modules(node.members)
 
 

@@ -23,13 +23,13 @@ from prompt_cache.schema import (
     MAX_ELEMENTS,
     ROLES,
     Element,
-    Module,
+    ModuleNode,
     Node,
-    Parameter,
-    Scaffold,
+    ParameterNode,
+    ScaffoldNode,
     Schema,
-    Text,
-    Union,
+    TextNode,
+    UnionNode,
     schema_of,
 )
 
@@ -128,7 +128,7 @@ def _too_deep(where: str) -> SchemaError:
 
 def _content(nodes: Sequence[Node]) -> str | list[Any]:
     match nodes:
-        case [Text(text)]:
+        case [TextNode(text)]:
             return text
         case _:
             return list(map(_object, nodes))
@@ -136,14 +136,14 @@ def _content(nodes: Sequence[Node]) -> str | list[Any]:
 
 def _object(node: Node) -> str | dict[str, Any]:
     match node:
-        case Text(text):
+        case TextNode(text):
             return text
-        case Parameter(name, length, default):
+        case ParameterNode(name, length, default):
             given = {} if default is None else {"default": default}
             return {"parameter": name, "length": length, **given}
-        case Module(name, content):
+        case ModuleNode(name, content):
             return {"module": name, "content": _content(content)}
-        case Union(members):
+        case UnionNode(members):
             return {"union": list(map(_object, members))}
-        case Scaffold(members):
+        case ScaffoldNode(members):
             return {"scaffold": list(map(_object, members))}

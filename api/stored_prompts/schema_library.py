@@ -20,9 +20,9 @@ from longctx.process.client import EngineClient
 from longctx.request import Piece, Segment
 from longctx.text.chat_template import ChatPrompts, Message, Place
 from longctx.text.tokenizer import Tokenizer
-from prompt_cache.assembly import Assembly, Borrowed, assemble
+from prompt_cache.assembly import AssembledPrompt, ReusedPiece, assemble
 from prompt_cache.errors import SchemaError
-from prompt_cache.layout import Layout, lay_out
+from prompt_cache.layout import SchemaLayout, lay_out
 from prompt_cache.level import Level
 from prompt_cache.schema import Schema
 
@@ -32,7 +32,7 @@ class SchemaEntry:
     """The rest is there unless the schema does not suit the model: then `error` says why."""
 
     record: SchemaRecord
-    layout: Layout | None = None
+    layout: SchemaLayout | None = None
     frames: tuple[tuple[int, ...], ...] = ()
     kept: Kept | None = None
     error: str | None = None
@@ -138,7 +138,7 @@ class SchemaLibrary:
         """Oldest first."""
         return (entry for (owner, _), entry in self._entries.items() if owner == tenant)
 
-    def check(self, entry: SchemaEntry) -> Layout:
+    def check(self, entry: SchemaEntry) -> SchemaLayout:
         """Raises ApiError 400 when the schema cannot be used."""
         error = entry.error or (entry.kept and entry.kept.error)
         if error is not None or entry.layout is None:
@@ -152,7 +152,7 @@ class SchemaLibrary:
 
     async def assemble(
         self, entry: SchemaEntry, modules: Sequence[str], arguments: Mapping[str, str]
-    ) -> Assembly:
+    ) -> AssembledPrompt:
         """Raises ApiError and SchemaError."""
         layout = self.check(entry)
         return await asyncio.to_thread(assemble, layout, modules, arguments, self._encode)
@@ -173,7 +173,9 @@ class SchemaLibrary:
         kept = Kept(id=name, salt=record.tenant, prepare=prepare)
         return SchemaEntry(record, layout, frames, kept)
 
-    def _lay_out(self, schema: Schema, date: str) -> tuple[tuple[tuple[int, ...], ...], Layout]:
+    def _lay_out(
+        self, schema: Schema, date: str
+    ) -> tuple[tuple[tuple[int, ...], ...], SchemaLayout]:
         frames = self._prompts.frames(
             [role.role for role in schema.roles], continued=bool(schema.content), date=date
         )
@@ -184,14 +186,14 @@ class SchemaLibrary:
         return self._tokenizer.encode(text, continues=True)
 
 
-def segments_of(entry: SchemaEntry, assembly: Assembly, level: Level) -> tuple[Segment, ...]:
+def segments_of(entry: SchemaEntry, prompt: AssembledPrompt, level: Level) -> tuple[Segment, ...]:
     """The prompt's beginning as the engine takes it.
 
     `exact` is the same text without gaps. With `link:k`, the first k tokens of a module are
     computed in the prompt, also where they reach beyond its first piece.
     """
     if level.link_tokens is None:
-        return (Segment(token_ids=assembly.token_ids),)
+        return (Segment(token_ids=prompt.token_ids),)
     assert entry.layout is not None
     begins: dict[str, list[int]] = {}  # of each module: its tokens before each of its pieces
     for name, pieces in entry.layout.encoded():
@@ -200,8 +202,8 @@ def segments_of(entry: SchemaEntry, assembly: Assembly, level: Level) -> tuple[S
             lengths.append(lengths[-1] + len(piece.token_ids))
         begins[name] = lengths
     segments = []
-    for part in assembly.parts:
-        if not isinstance(part, Borrowed):
+    for part in prompt.parts:
+        if not isinstance(part, ReusedPiece):
             segments.append(Segment(token_ids=part.token_ids, position=part.position))
             continue
         segments.append(

@@ -14,7 +14,7 @@ from api.stored_prompts.module_keeper import Keeper
 from api.stored_prompts.schema_library import SchemaEntry, SchemaLibrary
 from longctx.process.client import EngineClient
 from longctx.request import ModuleState
-from prompt_cache.layout import Layout, PlacedModule, PlacedScaffold
+from prompt_cache.layout import PlacedModule, PlacedScaffold, SchemaLayout
 from prompt_cache.read import read_schema
 from prompt_cache.schema_json import schema_object
 
@@ -93,7 +93,7 @@ class Schemas:
         }
 
 
-def _parts(layout: Layout) -> list[PlacedModule | PlacedScaffold]:
+def _parts(layout: SchemaLayout) -> list[PlacedModule | PlacedScaffold]:
     """What is computed once."""
     return [*layout.modules(), *layout.scaffolds()]
 
@@ -112,10 +112,14 @@ def _module(part: PlacedModule | PlacedScaffold, state: ModuleState | None) -> d
     match part:
         case PlacedScaffold(members=members):
             described["members"] = [member.name for member in members]
-        case PlacedModule(slots=slots, anonymous=anonymous):
+        case PlacedModule(parameters=parameters, anonymous=anonymous):
             described["always_present"] = anonymous
             described["parameters"] = [
-                {"name": slot.name, "length": slot.length, "required": slot.default is None}
-                for slot in slots
+                {
+                    "name": parameter.name,
+                    "length": parameter.length,
+                    "required": parameter.default is None,
+                }
+                for parameter in parameters
             ]
     return described

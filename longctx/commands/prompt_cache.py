@@ -19,13 +19,13 @@ from longctx.text.chat_template import ChatPrompts
 from longctx.text.tokenizer import Tokenizer
 from prompt_cache.errors import SchemaError
 from prompt_cache.layout import (
-    Layout,
-    Part,
-    Piece,
     PlacedModule,
+    PlacedParameter,
+    PlacedPart,
     PlacedScaffold,
+    PlacedTokens,
     PlacedUnion,
-    Slot,
+    SchemaLayout,
     lay_out,
 )
 from prompt_cache.read import read_schema
@@ -86,7 +86,7 @@ def lay_out_for(
     *,
     max_positions: int,
     date: str | None = None,
-) -> Layout:
+) -> SchemaLayout:
     """A schema in a model's tokens, in its chat template. Raises SchemaError, InvalidRequest."""
     return lay_out(
         schema,
@@ -98,7 +98,7 @@ def lay_out_for(
     )
 
 
-def layout_table(layout: Layout, decode: Callable[[tuple[int, ...]], str]) -> Table:
+def layout_table(layout: SchemaLayout, decode: Callable[[tuple[int, ...]], str]) -> Table:
     """A row for each module, parameter, union and scaffold; what is inside is indented."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     headings = ("positions", "tokens", layout.name)
@@ -113,7 +113,7 @@ def layout_table(layout: Layout, decode: Callable[[tuple[int, ...]], str]) -> Ta
     return table
 
 
-def summary(layout: Layout, limit: int, model: str) -> str:
+def summary(layout: SchemaLayout, limit: int, model: str) -> str:
     encoded = list(layout.encoded())
     tokens = sum(len(piece.token_ids) for _, pieces in encoded for piece in pieces)
     least, most = _extent(layout.parts, choose=min), _extent(layout.parts, choose=max)
@@ -131,15 +131,15 @@ def summary(layout: Layout, limit: int, model: str) -> str:
 
 
 def _rows(
-    parts: Iterable[Part], depth: int, decode: Callable[[tuple[int, ...]], str]
+    parts: Iterable[PlacedPart], depth: int, decode: Callable[[tuple[int, ...]], str]
 ) -> Iterator[Row]:
     for part in parts:
         span = f"{part.position:,} - {part.end - 1:,}" if part.end > part.position else "-"
         lead = INDENT * depth
         match part:
-            case Piece():
+            case PlacedTokens():
                 continue
-            case Slot(name, _, length, default):
+            case PlacedParameter(name, _, length, default):
                 told = "no default" if default is None else f"default {decode(default)!r}"
                 yield (span, f"{length:,}", f"{lead}<{name}>", f"parameter, {told}")
             case PlacedModule():
@@ -157,14 +157,14 @@ def _rows(
                 yield from _rows(members, depth + 1, decode)
 
 
-def _extent(parts: Iterable[Part], *, choose: Callable[..., int]) -> int:
+def _extent(parts: Iterable[PlacedPart], *, choose: Callable[..., int]) -> int:
     """The fewest or most tokens that a prompt can have of these parts, without arguments."""
     total = 0
     for part in parts:
         match part:
-            case Piece(token_ids):
+            case PlacedTokens(token_ids):
                 total += len(token_ids)
-            case Slot():
+            case PlacedParameter():
                 continue
             case PlacedModule(anonymous=True):
                 total += part.tokens

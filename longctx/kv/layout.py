@@ -24,7 +24,7 @@ from compress.shape import BLOCK_TOKENS
 from longctx.kv.block_entry import ENTRY_COLUMNS, FIRST_POSITION, ROTATION, ROW_BEGIN, ROWS, Entries
 from longctx.kv.prefix_index import PrefixName, owner_of
 from offload.key import BlockKey, chain_keys, short_key
-from prompt_cache.lineage import after_borrowed
+from prompt_cache.lineage import after_reused
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class Borrowed:
         )
         if whole and self.rotation == 0 and before == parent:
             return last
-        return after_borrowed(
+        return after_reused(
             before, last=last, begin=self.begin, end=self.end, position=self.position
         )
 

@@ -312,7 +312,7 @@ def test_a_plain_hash_chain_would_have_served_wrong_blocks(
 ) -> None:
     """The test above would fail if what follows a module were named after its last block alone."""
     monkeypatch.setattr(
-        "longctx.kv.layout.after_borrowed", lambda before, *, last, begin, end, position: last
+        "longctx.kv.layout.after_reused", lambda before, *, last, begin, end, position: last
     )
     engine = with_modules(build_engine(llama), MODULES)
     tail = literal(130, 1)

@@ -5,7 +5,15 @@ from xml.sax.saxutils import escape, quoteattr
 
 from hypothesis import strategies as st
 
-from prompt_cache.schema import Module, Node, Parameter, Scaffold, Schema, Text, Union
+from prompt_cache.schema import (
+    ModuleNode,
+    Node,
+    ParameterNode,
+    ScaffoldNode,
+    Schema,
+    TextNode,
+    UnionNode,
+)
 
 TRAVEL = """<?xml version="1.0" encoding="UTF-8"?>
 <schema name="travel">
@@ -97,14 +105,14 @@ def _markup(nodes: tuple[Node, ...]) -> str:
 
 def _node_markup(node: Node) -> str:
     match node:
-        case Text(text):
+        case TextNode(text):
             return escape(text, {"\r": "&#13;"})
-        case Parameter(name, length, default):
+        case ParameterNode(name, length, default):
             given = "" if default is None else f" default={quoteattr(default)}"
             return f'<parameter name="{name}" length="{length}"{given}/>'
-        case Module(name, content):
+        case ModuleNode(name, content):
             return f'<module name="{name}">{_markup(content)}</module>'
-        case Union(members):
+        case UnionNode(members):
             return f"<union>{_markup(members)}</union>"
-        case Scaffold(members):
+        case ScaffoldNode(members):
             return f"<scaffold>{_markup(members)}</scaffold>"

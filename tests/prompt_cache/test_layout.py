@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prompt_cache.assembly import SHORT_TOKENS, Assembly, Borrowed, assemble
+from prompt_cache.assembly import SHORT_TOKENS, AssembledPrompt, ReusedPiece, assemble
 from prompt_cache.errors import SchemaError
-from prompt_cache.layout import Layout, PlacedModule, PlacedUnion, Slot, lay_out
+from prompt_cache.layout import PlacedModule, PlacedParameter, PlacedUnion, SchemaLayout, lay_out
 from prompt_cache.pml import read_pml
 from prompt_cache.schema import Schema
 from prompt_cache.schema_json import schema_from
@@ -18,7 +18,7 @@ from tests.prompt_cache.schemas import TRAVEL, encode, schema_objects
 FRAME = "<turn>"
 
 
-def placed(schema: Schema, *, max_positions: int = 1 << 30) -> Layout:
+def placed(schema: Schema, *, max_positions: int = 1 << 30) -> SchemaLayout:
     messages = len(schema.roles) + bool(schema.content)
     return lay_out(schema, encode, [encode(FRAME)] * messages, max_positions=max_positions)
 
@@ -27,22 +27,22 @@ def text(token_ids: Sequence[int]) -> str:
     return bytes(token_ids).decode()
 
 
-def prompt(layout: Layout, *modules: str, **arguments: str) -> Assembly:
+def prompt(layout: SchemaLayout, *modules: str, **arguments: str) -> AssembledPrompt:
     return assemble(layout, modules, arguments, encode)
 
 
 @pytest.fixture
-def travel() -> Layout:
+def travel() -> SchemaLayout:
     return placed(read_pml(TRAVEL))
 
 
 def test_members_of_a_union_share_their_start_and_parameters_reserve_positions(
-    travel: Layout,
+    travel: SchemaLayout,
 ) -> None:
     by_name = {module.name: module for module in travel.modules()}
     trip, harbour, mountains = (by_name[name] for name in ("trip", "harbour", "mountains"))
     assert harbour.position == mountains.position
-    (slot,) = trip.slots
+    (slot,) = trip.parameters
     before, dot, back = trip.pieces
     assert (before.position, slot.position) == (trip.position, before.end)
     assert dot.position == slot.end == slot.position + 40
@@ -52,7 +52,9 @@ def test_members_of_a_union_share_their_start_and_parameters_reserve_positions(
     assert travel.end == by_name["prices"].end
 
 
-def test_text_that_is_always_there_is_joined_with_the_template_to_modules(travel: Layout) -> None:
+def test_text_that_is_always_there_is_joined_with_the_template_to_modules(
+    travel: SchemaLayout,
+) -> None:
     (opening,) = [module for module in travel.modules() if module.anonymous]
     (piece,) = opening.pieces
     system = "You are a travel agent. Fish & chips <here>."
@@ -60,26 +62,28 @@ def test_text_that_is_always_there_is_joined_with_the_template_to_modules(travel
     assert (opening.name, piece.position) == ("#1", 0)
 
 
-def test_a_prompt_has_the_chosen_modules_with_their_arguments_in_place(travel: Layout) -> None:
+def test_a_prompt_has_the_chosen_modules_with_their_arguments_in_place(
+    travel: SchemaLayout,
+) -> None:
     made = prompt(travel, "mountains", duration="a week")  # brings "trip" along
     assert text(made.token_ids).partition("line.\n")[2] == (
         "Plan a trip of a week.\nThe mountain village.\nIt has a lift.\nCome back at night.\n"
     )
-    assert [(p.module, p.piece) for p in made.parts if isinstance(p, Borrowed)] == [
+    assert [(p.module, p.piece) for p in made.parts if isinstance(p, ReusedPiece)] == [
         *(("#1", 0), ("mountains", 0), ("trip", 2))
     ]
     assert made.end == {module.name: module for module in travel.modules()}["trip"].end
 
 
-def test_the_default_stands_where_no_argument_was_given(travel: Layout) -> None:
+def test_the_default_stands_where_no_argument_was_given(travel: SchemaLayout) -> None:
     assert "a trip of three days.\n" in text(prompt(travel, "trip").token_ids)
 
 
-def test_a_scaffold_is_borrowed_whole_only_where_all_of_it_was_chosen(travel: Layout) -> None:
+def test_a_scaffold_is_borrowed_whole_only_where_all_of_it_was_chosen(travel: SchemaLayout) -> None:
     alone = prompt(travel, "hotel")
     both = prompt(travel, "prices", "hotel", price="80")
-    assert [p.module for p in alone.parts if isinstance(p, Borrowed)] == ["#1", "hotel"]
-    assert [p.module for p in both.parts if isinstance(p, Borrowed)] == ["#1", "hotel+prices"]
+    assert [p.module for p in alone.parts if isinstance(p, ReusedPiece)] == ["#1", "hotel"]
+    assert [p.module for p in both.parts if isinstance(p, ReusedPiece)] == ["#1", "hotel+prices"]
     encoded = dict(travel.encoded())
     assert encoded["hotel+prices"] == (*encoded["hotel"], *encoded["prices"])
 
@@ -113,7 +117,9 @@ REFUSALS: dict[str, tuple[list[str], dict[str, str], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_a_choice_that_the_schema_does_not_offer_is_refused(travel: Layout, case: str) -> None:
+def test_a_choice_that_the_schema_does_not_offer_is_refused(
+    travel: SchemaLayout, case: str
+) -> None:
     modules, arguments, message = REFUSALS[case]
     with pytest.raises(SchemaError) as raised:
         assemble(travel, modules, arguments, encode)
@@ -159,8 +165,8 @@ def test_every_prompt_is_in_reading_order_and_within_the_schema(
     layout = placed(schema_from(value))
     names = [module.name for module in layout.modules() if not module.anonymous]
     chosen = data.draw(st.lists(st.sampled_from(names), unique=True)) if names else []
-    slots = {slot.name for module in layout.modules() for slot in module.slots}
-    arguments = {name: data.draw(st.text("xyz", max_size=1)) for name in slots}
+    parameters = {slot.name for module in layout.modules() for slot in module.parameters}
+    arguments = {name: data.draw(st.text("xyz", max_size=1)) for name in parameters}
     encoded = dict(layout.encoded())
     try:
         made = assemble(layout, chosen, arguments, encode)
@@ -171,7 +177,7 @@ def test_every_prompt_is_in_reading_order_and_within_the_schema(
     for part in made.parts:
         assert part.position >= position
         position = part.position + len(part.token_ids)
-        if isinstance(part, Borrowed):
+        if isinstance(part, ReusedPiece):
             piece = encoded[part.module][part.piece]
             assert (piece.token_ids, piece.position) == (part.token_ids, part.position)
             assert len(part.token_ids) >= SHORT_TOKENS
@@ -195,7 +201,7 @@ def test_what_stands_side_by_side_never_overlaps(value: dict[str, Any]) -> None:
                     assert part.end == max(member.end for member in part.members)
                     for member in part.members:
                         check([member], part.position, member.end)
-                case Slot():
+                case PlacedParameter():
                     assert part.default is None or len(part.default) <= part.length
         assert position == end
 

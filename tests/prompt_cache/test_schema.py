@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from prompt_cache.errors import SchemaError
 from prompt_cache.pml import read_pml
 from prompt_cache.read import read_schema
-from prompt_cache.schema import MAX_DEPTH, Module, Parameter, Role, Scaffold, Text, Union
+from prompt_cache.schema import (
+    MAX_DEPTH,
+    ModuleNode,
+    ParameterNode,
+    Role,
+    ScaffoldNode,
+    TextNode,
+    UnionNode,
+)
 from prompt_cache.schema_json import read_json, schema_from, schema_object
 from tests.prompt_cache.schemas import TRAVEL, XML_TEXTS, schema_objects, write_pml
 
@@ -20,24 +28,26 @@ def test_a_schema_is_read_with_all_that_it_may_have() -> None:
     schema = read_pml(TRAVEL)
     assert schema.name == "travel"
     assert schema.roles == (
-        Role("system", (Text("You are a travel agent. Fish & chips <here>."),)),
+        Role("system", (TextNode("You are a travel agent. Fish & chips <here>."),)),
     )
     line, trip, scaffold = schema.content
-    assert line == Text("Answer in one line.\n")
-    assert isinstance(trip, Module)
+    assert line == TextNode("Answer in one line.\n")
+    assert isinstance(trip, ModuleNode)
     assert trip.content == (
-        Text("Plan a trip of "),
-        Parameter("duration", 40, "three days"),
-        Text(".\n"),
-        Union(
+        TextNode("Plan a trip of "),
+        ParameterNode("duration", 40, "three days"),
+        TextNode(".\n"),
+        UnionNode(
             (
-                Module("harbour", (Text("The harbour town has two beaches and a market.\n"),)),
-                Module("mountains", (Text("The mountain village.\nIt has a lift.\n"),)),
+                ModuleNode(
+                    "harbour", (TextNode("The harbour town has two beaches and a market.\n"),)
+                ),
+                ModuleNode("mountains", (TextNode("The mountain village.\nIt has a lift.\n"),)),
             )
         ),
-        Text("Come back at night.\n"),
+        TextNode("Come back at night.\n"),
     )
-    assert isinstance(scaffold, Scaffold)
+    assert isinstance(scaffold, ScaffoldNode)
     assert [module.name for module in schema.modules()] == [
         *("trip", "harbour", "mountains", "hotel", "prices")
     ]
@@ -58,11 +68,11 @@ def test_space_is_kept_where_it_is_asked_for() -> None:
     schema = read_pml(
         '<schema name="a" xml:space="preserve"> x <module name="m">\n y</module></schema>'
     )
-    assert schema.content == (Text(" x "), Module("m", (Text("\n y"),)))
+    assert schema.content == (TextNode(" x "), ModuleNode("m", (TextNode("\n y"),)))
     schema = read_pml(
         '<schema name="a"><module name="m" xml:space="preserve"> y </module></schema>'
     )
-    assert schema.content == (Module("m", (Text(" y "),)),)
+    assert schema.content == (ModuleNode("m", (TextNode(" y "),)),)
 
 
 @settings(max_examples=40, deadline=None)
