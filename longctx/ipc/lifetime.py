@@ -8,6 +8,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Be killed when the process that started this one ends, even while stopped; Linux only."""
+    """Have this process killed when the one that started it ends, even while it is stopped.
+
+    Works on Linux only; elsewhere it does nothing.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

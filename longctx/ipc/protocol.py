@@ -4,7 +4,6 @@ A frame is four bytes of length, little-endian, and one message. Calls that want
 ticket; `Done` with the same ticket is the answer.
 """
 
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ from longctx.errors import (
 )
 from longctx.request import LevelVerdict, ModuleState, Piece, Request, RequestOutput
 from prompt_cache.level import Level
-
-HEADER = struct.Struct("<I")
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
@@ -233,11 +230,6 @@ _EVENTS: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event, dec_hoo
 
 def encode(message: Command | Event) -> bytes:
     return _ENCODER.encode(message)
-
-
-def frame(message: Command | Event) -> bytes:
-    body = encode(message)
-    return HEADER.pack(len(body)) + body
 
 
 def decode_command(body: bytes) -> Command:

@@ -15,8 +15,8 @@ from longctx.config import CACHE_DIR, EngineConfig
 from longctx.embedded import model_path
 from longctx.engine_info import EngineInfo
 from longctx.errors import EngineDied, InvalidRequest, LongctxError
+from longctx.ipc.channel import HEADER, frame
 from longctx.ipc.protocol import (
-    HEADER,
     Abort,
     Clear,
     CloseDocument,
@@ -40,7 +40,7 @@ from longctx.ipc.protocol import (
     Stop,
     Submit,
     decode_event,
-    frame,
+    encode,
 )
 from longctx.process.launcher import engine_processes
 from longctx.request import (
@@ -232,7 +232,7 @@ class EngineClient:
 
     def _send(self, command: Command) -> None:
         if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(frame(command))
+            self._writer.write(frame(encode(command)))
 
     async def _spawn(self) -> asyncio.StreamReader:
         """A new engine process with its model loaded."""

@@ -6,7 +6,8 @@ import threading
 from collections.abc import Callable
 
 from longctx.errors import AuthenticationFailed, ConnectionLost
-from longctx.ipc.channel import first_word, listen
+from longctx.ipc.channel import listen
+from longctx.ipc.handshake import receive_first_message
 
 
 class Listener:
@@ -40,8 +41,8 @@ class Listener:
 
     def _answer(self, connection: socket.socket) -> None:
         try:
-            word = first_word(connection, self._secret)
+            body = receive_first_message(connection, self._secret)
         except (AuthenticationFailed, ConnectionLost):
             connection.close()
             return
-        self._heard(connection, word)
+        self._heard(connection, body)

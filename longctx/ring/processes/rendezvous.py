@@ -23,7 +23,8 @@ from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-de
 
 from longctx.config import EngineConfig
 from longctx.errors import AuthenticationFailed, ConnectionLost, LongctxError, PeerLost
-from longctx.ipc.channel import Channel, connect, listen, prove
+from longctx.ipc.channel import Channel, connect, listen
+from longctx.ipc.handshake import authenticate
 from longctx.ipc.protocol import Heartbeat, LeaderAddress, RankJoined, decode_command, encode
 from longctx.ring.process_group import ProcessGroupTransport
 from longctx.ring.processes import messages
@@ -216,7 +217,7 @@ class FollowerRendezvous:
 def _call(address: str, secret: bytes) -> socket.socket:
     connection = connect(address, CALL_SECONDS)
     try:
-        prove(connection, secret, caller=True)
+        authenticate(connection, secret)
     except AuthenticationFailed:
         connection.close()
         raise

@@ -13,13 +13,15 @@ from pathlib import Path
 import pytest
 
 from longctx.errors import AuthenticationFailed, LongctxError
-from longctx.ipc.channel import Channel, connect, prove
+from longctx.ipc.channel import Channel, connect
+from longctx.ipc.handshake import authenticate
 from longctx.ipc.protocol import Heartbeat, LeaderAddress, RankJoined, decode_command, encode
 from longctx.ring.processes import heartbeat
 from longctx.ring.processes.head import Head
 from longctx.ring.processes.heartbeat import HeartbeatMonitor, send_heartbeats
 from longctx.ring.processes.rendezvous import RankCoordinates
 from longctx.ring.processes.secret import make_secret, read_secret
+from tests.support.waiting import patience, patient, wait_for
 
 SECRET = b"s" * 32
 
@@ -34,7 +36,7 @@ def head(tmp_path: Path) -> Iterator[Head]:
 def call(head: Head, joined: RankJoined, secret: bytes = SECRET) -> Channel:
     connection = connect(head.address, 5)
     try:
-        prove(connection, secret, caller=True)
+        authenticate(connection, secret)
     except AuthenticationFailed:
         connection.close()
         raise
@@ -83,23 +85,6 @@ def test_who_does_not_know_the_secret_is_not_heard(head: Head) -> None:
         call(head, RankJoined(0, 3, 1), secret=b"t" * 32)
 
 
-def test_a_proof_cannot_be_sent_back_as_ones_own() -> None:
-    """Who knows nothing and repeats what it hears proves nothing."""
-    ours, theirs = socket.socketpair()
-
-    def repeat() -> None:
-        while heard := theirs.recv(64):
-            theirs.sendall(heard)
-
-    thread = threading.Thread(target=repeat)
-    thread.start()
-    with ours, theirs:
-        with pytest.raises(AuthenticationFailed, match="another secret"):
-            prove(ours, SECRET, caller=True)
-        ours.shutdown(socket.SHUT_RDWR)
-        thread.join()
-
-
 def test_a_secret_is_made_once_and_private(tmp_path: Path) -> None:
     file = tmp_path / "secret"
     assert make_secret(file) == make_secret(file) == read_secret(file)
@@ -141,22 +126,23 @@ def test_a_process_that_torchrun_did_not_start_is_no_rank() -> None:
 def test_who_says_nothing_is_lost_and_who_beats_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.05)
     lost: list[tuple[float, str]] = []
+    silence_seconds = 0.5 * patience()
     silent, silent_end = socket.socketpair()
     beating, beating_end = socket.socketpair()
     heard = Channel(beating)
     listening = threading.Thread(target=lambda: list(iter(heard.receive, None)), daemon=True)
     listening.start()
     began = time.monotonic()
-    watch = HeartbeatMonitor(
+    monitor = HeartbeatMonitor(
         {"rank 1": Channel(silent), "rank 2": heard},
         lambda reason: lost.append((time.monotonic() - began, reason)),
     )
-    watch.silence_seconds = 0.5
+    monitor.silence_seconds = silence_seconds
     send_heartbeats([Channel(beating_end)], encode(Heartbeat()))
-    while not lost:
-        time.sleep(0.02)
+    wait_for(lambda: lost)
     seconds, reason = lost[0]
-    assert 0.4 < seconds < 5 and reason.startswith("rank 1 has not been heard of")
+    assert 0.8 * silence_seconds < seconds < silence_seconds + patient(4.5)
+    assert reason.startswith("rank 1 has not been heard of")
     assert not any("rank 2" in reason for _, reason in lost)
     for end in (silent, silent_end, beating, beating_end):
         end.close()
