@@ -8,12 +8,12 @@ from fastapi import FastAPI
 
 from api.background.store_dir import StoreDir
 from api.config import ServerConfig
-from api.files.document_library import Library
-from api.files.tokenizer_process import Parser
+from api.files.document_library import DocumentLibrary
+from api.files.tokenizer_process import TokenizerProcess
 from api.http.auth import Authentication
 from api.http.errors import HANDLERS
 from api.http.openapi import add_routes
-from api.metrics import Measured
+from api.metrics import MetricsMiddleware
 from api.routes import routes
 from api.services import Services, open_services
 from longctx.config import EngineConfig
@@ -27,7 +27,7 @@ class Application:
 
     asgi: FastAPI
     engine: EngineClient
-    library: Library
+    library: DocumentLibrary
 
 
 @asynccontextmanager
@@ -38,19 +38,24 @@ async def open_application(
     keys: tuple[str, ...],
     folder: StoreDir,
     tokenizer: Tokenizer,
-    parser: Parser,
+    tokenizer_process: TokenizerProcess,
 ) -> AsyncGenerator[Application, None]:
     """Opens the services and the application in front of them. Raises LongctxError.
 
-    `keys`: the accepted API keys; without any, every request is accepted. `parser` is ended too.
+    `keys`: the accepted API keys; without any, every request is accepted. The tokenizer process is
+    ended too.
     """
     async with open_services(
-        engine_config, config, folder=folder, tokenizer=tokenizer, parser=parser
+        engine_config,
+        config,
+        folder=folder,
+        tokenizer=tokenizer,
+        tokenizer_process=tokenizer_process,
     ) as services:
         asgi = make_asgi(services)
         asgi.add_middleware(Authentication, keys=keys, secret=folder.secret())
         # The last one added is the outermost: refused requests are counted too.
-        asgi.add_middleware(Measured, metrics=services.http_metrics)
+        asgi.add_middleware(MetricsMiddleware, metrics=services.http_metrics)
         yield Application(asgi, services.engine, services.documents)
 
 

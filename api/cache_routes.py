@@ -11,20 +11,21 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from api.files.document_library import Entry, Library
+from api.files.document import Document
+from api.files.document_library import DocumentLibrary
 from api.http.auth import tenant_of
-from api.http.bodies import FlushRequest, read_json
+from api.http.bodies import ClearRequest, read_json
 from api.http.errors import ApiError
 from api.http.openapi import JSON, Body
 from api.metrics import EVICTIONS, OF_TIER, TIER
 from longctx.process.client import EngineClient
 from offload.tier_names import MEMORY_TIERS, TIERS, TierName
 
-FLUSH_BODY = Body(content={JSON: FlushRequest}, required=False)
+CLEAR_BODY = Body(content={JSON: ClearRequest}, required=False)
 
 
-class Cache:
-    def __init__(self, engine: EngineClient, library: Library) -> None:
+class CacheRoutes:
+    def __init__(self, engine: EngineClient, library: DocumentLibrary) -> None:
         self.engine = engine
         self.library = library
 
@@ -38,16 +39,16 @@ class Cache:
                 "tiers": {tier: self._tier(tier, figures) for tier in TIERS},
                 "write_queue_bytes": int(figures.get("store_queue_bytes", 0)),
                 "documents": [
-                    self._document(entry)
-                    for entry in self.library.entries()
-                    if entry.document.tenant == tenant
+                    self._document(document)
+                    for document in self.library.documents()
+                    if document.record.tenant == tenant
                 ],
             }
         )
 
-    async def flush(self, request: Request) -> Response:
+    async def clear(self, request: Request) -> Response:
         """Evicts what nobody uses from the tiers in memory. Nothing durable is lost."""
-        wanted = await read_json(request, FlushRequest, if_empty=b"{}")
+        wanted = await read_json(request, ClearRequest, if_empty=b"{}")
         capacity = self.engine.info.tier_capacity_tokens
         present = [tier for tier in MEMORY_TIERS if capacity[tier]]
         tiers = present if wanted.tier == "all" else [wanted.tier]
@@ -112,11 +113,11 @@ class Cache:
             }
         return described
 
-    def _document(self, entry: Entry) -> dict[str, Any]:
+    def _document(self, document: Document) -> dict[str, Any]:
         return {
-            "id": entry.document.id,
-            "filename": entry.document.filename,
-            "state": self.library.state(entry),
-            "tokens": entry.document.tokens,
-            "durable_tokens": self.library.durable_tokens(entry),
+            "id": document.record.id,
+            "filename": document.record.filename,
+            "state": self.library.state(document),
+            "tokens": document.record.tokens,
+            "durable_tokens": self.library.durable_tokens(document),
         }

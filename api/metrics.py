@@ -9,7 +9,7 @@ Prometheus sends it with `authorization: {credentials: KEY}`.
 import asyncio
 import re
 import time
-from collections import Counter as Tally
+from collections import Counter as Count
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +22,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.files.document_library import DocumentState, Library
+from api.files.document import DocumentState
+from api.files.document_library import DocumentLibrary
 from longctx.errors import LongctxError
 from longctx.process.client import EngineClient, State
 from longctx.version import __version__
@@ -141,7 +142,7 @@ class HTTPMetrics:
         )
 
 
-class Measured:
+class MetricsMiddleware:
     """ASGI middleware: counts and times every request by its route and status."""
 
     def __init__(self, app: ASGIApp, *, metrics: HTTPMetrics) -> None:
@@ -169,10 +170,10 @@ class Measured:
             self.metrics.seconds.labels(route, str(status)).observe(time.perf_counter() - began)
 
 
-class Metrics:
+class MetricsRoute:
     """The route."""
 
-    def __init__(self, engine: EngineClient, library: Library, http: HTTPMetrics) -> None:
+    def __init__(self, engine: EngineClient, library: DocumentLibrary, http: HTTPMetrics) -> None:
         self.engine = engine
         self.library = library
         self.http = http
@@ -190,7 +191,7 @@ class Metrics:
         figures: dict[str, float] = {}
         with suppress(LongctxError, TimeoutError):  # it restarts, or a step takes very long
             figures = await asyncio.wait_for(self.engine.stats(), STATS_SECONDS)
-        documents = Tally(self.library.state(entry) for entry in self.library.entries())
+        documents = Count(self.library.state(document) for document in self.library.documents())
         info = self.engine.info
         labels = {
             "version": __version__,

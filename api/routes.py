@@ -4,20 +4,20 @@ A new endpoint is a method that takes a request and returns a response, of a cla
 its subject, and one line here; `/openapi.json` follows.
 """
 
-from api.cache_routes import FLUSH_BODY, Cache
+from api.cache_routes import CLEAR_BODY, CacheRoutes
 from api.completions.attachments import Attachments
-from api.completions.chat import Chat
-from api.completions.completions import Completions
+from api.completions.chat import ChatRoutes
+from api.completions.completions import CompletionRoutes
 from api.completions.generation import Generation
-from api.completions.preamble_resolver import Openings
-from api.files.routes import UPLOAD_BODY, Files
+from api.completions.preamble_resolver import PreambleResolver
+from api.files.routes import UPLOAD_BODY, FileRoutes
 from api.http.bodies import ChatRequest, CompletionRequest, TokenizeRequest
 from api.http.openapi import Route
-from api.metrics import Metrics
+from api.metrics import MetricsRoute
 from api.services import Services
-from api.status import About
-from api.stored_prompts.prompt_routes import PromptRequest, Prompts
-from api.stored_prompts.schema_routes import SCHEMA_BODY, Schemas
+from api.status import StatusRoutes
+from api.stored_prompts.prompt_routes import PromptRequest, PromptRoutes
+from api.stored_prompts.schema_routes import SCHEMA_BODY, SchemaRoutes
 
 
 def routes(services: Services) -> list[Route]:
@@ -28,7 +28,7 @@ def routes(services: Services) -> list[Route]:
         config.served_name or engine.info.model_name,
         on_first_token=services.http_metrics.first_token_seconds.observe,
     )
-    openings = Openings(
+    preambles = PreambleResolver(
         services.schemas,
         services.prompts,
         documents,
@@ -37,35 +37,35 @@ def routes(services: Services) -> list[Route]:
         force_level=engine.config.cache.force_level,
     )
     attachments = Attachments(documents, services.folder, max_upload_bytes=config.max_upload_bytes)
-    chat = Chat(
+    chat = ChatRoutes(
         generation,
         services.chat_prompts,
         documents,
         attachments,
-        openings,
+        preambles,
         services.retention,
         ping_seconds=config.ping_seconds,
     )
-    completions = Completions(generation, services.tokenizer, ping_seconds=config.ping_seconds)
-    files = Files(
+    completions = CompletionRoutes(generation, services.tokenizer, ping_seconds=config.ping_seconds)
+    files = FileRoutes(
         documents,
         services.folder,
         forget=(services.prompts.forget_file, services.retention.forget_file),
         max_upload_bytes=config.max_upload_bytes,
     )
-    prompts = Prompts(services.prompts, engine, services.modules)
-    schemas = Schemas(services.schemas, engine, services.modules)
-    about = About(generation, services.tokenizer, chat)
-    cache = Cache(engine, documents)
-    metrics = Metrics(engine, documents, services.http_metrics)
+    prompts = PromptRoutes(services.prompts, engine, services.modules)
+    schemas = SchemaRoutes(services.schemas, engine, services.modules)
+    status = StatusRoutes(generation, services.tokenizer, chat)
+    cache = CacheRoutes(engine, documents)
+    metrics = MetricsRoute(engine, documents, services.http_metrics)
     return [
-        Route("GET", "/health", about.health),
+        Route("GET", "/health", status.health),
         Route("GET", "/metrics", metrics.scrape),
         Route("GET", "/v1/cache", cache.retrieve),
-        Route("POST", "/v1/cache/flush", cache.flush, FLUSH_BODY),
-        Route("GET", "/v1/models", about.models),
-        Route("GET", "/v1/models/{name:path}", about.model),
-        Route("POST", "/tokenize", about.tokenize, TokenizeRequest),
+        Route("POST", "/v1/cache/flush", cache.clear, CLEAR_BODY),
+        Route("GET", "/v1/models", status.models),
+        Route("GET", "/v1/models/{name:path}", status.model),
+        Route("POST", "/tokenize", status.tokenize, TokenizeRequest),
         Route("POST", "/v1/chat/completions", chat.create, ChatRequest),
         Route("POST", "/v1/completions", completions.create, CompletionRequest),
         Route("POST", "/v1/prompt_cache/prompts", prompts.create, PromptRequest),

@@ -1,6 +1,6 @@
 """`longctx serve`: starts everything in order, answers until told to stop, ends in order.
 
-The start: port and folder first (a mistake there shows at once), then the parser's process is
+The start: port and folder first (a mistake there shows at once), then the tokenizer process is
 forked while there are no threads, then the engine, then the documents, then the ready line.
 The end: no new work, running answers get time to finish, then the engine process stops.
 """
@@ -19,7 +19,7 @@ import uvicorn
 from api.app import Application, open_application
 from api.background.store_dir import StoreDir
 from api.config import ServerConfig
-from api.files.tokenizer_process import Parser
+from api.files.tokenizer_process import TokenizerProcess
 from api.http.auth import read_keys
 from longctx.config import EngineConfig
 from longctx.engine_info import EngineInfo
@@ -39,8 +39,10 @@ def serve(engine_config: EngineConfig, model_folder: Path, config: ServerConfig)
         contextlib.closing(StoreDir(config.folder)) as folder,
     ):
         tokenizer = Tokenizer(model_folder)
-        parser = Parser(tokenizer)
-        asyncio.run(_serve(engine_config, config, keys, listener, folder, tokenizer, parser))
+        tokenizer_process = TokenizerProcess(tokenizer)
+        asyncio.run(
+            _serve(engine_config, config, keys, listener, folder, tokenizer, tokenizer_process)
+        )
 
 
 async def _serve(
@@ -50,7 +52,7 @@ async def _serve(
     listener: socket.socket,
     folder: StoreDir,
     tokenizer: Tokenizer,
-    parser: Parser,
+    tokenizer_process: TokenizerProcess,
 ) -> None:
     server: Server | None = None
     starting = asyncio.current_task()
@@ -68,7 +70,12 @@ async def _serve(
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
     async with open_application(
-        engine_config, config, keys=keys, folder=folder, tokenizer=tokenizer, parser=parser
+        engine_config,
+        config,
+        keys=keys,
+        folder=folder,
+        tokenizer=tokenizer,
+        tokenizer_process=tokenizer_process,
     ) as application:
         info = application.engine.info
         print(startup_line(info), file=sys.stderr)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from api.background.store_dir import StoreDir
 from api.config import ServerConfig
-from api.files.document_library import Library
+from api.files.document_library import DocumentLibrary
 from api.files.document_store import DocumentStore
-from api.files.tokenizer_process import Parser
+from api.files.tokenizer_process import TokenizerProcess
 from api.metrics import HTTPMetrics
-from api.stored_prompts.module_keeper import Keeper
+from api.stored_prompts.module_keeper import ModuleKeeper
 from api.stored_prompts.prompt_library import PromptLibrary
 from api.stored_prompts.records import PromptRecords
 from api.stored_prompts.retention import Retention
@@ -30,8 +30,8 @@ class Services:
     tokenizer: Tokenizer
     chat_prompts: ChatPrompts
     engine: EngineClient
-    documents: Library
-    modules: Keeper
+    documents: DocumentLibrary
+    modules: ModuleKeeper
     schemas: SchemaLibrary
     prompts: PromptLibrary
     retention: Retention
@@ -45,14 +45,15 @@ async def open_services(
     *,
     folder: StoreDir,
     tokenizer: Tokenizer,
-    parser: Parser,
+    tokenizer_process: TokenizerProcess,
 ) -> AsyncGenerator[Services, None]:
     """Starts the engine, then takes up documents, schemas and prompts. Raises LongctxError.
 
-    `parser` is ended too; the caller makes it, because it must be made before there are threads.
+    The tokenizer process is ended too; the caller makes it, because it must be made before there
+    are threads.
     """
     async with AsyncExitStack() as stack:
-        stack.push_async_callback(parser.close)
+        stack.push_async_callback(tokenizer_process.close)
         engine = EngineClient(engine_config, cache_dir=folder.models)
         stack.push_async_callback(engine.drain, 0)
         await engine.start()
@@ -60,13 +61,13 @@ async def open_services(
         stack.push_async_callback(store.close)
         await store.open()
         chat_prompts = ChatPrompts(tokenizer)
-        documents = Library(folder, store, parser, chat_prompts, engine)
+        documents = DocumentLibrary(folder, store, tokenizer_process, chat_prompts, engine)
         stack.push_async_callback(documents.close)
         await documents.open()
         records = PromptRecords(folder.prompts_database)
         stack.push_async_callback(records.close)
         await records.open()
-        modules = Keeper(engine)
+        modules = ModuleKeeper(engine)
         stack.push_async_callback(modules.close)
         schemas = SchemaLibrary(records, tokenizer, chat_prompts, engine, modules)
         await schemas.open()

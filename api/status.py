@@ -7,15 +7,15 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from api.completions.chat import Chat
+from api.completions.chat import ChatRoutes
 from api.completions.generation import Generation
 from api.http.bodies import TokenizeRequest, read_json
 from longctx.quality.gate import CodecChoice
 from longctx.text.tokenizer import Tokenizer
 
 
-class About:
-    def __init__(self, generation: Generation, tokenizer: Tokenizer, chat: Chat) -> None:
+class StatusRoutes:
+    def __init__(self, generation: Generation, tokenizer: Tokenizer, chat: ChatRoutes) -> None:
         self.generation = generation
         self.tokenizer = tokenizer
         self.chat = chat

@@ -1,4 +1,4 @@
-"""What has a last moment is let go of when that comes."""
+"""What has a last deadline is let go of when that comes."""
 
 import asyncio
 import time
@@ -10,26 +10,26 @@ from api.http.errors import logger
 
 Item = TypeVar("Item")
 
-LOOK_SECONDS = 60.0  # how often the clock is looked at, at least: it may be set
+CHECK_SECONDS = 60.0  # how often the clock is looked at, at least: it may be set
 
 
 class Expiry(Generic[Item]):
     def __init__(
         self,
-        moments: Callable[[], Iterable[tuple[float, Item]]],
-        let_go: Callable[[Item], Awaitable[None]],
+        deadlines: Callable[[], Iterable[tuple[float, Item]]],
+        expire: Callable[[Item], Awaitable[None]],
     ) -> None:
-        """`moments`: all that there is, each with its last moment, as of `time.time`. What
-        `let_go` fails on is logged, and tried again when the clock is looked at next."""
-        self._moments = moments
-        self._let_go = let_go
+        """`deadlines`: all that there is, each with its last deadline, as of `time.time`. What
+        `expire` fails on is logged, and tried again when the clock is looked at next."""
+        self._deadlines = deadlines
+        self._expire = expire
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run())
 
-    def changed(self) -> None:
+    def reschedule(self) -> None:
         """There is something new, perhaps the next to go."""
         self._changed.set()
 
@@ -42,16 +42,16 @@ class Expiry(Generic[Item]):
     async def _run(self) -> None:
         while True:
             now = time.time()
-            for moment, item in list(self._moments()):
-                if moment <= now:
+            for deadline, item in list(self._deadlines()):
+                if deadline <= now:
                     await self._try(item)
             self._changed.clear()
-            pauses = (moment - now for moment, _ in self._moments() if moment > now)
+            pauses = (deadline - now for deadline, _ in self._deadlines() if deadline > now)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), min([LOOK_SECONDS, *pauses]))
+                await asyncio.wait_for(self._changed.wait(), min([CHECK_SECONDS, *pauses]))
 
     async def _try(self, item: Item) -> None:
         try:
-            await self._let_go(item)
+            await self._expire(item)
         except Exception as error:  # a full disk, say, must not keep the others for ever
             logger.error("letting go of what has expired failed", exc_info=error)

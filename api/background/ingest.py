@@ -22,13 +22,13 @@ RETRY_SECONDS = 0.5
 
 @dataclass(slots=True)
 class Failures:
-    """How often the engine failed at something since that was last computed. Outlives `prefill`,
+    """How often the engine failed at something since that was last computed. Outlives `ingest`,
     which begins anew with each engine."""
 
     count: int = 0
 
 
-def to_keep(name: str, segments: tuple[Segment, ...], *, salt: str) -> Request:
+def ingest_request(name: str, segments: tuple[Segment, ...], *, salt: str) -> Request:
     """The request that computes a prompt to be kept."""
     return Request(
         request_id=name,
@@ -39,7 +39,7 @@ def to_keep(name: str, segments: tuple[Segment, ...], *, salt: str) -> Request:
     )
 
 
-async def prefill(
+async def ingest(
     engine: EngineClient,
     request: Request,
     *,

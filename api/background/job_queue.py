@@ -1,6 +1,6 @@
 """A queue of jobs by name, some at a time, first come first served.
 
-A waiting job can be hurried to the front, and any job cancelled.
+A waiting job can be prioritized to the front, and any job cancelled.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from typing import Any
 from api.http.errors import logger
 
 
-class Lane:
+class JobQueue:
     def __init__(self, job: Callable[[str], Coroutine[Any, Any, None]], *, width: int) -> None:
         """`job` is called with the name and must not raise."""
         self._job = job
@@ -26,11 +26,11 @@ class Lane:
         self._waiting.setdefault(name)
         self._start()
 
-    def hurry(self, name: str) -> None:
+    def prioritize(self, name: str) -> None:
         if name in self._waiting:
             self._waiting.move_to_end(name, last=False)
 
-    def runs(self, name: str) -> bool:
+    def is_running(self, name: str) -> bool:
         return name in self._running
 
     async def cancel(self, name: str) -> None:

@@ -57,21 +57,21 @@ class StoreDir:
     def tokens_path(self, document_id: str) -> Path:
         return self.path / "documents" / f"{document_id}.tokens"
 
-    def new_draft(self) -> Path:
+    def new_upload_path(self) -> Path:
         """Where a file is written until it is complete; on the same file system."""
-        return self.path / "documents" / f"{secrets.token_hex(16)}.draft"
+        return self.path / "documents" / f"{secrets.token_hex(16)}.partial"
 
     def secret(self) -> bytes:
         """32 random bytes, made on first use."""
         path = self.path / "secret"
         if not path.exists():
-            draft = self.path / "secret.new"
-            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            partial = self.path / "secret.new"
+            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(secrets.token_bytes(32))
                 file.flush()
                 os.fsync(descriptor)
-            draft.rename(path)
+            partial.rename(path)
         return path.read_bytes()
 
     def remove_text(self, document_id: str) -> None:
@@ -81,8 +81,8 @@ class StoreDir:
         self.remove_text(document_id)
         self.tokens_path(document_id).unlink(missing_ok=True)
 
-    def remove_strangers(self, known: frozenset[str]) -> None:
-        """Deletes what a crash left behind: drafts and files of no known document."""
+    def remove_orphans(self, known: frozenset[str]) -> None:
+        """Deletes what a crash left behind: incomplete files, and those of no known document."""
         for path in (self.path / "documents").iterdir():
             if path.stem not in known or path.suffix not in {".txt", ".tokens"}:
                 path.unlink()

@@ -9,36 +9,39 @@ import base64
 import binascii
 
 from api.background.store_dir import StoreDir
-from api.files.document_library import Entry, Library
-from api.files.routes import PURPOSES, new_document
-from api.files.upload import Draft
+from api.files.document import Document
+from api.files.document_library import DocumentLibrary
+from api.files.routes import PURPOSES, new_record
+from api.files.upload import Upload
 from api.http.bodies import FileReference
 from api.http.errors import ApiError
 
 
 class Attachments:
-    def __init__(self, library: Library, folder: StoreDir, *, max_upload_bytes: int) -> None:
+    def __init__(
+        self, library: DocumentLibrary, folder: StoreDir, *, max_upload_bytes: int
+    ) -> None:
         self.library = library
         self.folder = folder
         self.max_upload_bytes = max_upload_bytes
 
-    async def find(self, tenant: str, reference: FileReference) -> Entry:
+    async def find(self, tenant: str, reference: FileReference) -> Document:
         """Raises ApiError: 404 for an unknown id, 400 for data that is no text."""
         if reference.file_id is not None:
             return self.library.find(tenant, reference.file_id, param="messages")
         assert reference.file_data is not None
         data = _decode(reference.file_data)
         filename = reference.filename or "file"
-        with Draft(self.folder.new_draft(), limit_bytes=self.max_upload_bytes) as draft:
-            await asyncio.to_thread(draft.write, data)
-            await asyncio.to_thread(draft.finish)
-            known = self.library.twin(tenant, draft.sha256, filename)
+        with Upload(self.folder.new_upload_path(), limit_bytes=self.max_upload_bytes) as upload:
+            await asyncio.to_thread(upload.write, data)
+            await asyncio.to_thread(upload.finish)
+            known = self.library.find_same(tenant, upload.sha256, filename)
             if known is not None:
                 return known
-            document = new_document(
-                draft, tenant=tenant, filename=filename, purpose=PURPOSES[0], system=None
+            record = new_record(
+                upload, tenant=tenant, filename=filename, purpose=PURPOSES[0], system=None
             )
-            return await self.library.add(document, draft.path)
+            return await self.library.add(record, upload.path)
 
 
 def _decode(file_data: str) -> bytes:

@@ -15,9 +15,10 @@ from starlette.responses import Response
 from api.completions.attachments import Attachments
 from api.completions.conversation import Conversation
 from api.completions.generation import Generation
-from api.completions.preamble_resolver import Openings
-from api.completions.reply import Body, Choice, Reply
-from api.files.document_library import Entry, Library
+from api.completions.preamble_resolver import PreambleResolver
+from api.completions.reply import Choice, JSONObject, Reply
+from api.files.document import Document
+from api.files.document_library import DocumentLibrary
 from api.http.auth import SINGLE_TENANT, tenant_of
 from api.http.bodies import ChatRequest, Message, TextPart, read_json
 from api.stored_prompts.retention import Retention
@@ -27,28 +28,28 @@ from longctx.text import chat_template
 from longctx.text.chat_template import ChatPrompts, FilePart
 
 
-class ChatShape:
+class ChatFormat:
     id_prefix = "chatcmpl"
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def whole(self, choice: Choice) -> Body:
+    def whole(self, choice: Choice) -> JSONObject:
         message = {"role": "assistant", "content": choice.text, "refusal": None}
         return {"message": message, **self._ending(choice)}
 
-    def opening(self, index: int) -> Body | None:
+    def first_delta(self, index: int) -> JSONObject | None:
         return self._piece(index, {"role": "assistant", "content": ""})
 
-    def delta(self, index: int, text: str) -> Body:
+    def delta(self, index: int, text: str) -> JSONObject:
         return self._piece(index, {"content": text})
 
-    def finish(self, choice: Choice) -> Body:
+    def finish(self, choice: Choice) -> JSONObject:
         return {"delta": {}, **self._ending(choice)}
 
-    def _piece(self, index: int, delta: dict[str, Any]) -> Body:
+    def _piece(self, index: int, delta: dict[str, Any]) -> JSONObject:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def _ending(self, choice: Choice) -> Body:
+    def _ending(self, choice: Choice) -> JSONObject:
         return {
             "index": choice.index,
             "logprobs": None,
@@ -57,14 +58,14 @@ class ChatShape:
         }
 
 
-class Chat:
+class ChatRoutes:
     def __init__(
         self,
         generation: Generation,
         prompts: ChatPrompts,
-        library: Library,
+        library: DocumentLibrary,
         attachments: Attachments,
-        openings: Openings,
+        preambles: PreambleResolver,
         retention: Retention,
         *,
         ping_seconds: float,
@@ -73,7 +74,7 @@ class Chat:
         self.prompts = prompts
         self.library = library
         self.attachments = attachments
-        self.openings = openings
+        self.preambles = preambles
         self.retention = retention
         self.ping_seconds = ping_seconds
 
@@ -83,8 +84,8 @@ class Chat:
         self.generation.check_model(wanted.model)
         tenant = tenant_of(request)
         messages, files = await self.read(wanted.messages, tenant)
-        opening, more = await self.openings.of(wanted.prompt_cache, tenant)
-        files = list({entry.document.id: entry for entry in (*more, *files)}.values())
+        preamble, more = await self.preambles.resolve(wanted.prompt_cache, tenant)
+        files = list({document.id: document for document in (*more, *files)}.values())
         keep_seconds = wanted.keep_seconds
 
         def check(segments: Sequence[Segment], tokens: int) -> None:
@@ -96,19 +97,19 @@ class Chat:
                 await self.retention.retain(tenant, segments, keep_seconds)
 
         conversation = Conversation(
-            messages, files, self.prompts, self.library, opening, check=check, keep=keep
+            messages, files, self.prompts, self.library, preamble, check=check, keep=keep
         )
-        reply = Reply(self.generation, ChatShape(), conversation, wanted, tenant)
+        reply = Reply(self.generation, ChatFormat(), conversation, wanted, tenant)
         return await reply.respond(request, ping_seconds=self.ping_seconds)
 
     async def read(
         self, messages: list[Message], tenant: str
-    ) -> tuple[list[chat_template.Message], list[Entry]]:
+    ) -> tuple[list[chat_template.Message], list[Document]]:
         """The messages and the files in them.
 
         Raises ApiError: 404 for an unknown file, 400 for one that came along and is no text.
         """
-        files: dict[str, Entry] = {}
+        files: dict[str, Document] = {}
         read = []
         for message in messages:
             parts: list[str | FilePart] = []
@@ -116,12 +117,10 @@ class Chat:
                 if isinstance(part, TextPart):
                     parts.append(part.text)
                     continue
-                entry = await self.attachments.find(tenant, part.file)
-                files[entry.document.id] = entry
-                level = await self.openings.reuse(part.reuse)
-                parts.append(
-                    FilePart(entry.document.id, entry.document.filename, level.link_tokens)
-                )
+                document = await self.attachments.find(tenant, part.file)
+                files[document.id] = document
+                level = await self.preambles.reuse(part.reuse)
+                parts.append(FilePart(document.id, document.record.filename, level.link_tokens))
             role = "system" if message.role == "developer" else message.role
             read.append(chat_template.Message(role, tuple(parts)))
         return read, list(files.values())

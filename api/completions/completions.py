@@ -6,8 +6,8 @@ from collections.abc import AsyncGenerator
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.completions.generation import Generation, Prompt
-from api.completions.reply import Body, Choice, Reply
+from api.completions.generation import EnginePrompt, Generation
+from api.completions.reply import Choice, JSONObject, Reply
 from api.http.auth import tenant_of
 from api.http.bodies import CompletionRequest, read_json
 from longctx.errors import InvalidRequest
@@ -15,21 +15,21 @@ from longctx.request import Segment
 from longctx.text.tokenizer import Tokenizer
 
 
-class TextShape:
+class CompletionFormat:
     id_prefix = "cmpl"
     whole_object = "text_completion"
     chunk_object = "text_completion"
 
-    def whole(self, choice: Choice) -> Body:
+    def whole(self, choice: Choice) -> JSONObject:
         return {**self.finish(choice), "text": choice.text}
 
-    def opening(self, index: int) -> Body | None:
+    def first_delta(self, index: int) -> JSONObject | None:
         return None
 
-    def delta(self, index: int, text: str) -> Body:
+    def delta(self, index: int, text: str) -> JSONObject:
         return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
 
-    def finish(self, choice: Choice) -> Body:
+    def finish(self, choice: Choice) -> JSONObject:
         return {
             "index": choice.index,
             "text": "",
@@ -39,7 +39,7 @@ class TextShape:
         }
 
 
-class Completions:
+class CompletionRoutes:
     def __init__(
         self, generation: Generation, tokenizer: Tokenizer, *, ping_seconds: float
     ) -> None:
@@ -52,7 +52,7 @@ class Completions:
         wanted = await read_json(request, CompletionRequest)
         self.generation.check_model(wanted.model)
         prompts = LiteralPrompts(wanted, self.tokenizer, self.generation.engine.info.vocab_size)
-        reply = Reply(self.generation, TextShape(), prompts, wanted, tenant_of(request))
+        reply = Reply(self.generation, CompletionFormat(), prompts, wanted, tenant_of(request))
         return await reply.respond(request, ping_seconds=self.ping_seconds)
 
 
@@ -62,23 +62,23 @@ class LiteralPrompts:
     is_ready = True
 
     def __init__(self, wanted: CompletionRequest, tokenizer: Tokenizer, vocab_size: int) -> None:
-        self.notes: Body = {}
-        self.prompt_cache: Body = {}
+        self.notes: JSONObject = {}
+        self.prompt_cache: JSONObject = {}
         self.wanted = wanted
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
 
-    async def waiting(self) -> AsyncGenerator[Body, None]:
+    async def waiting(self) -> AsyncGenerator[JSONObject, None]:
         return
         yield
 
-    async def prompts(self) -> list[Prompt]:
+    async def prompts(self) -> list[EnginePrompt]:
         return await asyncio.to_thread(lambda: [self._prompt(one) for one in self.wanted.prompts])
 
-    async def answered(self) -> None:
+    async def on_answered(self) -> None:
         """Nothing more is to be done."""
 
-    def _prompt(self, prompt: str | list[int]) -> Prompt:
+    def _prompt(self, prompt: str | list[int]) -> EnginePrompt:
         if isinstance(prompt, str):
             token_ids = self.tokenizer.encode_completion(prompt)
         else:
@@ -89,4 +89,4 @@ class LiteralPrompts:
                     f"{min(token_ids)} to {max(token_ids)}",
                     param="prompt",
                 )
-        return Prompt(segments=(Segment(token_ids=tuple(token_ids)),), tokens=len(token_ids))
+        return EnginePrompt(segments=(Segment(token_ids=tuple(token_ids)),), tokens=len(token_ids))

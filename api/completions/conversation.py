@@ -3,10 +3,11 @@
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
-from api.completions.generation import Prompt
-from api.completions.preamble import NEWS_SECONDS, Opening
-from api.completions.reply import Body
-from api.files.document_library import Entry, Library
+from api.completions.generation import EnginePrompt
+from api.completions.preamble import REPORT_SECONDS, Preamble
+from api.completions.reply import JSONObject
+from api.files.document import Document
+from api.files.document_library import DocumentLibrary
 from longctx.request import Segment
 from longctx.text import chat_template
 from longctx.text.chat_template import ChatPrompts, FilePart, PromptPiece
@@ -21,10 +22,10 @@ class Conversation:
     def __init__(
         self,
         messages: list[chat_template.Message],
-        files: list[Entry],
+        files: list[Document],
         prompts: ChatPrompts,
-        library: Library,
-        opening: Opening,
+        library: DocumentLibrary,
+        preamble: Preamble,
         *,
         check: Callable[[Sequence[Segment], int], None],
         keep: Callable[[Sequence[Segment]], Awaitable[None]],
@@ -34,12 +35,12 @@ class Conversation:
 
         Raises ApiError where the messages do not go together with what they begin with.
         """
-        self.notes: Body = {}
-        self._messages = opening.messages(messages)
+        self.notes: JSONObject = {}
+        self._messages = preamble.messages(messages)
         self._files = files
         self._prompts = prompts
         self._library = library
-        self._opening = opening
+        self._preamble = preamble
         self._check = check
         self._keep = keep
         self._segments: tuple[Segment, ...] = ()
@@ -51,51 +52,53 @@ class Conversation:
         ]
 
     @property
-    def prompt_cache(self) -> Body:
-        told = self._opening.prompt_cache
+    def prompt_cache(self) -> JSONObject:
+        told = self._preamble.prompt_cache
         return {**told, "files": self._reused} if self._reused else told
 
     @property
     def is_ready(self) -> bool:
-        return self._opening.is_ready and all(entry.tokenized.is_set() for entry in self._files)
+        return self._preamble.is_ready and all(
+            document.tokenized.is_set() for document in self._files
+        )
 
-    async def waiting(self) -> AsyncGenerator[Body, None]:
-        async for news in self._opening.waiting():
+    async def waiting(self) -> AsyncGenerator[JSONObject, None]:
+        async for news in self._preamble.waiting():
             yield news
-        for entry in self._files:
-            while not await self._library.wait_tokenized(entry, timeout_seconds=NEWS_SECONDS):
-                yield {"waiting_for": entry.reading()}
+        for document in self._files:
+            while not await self._library.wait_tokenized(document, timeout_seconds=REPORT_SECONDS):
+                yield {"waiting_for": document.tokenizing_progress()}
 
-    async def prompts(self) -> list[Prompt]:
+    async def prompts(self) -> list[EnginePrompt]:
         """Raises ApiError when a file has failed or was deleted."""
-        for entry in self._files:
-            self._library.check(entry)
-        opened = await self._opening.open(await self._rendered())
-        rest = chat_template.segments_of(opened.rest)
-        counts = {entry.document.id: entry.tokens for entry in self._files}
+        for document in self._files:
+            self._library.check(document)
+        split = await self._preamble.split(await self._rendered())
+        rest = chat_template.segments_of(split.rest)
+        counts = {document.id: document.tokens for document in self._files}
         tokens = sum(
             len(segment.token_ids) if segment.document_id is None else counts[segment.document_id]
             for segment in rest
         )
-        self._note_prefixes(opened.segments, rest)
-        self._segments = (*opened.segments, *rest)
-        tokens += opened.tokens
+        self._note_prefixes(split.segments, rest)
+        self._segments = (*split.segments, *rest)
+        tokens += split.tokens
         self._check(self._segments, tokens)
         return [
-            Prompt(
+            EnginePrompt(
                 segments=self._segments,
                 tokens=tokens,
-                gap_tokens=opened.gap_tokens,
+                gap_tokens=split.gap_tokens,
             )
         ]
 
-    async def answered(self) -> None:
+    async def on_answered(self) -> None:
         await self._keep(self._segments)
 
     async def _rendered(self) -> tuple[PromptPiece, ...]:
-        date = self._opening.date
+        date = self._preamble.date
         if date is None and self._files:
-            date = self._files[0].document.date
+            date = self._files[0].record.date
         characters = sum(
             len(part)
             for message in self._messages
@@ -106,26 +109,26 @@ class Conversation:
             return self._prompts.pieces(self._messages, date=date)
         return await asyncio.to_thread(self._prompts.pieces, self._messages, date=date)
 
-    def _note_prefixes(self, opening: Sequence[Segment], segments: Sequence[Segment]) -> None:
+    def _note_prefixes(self, preamble: Sequence[Segment], segments: Sequence[Segment]) -> None:
         """Says which files stand after something else than they were computed after."""
-        by_id = {entry.document.id: entry for entry in self._files}
-        before: tuple[int, ...] = opening[0].token_ids if opening else ()
+        by_id = {document.id: document for document in self._files}
+        before: tuple[int, ...] = preamble[0].token_ids if preamble else ()
         seen: list[str] = []
         differing = []
         for segment in segments:
             if segment.document_id is None:
-                before = before + segment.token_ids if opening else segment.token_ids
+                before = before + segment.token_ids if preamble else segment.token_ids
                 continue
-            entry = by_id[segment.document_id]
+            document = by_id[segment.document_id]
             reason = None
             if segment.document_id in seen:
                 reason = "it stands in the conversation twice"
             elif seen:
                 reason = f"it stands after file {seen[-1]}"
-            elif len(opening) > 1 or before != entry.prefix:
-                reason = _first_difference(entry.prefix, before)
+            elif len(preamble) > 1 or before != document.prefix:
+                reason = _first_difference(document.prefix, before)
             if reason is not None and segment.link_tokens is None:
-                entry.differed = reason
+                document.prefix_difference = reason
                 differing.append({"file_id": segment.document_id, "computed_again": reason})
             seen.append(segment.document_id)
         if differing:

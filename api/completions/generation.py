@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from api.http.bodies import Sampled
+from api.http.bodies import GenerationRequest
 from api.http.errors import ApiError
 from longctx.errors import ContextTooLong, EngineDied, InvalidRequest
 from longctx.process.client import EngineClient
@@ -18,7 +18,7 @@ from longctx.request import FinishReason, Request, RequestOutput, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
+class EnginePrompt:
     """A prompt as the engine takes it.
 
     `tokens` counts its documents and modules too, `gap_tokens` the positions between modules that
@@ -53,7 +53,9 @@ class Generation:
                 code="model_not_found",
             )
 
-    def requests(self, prompts: Sequence[Prompt], wanted: Sampled, salt: str) -> list[Request]:
+    def requests(
+        self, prompts: Sequence[EnginePrompt], wanted: GenerationRequest, salt: str
+    ) -> list[Request]:
         """One for each prompt. An answer of no stated length gets what the prompt leaves.
 
         Raises ContextTooLong when a prompt, or it and its answer, do not fit, and InvalidRequest
@@ -87,7 +89,7 @@ class Generation:
             async for output in events:
                 yield output
 
-    def _sampling(self, wanted: Sampled, prompt_tokens: int) -> SamplingParams:
+    def _sampling(self, wanted: GenerationRequest, prompt_tokens: int) -> SamplingParams:
         limits = self.engine.info.limits
         limit = limits.longest_tokens
         if prompt_tokens == 0:

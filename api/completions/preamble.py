@@ -4,22 +4,22 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from api.completions.reply import Body
+from api.completions.reply import JSONObject
 from api.http.errors import ApiError
-from api.stored_prompts.module_keeper import Kept
-from api.stored_prompts.prompt_library import PromptEntry
-from api.stored_prompts.schema_library import SchemaEntry, SchemaLibrary, segments_of
+from api.stored_prompts.module_keeper import StoredModules
+from api.stored_prompts.prompt_library import StoredPrompt
+from api.stored_prompts.schema_library import SchemaLibrary, StoredSchema, segments_of
 from longctx.errors import InvalidRequest
 from longctx.request import Segment
 from longctx.text.chat_template import FilePart, Message, PromptPiece, frames_of
 from prompt_cache.errors import SchemaError
 from prompt_cache.level import Level
 
-NEWS_SECONDS = 1.0
+REPORT_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class SplitPrompt:
     """Segments that a prompt begins with, what of it was rendered and follows them."""
 
     segments: tuple[Segment, ...]
@@ -28,21 +28,21 @@ class Opened:
     gap_tokens: int = 0  # positions left out among them
 
 
-class Opening(Protocol):
+class Preamble(Protocol):
     @property
     def date(self) -> str | None:
         """The template's today; None: the files', or today."""
         ...
 
     @property
-    def prompt_cache(self) -> Body:
+    def prompt_cache(self) -> JSONObject:
         """For the answer."""
         ...
 
     @property
     def is_ready(self) -> bool: ...
 
-    def waiting(self) -> AsyncGenerator[Body, None]:
+    def waiting(self) -> AsyncGenerator[JSONObject, None]:
         """What is waited for, now and then."""
         ...
 
@@ -50,33 +50,33 @@ class Opening(Protocol):
         """With what the conversation begins with. Raises ApiError where they do not go together."""
         ...
 
-    async def open(self, pieces: tuple[PromptPiece, ...]) -> Opened:
+    async def split(self, pieces: tuple[PromptPiece, ...]) -> SplitPrompt:
         """`pieces`: of those messages, rendered. Raises ApiError and InvalidRequest."""
         ...
 
 
 @dataclass(slots=True)
-class NoOpening:
+class NoPreamble:
     date: str | None = None
-    prompt_cache: Body = field(default_factory=dict)
+    prompt_cache: JSONObject = field(default_factory=dict)
     is_ready: bool = True
 
-    async def waiting(self) -> AsyncGenerator[Body, None]:
+    async def waiting(self) -> AsyncGenerator[JSONObject, None]:
         return
         yield
 
     def messages(self, messages: Sequence[Message]) -> list[Message]:
         return list(messages)
 
-    async def open(self, pieces: tuple[PromptPiece, ...]) -> Opened:
-        return Opened((), pieces)
+    async def split(self, pieces: tuple[PromptPiece, ...]) -> SplitPrompt:
+        return SplitPrompt((), pieces)
 
 
 @dataclass(slots=True)
-class PromptOpening:
+class PromptPreamble:
     """The named prompt's text as messages: its blocks are found like those of any prefix."""
 
-    entry: PromptEntry
+    entry: StoredPrompt
     files: tuple[FilePart, ...]
     is_ready: bool = True
 
@@ -85,10 +85,10 @@ class PromptOpening:
         return self.entry.record.date
 
     @property
-    def prompt_cache(self) -> Body:
+    def prompt_cache(self) -> JSONObject:
         return {"prompt": self.entry.record.name}
 
-    async def waiting(self) -> AsyncGenerator[Body, None]:
+    async def waiting(self) -> AsyncGenerator[JSONObject, None]:
         return
         yield
 
@@ -100,15 +100,15 @@ class PromptOpening:
         system = [] if record.system is None else [Message("system", (record.system,))]
         return [*system, Message("user", (*self.files, *first.content)), *others]
 
-    async def open(self, pieces: tuple[PromptPiece, ...]) -> Opened:
+    async def split(self, pieces: tuple[PromptPiece, ...]) -> SplitPrompt:
         self.entry.uses += 1
-        return Opened((), pieces)
+        return SplitPrompt((), pieces)
 
 
 @dataclass(slots=True)
-class SchemaOpening:
+class SchemaPreamble:
     library: SchemaLibrary
-    entry: SchemaEntry
+    entry: StoredSchema
     modules: tuple[str, ...]
     arguments: dict[str, str]
     level: Level
@@ -119,7 +119,7 @@ class SchemaOpening:
         return self.entry.record.date
 
     @property
-    def prompt_cache(self) -> Body:
+    def prompt_cache(self) -> JSONObject:
         return {
             "schema": self.entry.record.name,
             "modules": list(self.modules),
@@ -129,12 +129,12 @@ class SchemaOpening:
 
     @property
     def is_ready(self) -> bool:
-        kept = self._kept
-        return kept is None or kept.opened.is_set()
+        modules = self._modules
+        return modules is None or modules.opened.is_set()
 
-    async def waiting(self) -> AsyncGenerator[Body, None]:
-        while (kept := self._kept) is not None and not kept.opened.is_set():
-            if not await kept.settled(timeout_seconds=NEWS_SECONDS):
+    async def waiting(self) -> AsyncGenerator[JSONObject, None]:
+        while (modules := self._modules) is not None and not modules.opened.is_set():
+            if not await modules.wait_opened(timeout_seconds=REPORT_SECONDS):
                 yield {"waiting_for": {"schema": self.entry.record.name}}
 
     def messages(self, messages: Sequence[Message]) -> list[Message]:
@@ -144,12 +144,12 @@ class SchemaOpening:
             raise _begins_otherwise(name, first.role, "the schema, as <system>")
         place = self.entry.goes_on
         if place is None:
-            return [*self.entry.opening(), *messages]
+            return [*self.entry.preamble(), *messages]
         if first.role != "user":
             raise _begins_otherwise(name, first.role, "a role of the schema")
-        return [*self.entry.opening(), Message("user", (place, *first.content)), *others]
+        return [*self.entry.preamble(), Message("user", (place, *first.content)), *others]
 
-    async def open(self, pieces: tuple[PromptPiece, ...]) -> Opened:
+    async def split(self, pieces: tuple[PromptPiece, ...]) -> SplitPrompt:
         record = self.entry.record  # may have been deleted or replaced while it was waited for
         entry = self.library.find(record.tenant, record.name, param="prompt_cache.schema")
         self.entry = entry
@@ -167,11 +167,11 @@ class SchemaOpening:
             )
         tokens = len(assembly.token_ids)
         gaps = assembly.end - tokens if self.level.link_tokens is not None else 0
-        return Opened(segments_of(entry, assembly, self.level), rest, tokens, gaps)
+        return SplitPrompt(segments_of(entry, assembly, self.level), rest, tokens, gaps)
 
     @property
-    def _kept(self) -> Kept | None:
-        return self.entry.kept
+    def _modules(self) -> StoredModules | None:
+        return self.entry.modules
 
 
 def _begins_otherwise(what: str, role: str, where: str) -> ApiError:

@@ -6,8 +6,9 @@ A level of exactness is refused where the gate found that it costs this model to
 
 import asyncio
 
-from api.completions.preamble import NoOpening, Opening, PromptOpening, SchemaOpening
-from api.files.document_library import Entry, Library
+from api.completions.preamble import NoPreamble, Preamble, PromptPreamble, SchemaPreamble
+from api.files.document import Document
+from api.files.document_library import DocumentLibrary
 from api.http.bodies import PromptCache
 from api.http.errors import ApiError
 from api.stored_prompts.prompt_library import PromptLibrary
@@ -18,12 +19,12 @@ from longctx.text.chat_template import FilePart
 from prompt_cache.level import EXACT, Level, parse_level
 
 
-class Openings:
+class PreambleResolver:
     def __init__(
         self,
         schemas: SchemaLibrary,
         prompts: PromptLibrary,
-        library: Library,
+        library: DocumentLibrary,
         engine: EngineClient,
         *,
         level: Level,
@@ -39,18 +40,20 @@ class Openings:
         self._verdicts: dict[Level, LevelVerdict] = {}
         self._judging = asyncio.Lock()
 
-    async def of(self, wanted: PromptCache | None, tenant: str) -> tuple[Opening, list[Entry]]:
+    async def resolve(
+        self, wanted: PromptCache | None, tenant: str
+    ) -> tuple[Preamble, list[Document]]:
         """And the files in it. Raises ApiError: 404 for an unknown prompt, schema or file, 400 for
         a schema that cannot be used; and SchemaError for what is no level."""
         if wanted is None:
-            return NoOpening(), []
+            return NoPreamble(), []
         if wanted.prompt is not None:
             return self._prompt(wanted.prompt, tenant)
         assert wanted.schema_name is not None
         entry = self._schemas.find(tenant, wanted.schema_name, param="prompt_cache.schema")
         self._schemas.check(entry)
         level, reason = await self._chosen(wanted.level)
-        opening = SchemaOpening(
+        preamble = SchemaPreamble(
             self._schemas,
             entry,
             tuple(wanted.modules or ()),
@@ -58,7 +61,7 @@ class Openings:
             level,
             reason,
         )
-        return opening, []
+        return preamble, []
 
     async def reuse(self, text: str | None) -> Level:
         """Of a file. Raises SchemaError for what is no level, ApiError where it cannot be had."""
@@ -110,11 +113,11 @@ class Openings:
                 self._verdicts[level] = await self._engine.judge_level(level)
         return self._verdicts[level]
 
-    def _prompt(self, name: str, tenant: str) -> tuple[Opening, list[Entry]]:
+    def _prompt(self, name: str, tenant: str) -> tuple[Preamble, list[Document]]:
         entry = self._prompts.find(tenant, name, param="prompt_cache.prompt")
         files = [
             self._library.find(tenant, file_id, param="prompt_cache.prompt")
             for file_id in entry.record.file_ids
         ]
-        parts = tuple(FilePart(f.document.id, f.document.filename) for f in files)
-        return PromptOpening(entry, parts), files
+        parts = tuple(FilePart(file.id, file.record.filename) for file in files)
+        return PromptPreamble(entry, parts), files

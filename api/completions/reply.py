@@ -14,14 +14,14 @@ from typing import Any, Protocol
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from api.completions.generation import Generation, Prompt
-from api.http.bodies import Sampled
+from api.completions.generation import EnginePrompt, Generation
+from api.http.bodies import GenerationRequest
 from api.http.errors import logger
 from api.http.sse import EventStream, while_connected
 from longctx.request import CacheExplanation, Progress, RequestOutput, Usage
 from longctx.request import Request as EngineRequest
 
-Body = dict[str, Any]
+JSONObject = dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -38,49 +38,49 @@ class Choice:
         return "".join(self.texts)
 
 
-class Shape(Protocol):
+class ResponseFormat(Protocol):
     """What chat and completions call things; each method makes one element of `choices`."""
 
     id_prefix: str
     whole_object: str
     chunk_object: str
 
-    def whole(self, choice: Choice) -> Body: ...
-    def opening(self, index: int) -> Body | None: ...
-    def delta(self, index: int, text: str) -> Body: ...
-    def finish(self, choice: Choice) -> Body: ...
+    def whole(self, choice: Choice) -> JSONObject: ...
+    def first_delta(self, index: int) -> JSONObject | None: ...
+    def delta(self, index: int, text: str) -> JSONObject: ...
+    def finish(self, choice: Choice) -> JSONObject: ...
 
 
-class Preparation(Protocol):
+class PromptSource(Protocol):
     """Makes the prompts of one request, which may mean to wait for documents.
 
     `notes` are for the answer's object `longctx`; `prompt_cache` is an object of the answer, unless
     it is empty: how what it begins with was used.
     """
 
-    notes: Body
+    notes: JSONObject
 
     @property
-    def prompt_cache(self) -> Body: ...
+    def prompt_cache(self) -> JSONObject: ...
 
     @property
     def is_ready(self) -> bool:
         """Whether the prompts can be made without waiting."""
         ...
 
-    def waiting(self) -> AsyncGenerator[Body, None]:
+    def waiting(self) -> AsyncGenerator[JSONObject, None]:
         """What is waited for, now and then, until the prompts can be made."""
         ...
 
-    async def prompts(self) -> list[Prompt]: ...
+    async def prompts(self) -> list[EnginePrompt]: ...
 
-    async def answered(self) -> None:
+    async def on_answered(self) -> None:
         """The prompts were read, and answered. What this raises is logged."""
         ...
 
 
 @dataclass(slots=True)
-class Tally:
+class UsageTotals:
     """Token counts over all prompts of one request."""
 
     prompt: int = 0
@@ -100,7 +100,7 @@ class Tally:
         self.linked += usage.linked_tokens
         self.explanation = usage.explanation
 
-    def usage(self) -> Body:
+    def usage(self) -> JSONObject:
         return {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
@@ -114,45 +114,45 @@ class Reply:
     """One HTTP request on its way from prompts to the wire."""
 
     generation: Generation
-    shape: Shape
-    preparation: Preparation
-    wanted: Sampled
+    response_format: ResponseFormat
+    prompt_source: PromptSource
+    wanted: GenerationRequest
     salt: str
     created: int = field(default_factory=lambda: int(time.time()))
-    tally: Tally = field(default_factory=Tally)
+    totals: UsageTotals = field(default_factory=UsageTotals)
     requests: list[EngineRequest] | None = None
     id: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self.id = f"{self.shape.id_prefix}-{uuid.uuid4().hex}"
+        self.id = f"{self.response_format.id_prefix}-{uuid.uuid4().hex}"
 
     async def respond(self, request: Request, *, ping_seconds: float) -> Response:
         self.wanted.sampling(0)  # a value out of range is refused before anything is waited for
         if not self.wanted.stream:
             return JSONResponse(await while_connected(request, self._whole()))
-        if self.preparation.is_ready:  # what is wrong is then an error, not an event in a stream
+        if self.prompt_source.is_ready:  # what is wrong is then an error, not an event in a stream
             self.requests = await self._prepare()
         return EventStream(self._events(), ping_seconds=ping_seconds)
 
-    async def _whole(self) -> Body:
+    async def _whole(self) -> JSONObject:
         choices: dict[int, Choice] = {}
         async with aclosing(self._outputs()) as outputs:
             async for output in outputs:
                 if isinstance(output, RequestOutput):
                     _collect(choices, output)
         return self._body(
-            self.shape.whole_object,
-            [self.shape.whole(choices[index]) for index in sorted(choices)],
-            usage=self.tally.usage(),
+            self.response_format.whole_object,
+            [self.response_format.whole(choices[index]) for index in sorted(choices)],
+            usage=self.totals.usage(),
             longctx=self._longctx(),
             **self._prompt_cache(),
             **self._explanation(),
         )
 
-    async def _events(self) -> AsyncGenerator[Body, None]:
+    async def _events(self) -> AsyncGenerator[JSONObject, None]:
         choices: dict[int, Choice] = {}
         opened: set[int] = set()
-        last: Body | None = None  # held back: the very last one carries more
+        last: JSONObject | None = None  # held back: the very last one carries more
         async with aclosing(self._outputs()) as outputs:
             async for output in outputs:
                 if last is not None:
@@ -160,19 +160,19 @@ class Reply:
                     last = None
                 if isinstance(output, dict):
                     if self.wanted.return_progress:
-                        yield self._chunk([self.shape.delta(0, "")], longctx=output)
+                        yield self._chunk([self.response_format.delta(0, "")], longctx=output)
                     continue
                 if output.progress is not None and self.wanted.return_progress:
                     yield self._progress(output.index, output.progress)
                 if output.index not in opened and (output.text or output.finish_reason):
                     opened.add(output.index)
-                    if (opening := self.shape.opening(output.index)) is not None:
+                    if (opening := self.response_format.first_delta(output.index)) is not None:
                         yield self._chunk([opening])
                 choice = _collect(choices, output)
                 if output.text:
-                    yield self._chunk([self.shape.delta(output.index, output.text)])
+                    yield self._chunk([self.response_format.delta(output.index, output.text)])
                 if output.finish_reason is not None:
-                    last = self._chunk([self.shape.finish(choice)])
+                    last = self._chunk([self.response_format.finish(choice)])
         told = self._explanation()
         if last is not None:
             yield {
@@ -182,42 +182,42 @@ class Reply:
                 **({} if self.wanted.include_usage else told),
             }
         if self.wanted.include_usage:
-            yield self._chunk([], usage=self.tally.usage(), **told)
+            yield self._chunk([], usage=self.totals.usage(), **told)
 
-    async def _outputs(self) -> AsyncGenerator[RequestOutput | Body, None]:
-        async with aclosing(self.preparation.waiting()) as news:
+    async def _outputs(self) -> AsyncGenerator[RequestOutput | JSONObject, None]:
+        async with aclosing(self.prompt_source.waiting()) as news:
             async for item in news:
                 yield item
         requests = self.requests or await self._prepare()
         async with aclosing(self.generation.outputs(requests)) as outputs:
             async for output in outputs:
                 if output.usage is not None:
-                    self.tally.add(output.usage)
+                    self.totals.add(output.usage)
                 yield output
         try:
-            await self.preparation.answered()
+            await self.prompt_source.on_answered()
         except Exception as error:  # the answer is complete, and not to be taken back
             logger.error("keeping the prompt of %s failed", self.id, exc_info=error)
 
     async def _prepare(self) -> list[EngineRequest]:
-        prompts = await self.preparation.prompts()
+        prompts = await self.prompt_source.prompts()
         return self.generation.requests(prompts, self.wanted, self.salt)
 
-    def _progress(self, index: int, progress: Progress) -> Body:
+    def _progress(self, index: int, progress: Progress) -> JSONObject:
         told = {
             "total": progress.total,
             "cache": progress.cache,
             "processed": progress.processed,
             "time_ms": round(progress.time_ms),
         }
-        return self._chunk([self.shape.delta(index, "")], prompt_progress=told)
+        return self._chunk([self.response_format.delta(index, "")], prompt_progress=told)
 
-    def _chunk(self, choices: list[Body], **more: Any) -> Body:
+    def _chunk(self, choices: list[JSONObject], **more: Any) -> JSONObject:
         if self.wanted.include_usage:
             more.setdefault("usage", None)
-        return self._body(self.shape.chunk_object, choices, **more)
+        return self._body(self.response_format.chunk_object, choices, **more)
 
-    def _body(self, kind: str, choices: list[Body], **more: Any) -> Body:
+    def _body(self, kind: str, choices: list[JSONObject], **more: Any) -> JSONObject:
         return {
             "id": self.id,
             "object": kind,
@@ -228,19 +228,19 @@ class Reply:
             **more,
         }
 
-    def _longctx(self) -> Body:
-        return {"computed_tokens": self.tally.computed, **self.preparation.notes}
+    def _longctx(self) -> JSONObject:
+        return {"computed_tokens": self.totals.computed, **self.prompt_source.notes}
 
-    def _prompt_cache(self) -> Body:
-        told = self.preparation.prompt_cache
+    def _prompt_cache(self) -> JSONObject:
+        told = self.prompt_source.prompt_cache
         if not told:
             return {}
-        counts = {"borrowed_tokens": self.tally.borrowed, "linked_tokens": self.tally.linked}
+        counts = {"borrowed_tokens": self.totals.borrowed, "linked_tokens": self.totals.linked}
         return {"prompt_cache": {**told, **counts}}
 
-    def _explanation(self) -> Body:
+    def _explanation(self) -> JSONObject:
         """Why the cache had what it had, where that was asked for."""
-        told = self.tally.explanation
+        told = self.totals.explanation
         if told is None:
             return {}
         divergence = told.divergence

@@ -1,7 +1,7 @@
 """What is known about each uploaded file, in SQLite, so that it outlives the process.
 
 Only what cannot be had again stands here; how far a document has come in this process is the
-`Library`'s (`library.py`).
+`DocumentLibrary`'s (`library.py`).
 """
 
 import sqlite3
@@ -33,7 +33,7 @@ CREATE TABLE IF NOT EXISTS deleted (id TEXT PRIMARY KEY) STRICT;
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Document:
+class DocumentRecord:
     """`date` is the template's today, frozen at upload. `tokens` is the count for the model whose
     `fingerprint` stands beside it."""
 
@@ -50,13 +50,13 @@ class Document:
     fingerprint: str | None = None
 
 
-COLUMNS = ", ".join(field.name for field in fields(Document))
+COLUMNS = ", ".join(field.name for field in fields(DocumentRecord))
 DELETED = "SELECT id FROM deleted"
-MARKS = ", ".join("?" for _ in fields(Document))
+MARKS = ", ".join("?" for _ in fields(DocumentRecord))
 
 
-def _document(row: tuple[object, ...]) -> Document:
-    return Document(**dict(zip(COLUMNS.split(", "), row, strict=True)))  # type: ignore[arg-type]
+def _document(row: tuple[object, ...]) -> DocumentRecord:
+    return DocumentRecord(**dict(zip(COLUMNS.split(", "), row, strict=True)))  # type: ignore[arg-type]
 
 
 class DocumentStore:
@@ -70,7 +70,7 @@ class DocumentStore:
     async def close(self) -> None:
         await self._database.close()
 
-    async def save(self, document: Document) -> None:
+    async def save(self, document: DocumentRecord) -> None:
         """Adds it, or replaces what was known; durable when this returns."""
         updates = ", ".join(f"{name} = excluded.{name}" for name in COLUMNS.split(", "))
         await self._database.run(
@@ -98,12 +98,12 @@ class DocumentStore:
 
         await self._database.run(remove)
 
-    async def all(self) -> list[Document]:
+    async def all(self) -> list[DocumentRecord]:
         """Oldest first."""
         clause = f"WHERE id NOT IN ({DELETED}) ORDER BY number"
         return await self._database.run(lambda connection: _select(connection, clause))
 
-    async def deleted(self) -> list[Document]:
+    async def deleted(self) -> list[DocumentRecord]:
         """Those of which something may still be stored elsewhere."""
         clause = f"WHERE id IN ({DELETED}) ORDER BY number"
         return await self._database.run(lambda connection: _select(connection, clause))
@@ -116,7 +116,7 @@ class DocumentStore:
         order: Literal["asc", "desc"],
         after: str | None,
         limit: int,
-    ) -> list[Document]:
+    ) -> list[DocumentRecord]:
         """At most `limit` documents of the tenant that come after the one with id `after`."""
         conditions, values = ["tenant = ?", f"id NOT IN ({DELETED})"], [tenant]
         if purpose is not None:
@@ -130,6 +130,6 @@ class DocumentStore:
         return await self._database.run(lambda connection: _select(connection, clause, *values))
 
 
-def _select(connection: sqlite3.Connection, clause: str, *values: str) -> list[Document]:
+def _select(connection: sqlite3.Connection, clause: str, *values: str) -> list[DocumentRecord]:
     rows = connection.execute(f"SELECT {COLUMNS} FROM documents {clause}", values)
     return [_document(row) for row in rows]

@@ -1,4 +1,4 @@
-"""Reads a multipart upload as it streams in: text fields to memory, the file to its draft."""
+"""Reads a multipart upload as it streams in: text fields to memory, the file to its upload."""
 
 import asyncio
 from pathlib import PurePosixPath
@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
-from api.files.upload import Draft
+from api.files.upload import Upload
 from api.http.bodies import discard
 from api.http.errors import ApiError
 
@@ -14,14 +14,14 @@ MAX_FIELD_BYTES = 1 << 20
 WRITE_BYTES = 1 << 20
 
 
-class Form:
-    """`fields` and `filename` are there after `receive`, the file's content is in the draft."""
+class MultipartReader:
+    """`fields` and `filename` are there after `receive`, the file's content is in the upload."""
 
-    def __init__(self, draft: Draft, *, allowed: frozenset[str]) -> None:
+    def __init__(self, upload: Upload, *, allowed: frozenset[str]) -> None:
         """`allowed`: names of the text fields."""
         self.fields: dict[str, str] = {}
         self.filename: str | None = None
-        self._draft = draft
+        self._upload = upload
         self._allowed = allowed
         self._complete = False
         self._header = [b"", b""]  # name and value, while they arrive
@@ -32,7 +32,7 @@ class Form:
         self._unwritten = bytearray()
 
     async def receive(self, request: Request) -> None:
-        """Raises ApiError for a body that is no such form, and what the draft raises."""
+        """Raises ApiError for a body that is no such form, and what the upload raises."""
         kind, options = parse_options_header(request.headers.get("content-type", ""))
         boundary = options.get(b"boundary")
         if kind != b"multipart/form-data" or boundary is None:
@@ -61,7 +61,7 @@ class Form:
                 raise ApiError(400, "the form ends before its last boundary; send it again")
             if self.filename is None:
                 raise ApiError(400, "the form has no file in a field 'file'", param="file")
-            await asyncio.to_thread(self._draft.finish)
+            await asyncio.to_thread(self._upload.finish)
         except ApiError:
             await discard(stream)
             raise
@@ -73,7 +73,7 @@ class Form:
         if self._unwritten:
             data = bytes(self._unwritten)
             self._unwritten.clear()
-            await asyncio.to_thread(self._draft.write, data)
+            await asyncio.to_thread(self._upload.write, data)
 
     def _on_part_begin(self) -> None:
         self._disposition = b""

@@ -15,12 +15,13 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from api.background.store_dir import StoreDir
-from api.files.document_library import Entry, Library
-from api.files.document_store import Document
-from api.files.multipart import Form
-from api.files.upload import Draft
+from api.files.document import Document
+from api.files.document_library import DocumentLibrary
+from api.files.document_store import DocumentRecord
+from api.files.multipart import MultipartReader
+from api.files.upload import Upload
 from api.http.auth import tenant_of
-from api.http.bodies import Wire
+from api.http.bodies import RequestBody
 from api.http.errors import ApiError
 from api.http.openapi import Body
 
@@ -43,17 +44,17 @@ UPLOAD_BODY = Body(
 STATUS = {"queued": "uploaded", "processing": "uploaded", "ready": "processed", "error": "error"}
 
 
-class ListQuery(Wire):
+class ListQuery(RequestBody):
     purpose: str | None = None
     order: Literal["asc", "desc"] = "desc"
     after: str | None = None
     limit: Annotated[int, Field(ge=1, le=10_000, strict=False)] = 10_000
 
 
-class Files:
+class FileRoutes:
     def __init__(
         self,
-        library: Library,
+        library: DocumentLibrary,
         folder: StoreDir,
         forget: Sequence[Callable[[str], Awaitable[None]]],
         *,
@@ -67,8 +68,8 @@ class Files:
 
     async def create(self, request: Request) -> Response:
         """Stores an uploaded text and has it computed in the background."""
-        with Draft(self.folder.new_draft(), limit_bytes=self.max_upload_bytes) as draft:
-            form = Form(draft, allowed=frozenset(FIELDS))
+        with Upload(self.folder.new_upload_path(), limit_bytes=self.max_upload_bytes) as upload:
+            form = MultipartReader(upload, allowed=frozenset(FIELDS))
             await form.receive(request)
             purpose = form.fields.get("purpose", PURPOSES[0])
             if purpose not in PURPOSES:
@@ -78,15 +79,15 @@ class Files:
                     param="purpose",
                 )
             assert form.filename is not None
-            document = new_document(
-                draft,
+            record = new_record(
+                upload,
                 tenant=tenant_of(request),
                 filename=form.filename,
                 purpose=purpose,
                 system=form.fields.get("system"),
             )
-            entry = await self.library.add(document, draft.path)
-        return JSONResponse(self._body(entry))
+            document = await self.library.add(record, upload.path)
+        return JSONResponse(self._body(document))
 
     async def list(self, request: Request) -> Response:
         """Lists the caller's files, page by page."""
@@ -101,7 +102,7 @@ class Files:
             after=query.after,
             limit=query.limit + 1,
         )
-        page = [self._body(entry) for entry in found[: query.limit]]
+        page = [self._body(document) for document in found[: query.limit]]
         return JSONResponse(
             {
                 "object": "list",
@@ -118,66 +119,66 @@ class Files:
 
     async def content(self, request: Request) -> Response:
         """Returns the text of a file as it was uploaded."""
-        entry = self._find(request)
+        document = self._find(request)
         return FileResponse(
-            self.library.text_path(entry),
+            self.library.text_path(document),
             media_type="text/plain",
-            filename=entry.document.filename,
+            filename=document.record.filename,
         )
 
     async def delete(self, request: Request) -> Response:
         """Deletes a file, with its KV blocks in every tier."""
-        entry = self._find(request)
-        await self.library.remove(entry)
+        document = self._find(request)
+        await self.library.remove(document)
         for forget in self.forget:
-            await forget(entry.document.id)
-        return JSONResponse({"id": entry.document.id, "object": "file", "deleted": True})
+            await forget(document.id)
+        return JSONResponse({"id": document.id, "object": "file", "deleted": True})
 
-    def _find(self, request: Request) -> Entry:
+    def _find(self, request: Request) -> Document:
         return self.library.find(tenant_of(request), request.path_params["file_id"])
 
-    def _body(self, entry: Entry) -> dict[str, Any]:
-        document = entry.document
-        state = self.library.state(entry)
+    def _body(self, document: Document) -> dict[str, Any]:
+        record = document.record
+        state = self.library.state(document)
         return {
-            "id": document.id,
+            "id": record.id,
             "object": "file",
-            "bytes": document.bytes,
-            "created_at": document.created_at,
-            "filename": document.filename,
-            "purpose": document.purpose,
+            "bytes": record.bytes,
+            "created_at": record.created_at,
+            "filename": record.filename,
+            "purpose": record.purpose,
             "status": STATUS[state],
-            "status_details": entry.error,
+            "status_details": document.error,
             "longctx": {
                 "state": state,
-                "error": entry.error,
-                "tokens": document.tokens,
-                "prefilled_tokens": self.library.prefilled_tokens(entry),
-                "durable_tokens": self.library.durable_tokens(entry),
-                "kv_bytes": self.library.kv_bytes(entry),
-                "eta_seconds": self.library.eta_seconds(entry),
+                "error": document.error,
+                "tokens": record.tokens,
+                "prefilled_tokens": self.library.prefilled_tokens(document),
+                "durable_tokens": self.library.durable_tokens(document),
+                "kv_bytes": self.library.kv_bytes(document),
+                "eta_seconds": self.library.eta_seconds(document),
                 "prefix": {
-                    "system": document.system,
-                    "date": document.date,
-                    "tokens": len(entry.prefix),
-                    "last_difference": entry.differed,
+                    "system": record.system,
+                    "date": record.date,
+                    "tokens": len(document.prefix),
+                    "last_difference": document.prefix_difference,
                 },
             },
         }
 
 
-def new_document(
-    draft: Draft, *, tenant: str, filename: str, purpose: str, system: str | None
-) -> Document:
+def new_record(
+    upload: Upload, *, tenant: str, filename: str, purpose: str, system: str | None
+) -> DocumentRecord:
     """What is known of a file that has just been received."""
-    return Document(
+    return DocumentRecord(
         id=f"file-{uuid.uuid4().hex}",
         tenant=tenant,
         filename=filename,
         purpose=purpose,
-        bytes=draft.size,
+        bytes=upload.size_bytes,
         created_at=int(time.time()),
-        sha256=draft.sha256,
+        sha256=upload.sha256,
         system=system,
         date=datetime.date.today().isoformat(),
     )

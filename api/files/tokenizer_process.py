@@ -39,7 +39,7 @@ DATA_BYTES = 4 << 30
 PATIENCE = 60
 
 
-class ParseFailed(LongctxError):
+class TokenizationFailed(LongctxError):
     """The document has no tokens; the message says why."""
 
 
@@ -55,7 +55,7 @@ class _Child:
                 os.kill(self.pid, signal.SIGKILL)
 
 
-class Parser:
+class TokenizerProcess:
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Forks; call it before there are threads."""
         ours, theirs = socket.socketpair()
@@ -82,18 +82,18 @@ class Parser:
 
         One document at a time; cancelling kills the process at work. Once this has returned or
         raised, nothing writes `tokens`, or any other file, any more. `continues`: other text
-        stands before the document in its prompt. Raises ParseFailed.
+        stands before the document in its prompt. Raises TokenizationFailed.
         """
         child = _Child()
-        # The child writes a draft, and only this process names it `tokens`: a child that is killed
-        # too late, or whose zygote has died before it, leaves no tokens of a deleted document.
-        draft = tokens.with_suffix(".draft")
-        job = {"text": str(text), "tokens": str(draft), "continues": continues}
+        # The child writes a partial file, and only this process names it `tokens`: a child that is
+        # killed too late, or that outlives its zygote, leaves no tokens of a deleted document.
+        partial = tokens.with_suffix(".partial")
+        job = {"text": str(text), "tokens": str(partial), "continues": continues}
         try:
             count = await finish(self._run(child, job, on_progress), on_cancel=child.kill)
-            draft.rename(tokens)
+            partial.rename(tokens)
         finally:
-            draft.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
         return count
 
     async def close(self) -> None:
@@ -110,7 +110,7 @@ class Parser:
     ) -> int:
         async with self._turn:
             if child.unwanted:
-                raise ParseFailed("cancelled")
+                raise TokenizationFailed("cancelled")
             mebibytes = os.path.getsize(job["text"]) >> 20
             cpu_seconds = CPU_SECONDS + CPU_SECONDS_PER_MIB * mebibytes
             deadline = asyncio.get_running_loop().call_later(PATIENCE * cpu_seconds, child.kill)
@@ -126,7 +126,7 @@ class Parser:
                             child.kill()
                     elif "read" in message:
                         on_progress(message["read"])
-            except ParseFailed:
+            except TokenizationFailed:
                 child.kill()  # it has outlived the zygote
                 raise
             finally:
@@ -134,9 +134,9 @@ class Parser:
                 late = deadline.when() <= asyncio.get_running_loop().time()
                 deadline.cancel()
         if "error" in result:
-            raise ParseFailed(result["error"])
+            raise TokenizationFailed(result["error"])
         if "count" not in result:
-            raise ParseFailed(_cause_of_death(result["exit"], cpu_seconds, late))
+            raise TokenizationFailed(_cause_of_death(result["exit"], cpu_seconds, late))
         count = result["count"]
         assert isinstance(count, int)
         return count
@@ -153,7 +153,9 @@ class Parser:
         with suppress(OSError):
             line = await self._streams[0].readline()
         if not line:
-            raise ParseFailed("the process that reads documents has ended; restart the server")
+            raise TokenizationFailed(
+                "the process that reads documents has ended; restart the server"
+            )
         message = json.loads(line)
         assert isinstance(message, dict)
         return message

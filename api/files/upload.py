@@ -28,12 +28,12 @@ FORMATS = {
 }
 
 
-class Draft:
+class Upload:
     """A file that is being received. Used as a context, which removes what was not moved away."""
 
     def __init__(self, path: Path, *, limit_bytes: int) -> None:
         self.path = path
-        self.size = 0
+        self.size_bytes = 0
         self._limit_bytes = limit_bytes
         self._file = path.open("xb")
         self._hash = hashlib.sha256()
@@ -58,11 +58,11 @@ class Draft:
 
     def write(self, data: bytes) -> None:
         """Raises ApiError for what is not text, or too much of it."""
-        if self.size == 0:
+        if self.size_bytes == 0:
             for magic, name in FORMATS.items():
                 if data.startswith(magic):
                     raise _refusal(f"the file is {name}")
-        if self.size + len(data) > self._limit_bytes:
+        if self.size_bytes + len(data) > self._limit_bytes:
             raise ApiError(
                 413,
                 f"the file is larger than {self._limit_bytes >> 20} MiB; split it or start the "
@@ -70,7 +70,7 @@ class Draft:
                 param="file",
             )
         self._check(data, final=False)
-        self.size += len(data)
+        self.size_bytes += len(data)
         self._hash.update(data)
         self._file.write(data)
 
@@ -87,10 +87,10 @@ class Draft:
         try:
             text = self._decoder.decode(data, final)
         except UnicodeDecodeError as error:
-            at = self.size - len(held) + error.start
+            at = self.size_bytes - len(held) + error.start
             raise _refusal(f"the file is not UTF-8: {error.reason} at byte {at}") from error
         if (position := data.find(b"\0")) >= 0:
-            raise _refusal(f"the file is binary: a zero at byte {self.size + position}")
+            raise _refusal(f"the file is binary: a zero at byte {self.size_bytes + position}")
         self._has_text = self._has_text or bool(text.strip("\ufeff \t\r\n\v\f"))
 
 

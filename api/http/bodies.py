@@ -31,14 +31,14 @@ MAX_PROMPTS = 2048
 DAY_SECONDS = 86_400
 HALF_HOUR_SECONDS = 1800
 
-WireType = TypeVar("WireType", bound="Wire")
+BodyType = TypeVar("BodyType", bound="RequestBody")
 
 
 async def read_json(
-    request: Request, wire_type: type[WireType], *, if_empty: bytes = b""
-) -> WireType:
-    """The body as `wire_type`; ApiError 413 above MAX_JSON_BYTES, ValidationError when wrong."""
-    return wire_type.model_validate_json(await read_body(request) or if_empty)
+    request: Request, body_type: type[BodyType], *, if_empty: bytes = b""
+) -> BodyType:
+    """The body as `body_type`; ApiError 413 above MAX_JSON_BYTES, ValidationError when wrong."""
+    return body_type.model_validate_json(await read_body(request) or if_empty)
 
 
 async def read_body(request: Request) -> bytes:
@@ -99,7 +99,7 @@ def _prompt_shape(value: Any) -> str | None:
             return None
 
 
-class Wire(BaseModel):
+class RequestBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
@@ -109,7 +109,7 @@ TextOrTexts = Annotated[
 ]
 
 
-class StreamOptions(Wire):
+class StreamOptions(RequestBody):
     include_usage: bool = False
     include_obfuscation: bool | None = None  # harmless: padding that changes no answer
 
@@ -121,7 +121,7 @@ AS_GIVEN = (
 )
 
 
-class Sampled(Wire):
+class GenerationRequest(RequestBody):
     """What chat and completions share. Ranges are checked by `SamplingParams`."""
 
     model: str | None = None
@@ -178,14 +178,14 @@ class Sampled(Wire):
         )
 
 
-class TextPart(Wire):
+class TextPart(RequestBody):
     type: Literal["text"]
     text: str
 
     prompt_cache_breakpoint: Any = None  # harmless: every prefix is found again without marks
 
 
-class FileReference(Wire):
+class FileReference(RequestBody):
     """An uploaded file, or one that travels inside the message as a data URL."""
 
     file_id: str | None = None
@@ -199,7 +199,7 @@ class FileReference(Wire):
         return self
 
 
-class FileContent(Wire):
+class FileContent(RequestBody):
     """`reuse`: where the file stands after other text than it was computed after, its state may be
     borrowed from there, a level of `prompt_cache.level`."""
 
@@ -217,7 +217,7 @@ Content = Annotated[
 ]
 
 
-class Message(Wire):
+class Message(RequestBody):
     role: Literal["system", "developer", "user", "assistant"]
     content: Content | None = None
 
@@ -235,7 +235,7 @@ class Message(Wire):
         return self.content or []
 
 
-class PromptCache(Wire):
+class PromptCache(RequestBody):
     """What the conversation begins with: a named prompt, or modules of a schema."""
 
     prompt: str | None = None
@@ -255,12 +255,12 @@ class PromptCache(Wire):
         return self
 
 
-class PromptCacheOptions(Wire):
+class PromptCacheOptions(RequestBody):
     mode: Literal["implicit", "explicit"] | None = None
     ttl: Literal["30m"] | None = None
 
 
-class ChatRequest(Sampled):
+class ChatRequest(GenerationRequest):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     prompt_cache: PromptCache | None = None
@@ -323,7 +323,7 @@ Prompt = Annotated[
 ]
 
 
-class CompletionRequest(Sampled):
+class CompletionRequest(GenerationRequest):
     prompt: Prompt
 
     best_of: Annotated[Any, neutral(None, 1)] = None
@@ -346,11 +346,11 @@ class CompletionRequest(Sampled):
                 return several  # type: ignore[return-value]
 
 
-class FlushRequest(Wire):
+class ClearRequest(RequestBody):
     tier: Literal[MemoryTierName, "all"] = "device"
 
 
-class TokenizeRequest(Wire):
+class TokenizeRequest(RequestBody):
     """Plain text, or messages to be put through the chat template."""
 
     model: str | None = None

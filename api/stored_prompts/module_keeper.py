@@ -1,5 +1,5 @@
-"""Modules that are kept computed: opened in the engine, encoded in the background, taken up again
-whenever the engine has been restarted."""
+"""Keeps modules computed: opens them in the engine, encodes them in the background, and does both
+again whenever the engine has been restarted."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -7,23 +7,23 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from api.background.ingest import Failures, prefill, to_keep
-from api.background.job_queue import Lane
+from api.background.ingest import Failures, ingest, ingest_request
+from api.background.job_queue import JobQueue
 from api.http.errors import logger
 from longctx.errors import EngineDied, LongctxError
 from longctx.process.client import EngineClient
 from longctx.request import Piece, Progress, Request, Segment
 
-KeptState = Literal["queued", "processing", "ready", "error"]
-OTHERS_SECONDS = 10.0  # openings that take longer, of files say, hold no deletion up
+ModulesState = Literal["queued", "processing", "ready", "error"]
+OTHERS_SECONDS = 10.0  # modules that take longer to open, of files say, hold no deletion up
 Modules: TypeAlias = Sequence[tuple[str, tuple[Piece, ...]]]  # id and pieces of each
 
 
 @dataclass(slots=True, eq=False)
-class Kept:
+class StoredModules:
     """Modules that come and go together, and how far they are in this process.
 
-    `prepare` makes them, each time that the engine is to be told. It may wait, and raises
+    `prepare` makes them, each time that the engine is to be told of them. It may wait, and raises
     LongctxError where they cannot be had.
     """
 
@@ -37,151 +37,170 @@ class Kept:
     progress: Progress | None = None
     failures: Failures = field(default_factory=Failures)  # at any of them, until all are computed
     error: str | None = None
-    before: "Kept | None" = None  # goes once this is computed: what both say is not twice
+    # What these replace. It is dropped once these are computed: the blocks of what both say are
+    # then held by these, and never computed twice.
+    replaces: "StoredModules | None" = None
 
-    async def settled(self, *, timeout_seconds: float) -> bool:
-        """Whether the engine knows its modules, or never will; waits at most so long for it."""
+    @property
+    def is_computed(self) -> bool:
+        return self.opened.is_set() and self.computed == len(self.module_ids)
+
+    async def wait_opened(self, *, timeout_seconds: float) -> bool:
+        """Waits until the engine knows the modules, or never will; False after the time-out."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self.opened.wait(), timeout_seconds)
         return self.opened.is_set()
 
 
-def _encoding_of(module_id: str, kept: Kept) -> Request:
-    return to_keep(f"encode-{module_id}", (Segment(encodes=module_id),), salt=kept.salt)
+class ModuleKeeper:
+    """All modules that are kept, of schemas, named prompts and retained prompts.
 
+    Every method is called on the server's event loop: `keep`, perhaps `replace`, in the end `drop`;
+    `reopen` after each restart of the engine; `close` at the end.
+    """
 
-class Keeper:
     def __init__(self, engine: EngineClient) -> None:
         self._engine = engine
-        self._kept: dict[str, Kept] = {}
-        self._opening = Lane(self._open, width=4)
-        self._encoding = Lane(self._encode, width=1)
-        self._gone: dict[str, Kept] = {}  # of which the tiers may still have something
-        self._leaving = Lane(self._leave, width=1)
+        self._kept: dict[str, StoredModules] = {}
+        self._opening = JobQueue(self._open, width=4)
+        self._encoding = JobQueue(self._encode, width=1)
+        self._dropped: dict[str, StoredModules] = {}  # of which the tiers may still have something
+        self._closing = JobQueue(self._close, width=1)
 
-    def keep(self, kept: Kept) -> None:
-        self._kept[kept.id] = kept
-        self._opening.add(kept.id)
+    def keep(self, stored: StoredModules) -> None:
+        """Opens and encodes them in the background, now and after each restart of the engine."""
+        self._kept[stored.id] = stored
+        self._opening.add(stored.id)
 
-    async def drop(self, kept: Kept) -> None:
-        """Frees what nothing else needs; requests that wait for it go on without.
+    async def drop(self, stored: StoredModules) -> None:
+        """Frees what nothing else needs; requests that wait for the modules go on without them.
 
-        What the tiers have of it can be named, and deleted, by an engine that knows it: where that
-        does not (yet), this is done later.
+        What the tiers have of them can be named, and deleted, by an engine that knows them: where
+        that does not (yet), this is done later.
         """
-        kept.opened.set()
-        if self._kept.get(kept.id) is kept:
-            del self._kept[kept.id]
-        await self._opening.cancel(kept.id)
-        await self._encoding.cancel(kept.id)
-        await self._others_open()
-        self._gone[kept.id] = kept
-        if kept.error is not None or kept.opened_by == self._engine.restarts:
-            await self._leave(kept.id)
+        stored.opened.set()
+        if self._kept.get(stored.id) is stored:
+            del self._kept[stored.id]
+        await self._opening.cancel(stored.id)
+        await self._encoding.cancel(stored.id)
+        await self._wait_for_others()
+        self._dropped[stored.id] = stored
+        if stored.error is not None or stored.opened_by == self._engine.restarts:
+            await self._close(stored.id)
         else:
-            self._leaving.add(kept.id)
-        await self._drop_before(kept)
+            self._closing.add(stored.id)
+        await self._drop_replaced(stored)
 
-    async def _others_open(self) -> None:
-        """After a start nobody owns what several share until it is open: it would be deleted."""
-        waiting = [asyncio.ensure_future(kept.opened.wait()) for kept in self._kept.values()]
+    async def replace(self, old: StoredModules, new: StoredModules) -> None:
+        """Drops the old ones once the new ones are computed."""
+        new.replaces = old
+        if new.is_computed:
+            await self._drop_replaced(new)
+
+    async def reopen(self) -> None:
+        """Begins again with all of them, for an engine that was restarted and knows no module."""
+        for stored in self._kept.values():
+            if stored.error is None:
+                stored.computed, stored.progress = 0, None
+                stored.opened.clear()
+                self._opening.add(stored.id)
+        for name in self._dropped:
+            self._closing.add(name)
+
+    async def close(self) -> None:
+        """Stops all work, which is taken up again next time."""
+        await self._closing.close()
+        await self._opening.close()
+        await self._encoding.close()
+
+    def state(self, stored: StoredModules) -> ModulesState:
+        if stored.error is not None:
+            return "error"
+        if stored.is_computed:
+            return "ready" if self._engine.state != "restarting" else "queued"
+        if self._opening.is_running(stored.id) or self._encoding.is_running(stored.id):
+            return "processing"
+        return "queued"
+
+    async def _open(self, name: str) -> None:
+        stored = self._kept[name]
+        try:
+            with suppress(EngineDied):  # `reopen` comes when it is back
+                await self._tell_engine(stored)
+                self._encoding.add(name)
+        except LongctxError as error:
+            stored.error = str(error)
+        except Exception as error:  # a bug of ours must not leave anybody waiting
+            logger.error("opening %s failed", name, exc_info=error)
+            stored.error = "the server failed; its log says why"
+        stored.opened.set()
+
+    async def _tell_engine(self, stored: StoredModules) -> None:
+        modules = await stored.prepare()
+        stored.module_ids = tuple(module_id for module_id, _ in modules)
+        opened_by = self._engine.restarts
+        for module_id, pieces in modules:
+            request = _request_of(module_id, stored)
+            await self._engine.open_module(module_id, pieces, keep=request)
+        stored.opened_by = opened_by
+
+    async def _encode(self, name: str) -> None:
+        stored = self._kept[name]
+        if stored.error is not None:  # since it was queued
+            return
+
+        def note(progress: Progress) -> None:
+            stored.progress = progress
+
+        stored.computed = 0
+        try:
+            for module_id in stored.module_ids:
+                encoded = await ingest(
+                    self._engine,
+                    _request_of(module_id, stored),
+                    failures=stored.failures,
+                    on_progress=note,
+                )
+                if not encoded:
+                    return
+                stored.computed += 1
+            stored.failures.count = 0
+            await self._drop_replaced(stored)
+        except LongctxError as error:
+            stored.error = str(error)
+
+    async def _drop_replaced(self, stored: StoredModules) -> None:
+        replaced, stored.replaces = stored.replaces, None
+        if replaced is not None:
+            await self.drop(replaced)
+
+    async def _wait_for_others(self) -> None:
+        """Waits until the modules that stay are open.
+
+        After a start, blocks that several modules share belong to nobody until one of those that
+        stay is open: closing another would delete them.
+        """
+        waiting = [asyncio.ensure_future(stored.opened.wait()) for stored in self._kept.values()]
         if waiting:
             await asyncio.wait(waiting, timeout=OTHERS_SECONDS)
         for task in waiting:
             task.cancel()
 
-    async def replace(self, before: Kept, kept: Kept) -> None:
-        """`before` goes once `kept` is computed."""
-        kept.before = before
-        if kept.opened.is_set() and kept.computed == len(kept.module_ids):
-            await self._drop_before(kept)
-
-    async def reopen(self) -> None:
-        """After the engine was restarted: it knows no module."""
-        for kept in self._kept.values():
-            if kept.error is None:
-                kept.computed, kept.progress = 0, None
-                kept.opened.clear()
-                self._opening.add(kept.id)
-        for name in self._gone:
-            self._leaving.add(name)
-
-    async def close(self) -> None:
-        """Stops all work, which is taken up again next time."""
-        await self._leaving.close()
-        await self._opening.close()
-        await self._encoding.close()
-
-    def state(self, kept: Kept) -> KeptState:
-        if kept.error is not None:
-            return "error"
-        if kept.opened.is_set() and kept.computed == len(kept.module_ids):
-            return "ready" if self._engine.state != "restarting" else "queued"
-        if self._opening.runs(kept.id) or self._encoding.runs(kept.id):
-            return "processing"
-        return "queued"
-
-    async def _open(self, name: str) -> None:
-        kept = self._kept[name]
-        try:
-            with suppress(EngineDied):  # `reopen` comes when it is back
-                await self._tell(kept)
-                self._encoding.add(name)
-        except LongctxError as error:
-            kept.error = str(error)
-        except Exception as error:  # a bug of ours must not leave anybody waiting
-            logger.error("opening %s failed", name, exc_info=error)
-            kept.error = "the server failed; its log says why"
-        kept.opened.set()
-
-    async def _tell(self, kept: Kept) -> None:
-        modules = await kept.prepare()
-        kept.module_ids = tuple(module_id for module_id, _ in modules)
-        opened_by = self._engine.restarts
-        for module_id, pieces in modules:
-            await self._engine.open_module(module_id, pieces, keep=_encoding_of(module_id, kept))
-        kept.opened_by = opened_by
-
-    async def _leave(self, name: str) -> None:
-        kept = self._gone[name]
+    async def _close(self, name: str) -> None:
+        stored = self._dropped[name]
         try:
             if name not in self._kept:  # else its blocks are those of what is kept again
-                if kept.error is None and kept.opened_by != self._engine.restarts:
-                    await self._tell(kept)
-                for module_id in kept.module_ids:
+                if stored.error is None and stored.opened_by != self._engine.restarts:
+                    await self._tell_engine(stored)
+                for module_id in stored.module_ids:
                     await self._engine.close_module(module_id)
         except EngineDied:  # `reopen` comes when it is back
             return
         except LongctxError as error:
             logger.warning("what is stored of %s stays until it is evicted: %s", name, error)
-        self._gone.pop(name, None)
+        self._dropped.pop(name, None)
 
-    async def _encode(self, name: str) -> None:
-        kept = self._kept[name]
-        if kept.error is not None:  # since it was queued
-            return
 
-        def note(progress: Progress) -> None:
-            kept.progress = progress
-
-        kept.computed = 0
-        try:
-            for module_id in kept.module_ids:
-                encoded = await prefill(
-                    self._engine,
-                    _encoding_of(module_id, kept),
-                    failures=kept.failures,
-                    on_progress=note,
-                )
-                if not encoded:
-                    return
-                kept.computed += 1
-            kept.failures.count = 0
-            await self._drop_before(kept)
-        except LongctxError as error:
-            kept.error = str(error)
-
-    async def _drop_before(self, kept: Kept) -> None:
-        before, kept.before = kept.before, None
-        if before is not None:
-            await self.drop(before)
+def _request_of(module_id: str, stored: StoredModules) -> Request:
+    """The request that encodes one of the modules."""
+    return ingest_request(f"encode-{module_id}", (Segment(encodes=module_id),), salt=stored.salt)

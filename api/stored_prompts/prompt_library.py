@@ -16,9 +16,9 @@ import numpy as np
 from api.background.expiry import Expiry
 from api.background.name_locks import NameLocks
 from api.background.store_dir import StoreDir
-from api.files.document_library import Library
+from api.files.document_library import DocumentLibrary
 from api.http.errors import ApiError
-from api.stored_prompts.module_keeper import Keeper, Kept, Modules
+from api.stored_prompts.module_keeper import ModuleKeeper, Modules, StoredModules
 from api.stored_prompts.records import PromptRecord, PromptRecords
 from longctx.errors import InvalidRequest
 from longctx.request import Piece
@@ -28,9 +28,9 @@ SETTLE_SECONDS = 60.0
 
 
 @dataclass(slots=True, eq=False)
-class PromptEntry:
+class StoredPrompt:
     record: PromptRecord
-    kept: Kept
+    modules: StoredModules
     tokens: int | None = None  # once its files are read
     uses: int = 0
 
@@ -42,17 +42,17 @@ class PromptLibrary:
     def __init__(
         self,
         records: PromptRecords,
-        library: Library,
+        documents: DocumentLibrary,
         folder: StoreDir,
         prompts: ChatPrompts,
-        keeper: Keeper,
+        keeper: ModuleKeeper,
     ) -> None:
         self._records = records
-        self._library = library
+        self._documents = documents
         self._folder = folder
         self._prompts = prompts
         self._keeper = keeper
-        self._entries: dict[tuple[str, str], PromptEntry] = {}
+        self._entries: dict[tuple[str, str], StoredPrompt] = {}
         self._locks = NameLocks()
         self._expiry = Expiry(self._moments, self._expire)
 
@@ -61,13 +61,13 @@ class PromptLibrary:
         for record in await self._records.prompts():
             entry = self._entry(record)
             self._entries[record.tenant, record.name] = entry
-            self._keeper.keep(entry.kept)
+            self._keeper.keep(entry.modules)
         self._expiry.start()
 
     async def close(self) -> None:
         await self._expiry.close()
 
-    async def add(self, record: PromptRecord) -> PromptEntry:
+    async def add(self, record: PromptRecord) -> StoredPrompt:
         """In place of the tenant's prompt of that name, once it is stored.
 
         Raises InvalidRequest where the model's chat template has no place for it, or its text is
@@ -77,24 +77,24 @@ class PromptLibrary:
             files = [FilePart(name, self._title(record, name)) for name in record.file_ids]
             await asyncio.to_thread(self._pieces, record, files)
             entry = self._entry(record)
-            self._keeper.keep(entry.kept)
+            self._keeper.keep(entry.modules)
             try:
                 if not files:
-                    await entry.kept.opened.wait()
-                    if entry.kept.error is not None:
-                        raise InvalidRequest(entry.kept.error, param="system")
+                    await entry.modules.opened.wait()
+                    if entry.modules.error is not None:
+                        raise InvalidRequest(entry.modules.error, param="system")
                 await self._records.save_prompt(record)
             except BaseException:
-                await self._keeper.drop(entry.kept)
+                await self._keeper.drop(entry.modules)
                 raise
             known = self._entries.pop((record.tenant, record.name), None)
             self._entries[record.tenant, record.name] = entry  # the youngest
-            self._expiry.changed()
+            self._expiry.reschedule()
             for file in files:
                 if not self._folder.text_path(file.document_id).exists():  # deleted meanwhile
                     await self.forget_file(file.document_id)
             if known is not None:
-                await self._keeper.replace(known.kept, entry.kept)
+                await self._keeper.replace(known.modules, entry.modules)
             return entry
 
     async def remove(self, tenant: str, name: str) -> None:
@@ -107,11 +107,13 @@ class PromptLibrary:
         """A file was deleted: what was computed of its text goes, and the prompts have an error."""
         for entry in list(self._entries.values()):
             if file_id in entry.record.file_ids:
-                await self._keeper.drop(entry.kept)
-                entry.kept.module_ids = ()
-                entry.kept.error = f"there is no file {file_id!r} any more; store the prompt again"
+                await self._keeper.drop(entry.modules)
+                entry.modules.module_ids = ()
+                entry.modules.error = (
+                    f"there is no file {file_id!r} any more; store the prompt again"
+                )
 
-    def find(self, tenant: str, name: str, *, param: str | None = None) -> PromptEntry:
+    def find(self, tenant: str, name: str, *, param: str | None = None) -> StoredPrompt:
         """Raises ApiError 404 when the tenant has no such prompt, or no more."""
         entry = self._entries.get((tenant, name))
         if entry is None or entry.expired(time.time()):
@@ -123,7 +125,7 @@ class PromptLibrary:
             )
         return entry
 
-    def of_tenant(self, tenant: str) -> Iterator[PromptEntry]:
+    def of_tenant(self, tenant: str) -> Iterator[StoredPrompt]:
         """Oldest first."""
         now = time.time()
         return (
@@ -132,31 +134,33 @@ class PromptLibrary:
             if owner == tenant and not entry.expired(now)
         )
 
-    def _moments(self) -> Iterator[tuple[float, PromptEntry]]:
+    def _moments(self) -> Iterator[tuple[float, StoredPrompt]]:
         for entry in self._entries.values():
             if entry.record.expires_at is not None:
                 yield entry.record.expires_at, entry
 
-    async def _expire(self, entry: PromptEntry) -> None:
+    async def _expire(self, entry: StoredPrompt) -> None:
         record = entry.record
         async with self._locks.of(record.tenant, record.name):
             if self._entries.get((record.tenant, record.name)) is entry:
                 await self._forget(entry)
 
-    async def _forget(self, entry: PromptEntry) -> None:
+    async def _forget(self, entry: StoredPrompt) -> None:
         record = entry.record
         await self._records.remove_prompt(record.tenant, record.name)
         del self._entries[record.tenant, record.name]
-        await self._keeper.drop(entry.kept)
+        await self._keeper.drop(entry.modules)
 
-    def _entry(self, record: PromptRecord) -> PromptEntry:
+    def _entry(self, record: PromptRecord) -> StoredPrompt:
         async def prepare() -> Modules:
             token_ids = await self._token_ids(record)
             entry.tokens = len(token_ids)
-            return [(kept.id, (Piece(token_ids=token_ids, position=0),))]
+            return [(modules.id, (Piece(token_ids=token_ids, position=0),))]
 
-        kept = Kept(id=f"prompt-{secrets.token_hex(12)}", salt=record.tenant, prepare=prepare)
-        entry = PromptEntry(record, kept)
+        modules = StoredModules(
+            id=f"prompt-{secrets.token_hex(12)}", salt=record.tenant, prepare=prepare
+        )
+        entry = StoredPrompt(record, modules)
         return entry
 
     async def _token_ids(self, record: PromptRecord) -> tuple[int, ...]:
@@ -164,13 +168,15 @@ class PromptLibrary:
         files = []
         for file_id in record.file_ids:
             try:
-                entry = self._library.find(record.tenant, file_id)
-                while not await self._library.wait_tokenized(entry, timeout_seconds=SETTLE_SECONDS):
+                document = self._documents.find(record.tenant, file_id)
+                while not await self._documents.wait_tokenized(
+                    document, timeout_seconds=SETTLE_SECONDS
+                ):
                     pass
-                self._library.check(entry)
+                self._documents.check(document)
             except ApiError as error:
                 raise InvalidRequest(error.message) from error
-            files.append(FilePart(file_id, entry.document.filename))
+            files.append(FilePart(file_id, document.record.filename))
         pieces = await asyncio.to_thread(self._pieces, record, files)
         token_ids: list[int] = []
         for piece in pieces:
@@ -193,5 +199,5 @@ class PromptLibrary:
         return [piece for piece in pieces[: last + 1] if not isinstance(piece, Place)]
 
     def _title(self, record: PromptRecord, file_id: str) -> str:
-        entry = self._library.find(record.tenant, file_id, param="file_ids")
-        return entry.document.filename
+        document = self._documents.find(record.tenant, file_id, param="file_ids")
+        return document.record.filename

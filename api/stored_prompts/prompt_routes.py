@@ -12,9 +12,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from api.http.auth import tenant_of
-from api.http.bodies import Wire, read_json
-from api.stored_prompts.module_keeper import Keeper
-from api.stored_prompts.prompt_library import PromptEntry, PromptLibrary
+from api.http.bodies import RequestBody, read_json
+from api.stored_prompts.module_keeper import ModuleKeeper
+from api.stored_prompts.prompt_library import PromptLibrary, StoredPrompt
 from api.stored_prompts.records import PromptRecord
 from longctx.process.client import EngineClient
 from longctx.request import ModuleState
@@ -40,7 +40,7 @@ def _seconds(value: Any) -> Any:
     return value
 
 
-class PromptRequest(Wire):
+class PromptRequest(RequestBody):
     """A prompt to be stored: what conversations begin with."""
 
     name: Annotated[str, AfterValidator(_prompt_name)]
@@ -57,8 +57,8 @@ class PromptRequest(Wire):
         return self
 
 
-class Prompts:
-    def __init__(self, library: PromptLibrary, engine: EngineClient, keeper: Keeper) -> None:
+class PromptRoutes:
+    def __init__(self, library: PromptLibrary, engine: EngineClient, keeper: ModuleKeeper) -> None:
         self.library = library
         self.engine = engine
         self.keeper = keeper
@@ -101,12 +101,12 @@ class Prompts:
             {"name": entry.record.name, "object": "prompt_cache.prompt.deleted", "deleted": True}
         )
 
-    async def _states(self, entries: Iterable[PromptEntry]) -> dict[str, ModuleState]:
-        return await self.engine.module_states([entry.kept.id for entry in entries])
+    async def _states(self, entries: Iterable[StoredPrompt]) -> dict[str, ModuleState]:
+        return await self.engine.module_states([entry.modules.id for entry in entries])
 
-    def _described(self, entry: PromptEntry, states: dict[str, ModuleState]) -> dict[str, Any]:
-        record, kept = entry.record, entry.kept
-        state = states.get(kept.id)
+    def _described(self, entry: StoredPrompt, states: dict[str, ModuleState]) -> dict[str, Any]:
+        record, modules = entry.record, entry.modules
+        state = states.get(modules.id)
         return {
             "object": "prompt_cache.prompt",
             "name": record.name,
@@ -114,8 +114,8 @@ class Prompts:
             "expires_at": record.expires_at,
             "system": record.system,
             "file_ids": list(record.file_ids),
-            "state": self.keeper.state(kept),
-            "error": kept.error,
+            "state": self.keeper.state(modules),
+            "error": modules.error,
             "tokens": entry.tokens,
             "bytes": 0 if state is None else state.kv_bytes,
             "tier": "none" if state is None else state.tier,

@@ -15,7 +15,7 @@ import numpy as np
 
 from api.background.expiry import Expiry
 from api.background.store_dir import StoreDir
-from api.stored_prompts.module_keeper import Keeper, Kept, Modules
+from api.stored_prompts.module_keeper import ModuleKeeper, Modules, StoredModules
 from api.stored_prompts.records import PromptRecords, RetainedRecord
 from compress.shape import BLOCK_TOKENS
 from longctx.errors import ContextTooLong, InvalidRequest
@@ -27,17 +27,17 @@ BLOCK_BYTES = 4 * BLOCK_TOKENS  # of token ids; less fills no block, and is not 
 
 class Retention:
     def __init__(
-        self, records: PromptRecords, folder: StoreDir, engine: EngineClient, keeper: Keeper
+        self, records: PromptRecords, folder: StoreDir, engine: EngineClient, keeper: ModuleKeeper
     ) -> None:
         self._records = records
         self._folder = folder
         self._engine = engine
         self._keeper = keeper
-        self._retained: dict[str, tuple[RetainedRecord, Kept]] = {}
+        self._retained: dict[str, tuple[RetainedRecord, StoredModules]] = {}
         self._changing = asyncio.Lock()
         self._expiry = Expiry(
             lambda: ((record.expires_at, name) for name, (record, _) in self._retained.items()),
-            self._let_go,
+            self._expire,
         )
 
     async def open(self) -> None:
@@ -118,22 +118,22 @@ class Retention:
             token_ids = np.frombuffer(record.token_ids, dtype="<i4").tolist()
             return [(record.id, (Piece(token_ids=tuple(token_ids), position=0),))]
 
-        kept = Kept(id=record.id, salt=record.tenant, prepare=prepare)
-        self._retained[record.id] = (record, kept)
-        self._keeper.keep(kept)
-        self._expiry.changed()
+        modules = StoredModules(id=record.id, salt=record.tenant, prepare=prepare)
+        self._retained[record.id] = (record, modules)
+        self._keeper.keep(modules)
+        self._expiry.reschedule()
 
-    async def _let_go(self, name: str) -> None:
+    async def _expire(self, name: str) -> None:
         async with self._changing:
             known = self._retained.get(name)
             if known is not None and known[0].expires_at <= time.time():
                 await self._drop(name)
 
     async def _drop(self, name: str) -> None:
-        record, kept = self._retained[name]
+        record, modules = self._retained[name]
         await self._records.remove_retained(record.id)  # first: where it fails, all is as it was
         del self._retained[name]
-        await self._keeper.drop(kept)
+        await self._keeper.drop(modules)
 
     def _token_ids(self, segments: Sequence[Segment]) -> bytes:
         """Little-endian int32, as documents have them."""

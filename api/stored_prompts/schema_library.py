@@ -1,4 +1,4 @@
-"""The schemas of this process: laid out in the model's tokens, and their modules kept computed.
+"""The schemas of this process: laid out in the model's tokens, and their modules modules computed.
 
 What a tenant stored is taken up again at every start. With another model its text has other tokens,
 so the layout is made anew; where it no longer fits, the schema stays, with the reason.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from api.background.name_locks import NameLocks
 from api.http.errors import ApiError
-from api.stored_prompts.module_keeper import Keeper, Kept, Modules
+from api.stored_prompts.module_keeper import ModuleKeeper, Modules, StoredModules
 from api.stored_prompts.records import PromptRecords, SchemaRecord
 from longctx.errors import InvalidRequest, LongctxError
 from longctx.process.client import EngineClient
@@ -28,20 +28,20 @@ from prompt_cache.schema import Schema
 
 
 @dataclass(slots=True, eq=False)
-class SchemaEntry:
+class StoredSchema:
     """The rest is there unless the schema does not suit the model: then `error` says why."""
 
     record: SchemaRecord
     layout: SchemaLayout | None = None
     frames: tuple[tuple[int, ...], ...] = ()
-    kept: Kept | None = None
+    modules: StoredModules | None = None
     error: str | None = None
 
     def module_id(self, name: str) -> str:
-        assert self.kept is not None
-        return f"{self.kept.id}/{name}"
+        assert self.modules is not None
+        return f"{self.modules.id}/{name}"
 
-    def opening(self) -> list[Message]:
+    def preamble(self) -> list[Message]:
         """The messages that every conversation begins with; a place stands for their text."""
         roles = self.record.schema.roles
         return [Message(role.role, (Place(number),)) for number, role in enumerate(roles)]
@@ -60,14 +60,14 @@ class SchemaLibrary:
         tokenizer: Tokenizer,
         prompts: ChatPrompts,
         engine: EngineClient,
-        keeper: Keeper,
+        keeper: ModuleKeeper,
     ) -> None:
         self._records = records
         self._tokenizer = tokenizer
         self._prompts = prompts
         self._engine = engine
         self._keeper = keeper
-        self._entries: dict[tuple[str, str], SchemaEntry] = {}
+        self._entries: dict[tuple[str, str], StoredSchema] = {}
         self._locks = NameLocks()
 
     async def open(self) -> None:
@@ -76,12 +76,12 @@ class SchemaLibrary:
             try:
                 entry = await self._entry(record)
             except (LongctxError, SchemaError) as error:
-                entry = SchemaEntry(record, error=str(error))
+                entry = StoredSchema(record, error=str(error))
             self._entries[record.tenant, record.name] = entry
-            if entry.kept is not None:
-                self._keeper.keep(entry.kept)
+            if entry.modules is not None:
+                self._keeper.keep(entry.modules)
 
-    async def add(self, tenant: str, schema: Schema) -> SchemaEntry:
+    async def add(self, tenant: str, schema: Schema) -> StoredSchema:
         """In place of the tenant's schema of that name, once it is stored. Raises SchemaError and
         InvalidRequest."""
         async with self._locks.of(tenant, schema.name):
@@ -96,20 +96,20 @@ class SchemaLibrary:
                 schema=schema,
             )
             entry = await self._entry(record)
-            assert entry.kept is not None
-            self._keeper.keep(entry.kept)
+            assert entry.modules is not None
+            self._keeper.keep(entry.modules)
             try:
-                await entry.kept.opened.wait()
-                if entry.kept.error is not None:
-                    raise InvalidRequest(entry.kept.error, param="schema")
+                await entry.modules.opened.wait()
+                if entry.modules.error is not None:
+                    raise InvalidRequest(entry.modules.error, param="schema")
                 await self._records.save_schema(record)
             except BaseException:
-                await self._keeper.drop(entry.kept)
+                await self._keeper.drop(entry.modules)
                 raise
             self._entries.pop((tenant, schema.name), None)  # the new one is the youngest
             self._entries[tenant, schema.name] = entry
-            if known is not None and known.kept is not None:
-                await self._keeper.replace(known.kept, entry.kept)
+            if known is not None and known.modules is not None:
+                await self._keeper.replace(known.modules, entry.modules)
             return entry
 
     async def remove(self, tenant: str, name: str) -> None:
@@ -119,10 +119,10 @@ class SchemaLibrary:
                 return
             await self._records.remove_schema(tenant, name)
             del self._entries[tenant, name]
-            if entry.kept is not None:
-                await self._keeper.drop(entry.kept)
+            if entry.modules is not None:
+                await self._keeper.drop(entry.modules)
 
-    def find(self, tenant: str, name: str, *, param: str | None = None) -> SchemaEntry:
+    def find(self, tenant: str, name: str, *, param: str | None = None) -> StoredSchema:
         """Raises ApiError 404 when the tenant has no such schema."""
         entry = self._entries.get((tenant, name))
         if entry is None:
@@ -134,13 +134,13 @@ class SchemaLibrary:
             )
         return entry
 
-    def of_tenant(self, tenant: str) -> Iterator[SchemaEntry]:
+    def of_tenant(self, tenant: str) -> Iterator[StoredSchema]:
         """Oldest first."""
         return (entry for (owner, _), entry in self._entries.items() if owner == tenant)
 
-    def check(self, entry: SchemaEntry) -> SchemaLayout:
+    def check(self, entry: StoredSchema) -> SchemaLayout:
         """Raises ApiError 400 when the schema cannot be used."""
-        error = entry.error or (entry.kept and entry.kept.error)
+        error = entry.error or (entry.modules and entry.modules.error)
         if error is not None or entry.layout is None:
             raise ApiError(
                 400,
@@ -151,13 +151,13 @@ class SchemaLibrary:
         return entry.layout
 
     async def assemble(
-        self, entry: SchemaEntry, modules: Sequence[str], arguments: Mapping[str, str]
+        self, entry: StoredSchema, modules: Sequence[str], arguments: Mapping[str, str]
     ) -> AssembledPrompt:
         """Raises ApiError and SchemaError."""
         layout = self.check(entry)
         return await asyncio.to_thread(assemble, layout, modules, arguments, self._encode)
 
-    async def _entry(self, record: SchemaRecord) -> SchemaEntry:
+    async def _entry(self, record: SchemaRecord) -> StoredSchema:
         frames, layout = await asyncio.to_thread(self._lay_out, record.schema, record.date)
         name = f"schema-{secrets.token_hex(12)}"
 
@@ -170,8 +170,8 @@ class SchemaLibrary:
                 for module, pieces in layout.encoded()
             ]
 
-        kept = Kept(id=name, salt=record.tenant, prepare=prepare)
-        return SchemaEntry(record, layout, frames, kept)
+        modules = StoredModules(id=name, salt=record.tenant, prepare=prepare)
+        return StoredSchema(record, layout, frames, modules)
 
     def _lay_out(
         self, schema: Schema, date: str
@@ -186,7 +186,7 @@ class SchemaLibrary:
         return self._tokenizer.encode(text, continues=True)
 
 
-def segments_of(entry: SchemaEntry, prompt: AssembledPrompt, level: Level) -> tuple[Segment, ...]:
+def segments_of(entry: StoredSchema, prompt: AssembledPrompt, level: Level) -> tuple[Segment, ...]:
     """The prompt's beginning as the engine takes it.
 
     `exact` is the same text without gaps. With `link:k`, the first k tokens of a module are

@@ -10,8 +10,8 @@ from api.http.auth import tenant_of
 from api.http.bodies import read_body
 from api.http.errors import ApiError
 from api.http.openapi import JSON, Body
-from api.stored_prompts.module_keeper import Keeper
-from api.stored_prompts.schema_library import SchemaEntry, SchemaLibrary
+from api.stored_prompts.module_keeper import ModuleKeeper
+from api.stored_prompts.schema_library import SchemaLibrary, StoredSchema
 from longctx.process.client import EngineClient
 from longctx.request import ModuleState
 from prompt_cache.layout import PlacedModule, PlacedScaffold, SchemaLayout
@@ -21,8 +21,8 @@ from prompt_cache.schema_json import schema_object
 SCHEMA_BODY = Body(content={"application/xml": {"type": "string"}, JSON: {"type": "object"}})
 
 
-class Schemas:
-    def __init__(self, library: SchemaLibrary, engine: EngineClient, keeper: Keeper) -> None:
+class SchemaRoutes:
+    def __init__(self, library: SchemaLibrary, engine: EngineClient, keeper: ModuleKeeper) -> None:
         self.library = library
         self.engine = engine
         self.keeper = keeper
@@ -63,25 +63,25 @@ class Schemas:
             }
         )
 
-    def _summary(self, entry: SchemaEntry) -> dict[str, Any]:
-        kept, layout = entry.kept, entry.layout
+    def _summary(self, entry: StoredSchema) -> dict[str, Any]:
+        modules_of, layout = entry.modules, entry.layout
         tokens = 0 if layout is None else sum(part.tokens for part in _parts(layout))
         return {
             "object": "prompt_cache.schema",
             "name": entry.record.name,
             "created_at": entry.record.created_at,
-            "state": "error" if kept is None else self.keeper.state(kept),
-            "error": entry.error or (kept and kept.error),
+            "state": "error" if modules_of is None else self.keeper.state(modules_of),
+            "error": entry.error or (modules_of and modules_of.error),
             "positions": 0 if layout is None else layout.end,
             "tokens": tokens,
         }
 
-    async def _described(self, entry: SchemaEntry) -> dict[str, Any]:
+    async def _described(self, entry: StoredSchema) -> dict[str, Any]:
         described = self._summary(entry)
-        layout, kept = entry.layout, entry.kept
+        layout, modules_of = entry.layout, entry.modules
         modules = []
-        if layout is not None and kept is not None:
-            states = await self.engine.module_states(kept.module_ids)
+        if layout is not None and modules_of is not None:
+            states = await self.engine.module_states(modules_of.module_ids)
             modules = [
                 _module(part, states.get(entry.module_id(part.name))) for part in _parts(layout)
             ]

@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from api.files.tokenizer_process import Parser
-from api.files.upload import Draft
+from api.files.tokenizer_process import TokenizerProcess
+from api.files.upload import Upload
 from api.http.errors import ApiError
 from longctx.config import EngineConfig
 from longctx.errors import LongctxError
@@ -38,30 +38,38 @@ ANSWER_TOKENS = 1024  # at most; less where the context leaves less
 def ask(config: EngineConfig, model_folder: Path, file: Path, question: str) -> None:
     """Streams the answer to stdout; progress and figures go to stderr. Raises LongctxError."""
     tokenizer = Tokenizer(model_folder)
-    asyncio.run(_ask(config, tokenizer, Parser(tokenizer), file, question))
+    asyncio.run(_ask(config, tokenizer, TokenizerProcess(tokenizer), file, question))
 
 
 async def _ask(
-    config: EngineConfig, tokenizer: Tokenizer, parser: Parser, file: Path, question: str
+    config: EngineConfig,
+    tokenizer: Tokenizer,
+    tokenizer_process: TokenizerProcess,
+    file: Path,
+    question: str,
 ) -> None:
     engine = EngineClient(config)
     try:
         with TemporaryDirectory(prefix="longctx-") as folder:
-            session = _Session(engine, ChatPrompts(tokenizer), parser, Path(folder))
+            session = _Session(engine, ChatPrompts(tokenizer), tokenizer_process, Path(folder))
             await session.read(file)
             await session.answer(file, question)
     finally:
         await engine.drain(0)
-        await parser.close()
+        await tokenizer_process.close()
 
 
 class _Session:
     def __init__(
-        self, engine: EngineClient, prompts: ChatPrompts, parser: Parser, folder: Path
+        self,
+        engine: EngineClient,
+        prompts: ChatPrompts,
+        tokenizer_process: TokenizerProcess,
+        folder: Path,
     ) -> None:
         self.engine = engine
         self.prompts = prompts
-        self.parser = parser
+        self.tokenizer_process = tokenizer_process
         self.folder = folder
         self.document_tokens = 0
         self.began = time.monotonic()
@@ -74,7 +82,7 @@ class _Session:
         with _progress() as progress:
             reading = progress.add_task("reading, bytes", total=size)
             self.document_tokens, _ = await asyncio.gather(
-                self.parser.tokenize(
+                self.tokenizer_process.tokenize(
                     text,
                     tokens,
                     continues=bool(prefix),
@@ -142,13 +150,13 @@ def _copy_text(source: Path, target: Path) -> int:
     try:
         with (
             source.open("rb") as file,
-            Draft(target.with_suffix(".draft"), limit_bytes=MAX_FILE_BYTES) as draft,
+            Upload(target.with_suffix(".partial"), limit_bytes=MAX_FILE_BYTES) as upload,
         ):
             while data := file.read(READ_BYTES):
-                draft.write(data)
-            draft.finish()
-            draft.path.rename(target)
-            return draft.size
+                upload.write(data)
+            upload.finish()
+            upload.path.rename(target)
+            return upload.size_bytes
     except OSError as error:
         raise LongctxError(f"cannot read {source}: {error.strerror}") from error
     except ApiError as error:

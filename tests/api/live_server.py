@@ -14,7 +14,7 @@ import openai
 from api.app import open_application
 from api.background.store_dir import StoreDir
 from api.config import ServerConfig
-from api.files.tokenizer_process import Parser
+from api.files.tokenizer_process import TokenizerProcess
 from api.http.auth import read_keys
 from api.server import Server, listen
 from longctx.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
@@ -26,10 +26,10 @@ Result = TypeVar("Result")
 MODEL = "tiny"
 
 
-def tokenizer_process(tokenizer: Tokenizer) -> Parser:
+def start_tokenizer_process(tokenizer: Tokenizer) -> TokenizerProcess:
     """The server's, at an ordinary priority: at its own it gets no time on a busy machine."""
     with mock.patch("api.files.tokenizer_process.leave_processors_to_others"):
-        return Parser(tokenizer)
+        return TokenizerProcess(tokenizer)
 
 
 class LiveServer:
@@ -64,7 +64,7 @@ class LiveServer:
         self.failure: BaseException | None = None
 
     def __enter__(self) -> Self:
-        self.parser = tokenizer_process(self.tokenizer)
+        self.tokenizer_process = start_tokenizer_process(self.tokenizer)
         self.thread = threading.Thread(target=self._run)
         self.thread.start()
         self.started.wait()
@@ -117,7 +117,7 @@ class LiveServer:
             keys=read_keys(self.config),
             folder=folder,
             tokenizer=self.tokenizer,
-            parser=self.parser,
+            tokenizer_process=self.tokenizer_process,
         ) as self.application:
             self.server = Server(self.application, self.config)
             self.started.set()

@@ -38,7 +38,7 @@ def cache_of(server: LiveServer) -> dict[str, Any]:
     return server.http.get("/v1/cache").raise_for_status().json()  # type: ignore[no-any-return]
 
 
-def flush(server: LiveServer, **body: Any) -> dict[str, Any]:
+def clear(server: LiveServer, **body: Any) -> dict[str, Any]:
     answer = server.http.post("/v1/cache/flush", json=body or None)
     assert answer.status_code == 200, answer.text
     return answer.json()["freed"]  # type: ignore[no-any-return]
@@ -99,7 +99,7 @@ def test_what_was_flushed_is_read_back_when_it_is_asked_for(
     tiered: LiveServer, document: str
 ) -> None:
     before = ask(tiered, document, question="Which?")
-    freed = flush(tiered)
+    freed = clear(tiered)
     assert freed["device"]["blocks"] > 0 and freed["device"]["bytes"] > 0
     assert cache_of(tiered)["tiers"]["device"]["blocks"] == 0
     reads = cache_of(tiered)["tiers"]["host"]["hits"]
@@ -116,7 +116,7 @@ def test_the_explanation_names_the_tier_that_had_it(tiered: LiveServer, document
     ask(tiered, document, question="Where?")
     for lost, place in ((None, "device"), ("device", "host"), ("all", "disk")):
         if lost is not None:
-            flush(tiered, tier=lost)
+            clear(tiered, tier=lost)
         answer = tiered.http.post(
             "/v1/chat/completions", json=about(document, f"Which {place}?")
         ).json()
@@ -130,7 +130,7 @@ def test_flushing_without_a_body_empties_the_device(tiered: LiveServer) -> None:
     complete(tiered, ids(200, 1))
     answer = tiered.http.post("/v1/cache/flush")
     assert answer.json()["freed"].keys() == {"device"}
-    assert flush(tiered, tier="all").keys() == {"device", "host"}
+    assert clear(tiered, tier="all").keys() == {"device", "host"}
 
 
 def test_wrong_wishes_are_refused_in_one_shape(server: LiveServer, tiered: LiveServer) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.api.files.test_files import ask, cached_tokens, upload, wait_until_done
 from tests.api.live_server import LiveServer
-from tests.api.test_cache_routes import cache_of, explained, flush, ids
+from tests.api.test_cache_routes import cache_of, clear, explained, ids
 
 Damage = Callable[[Path], None]  # to one extent file
 QUESTION = "Which boat came last?"
@@ -76,7 +76,7 @@ def test_damaged_blocks_are_computed_again_and_never_served(
     told = faults(stored)
     for file in own:
         damage(file)
-    flush(stored)
+    clear(stored)
 
     again = ask(stored, file_id, question=QUESTION)
 
@@ -99,7 +99,7 @@ def test_a_folder_that_was_removed_costs_time_and_no_answer(
         wait_until_done(server, file_id)
         before = ask(server, file_id, question=QUESTION)
         shutil.rmtree(kv_dir)
-        flush(server)
+        clear(server)
         assert ask(server, file_id, question=QUESTION)["choices"] == before["choices"]
         other = upload(server, story(8))
         assert wait_until_done(server, other)["state"] == "ready"
@@ -130,6 +130,6 @@ def test_a_full_disk_stops_writing_and_nothing_else(
         before = [ask(server, file_id, question=QUESTION)["choices"] for file_id in files]
         disk = cache_of(server)["tiers"]["disk"]
         assert disk["writes_off"] or disk["incidents"] or disk["evictions"], disk
-        flush(server)
+        clear(server)
         assert [ask(server, file, question=QUESTION)["choices"] for file in files] == before
         assert explained(server, ids(100, 3))["prompt_tokens"] == 100

@@ -110,7 +110,7 @@ def test_thirty_kills_lose_nothing_that_was_durable(tmp_path: Path) -> None:
         began = time.monotonic()
         server = Server(store)
         assert time.monotonic() - began < patient(START_SECONDS)
-        assert not list(store.rglob("*.tmp")) and not list(store.rglob("*.draft"))
+        assert not list(store.rglob("*.tmp")) and not list(store.rglob("*.partial"))
         end = time.monotonic() + chance.uniform(0.1, 4.0)
         try:
             files = server.files()

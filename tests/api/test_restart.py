@@ -149,9 +149,13 @@ def test_a_store_keeps_its_secret_private(tmp_path: Path) -> None:
 
 def test_what_a_crash_left_behind_is_removed(tmp_path: Path) -> None:
     folder = StoreDir(tmp_path)
-    for path in (folder.new_draft(), folder.text_path("known"), folder.tokens_path("stranger")):
+    for path in (
+        folder.new_upload_path(),
+        folder.text_path("known"),
+        folder.tokens_path("stranger"),
+    ):
         path.write_text("text")
-    folder.remove_strangers(frozenset({"known"}))
+    folder.remove_orphans(frozenset({"known"}))
     assert list((tmp_path / "documents").iterdir()) == [folder.text_path("known")]
     folder.close()
 

@@ -15,23 +15,23 @@ from tests.support.waiting import eventually
 def test_what_cannot_be_let_go_is_tried_again_and_holds_nothing_else_up(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(expiry, "LOOK_SECONDS", 0.02)
-    moments = {"stuck": time.time() - 1, "free": time.time() - 1, "later": time.time() + 0.05}
+    monkeypatch.setattr(expiry, "CHECK_SECONDS", 0.02)
+    deadlines = {"stuck": time.time() - 1, "free": time.time() - 1, "later": time.time() + 0.05}
     tried: list[str] = []
 
     def known() -> Iterator[tuple[float, str]]:
-        return ((moment, name) for name, moment in moments.items())
+        return ((deadline, name) for name, deadline in deadlines.items())
 
-    async def let_go(name: str) -> None:
+    async def expire(name: str) -> None:
         tried.append(name)
         if name == "stuck" and tried.count(name) < 5:
             raise OSError("database or disk is full")
-        del moments[name]
+        del deadlines[name]
 
     async def run() -> None:
-        expiring = Expiry(known, let_go)
+        expiring = Expiry(known, expire)
         expiring.start()
-        await eventually(lambda: not moments)
+        await eventually(lambda: not deadlines)
         await expiring.close()
 
     with caplog.at_level(logging.ERROR):

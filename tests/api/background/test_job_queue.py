@@ -1,6 +1,6 @@
 import asyncio
 
-from api.background.job_queue import Lane
+from api.background.job_queue import JobQueue
 from tests.support.waiting import eventually, patient
 
 
@@ -16,9 +16,9 @@ def test_jobs_run_in_order_at_most_width_at_a_time() -> None:
             await asyncio.sleep(0.001)
             running -= 1
 
-        lane = Lane(job, width=2)
+        queue = JobQueue(job, width=2)
         for name in "abcde":
-            lane.add(name)
+            queue.add(name)
         await eventually(lambda: len(order) == 5 and not running)
         assert order == list("abcde")
         assert most == 2
@@ -35,11 +35,11 @@ def test_a_hurried_job_is_next_and_a_cancelled_one_never_runs() -> None:
             await go.wait()
             order.append(name)
 
-        lane = Lane(job, width=1)
+        queue = JobQueue(job, width=1)
         for name in "abcd":
-            lane.add(name)
-        lane.hurry("d")
-        await lane.cancel("b")
+            queue.add(name)
+        queue.prioritize("d")
+        await queue.cancel("b")
         await asyncio.sleep(0)
         go.set()
         await eventually(lambda: len(order) == 3)
@@ -59,13 +59,13 @@ def test_cancelling_a_running_job_waits_for_its_end() -> None:
                 await asyncio.sleep(0)
                 ended.append(name)
 
-        lane = Lane(job, width=1)
-        lane.add("a")
+        queue = JobQueue(job, width=1)
+        queue.add("a")
         await asyncio.sleep(0)
-        assert lane.runs("a")
-        await lane.cancel("a")
+        assert queue.is_running("a")
+        await queue.cancel("a")
         assert ended == ["a"]
-        assert not lane.runs("a")
+        assert not queue.is_running("a")
 
     asyncio.run(main())
 
@@ -74,19 +74,19 @@ def test_a_job_added_while_it_runs_runs_again() -> None:
     async def main() -> None:
         runs = 0
         done = asyncio.Event()
-        lane: Lane
+        queue: JobQueue
 
         async def job(name: str) -> None:
             nonlocal runs
             runs += 1
             if runs == 1:
-                lane.add(name)
+                queue.add(name)
                 await asyncio.sleep(0)
             else:
                 done.set()
 
-        lane = Lane(job, width=2)
-        lane.add("a")
+        queue = JobQueue(job, width=2)
+        queue.add("a")
         await asyncio.wait_for(done.wait(), patient())
         assert runs == 2
 
@@ -101,10 +101,10 @@ def test_a_job_cancelled_before_its_first_step_makes_room() -> None:
             assert name == "b"
             done.set()
 
-        lane = Lane(job, width=1)
-        lane.add("a")
-        lane.add("b")
-        await lane.cancel("a")
+        queue = JobQueue(job, width=1)
+        queue.add("a")
+        queue.add("b")
+        await queue.cancel("a")
         await asyncio.wait_for(done.wait(), patient())
 
     asyncio.run(main())

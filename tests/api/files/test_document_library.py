@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from api.background import ingest as prefill
+from api.background import ingest
 from api.background.store_dir import StoreDir
-from api.files.document_library import Entry, Library
-from api.files.document_store import Document, DocumentStore
-from api.stored_prompts.module_keeper import Keeper, Kept
+from api.files.document import Document
+from api.files.document_library import DocumentLibrary
+from api.files.document_store import DocumentRecord, DocumentStore
+from api.stored_prompts.module_keeper import ModuleKeeper, StoredModules
 from longctx.errors import DocumentMissing, EngineDied, InvalidRequest
 from longctx.request import FinishReason, Piece, Request, RequestOutput
 from tests.support.waiting import eventually, patient
@@ -93,7 +94,7 @@ class MortalEngine:
             raise EngineDied(f"the engine is {self.state}")
 
 
-class SlowParser:
+class SlowTokenizer:
     def __init__(self) -> None:
         self.may_go_on = asyncio.Event()
 
@@ -109,15 +110,17 @@ class Bench:
         self.folder = StoreDir(folder)
         self.store = DocumentStore(self.folder.database)
         self.engine: Any = MortalEngine()
-        self.parser: Any = SlowParser()
+        self.tokenizer: Any = SlowTokenizer()
         prompts: Any = SimpleNamespace(document_prefix=lambda *_, **__: (1, 2))
-        self.library = Library(self.folder, self.store, self.parser, prompts, self.engine)
+        self.library = DocumentLibrary(
+            self.folder, self.store, self.tokenizer, prompts, self.engine
+        )
         self.engine.on_restart = self.library.reopen
 
-    async def upload(self, document_id: str, text: str) -> Entry:
-        draft = self.folder.new_draft()
-        draft.write_text(text)
-        document = Document(
+    async def upload(self, document_id: str, text: str) -> Document:
+        upload = self.folder.new_upload_path()
+        upload.write_text(text)
+        record = DocumentRecord(
             id=document_id,
             tenant="t",
             filename=document_id,
@@ -128,10 +131,10 @@ class Bench:
             system=None,
             date="",
         )
-        return await self.library.add(document, draft)
+        return await self.library.add(record, upload)
 
-    async def until(self, entry: Entry, state: str) -> None:
-        await eventually(lambda: self.library.state(entry) == state)
+    async def until(self, document: Document, state: str) -> None:
+        await eventually(lambda: self.library.state(document) == state)
 
     async def close(self) -> None:
         await self.library.close()
@@ -153,7 +156,7 @@ def on_bench(folder: Path, test: Callable[[Bench], Awaitable[None]]) -> None:
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill, "RETRY_SECONDS", 0.005)
+    monkeypatch.setattr(ingest, "RETRY_SECONDS", 0.005)
 
 
 def test_a_document_waits_behind_another_after_a_crash_and_is_computed(tmp_path: Path) -> None:
@@ -164,7 +167,7 @@ def test_a_document_waits_behind_another_after_a_crash_and_is_computed(tmp_path:
         await eventually(lambda: not bench.engine.deadly["a"] and bench.engine.state == "ready")
         await asyncio.sleep(0.1)  # many retries: the engine is back, and knows nothing yet
         assert bench.library.state(short) == "queued"
-        bench.parser.may_go_on.set()
+        bench.tokenizer.may_go_on.set()
         await bench.until(short, "ready")
         await bench.until(long, "ready")
 
@@ -205,16 +208,16 @@ def test_modules_are_encoded_again_after_crashes_until_there_are_too_many(
     tmp_path: Path, crashes: int, state: str
 ) -> None:
     async def test(bench: Bench) -> None:
-        keeper = Keeper(bench.engine)
+        keeper = ModuleKeeper(bench.engine)
         bench.engine.on_restart = keeper.reopen
         bench.engine.deadly["n"] = crashes
 
         async def prepare() -> list[tuple[str, tuple[Piece, ...]]]:
             return [("m", ()), ("n", ())]
 
-        kept = Kept(id="k", salt="t", prepare=prepare)
-        keeper.keep(kept)
-        await eventually(lambda: keeper.state(kept) == state)
+        modules = StoredModules(id="k", salt="t", prepare=prepare)
+        keeper.keep(modules)
+        await eventually(lambda: keeper.state(modules) == state)
         assert bench.engine.deadly["n"] == 0
         await keeper.close()
 
@@ -226,21 +229,21 @@ def test_modules_that_are_dropped_while_the_engine_is_away_leave_the_tiers_later
     tmp_path: Path, opened: bool
 ) -> None:
     async def test(bench: Bench) -> None:
-        keeper = Keeper(bench.engine)
+        keeper = ModuleKeeper(bench.engine)
         bench.engine.on_restart = keeper.reopen
 
         async def prepare() -> list[tuple[str, tuple[Piece, ...]]]:
             return [("m", ())]
 
-        kept = Kept(id="k", salt="t", prepare=prepare)
+        modules = StoredModules(id="k", salt="t", prepare=prepare)
         if opened:
-            keeper.keep(kept)
-            await eventually(lambda: keeper.state(kept) == "ready")
+            keeper.keep(modules)
+            await eventually(lambda: keeper.state(modules) == "ready")
         bench.engine.die()
         if not opened:
-            keeper.keep(kept)
+            keeper.keep(modules)
         bench.engine.calls.clear()
-        await keeper.drop(kept)
+        await keeper.drop(modules)
         await eventually(lambda: bench.engine.calls == ["open m", "close m"])
         await keeper.close()
 
@@ -251,7 +254,7 @@ def files(bench: Bench) -> list[str]:
     return sorted(path.name for path in (bench.folder.path / "documents").iterdir())
 
 
-async def two_ready(bench: Bench) -> tuple[Entry, Entry]:
+async def two_ready(bench: Bench) -> tuple[Document, Document]:
     entries = await bench.upload("a", "short"), await bench.upload("b", "short")
     for entry in entries:
         await bench.until(entry, "ready")
@@ -266,8 +269,8 @@ def test_what_is_stored_of_a_deleted_document_is_dropped_once_the_engine_is_back
         first, second = await two_ready(bench)
         bench.engine.die()
         await bench.library.remove(first)
-        assert list(bench.library.entries()) == [second]
-        assert await bench.store.all() == [second.document]
+        assert list(bench.library.documents()) == [second]
+        assert await bench.store.all() == [second.record]
         assert files(bench) == ["a.tokens", "b.tokens", "b.txt"]
         await eventually(lambda: bench.engine.stored == {"b"})
         # Others come first: they may share blocks with it.
@@ -289,7 +292,7 @@ def test_what_is_stored_of_a_deleted_document_is_dropped_by_the_next_server_if_n
     async def begin(bench: Bench) -> None:
         bench.engine.stored = {"a", "b"}
         await bench.library.open()
-        assert [entry.document.id for entry in bench.library.entries()] == ["b"]
+        assert [entry.record.id for entry in bench.library.documents()] == ["b"]
         page = await bench.store.page("t", purpose=None, order="asc", after=None, limit=9)
         assert [document.id for document in page] == ["b"]
         await eventually(lambda: bench.engine.stored == {"b"})
@@ -311,7 +314,7 @@ def test_a_document_deleted_while_it_waits_to_be_opened_again_is_dropped_in_its_
         await eventually(lambda: bench.engine.restarts == 1)
         await bench.library.remove(first)
         assert bench.engine.stored == {"a", "b"}
-        bench.parser.may_go_on.set()
+        bench.tokenizer.may_go_on.set()
         await eventually(
             lambda: bench.engine.stored >= {"b", "c"} and "a" not in bench.engine.stored
         )

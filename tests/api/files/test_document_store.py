@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from api.files.document_store import Document, DocumentStore
+from api.files.document_store import DocumentRecord, DocumentStore
 from longctx.errors import LongctxError
 
 
-def document(name: str, tenant: str = "t", purpose: str = "user_data") -> Document:
-    return Document(
+def document(name: str, tenant: str = "t", purpose: str = "user_data") -> DocumentRecord:
+    return DocumentRecord(
         id=name,
         tenant=tenant,
         filename=f"{name}.txt",

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from api.files.tokenizer_process import PIECE_CHARACTERS, ParseFailed, Parser, cut
+from api.files.tokenizer_process import PIECE_CHARACTERS, TokenizationFailed, TokenizerProcess, cut
 from longctx.text.tokenizer import Tokenizer
-from tests.api.live_server import tokenizer_process
+from tests.api.live_server import start_tokenizer_process
 from tests.support.tiny_tokenizer import write_tokenizer
 from tests.support.waiting import patient, wait_for
 
-Run = Callable[[Callable[[Parser], Coroutine[Any, Any, Any]]], Any]
+Run = Callable[[Callable[[TokenizerProcess], Coroutine[Any, Any, Any]]], Any]
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +25,14 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 @pytest.fixture
-def with_parser(tokenizer: Tokenizer) -> Run:
-    def run(work: Callable[[Parser], Coroutine[Any, Any, Any]]) -> Any:
+def with_process(tokenizer: Tokenizer) -> Run:
+    def run(work: Callable[[TokenizerProcess], Coroutine[Any, Any, Any]]) -> Any:
         async def main() -> Any:
-            parser = tokenizer_process(tokenizer)
+            process = start_tokenizer_process(tokenizer)
             try:
-                return await asyncio.wait_for(work(parser), patient())
+                return await asyncio.wait_for(work(process), patient())
             finally:
-                await parser.close()
+                await process.close()
 
         return asyncio.run(main())
 
@@ -46,17 +46,17 @@ def ids_in(path: Path) -> list[int]:
 
 
 def test_tokens_are_those_of_the_text_without_its_byte_order_mark(
-    with_parser: Run, tokenizer: Tokenizer, tmp_path: Path
+    with_process: Run, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     text, tokens = tmp_path / "text", tmp_path / "tokens"
     text.write_text("\ufeffGröße </s> <|user|>\r\nend")
-    count = with_parser(lambda parser: parser.tokenize(text, tokens, continues=False))
+    count = with_process(lambda process: process.tokenize(text, tokens, continues=False))
     assert ids_in(tokens) == tokenizer.encode("Größe </s> <|user|>\r\nend")
     assert count == len(ids_in(tokens))
 
 
 def test_a_text_of_several_pieces_has_the_tokens_of_the_whole(
-    with_parser: Run, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    with_process: Run, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("api.files.tokenizer_process.PIECE_CHARACTERS", 1 << 14)
     text, tokens = tmp_path / "text", tmp_path / "tokens"
@@ -64,8 +64,8 @@ def test_a_text_of_several_pieces_has_the_tokens_of_the_whole(
     assert len(whole) > 6 << 14
     text.write_text(whole)
     seen: list[int] = []
-    with_parser(
-        lambda parser: parser.tokenize(text, tokens, continues=False, on_progress=seen.append)
+    with_process(
+        lambda process: process.tokenize(text, tokens, continues=False, on_progress=seen.append)
     )
     assert ids_in(tokens) == tokenizer.encode(whole)
     assert len(seen) > 3 and seen == sorted(seen) and seen[-1] == text.stat().st_size
@@ -79,16 +79,16 @@ def test_pieces_end_after_a_line_or_before_a_space_or_anywhere() -> None:
 
 
 def test_a_cancelled_document_is_given_up_and_the_next_one_is_read(
-    with_parser: Run, tmp_path: Path
+    with_process: Run, tmp_path: Path
 ) -> None:
     long, short = tmp_path / "long", tmp_path / "short"
     long.write_text("many words " * 1_000_000)
     short.write_text("few words")
 
-    async def work(parser: Parser) -> int:
+    async def work(process: TokenizerProcess) -> int:
         begun = asyncio.Event()
         first = asyncio.ensure_future(
-            parser.tokenize(
+            process.tokenize(
                 long,
                 tmp_path / "long.tokens",
                 continues=False,
@@ -99,9 +99,9 @@ def test_a_cancelled_document_is_given_up_and_the_next_one_is_read(
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
-        return await parser.tokenize(short, tmp_path / "short.tokens", continues=False)
+        return await process.tokenize(short, tmp_path / "short.tokens", continues=False)
 
-    assert with_parser(work) > 0
+    assert with_process(work) > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["long", "short", "short.tokens"]
 
 
@@ -127,7 +127,7 @@ def test_a_cancelled_process_that_ends_its_work_all_the_same_leaves_no_tokens(
     text.write_text("words")
 
     async def work() -> None:
-        process = tokenizer_process(held)
+        process = start_tokenizer_process(held)
         try:
             begun = asyncio.ensure_future(process.tokenize(text, tokens, continues=False))
             while not held.waiting.exists():
@@ -154,7 +154,7 @@ def test_a_cancelled_process_that_ends_its_work_all_the_same_leaves_no_tokens(
 
 
 def test_the_process_takes_only_what_others_leave(tokenizer: Tokenizer) -> None:
-    process = Parser(tokenizer)
+    process = TokenizerProcess(tokenizer)
     try:
         wait_for(lambda: os.getpriority(os.PRIO_PROCESS, process.zygote_pid) == 19)
     finally:
@@ -162,18 +162,18 @@ def test_the_process_takes_only_what_others_leave(tokenizer: Tokenizer) -> None:
 
 
 def test_a_process_that_dies_is_an_error_that_says_how(
-    with_parser: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    with_process: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("api.files.tokenizer_process.CPU_SECONDS", 1)
     monkeypatch.setattr("api.files.tokenizer_process.CPU_SECONDS_PER_MIB", 0)
     text = tmp_path / "text"
     text.write_text("a long story, " * 1_000_000)
-    with pytest.raises(ParseFailed, match="more than 1 s of CPU; upload it in parts"):
-        with_parser(lambda parser: parser.tokenize(text, tmp_path / "tokens", continues=False))
+    with pytest.raises(TokenizationFailed, match="more than 1 s of CPU; upload it in parts"):
+        with_process(lambda process: process.tokenize(text, tmp_path / "tokens", continues=False))
 
 
 def test_too_little_memory_is_an_error_that_says_so(
-    with_parser: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    with_process: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("api.files.tokenizer_process.DATA_BYTES", 100 << 20)
     monkeypatch.setattr(
@@ -181,17 +181,19 @@ def test_too_little_memory_is_an_error_that_says_so(
     )  # more than what is free in a heap
     text = tmp_path / "text"
     text.write_text("a long story, " * 1_000_000)
-    with pytest.raises(ParseFailed, match="GiB"):
-        with_parser(lambda parser: parser.tokenize(text, tmp_path / "tokens", continues=False))
+    with pytest.raises(TokenizationFailed, match="GiB"):
+        with_process(lambda process: process.tokenize(text, tmp_path / "tokens", continues=False))
 
 
-def test_the_end_of_the_zygote_is_an_error_and_not_a_hang(with_parser: Run, tmp_path: Path) -> None:
+def test_the_end_of_the_zygote_is_an_error_and_not_a_hang(
+    with_process: Run, tmp_path: Path
+) -> None:
     text = tmp_path / "text"
     text.write_text("words")
 
-    async def work(parser: Parser) -> None:
-        os.kill(parser.zygote_pid, signal.SIGKILL)
-        with pytest.raises(ParseFailed, match="restart the server"):
-            await parser.tokenize(text, tmp_path / "tokens", continues=False)
+    async def work(process: TokenizerProcess) -> None:
+        os.kill(process.zygote_pid, signal.SIGKILL)
+        with pytest.raises(TokenizationFailed, match="restart the server"):
+            await process.tokenize(text, tmp_path / "tokens", continues=False)
 
-    with_parser(work)
+    with_process(work)

@@ -3,26 +3,26 @@ from pathlib import Path
 
 import pytest
 
-from api.files.upload import Draft
+from api.files.upload import Upload
 from api.http.errors import ApiError
 
 
-def receive(tmp_path: Path, *chunks: bytes) -> tuple[Draft, bytes]:
-    with Draft(tmp_path / "draft", limit_bytes=1 << 20) as draft:
+def receive(tmp_path: Path, *chunks: bytes) -> tuple[Upload, bytes]:
+    with Upload(tmp_path / "upload", limit_bytes=1 << 20) as upload:
         for chunk in chunks:
-            draft.write(chunk)
-        draft.finish()
-        return draft, draft.path.read_bytes()
+            upload.write(chunk)
+        upload.finish()
+        return upload, upload.path.read_bytes()
 
 
 def test_text_arrives_as_it_was_sent_even_if_a_chunk_ends_inside_a_character(
     tmp_path: Path,
 ) -> None:
     data = "\ufeffGröße 你好 😀\r\n".encode()
-    draft, written = receive(tmp_path, *(data[i : i + 1] for i in range(len(data))))
+    upload, written = receive(tmp_path, *(data[i : i + 1] for i in range(len(data))))
     assert written == data
-    assert draft.size == len(data)
-    assert draft.sha256 == hashlib.sha256(data).hexdigest()
+    assert upload.size_bytes == len(data)
+    assert upload.sha256 == hashlib.sha256(data).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_too_large_a_file_is_refused_with_the_option_to_raise(tmp_path: Path) ->
     assert caught.value.status == 413
 
 
-def test_leaving_the_context_removes_the_draft(tmp_path: Path) -> None:
-    with Draft(tmp_path / "draft", limit_bytes=10) as draft:
-        draft.write(b"text")
-    assert not draft.path.exists()
+def test_leaving_the_context_removes_the_file(tmp_path: Path) -> None:
+    with Upload(tmp_path / "upload", limit_bytes=10) as upload:
+        upload.write(b"text")
+    assert not upload.path.exists()

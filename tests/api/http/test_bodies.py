@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from api.http.bodies import ChatRequest, CompletionRequest, TokenizeRequest, Wire
+from api.http.bodies import ChatRequest, CompletionRequest, RequestBody, TokenizeRequest
 from api.http.errors import ApiError, api_error
 from longctx.errors import InvalidRequest
 
@@ -15,7 +15,7 @@ def chat(**fields: Any) -> ChatRequest:
     return ChatRequest.model_validate_json(json.dumps({"messages": HELLO, **fields}))
 
 
-def refused(kind: type[Wire], **fields: Any) -> ApiError:
+def refused(kind: type[RequestBody], **fields: Any) -> ApiError:
     with pytest.raises(ValidationError) as caught:
         kind.model_validate_json(json.dumps(fields))
     return api_error(caught.value)

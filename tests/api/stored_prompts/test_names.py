@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from api.completions.preamble import SchemaOpening
+from api.completions.preamble import SchemaPreamble
 from api.http.errors import ApiError
-from api.stored_prompts.module_keeper import Keeper
+from api.stored_prompts.module_keeper import ModuleKeeper
 from api.stored_prompts.records import PromptRecords
 from api.stored_prompts.schema_library import SchemaLibrary
 from longctx.errors import ContextTooLong, InvalidRequest
@@ -59,7 +59,7 @@ class Shelf:
     def __init__(self, path: Path) -> None:
         self.records = PromptRecords(path)
         self.engine: Any = SlowEngine()
-        self.keeper = Keeper(self.engine)
+        self.keeper = ModuleKeeper(self.engine)
         tokenizer: Any = SimpleNamespace(encode=lambda text, continues: list(range(len(text))))
         prompts: Any = SimpleNamespace(
             frames=lambda roles, continued, date: ((),) * (len(roles) + continued)
@@ -153,10 +153,10 @@ def test_what_was_there_stays_where_its_replacement_cannot_be_saved(
 def test_a_schema_that_is_deleted_while_it_is_waited_for_is_not_found(tmp_path: Path) -> None:
     async def steps(shelf: Shelf) -> None:
         entry = await shelf.library.add("", schema("a"))
-        opening = SchemaOpening(shelf.library, entry, ("m",), {}, EXACT, "")
+        preamble = SchemaPreamble(shelf.library, entry, ("m",), {}, EXACT, "")
         await shelf.library.remove("", "x")
         with pytest.raises(ApiError, match="there is no schema 'x'") as refused:
-            await opening.open(())
+            await preamble.split(())
         assert refused.value.status == 404
 
     run(tmp_path, steps)
