@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from api.completions.chat import ChatRoutes
 from api.completions.generation import Generation
 from api.http.bodies import TokenizeRequest, read_json
-from longctx.quality.gate import CodecChoice
+from longctx.engine_info import CodecChoice
 from longctx.text.tokenizer import Tokenizer
 
 

@@ -1,15 +1,124 @@
-"""What a loaded engine says of itself."""
+"""What a loaded engine says of itself: plain data, which travels between processes as it is."""
 
+import math
 from dataclasses import dataclass
 
-from compress.shape import BLOCK_TOKENS
 from longctx.config import KVCodec
-from longctx.kv.memory import KVMemory
-from longctx.limits import ContextLimits
-from longctx.model.spec import ModelSpec
-from longctx.quality.gate import CodecChoice
-from offload.store import KVStore
-from offload.tier_names import TIERS, TierName
+from offload.tier_names import TierName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextLimits:
+    max_context_tokens: int  # the model's
+    capacity_tokens: int  # tokens of KV that the device pool holds
+    longest_tokens: int  # prompt and answer together that can be served
+    streamed_answer_tokens: int  # an answer whose prompt is larger than the device
+
+    @property
+    def cure(self) -> str:
+        """What lets longer ones be served."""
+        if self.longest_tokens == self.max_context_tokens:
+            return "raise --max-context where the model allows it"
+        return "raise --device-pool-gib"
+
+    def answer_tokens(self, prompt_tokens: int) -> int:
+        """The longest answer to a prompt of that length.
+
+        Only what is stored can leave the device while it is needed, and answers are not stored.
+        """
+        beside = max(self.capacity_tokens - prompt_tokens, self.streamed_answer_tokens)
+        return max(0, min(self.longest_tokens - prompt_tokens, beside))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damage:
+    """Means over rows; each `*_error` is half the width of the 95% interval of that mean.
+
+    `kl` is KL(raw || codec) in nats; `flips` the share of rows whose likeliest token changed;
+    `nats` what a token of the text costs with raw KV, `more_nats` how much more with the codec.
+    """
+
+    rows: int
+    kl: float
+    kl_error: float
+    flips: float
+    flips_error: float
+    nats: float
+    more_nats: float
+    more_nats_error: float
+
+    @property
+    def raw_perplexity(self) -> float:
+        return math.exp(min(self.nats, 700.0))
+
+    @property
+    def perplexity_rise(self) -> float:
+        """Perplexity with the codec over that with raw KV, less 1."""
+        return math.expm1(min(self.more_nats, 700.0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What one codec does; a part is None where no row could be compared."""
+
+    text: Damage | None
+    own: Damage | None
+    seconds: float  # of the measurement, all of its codecs together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a codec or level may cost.
+
+    `kl` holds for the whole 95% interval, the others for the mean.
+    """
+
+    kl: float  # nats per token
+    flips: float
+    perplexity_rise: float
+
+
+PARTS = {"text": "on text", "own": "in its own answers"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """`text` and `own` say how the two parts were judged, `faults` what is beyond the limits.
+
+    A model for which nothing could be judged has no faults, and it has not passed either.
+    """
+
+    name: str  # of the codec or level
+    measured: Measured
+    limits: Limits
+    judged: tuple[str, ...]  # parts
+    faults: tuple[str, ...]
+    text_is_foreign: bool  # predicted worse than by guessing: no text of this model's
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.judged) and not self.faults
+
+    @property
+    def reason(self) -> str:
+        if self.faults:
+            return "; ".join(self.faults)
+        if not self.judged:
+            return "its context or answers are too short to tell"
+        parts = {"text": self.measured.text, "own": self.measured.own}
+        known = ((part, parts[part]) for part in self.judged)
+        figures = [f"{PARTS[part]} {damage.kl:.1e}" for part, damage in known if damage is not None]
+        return f"KL {' and '.join(figures)} nats, at most {self.limits.kl:g} allowed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodecChoice:
+    """`verdict` is None where nothing had to be measured; `reason` is for people, in one line."""
+
+    codec: KVCodec
+    reason: str
+    forced: bool = False
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,43 +140,6 @@ class EngineInfo:
     vocab_size: int
     shiftable: bool  # cached keys may serve at other positions than they were encoded at
     shiftable_reason: str
-
-    @classmethod
-    def of(
-        cls,
-        spec: ModelSpec,
-        memory: KVMemory,
-        codec: CodecChoice,
-        store: KVStore | None,
-        *,
-        backend: str,
-    ) -> "EngineInfo":
-        stored = {} if store is None else store.stats()
-        capacity_tokens = {
-            tier: memory.tokens_in(int(stored.get(f"{tier}_capacity_bytes", 0))) for tier in TIERS
-        }
-        limits = ContextLimits.of(
-            spec.max_context, memory, below_tokens=max(capacity_tokens.values())
-        )
-        return cls(
-            model_name=spec.name,
-            fingerprint=spec.fingerprint,
-            limits=limits,
-            tier_capacity_tokens=capacity_tokens | {"device": limits.capacity_tokens},
-            disk_capacity_bytes=int(stored.get("disk_capacity_bytes", 0)),
-            disk_bytes=int(stored.get("disk_bytes", 0)),
-            block_tokens=BLOCK_TOKENS,
-            kv_block_bytes=memory.block_bytes,
-            kv_window_bytes=memory.window_bytes,
-            kv_codec=codec.codec,
-            codec_choice=codec,
-            device=str(spec.device),
-            dtype=str(spec.dtype).removeprefix("torch."),
-            backend=backend,
-            vocab_size=spec.vocab_size,
-            shiftable=spec.relocation.shiftable,
-            shiftable_reason=spec.relocation.reason,
-        )
 
     @property
     def max_context_tokens(self) -> int:

@@ -16,8 +16,8 @@ import numpy as np
 
 from longctx.config import EngineConfig, ModelConfig
 from longctx.embedded import model_path
-from longctx.engine.engine import Engine
 from longctx.errors import InvalidRequest, LongctxError
+from longctx.open_engine import open_engine
 from longctx.request import (
     FinishReason,
     Piece,
@@ -47,7 +47,7 @@ class LLM:
         """
         config = config or EngineConfig(model=ModelConfig(model=Path(model) if model else None))
         folder = Path(model) if model else config.model.model or model_path()
-        self.engine = Engine(config, folder)
+        self.engine = open_engine(config, folder)
         self._prompts = ChatPrompts(self.engine.tokenizer)
         self._ids = itertools.count()
 

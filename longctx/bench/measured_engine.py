@@ -17,11 +17,13 @@ from longctx.attention.backend import AttentionBackend, AttentionPlan, ChunkRows
 from longctx.bench.random_pages import fill_pages
 from longctx.config import EngineConfig
 from longctx.engine.engine import Engine
+from longctx.engine.input_processor import block_namespace
 from longctx.engine.model_runner import ModelRunner
 from longctx.engine.sampler import SamplingState, sample
 from longctx.kv.pool_indices import PoolIndices
 from longctx.model.layer_attention import AttentionCall
-from longctx.request import Request, RequestOutput, SamplingParams, Segment
+from longctx.open_engine import engine_parts
+from longctx.request import Request, RequestOutput, SamplingParams
 from offload.key import chain_keys
 
 SAMPLE_TIMES = 9
@@ -72,31 +74,38 @@ class Profile:
         )
 
 
-class MeasuredEngine(Engine):
+class MeasuredEngine:
     """An engine for one sequence at a time that nobody else uses."""
 
     def __init__(self, config: EngineConfig, model_folder: Path) -> None:
-        super().__init__(config, model_folder)
-        self.batch_tokens = config.scheduler.batch_tokens(self._spec.device.type)
+        parts = engine_parts(config, model_folder)
+        assert isinstance(parts.runner, ModelRunner), "on one rank"
+        self._parts, self._runner = parts, parts.runner
+        self._engine = Engine(parts)
+        self.info = parts.info
+        self.batch_tokens = config.scheduler.batch_tokens(parts.model.spec.device.type)
         self._profile: Profile | None = None
+
+    @property
+    def has_work(self) -> bool:
+        return self._engine.has_work
+
+    def submit(self, request: Request) -> None:
+        self._engine.submit(request)
 
     def plant(self, token_ids: Sequence[int]) -> None:
         """Make a prompt that begins with these tokens find all of their blocks; they are random.
 
         Raises ContextTooLong where the pool cannot hold them.
         """
-        request = Request(
-            request_id="planted",
-            segments=(Segment(token_ids=tuple(token_ids)),),
-            sampling=SamplingParams(max_tokens=0),
-        )
-        namespace = self._intake.sequence(request).blocks.namespace
+        memory = self._parts.memory
+        namespace = block_namespace(self._parts.model.spec, memory.codecs[0], salt="")
         ids = np.array(token_ids, dtype=np.int32)
         ids = ids[: len(ids) // BLOCK_TOKENS * BLOCK_TOKENS]
         keys = chain_keys(namespace, ids, first_position=0, block_tokens=BLOCK_TOKENS)
-        pages = [pool.allocate(len(keys)) for pool in self._memory.packed]
-        fill_pages(self._memory, pages)
-        for pool, numbers in zip(self._memory.packed, pages, strict=True):
+        pages = [pool.allocate(len(keys)) for pool in memory.packed]
+        fill_pages(memory, pages)
+        for pool, numbers in zip(memory.packed, pages, strict=True):
             for page, key in zip(numbers, keys, strict=True):
                 pool.publish(page, key)
             pool.release(numbers)
@@ -104,17 +113,16 @@ class MeasuredEngine(Engine):
     def step(self) -> list[RequestOutput]:
         profile = self._profile
         if profile is None or (profile.decode_only and not self._decodes):
-            return super().step()
+            return self._engine.step()
         began = time.perf_counter()
         runner = self._runner
-        assert isinstance(runner, ModelRunner), "on one rank"
         backend = runner.backend
         runner.backend = _TimedAttention(backend, profile)
         try:
             with ExitStack() as stack:
                 for linear in runner.model.linear_types:
                     stack.enter_context(_timed_calls(linear, profile))
-                outputs = super().step()
+                outputs = self._engine.step()
         finally:
             runner.backend = backend
         profile.seconds += time.perf_counter() - began
@@ -123,7 +131,7 @@ class MeasuredEngine(Engine):
 
     @property
     def _decodes(self) -> bool:
-        return any(sequence.decoding for sequence in self._scheduler.running)
+        return any(sequence.decoding for sequence in self._parts.scheduler.running)
 
     @contextmanager
     def profile(self, *, decode_only: bool = False) -> Iterator[Profile]:
@@ -136,7 +144,8 @@ class MeasuredEngine(Engine):
 
     def _sampling_seconds(self) -> float:
         """Of one greedy choice, by itself."""
-        logits = torch.randn(1, self._spec.vocab_size, device=self._spec.device)
+        spec = self._parts.model.spec
+        logits = torch.randn(1, spec.vocab_size, device=spec.device)
         state = SamplingState(
             SamplingParams(temperature=0.0),
             seed=0,

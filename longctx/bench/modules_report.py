@@ -11,7 +11,7 @@ from longctx.bench.config import ModulesConfig
 from longctx.bench.niah import wilson
 from longctx.bench.picture import Series, draw_bars, draw_heat_map
 from longctx.bench.report import Parameter, Result
-from longctx.quality.verdict import PARTS, Verdict
+from longctx.engine_info import PARTS, Verdict
 from prompt_cache.level import EXACT
 
 TASKS = {"needle": 0, "multi-key": 3}  # how many others differ in the key alone

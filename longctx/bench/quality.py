@@ -19,14 +19,13 @@ from longctx.bench.picture import Series, draw_bars
 from longctx.bench.report import Parameter, Report, Result
 from longctx.config import EngineConfig
 from longctx.embedded import model_path
+from longctx.engine_info import PARTS, Damage, Verdict
 from longctx.errors import InvalidRequest
 from longctx.model.loader import load_model
 from longctx.model.spec import ModelSpec
-from longctx.quality.damage import Damage
 from longctx.quality.gate import bits_per_value, judge_codec, refusal
 from longctx.quality.measure import EXACT, Workload, measure
 from longctx.quality.texts import TEXTS, Text
-from longctx.quality.verdict import PARTS, Verdict
 from longctx.text.tokenizer import Tokenizer
 
 

@@ -14,6 +14,8 @@ import torch
 from compress.shape import BLOCK_TOKENS
 from longctx.config import EngineConfig
 from longctx.engine.engine import Engine
+from longctx.engine.parts import EngineParts
+from longctx.open_engine import engine_parts
 from longctx.request import Request, SamplingParams, Segment
 from longctx.ring.comm_cost import new_pages_sent
 from longctx.ring.placement import count_owned, is_zigzag, owner, split_chunk
@@ -39,17 +41,24 @@ def chunks(
     ranks = None if count == 1 else VirtualRanks(count)
     threads = config.model.threads or torch.get_num_threads()
     config = replace(config, model=replace(config.model, threads=max(1, threads // count)))
-    engine = _WatchedEngine(config, folder, ranks=ranks)
+    prefill = _WatchedPrefill(engine_parts(config, folder, ranks=ranks))
     try:
-        yield from engine.prefill(prompt)
+        yield from prefill.chunks(prompt)
     finally:
-        engine.close()
+        prefill.engine.close()
         torch.set_num_threads(threads)
 
 
-class _WatchedEngine(Engine):
-    def prefill(self, prompt: tuple[int, ...]) -> Iterator[Chunk]:
-        self.submit(
+class _WatchedPrefill:
+    """An engine that reads one prompt, and what each step of it sent."""
+
+    def __init__(self, parts: EngineParts) -> None:
+        self.engine = Engine(parts)
+        self._memory, self._runner = parts.memory, parts.runner
+        self._layers = len(parts.model.spec.layers)
+
+    def chunks(self, prompt: tuple[int, ...]) -> Iterator[Chunk]:
+        self.engine.submit(
             Request(
                 request_id="prompt",
                 segments=(Segment(token_ids=prompt),),
@@ -57,12 +66,12 @@ class _WatchedEngine(Engine):
             )
         )
         end = 0
-        while self.has_work:
+        while self.engine.has_work:
             begin, sent_before = end, self._sent_bytes()
             began = time.perf_counter()
-            self.step()
+            self.engine.step()
             seconds = time.perf_counter() - began
-            end = int(self.stats()["computed_tokens_total"])
+            end = self._runner.computed_tokens
             if end > begin:
                 formula_bytes, balance = self._expected(begin, end)
                 yield Chunk(
@@ -103,5 +112,5 @@ class _WatchedEngine(Engine):
         moved = sum(
             owner(block, ranks) != part.rank for part in cut for block in part.sealed_blocks
         )
-        total = (len(self._spec.layers) - 1) * layer_bytes + moved * page_bytes
+        total = (self._layers - 1) * layer_bytes + moved * page_bytes
         return total, max(pairs) / (sum(pairs) / ranks)

@@ -4,10 +4,10 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
-from longctx.engine.engine import Engine
 from longctx.errors import LongctxError
-from longctx.request import FinishReason, Request, SamplingParams, Segment, Usage
+from longctx.request import FinishReason, Request, RequestOutput, SamplingParams, Segment, Usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,10 +30,21 @@ class TimedAnswer:
         return (self.token_seconds[-1] - self.token_seconds[0]) / (len(self.token_seconds) - 1)
 
 
+class Stepped(Protocol):
+    """What of an engine a stopwatch needs."""
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def submit(self, request: Request) -> None: ...
+
+    def step(self) -> list[RequestOutput]: ...
+
+
 class Stopwatch:
     """Runs requests one at a time on an engine that nobody else uses."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Stepped) -> None:
         self.engine = engine
         self._numbers: Iterator[int] = itertools.count()
 

@@ -12,97 +12,48 @@ import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from longctx.attention.registry import BACKENDS, backend_for
-from longctx.config import CACHE_DIR, EngineConfig
 from longctx.engine.explain import Explainer
 from longctx.engine.ingestion import Ingestion
 from longctx.engine.input_processor import Intake
 from longctx.engine.module_prefill import Fetches
 from longctx.engine.module_status import module_states
-from longctx.engine.parts import Machine
+from longctx.engine.parts import EngineParts
 from longctx.engine.request_state import Answers
 from longctx.engine.sampler import SamplingError, sample
-from longctx.engine.scheduler import Scheduler, SchedulerOutput
+from longctx.engine.scheduler import SchedulerOutput
 from longctx.engine.sequence import Sequence
 from longctx.engine.stats import Figures
-from longctx.engine_info import EngineInfo
 from longctx.errors import BlocksLost, InvalidRequest, PeerLost
 from longctx.kv.clear import clear_tiers
-from longctx.model.loader import LoadedModel, load_model
-from longctx.quality.gate import choose_codec
 from longctx.request import FinishReason, ModuleState, Piece, Request, RequestOutput
-from longctx.ring.ranks import Ranks
 from longctx.text.detokenizer import TextStream
-from longctx.text.tokenizer import Tokenizer
 
 MAX_SETBACKS = 3  # of one sequence, before it ends: its context does not stay in any tier
 IDLE_SECONDS = 0.005  # a step that can only wait for a lower tier waits at most so long
 
-# What is worth keeping between starts: checksums of weights, and what codecs cost a model.
-
 
 class Engine:
-    def __init__(
-        self,
-        config: EngineConfig,
-        model_folder: Path,
-        *,
-        cache_dir: Path = CACHE_DIR,
-        model: LoadedModel | None = None,
-        ranks: Ranks | None = None,
-    ) -> None:
-        """Loads the model and settles its codec. `config.model.model` may differ from the folder.
+    """Runs requests: `submit` them, call `step` while there is work, hand on what it returns.
 
-        `model`: that of the folder, where another engine has loaded it. `ranks`: further ones,
-        which share the work and keep a part of the KV blocks each.
-        Raises ModelRefused, also for a codec that costs the model too much.
-        """
-        if ranks is None and config.ring.ranks > 1:
-            raise InvalidRequest(
-                f"ranks={config.ring.ranks} are processes that only longctx serve starts; leave "
-                "it out here",
-                param="ranks",
-            )
-        if config.model.threads is not None:
-            torch.set_num_threads(config.model.threads)
-        self.config, self.folder, self.cache_dir = config, model_folder, cache_dir
-        self.tokenizer = Tokenizer(model_folder)
-        model = model or load_model(config.model, model_folder, cache_dir=cache_dir)
-        self.model = model
-        self._spec = spec = model.spec
-        backend_name = backend_for(config.model.attention_backend, spec.device)
-        new_backend = BACKENDS[backend_name]
-        codec = choose_codec(
-            config.cache,
-            model,
-            self.tokenizer,
-            new_backend,
-            cache_dir=cache_dir,
-        )
-        machine = (
-            Machine.alone(config, model, codec=codec.codec, backend=backend_name)
-            if ranks is None
-            else Machine.over_ranks(config, model, ranks, codec=codec.codec, backend=backend_name)
-        )
-        self._memory, self._cache = machine.memory, machine.cache
-        self._migration, self._runner = machine.migration, machine.runner
-        self._store = store = machine.store
-        self._ingestion = None if store is None else Ingestion(machine.cache, store)
-        scheduler = config.scheduler
-        self._scheduler = Scheduler(scheduler, self._cache, batch_tokens=machine.batch_tokens)
-        self.info = EngineInfo.of(spec, self._memory, codec, store, backend=backend_name)
+    One thread owns an engine and makes all calls. Documents and modules are opened before requests
+    name them, and closed when they are to be forgotten; `close` comes last.
+    """
+
+    def __init__(self, parts: EngineParts) -> None:
+        self.model, self.tokenizer, self.info = parts.model, parts.tokenizer, parts.info
+        self._cache, self._store, self._migration = parts.cache, parts.store, parts.migration
+        self._runner, self._scheduler = parts.runner, parts.scheduler
+        self._ingestion = None if parts.store is None else Ingestion(parts.cache, parts.store)
         self._intake = Intake(
-            spec,
-            self._cache,
-            self.tokenizer,
-            self.info.limits,
-            max_sequences=scheduler.max_sequences,
+            parts.model.spec,
+            parts.cache,
+            parts.tokenizer,
+            parts.info.limits,
+            max_sequences=parts.scheduler.max_sequences,
         )
         self._fetches = Fetches(self._cache, self._intake, self._scheduler, self._ingestion)
         self._explainer = Explainer(
@@ -309,7 +260,7 @@ class Engine:
                 stop_reason=delta.stopped_by,
             )
         position = sequence.blocks.layout.position(len(sequence.blocks.tokens))
-        full = position >= self._spec.max_context
+        full = position >= self.info.max_context_tokens
         if full or sequence.completion_tokens >= sampling.max_tokens:
             return self._finish(sequence, FinishReason.LENGTH, token=token, text=delta.text)
         request_id, index = sequence.request.request_id, sequence.index

@@ -20,12 +20,12 @@ from longctx.engine.prompt import Prompt
 from longctx.engine.prompt_resolver import PromptResolver
 from longctx.engine.sampler import SamplingState
 from longctx.engine.sequence import Sequence, preemption_key
+from longctx.engine_info import ContextLimits
 from longctx.errors import ContextTooLong, InvalidRequest
 from longctx.kv.cache_manager import KVCacheManager
 from longctx.kv.layout import Layout, Source
 from longctx.kv.lookup_trace import Trace
 from longctx.kv.sequence_blocks import SequenceBlocks
-from longctx.limits import ContextLimits
 from longctx.model.spec import ModelSpec
 from longctx.request import Piece, Request
 from longctx.text.detokenizer import TextStream
@@ -158,14 +158,7 @@ class Intake:
 
     def namespace(self, salt: str, codec: Codec) -> BlockKey:
         """The root of what this model stores by that codec for a tenant."""
-        return namespace(
-            fingerprint=self._spec.fingerprint,
-            dtype=str(self._spec.dtype),
-            rope=self._spec.rope_identity,
-            codec=codec.name,
-            codec_version=codec.version,
-            salt=salt,
-        )
+        return block_namespace(self._spec, codec, salt=salt)
 
     def _check_ranks(self) -> None:
         ranks = self._cache.memory.packed[0].ranks
@@ -232,6 +225,18 @@ class Intake:
                 f"{self._spec.vocab_size}",
                 param=param,
             )
+
+
+def block_namespace(spec: ModelSpec, codec: Codec, *, salt: str) -> BlockKey:
+    """The parent of the first block of every prompt of one tenant; equal for equal KV alone."""
+    return namespace(
+        fingerprint=spec.fingerprint,
+        dtype=str(spec.dtype),
+        rope=spec.rope_identity,
+        codec=codec.name,
+        codec_version=codec.version,
+        salt=salt,
+    )
 
 
 def _said(prompt: Prompt) -> Callable[[], NDArray[np.int32]]:

@@ -1,6 +1,7 @@
 """One forward pass: the model computes, we hold the keys and values and do the attention."""
 
 from collections.abc import Sequence as Items
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,21 @@ from longctx.engine.scheduler import Chunk
 from longctx.kv.memory import KVMemory
 from longctx.model.layer_attention import AttentionCall
 from longctx.model.loader import LoadedModel
+
+
+class Runner(Protocol):
+    """Computes chunks whose pages have been allocated; called by the engine's thread alone."""
+
+    @property
+    def computed_tokens(self) -> int: ...
+
+    def run_chunks(self, chunks: Items[Chunk]) -> Tensor:
+        """Logits [drawing chunks, vocab], float32. The chunks' KV is in the pools afterwards."""
+        ...
+
+    def stats(self) -> dict[str, float]:
+        """As `Engine.stats`."""
+        ...
 
 
 class ModelRunner:

@@ -110,6 +110,10 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.preemptions = 0
 
+    @property
+    def max_sequences(self) -> int:
+        return self._config.max_sequences
+
     def add(self, sequence: Sequence) -> None:
         if len(self.waiting) >= self._config.max_waiting:
             raise Overloaded(

@@ -54,6 +54,7 @@ from longctx.ipc.protocol import (
     decode_command,
     encode,
 )
+from longctx.open_engine import open_engine
 from longctx.quality.level_gate import judge_level
 from longctx.ring.processes.follower import follow
 from longctx.ring.processes.remote_ranks import RemoteRanks
@@ -136,7 +137,7 @@ def _run(
     """Whether it was told to end. Raises ConnectionLost (the server), PeerLost (a rank)."""
     folder, cache_dir = Path(start.model_folder), Path(start.cache_dir)
     try:
-        engine = Engine(start.config, folder, cache_dir=cache_dir, ranks=ranks)
+        engine = open_engine(start.config, folder, cache_dir=cache_dir, ranks=ranks)
     except PeerLost:
         raise
     except LongctxError as error:
@@ -144,7 +145,7 @@ def _run(
         return True
     channel.send(encode(Loaded(engine.info)))
     try:
-        return _serve(engine, channel, commands, ranks)
+        return _serve(engine, channel, commands, ranks, cache_dir)
     finally:
         if not isinstance(sys.exception(), PeerLost) or ranks is None:
             engine.close(flush_seconds=FLUSH_SECONDS)
@@ -168,6 +169,7 @@ def _serve(
     channel: Channel,
     commands: "queue.SimpleQueue[Command | None]",
     ranks: RemoteRanks | None,
+    cache_dir: Path,
 ) -> bool:
     """Whether it was told to end."""
     judging = ThreadPoolExecutor(max_workers=1)  # takes seconds, and answers have to flow
@@ -177,7 +179,7 @@ def _serve(
             if command is None or isinstance(command, Stop):
                 return command is not None
             if isinstance(command, JudgeLevel):
-                judging.submit(_judge, engine, command, channel)
+                judging.submit(_judge, engine, command, channel, cache_dir)
                 continue
             event = _obey(engine, command, ranks)
             if event is not None:
@@ -226,10 +228,10 @@ def _obey(engine: Engine, command: Command, ranks: RemoteRanks | None) -> Event 
     return None
 
 
-def _judge(engine: Engine, command: JudgeLevel, channel: Channel) -> None:
+def _judge(engine: Engine, command: JudgeLevel, channel: Channel, cache_dir: Path) -> None:
     """With an engine of its own, beside what is served. Whatever happens, who asked is told."""
     try:
-        done = Done(command.ticket, level=judge_level(engine, command.level))
+        done = Done(command.ticket, level=judge_level(engine, command.level, cache_dir=cache_dir))
     except LongctxError as error:
         done = Done(command.ticket, Fault.of(error))
     except Exception as error:

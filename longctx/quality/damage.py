@@ -1,40 +1,14 @@
 """What a codec does to next-token distributions, summed up with its uncertainty."""
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longctx.engine_info import Damage
+
 SPAN_ROWS = 16  # neighbouring rows are alike: they count as one observation
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Damage:
-    """Means over rows; each `*_error` is half the width of the 95% interval of that mean.
-
-    `kl` is KL(raw || codec) in nats; `flips` the share of rows whose likeliest token changed;
-    `nats` what a token of the text costs with raw KV, `more_nats` how much more with the codec.
-    """
-
-    rows: int
-    kl: float
-    kl_error: float
-    flips: float
-    flips_error: float
-    nats: float
-    more_nats: float
-    more_nats_error: float
-
-    @property
-    def raw_perplexity(self) -> float:
-        return math.exp(min(self.nats, 700.0))
-
-    @property
-    def perplexity_rise(self) -> float:
-        """Perplexity with the codec over that with raw KV, less 1."""
-        return math.expm1(min(self.more_nats, 700.0))
 
 
 @dataclass(slots=True)

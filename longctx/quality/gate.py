@@ -6,7 +6,6 @@ that was asked for and fails is refused, unless it is forced. Read `choose_codec
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,29 +15,20 @@ from compress.shape import KVShape, ShapeRefused
 from longctx.attention.reference import ReferenceAttention
 from longctx.attention.torch_backend import TorchAttention
 from longctx.config import CacheConfig, KVCodec
+from longctx.engine_info import CodecChoice, Measured, Verdict
 from longctx.errors import ModelRefused
 from longctx.model.loader import LoadedModel
 from longctx.model.spec import ModelSpec
-from longctx.quality.measure import EXACT, Backend, Measured, Workload, measure
+from longctx.quality.measure import EXACT, Backend, Workload, measure
 from longctx.quality.remembered import Remembered, identity_of
 from longctx.quality.texts import TEXTS
-from longctx.quality.verdict import LOSSLESS, NARROW, Verdict, judge
+from longctx.quality.verdict import LOSSLESS, NARROW, judge
 from longctx.text.tokenizer import Tokenizer
 
 AUTO: tuple[KVCodec, ...] = ("int8",)  # what `auto` may choose, best first
 # They decode pages anew in every step that reads them; kernels read them as they lie.
 UNPACKING = (ReferenceAttention, TorchAttention)
 AT_START = Workload()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CodecChoice:
-    """`verdict` is None where nothing had to be measured; `reason` is for people, in one line."""
-
-    codec: KVCodec
-    reason: str
-    forced: bool = False
-    verdict: Verdict | None = None
 
 
 def choose_codec(

@@ -4,13 +4,16 @@
 fixed limits, and the figures are kept on disk like those of codecs. Read `judge_level`.
 """
 
+from pathlib import Path
+
 from compress.codec import CODECS
 from compress.shape import KVShape
 from longctx.engine.engine import Engine
+from longctx.engine_info import Verdict
 from longctx.quality.level_measure import LevelWorkload, measure_levels
 from longctx.quality.remembered import Remembered, identity_of
 from longctx.quality.texts import TEXTS
-from longctx.quality.verdict import NARROW, Verdict, judge
+from longctx.quality.verdict import NARROW, judge
 from longctx.request import LevelVerdict
 from prompt_cache.level import EXACT, Level
 
@@ -20,19 +23,26 @@ LIMITS = NARROW
 
 
 def judge_level(
-    engine: Engine, level: Level, *, workload: LevelWorkload = AT_FIRST_USE
+    engine: Engine,
+    level: Level,
+    *,
+    cache_dir: Path | None,
+    workload: LevelWorkload = AT_FIRST_USE,
 ) -> LevelVerdict:
     """What the gate says of a level on the engine's model, with the codec that it serves with.
 
-    Takes up to `workload.limit_seconds` and a little, the first time.
+    Takes up to `workload.limit_seconds` and a little, the first time. `cache_dir` keeps figures
+    between starts; None: they are taken each time.
     """
     if level == EXACT:
         return LevelVerdict(level=level.name, passed=True, reason="it is exact")
-    verdict = level_verdict(engine, level, workload)
+    verdict = level_verdict(engine, level, workload, cache_dir=cache_dir)
     return LevelVerdict(level=level.name, passed=verdict.passed, reason=verdict.reason)
 
 
-def level_verdict(engine: Engine, level: Level, workload: LevelWorkload) -> Verdict:
+def level_verdict(
+    engine: Engine, level: Level, workload: LevelWorkload, *, cache_dir: Path | None
+) -> Verdict:
     """The same, with its figures."""
     spec, codec = engine.model.spec, engine.info.kv_codec
     shapes = (
@@ -41,7 +51,7 @@ def level_verdict(engine: Engine, level: Level, workload: LevelWorkload) -> Verd
     )
     versions = sorted({(each.name, each.version) for each in map(CODECS[codec], shapes)})
     identity = (*identity_of(spec), engine.info.backend, versions, workload, level, TEXTS)
-    remembered = Remembered(engine.cache_dir, identity)
+    remembered = Remembered(cache_dir, identity)
     measured = remembered.recall()
     if measured is None:
         (measured,) = measure_levels(engine, (level,), workload=workload).values()

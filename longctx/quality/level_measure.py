@@ -16,13 +16,15 @@ from torch import Tensor
 
 from compress.codec import CODECS
 from compress.shape import BLOCK_TOKENS, KVShape
-from longctx.config import CacheConfig, RingConfig, SchedulerConfig
+from longctx.config import CacheConfig, SchedulerConfig
 from longctx.engine.batch import Batch
 from longctx.engine.engine import Engine
 from longctx.engine.model_runner import ModelRunner
+from longctx.engine.parts import one_rank_parts
+from longctx.engine_info import Measured
 from longctx.errors import LongctxError
 from longctx.quality.damage import Tally, compare
-from longctx.quality.measure import Measured, frame_of
+from longctx.quality.measure import frame_of
 from longctx.quality.texts import TEXTS, Text
 from longctx.request import FinishReason, Piece, Request, SamplingParams, Segment
 from offload.units import GIB
@@ -67,19 +69,19 @@ def measure_levels(
     backend is measured.
     """
     began = time.monotonic()
-    engine = _WatchedEngine(serving)
+    watched = _Watched(serving)
     text = {level: Tally() for level in levels}
     own = {level: Tally() for level in levels}
-    for number, prompt in enumerate(_prompts(engine, workload, texts)):
+    for number, prompt in enumerate(_prompts(serving, workload, texts)):
         sampling = SamplingParams(
             max_tokens=workload.own_tokens, temperature=1.0, seed=seed + number
         )
         wanted = len(prompt.tail) if prompt.text else 1
-        exact, answer = engine.read(prompt, EXACT, (), sampling, tail_rows=wanted)
+        exact, answer = watched.read(prompt, EXACT, (), sampling, tail_rows=wanted)
         targets = torch.tensor((*prompt.tail, *answer)[len(prompt.tail) - wanted + 1 :])
         for level in levels:
             once = replace(sampling, max_tokens=1)
-            found, _ = engine.read(prompt, level, answer[:-1], once, tail_rows=wanted)
+            found, _ = watched.read(prompt, level, answer[:-1], once, tail_rows=wanted)
             rows = compare(exact, found, targets.to(exact.device))
             text[level].add(rows[: max(0, prompt.text - 1)])
             own[level].add(rows[wanted - 1 :])
@@ -115,26 +117,28 @@ def _prompts(engine: Engine, workload: LevelWorkload, texts: Sequence[Text]) -> 
                 )
 
 
-class _WatchedEngine(Engine):
-    """An engine that shares a model, serves one prompt at a time, and shows its logits."""
+class _Watched:
+    """Another engine with the serving one's model: one prompt at a time, every logit kept."""
 
     def __init__(self, serving: Engine) -> None:
-        model, codec = serving.model, serving.info.kv_codec
+        model, info = serving.model, serving.info
         block_bytes = sum(
-            CODECS[codec](
+            CODECS[info.kv_codec](
                 KVShape(kv_heads=layer.kv_heads, head_dim=layer.head_dim, dtype=model.spec.dtype)
             ).page_bytes
             for layer in model.spec.layers
         )
-        cache = CacheConfig(
-            kv_codec=codec, force_codec=True, device_pool_gib=POOL_BLOCKS * block_bytes / GIB
+        parts = one_rank_parts(
+            model,
+            serving.tokenizer,
+            codec=info.codec_choice,
+            backend=info.backend,
+            cache=CacheConfig(device_pool_gib=POOL_BLOCKS * block_bytes / GIB),
+            scheduler=SchedulerConfig(max_batch_tokens=STEP_TOKENS, max_sequences=2),
         )
-        scheduler = SchedulerConfig(max_batch_tokens=STEP_TOKENS, max_sequences=2)
-        config = replace(serving.config, cache=cache, scheduler=scheduler, ring=RingConfig())
-        super().__init__(config, serving.folder, cache_dir=serving.cache_dir, model=model)
-        assert isinstance(self._runner, ModelRunner)
-        self._watched = _WatchedRunner(model, self._memory, self._runner.backend)
-        self._runner = self._watched
+        assert isinstance(parts.runner, ModelRunner)
+        self._runner = _WatchedRunner(model, parts.memory, parts.runner.backend)
+        self._engine = Engine(replace(parts, runner=self._runner))
         self._asked = 0
 
     def read(
@@ -158,18 +162,18 @@ class _WatchedEngine(Engine):
         names: list[str] = []
         for module in prompt.modules:
             names.append(f"module-{self._asked}-{len(names)}")
-            self.open_module(names[-1], [Piece(token_ids=module, position=position)])
+            self._engine.open_module(names[-1], [Piece(token_ids=module, position=position)])
             segments.append(Segment(module_id=names[-1], link_tokens=level.link_tokens))
             position += len(module)
             if level != EXACT:
                 self._run(Segment(encodes=names[-1]), salt=salt)
         segments.append(Segment(token_ids=(*prompt.tail, *answer)))
-        self._watched.watch(tail_rows + len(answer) + sampling.max_tokens)
+        self._runner.watch(tail_rows + len(answer) + sampling.max_tokens)
         drawn = self._run(*segments, salt=salt, sampling=sampling)
         for name in names:
-            self.close_module(name)
+            self._engine.close_module(name)
         rows = tail_rows + len(answer) + len(drawn) - 1
-        return torch.cat(self._watched.seen)[-rows:], drawn
+        return torch.cat(self._runner.seen)[-rows:], drawn
 
     def _run(
         self,
@@ -177,14 +181,14 @@ class _WatchedEngine(Engine):
         salt: str,
         sampling: SamplingParams = NO_ANSWER,
     ) -> list[int]:
-        self.submit(
+        self._engine.submit(
             Request(
                 request_id=f"watched-{self._asked}", segments=segments, salt=salt, sampling=sampling
             )
         )
         drawn: list[int] = []
-        while self.has_work:
-            for output in self.step():
+        while self._engine.has_work:
+            for output in self._engine.step():
                 if output.finish_reason is FinishReason.ERROR:
                     raise LongctxError(output.error)
                 drawn += output.token_ids

@@ -18,10 +18,11 @@ from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import AttentionBackend
 from longctx.engine.sampler import SamplingError, sample
 from longctx.engine.sequence import Sequence as EngineSequence
+from longctx.engine_info import Measured
 from longctx.errors import InvalidRequest
 from longctx.kv.memory import KVMemory
 from longctx.model.loader import LoadedModel
-from longctx.quality.damage import SPAN_ROWS, Damage, Tally, compare
+from longctx.quality.damage import SPAN_ROWS, Tally, compare
 from longctx.quality.replay import Replay
 from longctx.quality.texts import TEXTS, Text
 from longctx.request import SamplingParams
@@ -42,15 +43,6 @@ class Workload:
     text_tokens: int = 320  # of each text
     own_tokens: int = 32  # after each question
     limit_seconds: float | None = 90.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """What one codec does; a part is None where no row could be compared."""
-
-    text: Damage | None
-    own: Damage | None
-    seconds: float  # of the measurement, all of its codecs together
 
 
 def measure(

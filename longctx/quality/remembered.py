@@ -7,8 +7,8 @@ from pathlib import Path
 
 import msgspec
 
+from longctx.engine_info import Measured
 from longctx.model.spec import ModelSpec
-from longctx.quality.measure import Measured
 from longctx.version import __version__
 
 

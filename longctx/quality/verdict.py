@@ -2,63 +2,16 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from longctx.quality.damage import Damage
-from longctx.quality.measure import Measured
+from longctx.engine_info import PARTS, Damage, Limits, Measured, Verdict
 
 MIN_ROWS = 16  # of a part, or it is not judged
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What a codec or level may cost.
-
-    `kl` holds for the whole 95% interval, the others for the mean.
-    """
-
-    kl: float  # nats per token
-    flips: float
-    perplexity_rise: float
 
 
 # A codec that stores 8 bits and more per value has to be lossless in practice; a narrower one,
 # which nobody gets without asking for it, may cost about what weights of 5 bits do.
 LOSSLESS = Limits(kl=1e-3, flips=0.02, perplexity_rise=0.01)
 NARROW = Limits(kl=2e-2, flips=0.10, perplexity_rise=0.03)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """`text` and `own` say how the two parts were judged, `faults` what is beyond the limits.
-
-    A model for which nothing could be judged has no faults, and it has not passed either.
-    """
-
-    name: str  # of the codec or level
-    measured: Measured
-    limits: Limits
-    judged: tuple[str, ...]  # parts
-    faults: tuple[str, ...]
-    text_is_foreign: bool  # predicted worse than by guessing: no text of this model's
-
-    @property
-    def passed(self) -> bool:
-        return bool(self.judged) and not self.faults
-
-    @property
-    def reason(self) -> str:
-        if self.faults:
-            return "; ".join(self.faults)
-        if not self.judged:
-            return "its context or answers are too short to tell"
-        parts = {"text": self.measured.text, "own": self.measured.own}
-        known = ((part, parts[part]) for part in self.judged)
-        figures = [f"{PARTS[part]} {damage.kl:.1e}" for part, damage in known if damage is not None]
-        return f"KL {' and '.join(figures)} nats, at most {self.limits.kl:g} allowed"
-
-
-PARTS = {"text": "on text", "own": "in its own answers"}
 
 
 def judge(name: str, measured: Measured, limits: Limits, *, vocab_size: int) -> Verdict:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from longctx.embedded import model_path
-from longctx.quality.damage import Damage, Tally, compare
+from longctx.engine_info import Damage
+from longctx.quality.damage import Tally, compare
 from longctx.training import corpus
 from longctx.training.muon import Muon
 from longctx.training.rounding import CODECS

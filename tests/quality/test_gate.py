@@ -14,12 +14,13 @@ from compress.unscaled import Raw
 from longctx.attention.torch_backend import TorchAttention
 from longctx.config import CacheConfig, ModelConfig
 from longctx.embedded import model_path
+from longctx.engine_info import CodecChoice, Measured
 from longctx.errors import ModelRefused
 from longctx.kv.memory import KVMemory
 from longctx.model.loader import LoadedModel, load_model
 from longctx.quality.damage import Tally, compare
-from longctx.quality.gate import CodecChoice, choose_codec, judge_codec
-from longctx.quality.measure import Measured, Workload, measure
+from longctx.quality.gate import choose_codec, judge_codec
+from longctx.quality.measure import Workload, measure
 from longctx.quality.replay import Replay
 from longctx.quality.texts import TEXTS
 from longctx.request import SamplingParams

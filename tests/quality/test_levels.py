@@ -7,10 +7,12 @@ import pytest
 from longctx.config import CacheConfig, EngineConfig, ModelConfig
 from longctx.embedded import model_path
 from longctx.engine.engine import Engine
+from longctx.engine_info import Measured
+from longctx.open_engine import open_engine
 from longctx.quality import level_gate
 from longctx.quality.level_gate import judge_level, level_verdict
 from longctx.quality.level_measure import LevelWorkload, measure_levels
-from longctx.quality.measure import Measured, frame_of
+from longctx.quality.measure import frame_of
 from longctx.quality.texts import TEXTS
 from prompt_cache.level import EXACT, MODULAR, Level
 from tests.support.recorded_engine import Eager
@@ -21,7 +23,7 @@ SHORT = LevelWorkload(module_tokens=100, text_tokens=40, own_tokens=8)
 
 def engine(folder: Path, cache_dir: Path, codec: str = "raw") -> Engine:
     cache = CacheConfig(kv_codec=codec, force_codec=codec != "raw", device_pool_gib=0.01)
-    return Engine(
+    return open_engine(
         EngineConfig(model=ModelConfig(threads=1), cache=cache), folder, cache_dir=cache_dir
     )
 
@@ -51,16 +53,16 @@ def test_what_is_compared_with_is_what_the_model_says(llama: Path, tmp_path: Pat
 def test_a_language_model_does_not_stand_modules_apart(codec: str, tmp_path: Path) -> None:
     probe = engine(model_path("probe"), tmp_path, codec)
     for level in (MODULAR, Level(16)):
-        verdict = judge_level(probe, level)
+        verdict = judge_level(probe, level, cache_dir=tmp_path)
         assert not verdict.passed
         assert verdict.level == level.name
         assert "KL on text is" in verdict.reason
-    assert judge_level(probe, EXACT).passed
+    assert judge_level(probe, EXACT, cache_dir=tmp_path).passed
 
 
 def test_the_needle_model_stands_modules_apart(tmp_path: Path) -> None:
     verdict = level_verdict(
-        engine(model_path("needle"), tmp_path), MODULAR, level_gate.AT_FIRST_USE
+        engine(model_path("needle"), tmp_path), MODULAR, level_gate.AT_FIRST_USE, cache_dir=tmp_path
     )
     assert verdict.passed and verdict.judged == ("own",), verdict.reason
 
@@ -68,17 +70,17 @@ def test_the_needle_model_stands_modules_apart(tmp_path: Path) -> None:
 def test_figures_are_remembered(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = level_verdict(engine(llama, tmp_path), MODULAR, SHORT)
+    first = level_verdict(engine(llama, tmp_path), MODULAR, SHORT, cache_dir=tmp_path)
 
     def measure_again(*_: object, **__: object) -> dict[Level, Measured]:
         raise AssertionError("measured twice")
 
     monkeypatch.setattr(level_gate, "measure_levels", measure_again)
-    assert level_verdict(engine(llama, tmp_path), MODULAR, SHORT) == first
+    assert level_verdict(engine(llama, tmp_path), MODULAR, SHORT, cache_dir=tmp_path) == first
     with pytest.raises(AssertionError):
-        level_verdict(engine(llama, tmp_path), Level(16), SHORT)
+        level_verdict(engine(llama, tmp_path), Level(16), SHORT, cache_dir=tmp_path)
     with pytest.raises(AssertionError):
-        level_verdict(engine(llama, tmp_path, "int8"), MODULAR, SHORT)
+        level_verdict(engine(llama, tmp_path, "int8"), MODULAR, SHORT, cache_dir=tmp_path)
 
 
 def test_levels_are_compared_with_exact_in_the_same_codec(llama: Path, tmp_path: Path) -> None:

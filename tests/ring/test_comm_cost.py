@@ -84,8 +84,8 @@ def test_traffic_is_the_sum_over_pairs_of_ranks(rows: list[int], pages: list[int
 
 
 def row_bytes(engine: RecordedEngine) -> int:
-    layer = engine._spec.layers[0]
-    row = RowBytes.of(layer.heads, layer.head_dim, query_bytes=engine._spec.dtype.itemsize)
+    layer = engine.model.spec.layers[0]
+    row = RowBytes.of(layer.heads, layer.head_dim, query_bytes=engine.model.spec.dtype.itemsize)
     return row.query + row.result
 
 
@@ -115,7 +115,7 @@ def test_decode_sends_what_the_formula_says(llama: Path, ranks: int) -> None:
     rank = placement.owner(28, ranks)
     others = sum(pages > 0 for other, pages in enumerate(past) if other != rank)
     rows = 2 * (1803 - 1792) + 1 + 3  # in the last layer only those whose logits are wanted
-    logits = 2 * engine._spec.vocab_size * 4 * (rank != 0)
+    logits = 2 * engine.model.spec.vocab_size * 4 * (rank != 0)
     assert bytes_sent(engine) - before == rows * others * row_bytes(engine) + logits
 
 

@@ -6,7 +6,7 @@ the choice and the number of tokens that it belongs to.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +18,10 @@ from compress.codec import CODECS
 from compress.shape import KVShape
 from longctx.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from longctx.engine.engine import Engine
-from longctx.engine.parts import Runner
-from longctx.engine.sampler import SamplingError
-from longctx.engine.scheduler import Chunk, SchedulerOutput
-from longctx.engine.sequence import Sequence as EngineSequence
+from longctx.engine.model_runner import Runner
+from longctx.engine.scheduler import Chunk
 from longctx.kv.sequence_blocks import TokenIds
+from longctx.open_engine import engine_parts
 from longctx.request import (
     FinishReason,
     Progress,
@@ -83,12 +82,16 @@ class Answered:
 
 
 class RecordingRunner:
-    """A `ModelRunner` that keeps the last step's logits, and fails when it is told to."""
+    """A `Runner` that keeps the logits of every step, and fails when it is told to.
+
+    `logits[request_id, index][tokens]`: the row that followed the first `tokens` tokens.
+    """
 
     def __init__(self, runner: Runner) -> None:
         self.inner = runner
-        self.logits: Tensor | None = None
         self.failures: list[Exception] = []
+        self.logits: dict[tuple[str, int], dict[int, Tensor]] = defaultdict(dict)
+        self.texts_of: dict[tuple[str, int], TokenIds] = {}
 
     @property
     def computed_tokens(self) -> int:
@@ -100,44 +103,37 @@ class RecordingRunner:
     def run_chunks(self, chunks: Sequence[Chunk]) -> Tensor:
         if self.failures:
             raise self.failures.pop()
-        self.logits = self.inner.run_chunks(chunks)
-        return self.logits
+        logits = self.inner.run_chunks(chunks)
+        sampled = [chunk.sequence for chunk in chunks if chunk.draws]
+        for sequence, row in zip(sampled, logits, strict=True):
+            name = (sequence.request.request_id, sequence.index)
+            self.logits[name][len(sequence.blocks.tokens)] = row.clone()
+            self.texts_of[name] = sequence.blocks.tokens
+        return logits
 
 
 class RecordedEngine(Engine):
-    """`logits[request_id, index][tokens]`: the row that followed the first `tokens` tokens."""
+    """The real engine with a recording runner, and its parts at hand."""
 
     def __init__(
         self, config: EngineConfig, model_folder: Path, ranks: Ranks | None = None
     ) -> None:
-        super().__init__(config, model_folder, ranks=ranks)
-        self.runner = RecordingRunner(self._runner)
-        self._runner = self.runner
-        self.cache = self._cache
-        self.memory = self._memory
-        self.scheduler = self._scheduler
+        parts = engine_parts(config, model_folder, ranks=ranks)
+        self.runner = RecordingRunner(parts.runner)
+        super().__init__(replace(parts, runner=self.runner))
+        self.cache = parts.cache
+        self.memory = parts.memory
+        self.scheduler = parts.scheduler
         self.answered: dict[str, Answered] = defaultdict(Answered)
-        self.logits: dict[tuple[str, int], dict[int, Tensor]] = defaultdict(dict)
-        self.texts_of: dict[tuple[str, int], TokenIds] = {}
-        self.preemptions = 0
+        self.logits = self.runner.logits
 
-    def _compute(
-        self, scheduled: SchedulerOutput
-    ) -> list[tuple[EngineSequence, int | SamplingError]]:
-        drawing = [chunk.sequence for chunk in scheduled.chunks if chunk.draws]
-        lengths = [len(sequence.blocks.tokens) for sequence in drawing]
-        drawn = super()._compute(scheduled)
-        assert self.runner.logits is not None
-        for sequence, length, row in zip(drawing, lengths, self.runner.logits, strict=True):
-            name = (sequence.request.request_id, sequence.index)
-            self.logits[name][length] = row.clone()
-            self.texts_of[name] = sequence.blocks.tokens
-            self.preemptions += sequence.preemptions
-        return drawn
+    @property
+    def preemptions(self) -> int:
+        return self.scheduler.preemptions
 
     def tokens_of(self, name: tuple[str, int]) -> list[int]:
         """Prompt and answer of one choice that has drawn at least once."""
-        tokens = self.texts_of[name]
+        tokens = self.runner.texts_of[name]
         return [int(token) for token in tokens.slice(0, len(tokens))]
 
     def take_step(self) -> list[RequestOutput]:

@@ -1,0 +1,77 @@
+"""From a configuration and a model folder to an engine that is ready to serve.
+
+Everything that has to be settled once is settled here, in this order: the model, the attention
+backend, the codec (which may have to be measured), memory and tiers.
+"""
+
+from pathlib import Path
+
+import torch
+
+from longctx.attention.registry import BACKENDS, backend_for
+from longctx.config import CACHE_DIR, EngineConfig
+from longctx.engine.engine import Engine
+from longctx.engine.parts import EngineParts, one_rank_parts
+from longctx.errors import InvalidRequest
+from longctx.model.loader import load_model
+from longctx.quality.gate import choose_codec
+from longctx.ring.parts import many_rank_parts
+from longctx.ring.ranks import Ranks
+from longctx.text.tokenizer import Tokenizer
+
+
+def open_engine(
+    config: EngineConfig,
+    model_folder: Path,
+    *,
+    cache_dir: Path = CACHE_DIR,
+    ranks: Ranks | None = None,
+) -> Engine:
+    """An engine that serves the model of a folder; arguments and errors as `engine_parts`."""
+    return Engine(engine_parts(config, model_folder, cache_dir=cache_dir, ranks=ranks))
+
+
+def engine_parts(
+    config: EngineConfig,
+    model_folder: Path,
+    *,
+    cache_dir: Path = CACHE_DIR,
+    ranks: Ranks | None = None,
+) -> EngineParts:
+    """Loads the model, settles its codec and makes what an engine is given.
+
+    `config.model.model` may differ from the folder. `cache_dir` keeps what was measured of models
+    between starts. `ranks`: further ones, which share the work and keep a part of the KV blocks
+    each. Raises ModelRefused, also for a codec that costs the model too much, and InvalidRequest
+    where `config` asks for ranks that are not given.
+    """
+    if ranks is None and config.ring.ranks > 1:
+        raise InvalidRequest(
+            f"ranks={config.ring.ranks} are processes that only longctx serve starts; leave it "
+            "out here",
+            param="ranks",
+        )
+    if config.model.threads is not None:
+        torch.set_num_threads(config.model.threads)
+    tokenizer = Tokenizer(model_folder)
+    model = load_model(config.model, model_folder, cache_dir=cache_dir)
+    backend = backend_for(config.model.attention_backend, model.spec.device)
+    codec = choose_codec(config.cache, model, tokenizer, BACKENDS[backend], cache_dir=cache_dir)
+    if ranks is None:
+        return one_rank_parts(
+            model,
+            tokenizer,
+            codec=codec,
+            backend=backend,
+            cache=config.cache,
+            scheduler=config.scheduler,
+        )
+    return many_rank_parts(
+        model,
+        tokenizer,
+        ranks,
+        codec=codec,
+        backend=backend,
+        cache=config.cache,
+        scheduler=config.scheduler,
+    )
