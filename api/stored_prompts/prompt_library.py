@@ -22,7 +22,7 @@ from api.stored_prompts.module_keeper import ModuleKeeper, Modules, StoredModule
 from api.stored_prompts.records import PromptRecord, PromptRecords
 from longctx.errors import InvalidRequest
 from longctx.request import Piece
-from longctx.text.chat_template import ChatPrompts, FilePart, Message, Place
+from longctx.text.chat_template import ChatPrompts, FilePart, Message, Placeholder
 
 SETTLE_SECONDS = 60.0
 
@@ -192,11 +192,11 @@ class PromptLibrary:
     ) -> list[tuple[int, ...] | FilePart]:
         """What stands before the user's text."""
         system = [] if record.system is None else [Message("system", (record.system,))]
-        opening: tuple[FilePart | Place, ...] = tuple(files) or (Place(0),)
+        opening: tuple[FilePart | Placeholder, ...] = tuple(files) or (Placeholder(0),)
         question = Message("user", (*opening, "?"))
         pieces = self._prompts.pieces([*system, question], date=record.date)
         last = max(i for i, piece in enumerate(pieces) if not isinstance(piece, tuple))
-        return [piece for piece in pieces[: last + 1] if not isinstance(piece, Place)]
+        return [piece for piece in pieces[: last + 1] if not isinstance(piece, Placeholder)]
 
     def _title(self, record: PromptRecord, file_id: str) -> str:
         document = self._documents.find(record.tenant, file_id, param="file_ids")

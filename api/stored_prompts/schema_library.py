@@ -18,7 +18,7 @@ from api.stored_prompts.records import PromptRecords, SchemaRecord
 from longctx.errors import InvalidRequest, LongctxError
 from longctx.process.client import EngineClient
 from longctx.request import Piece, Segment
-from longctx.text.chat_template import ChatPrompts, Message, Place
+from longctx.text.chat_template import ChatPrompts, Message, Placeholder
 from longctx.text.tokenizer import Tokenizer
 from prompt_cache.assembly import AssembledPrompt, ReusedPiece, assemble
 from prompt_cache.errors import SchemaError
@@ -44,13 +44,13 @@ class StoredSchema:
     def preamble(self) -> list[Message]:
         """The messages that every conversation begins with; a place stands for their text."""
         roles = self.record.schema.roles
-        return [Message(role.role, (Place(number),)) for number, role in enumerate(roles)]
+        return [Message(role.role, (Placeholder(number),)) for number, role in enumerate(roles)]
 
     @property
-    def goes_on(self) -> Place | None:
+    def goes_on(self) -> Placeholder | None:
         """Where the schema's last text stands: at the beginning of the request's first message."""
         schema = self.record.schema
-        return Place(len(schema.roles)) if schema.content else None
+        return Placeholder(len(schema.roles)) if schema.content else None
 
 
 class SchemaLibrary:

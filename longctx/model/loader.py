@@ -24,7 +24,7 @@ from longctx.model.hf_attention import ATTENTION, register_attention, run_packed
 from longctx.model.key_rotation import find_relocation
 from longctx.model.layer_attention import LayerAttention
 from longctx.model.probe import PROBE, probe_layers, register_probe
-from longctx.model.rope import settle_rope
+from longctx.model.rope import resolve_rope
 from longctx.model.spec import ModelSpec
 
 
@@ -58,7 +58,7 @@ def context_tokens(config: ModelConfig, folder: Path) -> int:
 
     Raises ModelRefused.
     """
-    return settle_rope(
+    return resolve_rope(
         _read_settings(read_model_folder(folder)),
         override=config.rope_override,
         max_context=config.max_context,
@@ -74,7 +74,7 @@ def load_model(config: ModelConfig, folder: Path, *, cache_dir: Path | None = No
     files = read_model_folder(folder)
     settings = _read_settings(files)
     model_class = _model_class(settings, files)
-    rope = settle_rope(
+    rope = resolve_rope(
         settings,
         override=config.rope_override,
         max_context=config.max_context,

@@ -27,7 +27,7 @@ class Rope:
     max_context: int
 
 
-def settle_rope(
+def resolve_rope(
     config: Any, *, override: str | None, max_context: int | None, force_context: bool
 ) -> Rope:
     """Write the override and the LongRoPE pin into `config`, and check the context length.

@@ -1,11 +1,14 @@
 """A conversation becomes segments: literal tokens, and documents that are only named.
 
-The chat template is rendered with an unguessable mark in place of each file. What stands between
-the marks is tokenized here; a document's tokens come from the store, so a question costs its own
+The chat template is rendered with an unguessable marker in place of each file. The text between
+the markers is tokenized here; a document's tokens come from the store, so a question costs its own
 tokens and not its document's. Each piece is tokenized on its own, hence the tokens before a file
 do not depend on what follows it, and the file stays a prefix that later questions find.
 
-Text of a message that spells a special token becomes a mark too, and is then encoded as text.
+Worked example: a message with a file and "Who?" renders as `<|user|>longctx5f..n00000000\\n\\nWho?`
+and splits into the text `<|user|>`, the file, and the text `\\n\\nWho?`.
+
+Message text that spells a special token is replaced by a marker too, and is then encoded as text.
 Read `ChatPrompts.render` first.
 """
 
@@ -24,7 +27,10 @@ _ROLE = re.compile(r"[A-Za-z][A-Za-z_-]*")  # a role is written into the templat
 
 @dataclass(frozen=True, slots=True)
 class FilePart:
-    """A document inside a message; some templates show its title. `link_tokens`: `Segment`'s."""
+    """A document inside a message; `title` is for templates that show one.
+
+    `link_tokens` is handed on to the `Segment`.
+    """
 
     document_id: str
     title: str
@@ -32,47 +38,56 @@ class FilePart:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a message has text that is already in tokens: at its beginning."""
+class Placeholder:
+    """A gap at the beginning of a message, for text that the caller has in tokens already."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """`content` in the caller's order; places, then files, are put before the text."""
+    """One turn of a conversation.
+
+    `content` is in the caller's order; the rendered message has the placeholders first, then the
+    files, then the text.
+    """
 
     role: str
-    content: tuple[str | FilePart | Place, ...]
+    content: tuple[str | FilePart | Placeholder, ...]
 
 
-# Of a rendered prompt, in reading order
-PromptPiece: TypeAlias = tuple[int, ...] | FilePart | Place
+# A rendered prompt is a sequence of these, in reading order.
+PromptPiece: TypeAlias = tuple[int, ...] | FilePart | Placeholder
 
 
 @dataclass(frozen=True, slots=True)
-class _Mark:
-    stands_for: str | FilePart | Place
+class _Marker:
+    replaced: str | FilePart | Placeholder
     label: str  # in an error message
     required: bool  # to appear exactly once
 
 
 @dataclass(slots=True)
-class _Marks:
-    """What was taken out of one conversation, by the mark that stands in its place."""
+class _Markers:
+    """The parts that were taken out of one conversation, each by the marker that replaces it."""
 
-    # A client cannot guess the key, so no text can pass for a mark. Only letters and digits:
-    # nothing that a template trims or escapes.
+    # A client cannot guess the key, so no text can pass for a marker. It has only letters and
+    # digits: nothing that a template trims or escapes.
     key: str = field(default_factory=lambda: f"longctx{secrets.token_hex(16)}n")
-    taken: list[_Mark] = field(default_factory=list)
+    taken: list[_Marker] = field(default_factory=list)
 
-    def add(self, stands_for: str | FilePart | Place, label: str, *, required: bool = True) -> str:
-        self.taken.append(_Mark(stands_for, label, required))
+    def add(
+        self, replaced: str | FilePart | Placeholder, label: str, *, required: bool = True
+    ) -> str:
+        self.taken.append(_Marker(replaced, label, required))
         return f"{self.key}{len(self.taken) - 1:08d}"
 
-    def split(self, rendered: str) -> list[str | _Mark]:
-        """Text and marks in reading order. Raises InvalidRequest when one is lost or repeated."""
-        pieces: list[str | _Mark] = []
+    def split(self, rendered: str) -> list[str | _Marker]:
+        """Split into text and markers, in reading order.
+
+        Raises InvalidRequest when the template lost or repeated a required marker.
+        """
+        pieces: list[str | _Marker] = []
         counts = [0] * len(self.taken)
         for i, piece in enumerate(re.split(f"{self.key}([0-9]{{8}})", rendered)):
             if i % 2:
@@ -80,11 +95,11 @@ class _Marks:
                 pieces.append(self.taken[int(piece)])
             elif piece:
                 pieces.append(piece)
-        for mark, count in zip(self.taken, counts, strict=True):
-            if mark.required and count != 1:
+        for marker, count in zip(self.taken, counts, strict=True):
+            if marker.required and count != 1:
                 fault = "leaves out" if count == 0 else f"repeats {count} times"
                 raise InvalidRequest(
-                    f"the model's chat template {fault} {mark.label}; send the conversation in a "
+                    f"the model's chat template {fault} {marker.label}; send the conversation in a "
                     "form that the template takes, or the whole prompt to /v1/completions",
                     param="messages",
                 )
@@ -92,7 +107,7 @@ class _Marks:
 
 
 class ChatPrompts:
-    """Prompts of one model's chat template."""
+    """Renders conversations with one model's chat template; safe to use from several threads."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -100,13 +115,16 @@ class ChatPrompts:
     def render(
         self, messages: Sequence[Message], *, date: str | None = None
     ) -> tuple[Segment, ...]:
-        """The prompt that asks for the assistant's next message; as `pieces`, without places."""
+        """Render the prompt that asks for the assistant's next message, as segments.
+
+        The messages may not have placeholders. Raises InvalidRequest as `pieces` does.
+        """
         return segments_of(self.pieces(messages, date=date))
 
     def pieces(
         self, messages: Sequence[Message], *, date: str | None = None
     ) -> tuple[PromptPiece, ...]:
-        """The same, with the tokens between files and places.
+        """Render the same prompt as token runs, files and placeholders, in reading order.
 
         `date` (YYYY-MM-DD) is the template's today. Raises InvalidRequest when the template
         refuses the conversation, loses or repeats a part of it, or when the model has none.
@@ -117,20 +135,21 @@ class ChatPrompts:
                     f"role {message.role!r} is not a name; use system, user or assistant",
                     param="messages",
                 )
-        # Once with every text marked, only to see that the template loses nothing, then with
-        # ordinary text in place: templates may look at it, and its tokens join its neighbours'
-        self._pieces(messages, date, mark_all=True)
-        return self._in_tokens(self._pieces(messages, date, mark_all=False))
+        # Render once with a marker for every text, only to see that the template loses nothing,
+        # then with ordinary text in place: templates may look at it, and its tokens join those
+        # of the text beside it.
+        self._pieces(messages, date, replace_all=True)
+        return self._in_tokens(self._pieces(messages, date, replace_all=False))
 
     def frames(
         self, roles: Sequence[str], *, continued: bool, date: str | None = None
     ) -> tuple[tuple[int, ...], ...]:
-        """What the template puts before each of the messages that a conversation begins with.
+        """The tokens that the template puts before each of the first messages of a conversation.
 
-        `continued`: and before the user's message after them.
+        `continued` adds those before the user's message that follows.
         """
-        opening = [Message(role, (Place(number),)) for number, role in enumerate(roles)]
-        question = Message("user", (Place(len(roles)), "?") if continued else ("?",))
+        opening = [Message(role, (Placeholder(number),)) for number, role in enumerate(roles)]
+        question = Message("user", (Placeholder(len(roles)), "?") if continued else ("?",))
         follows = [question] if continued or not roles or roles[-1] != "user" else []
         return frames_of(self.pieces([*opening, *follows], date=date))[0]
 
@@ -148,67 +167,75 @@ class ChatPrompts:
         return first.token_ids  # empty where the document itself comes first
 
     def _pieces(
-        self, messages: Sequence[Message], date: str | None, *, mark_all: bool
-    ) -> list[str | _Mark]:
-        marks = _Marks()
+        self, messages: Sequence[Message], date: str | None, *, replace_all: bool
+    ) -> list[str | _Marker]:
+        markers = _Markers()
         tokenizer = self._tokenizer
         in_place = not tokenizer.takes_documents
         conversation = []
         for number, message in enumerate(messages, start=1):
             label = f"the {message.role} message (number {number})"
-            places = "".join(
-                marks.add(part, f"the schema's text in {label}")
+            placeholders = "".join(
+                markers.add(part, f"the schema's text in {label}")
                 for part in message.content
-                if isinstance(part, Place)
+                if isinstance(part, Placeholder)
             )
             parts = [
-                marks.add(part, f"file {part.document_id} in {label}")
+                markers.add(part, f"file {part.document_id} in {label}")
                 for part in message.content
                 if isinstance(part, FilePart) and in_place
             ]
             text = "\n".join(part for part in message.content if isinstance(part, str))
-            if text or not (parts or places):
-                # Templates look for their own marks in what the model said, such as `</think>`
+            if text or not (parts or placeholders):
+                # Templates look for control tokens of their own in what the model said, such as
+                # `</think>`.
                 answered = message.role == "assistant"
                 spells = tokenizer.spells_special if answered else tokenizer.spells_control
-                marked = mark_all or spells(text)
-                parts.append(_marked(text, marks, label) if marked else text)
-            conversation.append({"role": message.role, "content": places + "\n\n".join(parts)})
-        documents = None if in_place else self._documents(messages, marks)
+                hidden = replace_all or spells(text)
+                parts.append(_replaced(text, markers, label) if hidden else text)
+            conversation.append(
+                {"role": message.role, "content": placeholders + "\n\n".join(parts)}
+            )
+        documents = None if in_place else self._documents(messages, markers)
         rendered = tokenizer.render(conversation, documents=documents, date=date)
-        return marks.split(rendered)
+        return markers.split(rendered)
 
-    def _documents(self, messages: Iterable[Message], marks: _Marks) -> list[dict[str, str]] | None:
-        """Each file once, in order of appearance, for templates that place files themselves."""
+    def _documents(
+        self, messages: Iterable[Message], markers: _Markers
+    ) -> list[dict[str, str]] | None:
+        """List each file once, in order of appearance, for templates that put files in."""
         files: dict[str, FilePart] = {}
         for message in messages:
             for part in message.content:
                 if isinstance(part, FilePart):
                     files.setdefault(part.document_id, part)
         return [
-            {"title": self._title(part, marks), "text": marks.add(part, f"file {part.document_id}")}
+            {
+                "title": self._title(part, markers),
+                "text": markers.add(part, f"file {part.document_id}"),
+            }
             for part in files.values()
         ] or None
 
-    def _title(self, part: FilePart, marks: _Marks) -> str:
+    def _title(self, part: FilePart, markers: _Markers) -> str:
         if not self._tokenizer.spells_control(part.title):
             return part.title
-        return marks.add(part.title, f"the title of file {part.document_id}", required=False)
+        return markers.add(part.title, f"the title of file {part.document_id}", required=False)
 
-    def _in_tokens(self, pieces: Iterable[str | _Mark]) -> tuple[PromptPiece, ...]:
+    def _in_tokens(self, pieces: Iterable[str | _Marker]) -> tuple[PromptPiece, ...]:
         result: list[PromptPiece] = []
         ids: list[int] = []
         continues = False
         for piece in pieces:
             if isinstance(piece, str):
-                ids += self._tokenizer.encode_marked(piece, continues=continues)
-            elif isinstance(piece.stands_for, str):
-                ids += self._tokenizer.encode(piece.stands_for, continues=continues)
+                ids += self._tokenizer.encode_template(piece, continues=continues)
+            elif isinstance(piece.replaced, str):
+                ids += self._tokenizer.encode(piece.replaced, continues=continues)
             else:
                 if ids:
                     result.append(tuple(ids))
                     ids = []
-                result.append(piece.stands_for)
+                result.append(piece.replaced)
             continues = True
         if ids:
             result.append(tuple(ids))
@@ -216,9 +243,10 @@ class ChatPrompts:
 
 
 def segments_of(pieces: Iterable[PromptPiece]) -> tuple[Segment, ...]:
+    """Turn pieces without placeholders into the segments of a request."""
     segments = []
     for piece in pieces:
-        assert not isinstance(piece, Place), "a place is the caller's to fill"
+        assert not isinstance(piece, Placeholder), "a placeholder is the caller's to fill"
         if isinstance(piece, FilePart):
             link_tokens = piece.link_tokens
             segments.append(Segment(document_id=piece.document_id, link_tokens=link_tokens))
@@ -230,19 +258,19 @@ def segments_of(pieces: Iterable[PromptPiece]) -> tuple[Segment, ...]:
 def frames_of(
     pieces: Sequence[PromptPiece],
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[PromptPiece, ...]]:
-    """The tokens before each place, and all that comes after the last one.
+    """Split pieces into the tokens before each placeholder, and all that follows the last one.
 
-    Raises InvalidRequest where a file stands before a place.
+    Raises InvalidRequest where a file comes before a placeholder.
     """
     frames: list[tuple[int, ...]] = []
     before: tuple[int, ...] = ()
     begin = 0
     for number, piece in enumerate(pieces):
-        if isinstance(piece, Place):
+        if isinstance(piece, Placeholder):
             frames.append(before)
             before, begin = (), number + 1
         elif isinstance(piece, FilePart):
-            if any(isinstance(later, Place) for later in pieces[number:]):
+            if any(isinstance(later, Placeholder) for later in pieces[number:]):
                 raise InvalidRequest(
                     "this model's chat template puts files before everything else, so they cannot "
                     "be used together with a schema; put the text into a module",
@@ -253,10 +281,10 @@ def frames_of(
     return tuple(frames), tuple(pieces[begin:])
 
 
-def _marked(text: str, marks: _Marks, label: str) -> str:
-    """A mark for the text; space around it stays outside, since many templates trim it away."""
+def _replaced(text: str, markers: _Markers, label: str) -> str:
+    """Replace the text by a marker, but for the space around it: many templates trim that away."""
     core = text.strip()
     if not core:
         return text
     begin = text.index(core)
-    return text[:begin] + marks.add(core, label) + text[begin + len(core) :]
+    return text[:begin] + markers.add(core, label) + text[begin + len(core) :]

@@ -4,8 +4,8 @@ The text so far always equals what decoding all tokens at once would begin with,
 costs a decode of a few tokens, not of the answer. Two windows make it so:
 
 - A character may span several tokens, and what is incomplete decodes to U+FFFD. Only a short
-  window of tokens is decoded again: those of the last finished text (their neighbours may depend
-  on them) and those after it. Trailing U+FFFD is kept back until it is settled.
+  window of tokens is decoded again: those of the last finished text (what follows may depend
+  on them) and those after it. Trailing U+FFFD is kept back until it is final.
 - Text that may be the beginning of a stop string is kept back until it is not.
 """
 
@@ -14,21 +14,23 @@ from typing import NamedTuple
 from longctx.text.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
-_CHARACTER_BYTES = 4  # of the longest UTF-8 character: three bytes and tokens may be unfinished
+_CHARACTER_BYTES = 4  # the longest UTF-8 character: up to three bytes and tokens are unfinished
 _WINDOW_TOKENS = 24  # a window this long holds nonsense bytes: it is cut where that changes nothing
 
 
 class TextDelta(NamedTuple):
+    """The text that one more token made certain."""
+
     text: str
     stopped_by: str | None  # the stop string that ended the text; it is not in the text
 
 
 class TextStream:
-    """The text of one answer.
+    """The text of one answer, grown token by token with `push` and closed with `finish`.
 
-    Where several stop strings occur, the one that is complete first ends the text, the longest of
-    those that end together. Bytes that are not UTF-8 come out as U+FFFD, as in `decode`; after
-    byte-fallback tokens (`<0xE2>`) the number of these may differ from `decode`'s.
+    One thread uses it. Where several stop strings occur, the one that is complete first ends the
+    text, the longest of those that end together. Bytes that are not UTF-8 come out as U+FFFD, as in
+    `decode`; after byte-fallback tokens (`<0xE2>`) the number of these may differ from `decode`'s.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, stop: tuple[str, ...]) -> None:
@@ -36,22 +38,22 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = stop
         self._stopped_by: str | None = None
-        self._held = ""  # settled text that may become a stop string
+        self._held = ""  # final text that may become a stop string
         self._window: list[int] = []  # the tokens that are decoded again
         self._fresh = 0  # where the tokens after the last finished text begin in the window
-        self._taken = 0  # characters of the window's text that were settled before
+        self._taken = 0  # characters of the window's text that were final before
         self._cut_at = _WINDOW_TOKENS
 
     def push(self, token_id: int) -> TextDelta:
-        """The text that is certain now; nothing more comes after a stop string."""
+        """Add a token and return the text that is certain now; none comes after a stop string."""
         if self._stopped_by is not None or self._tokenizer.is_special(token_id):
             return TextDelta("", self._stopped_by)
         self._window.append(token_id)
         text = self._tokenizer.decode(self._window)
-        settled = self._settled_chars(text)
-        new = text[self._taken : settled]
-        self._taken = max(self._taken, settled)
-        if settled == len(text):
+        final = self._final_chars(text)
+        new = text[self._taken : final]
+        self._taken = max(self._taken, final)
+        if final == len(text):
             self._window = self._window[self._fresh :]
             self._fresh = len(self._window)
             self._taken = len(self._tokenizer.decode(self._window))
@@ -61,7 +63,7 @@ class TextStream:
         return self._release(new)
 
     def finish(self) -> str:
-        """What was kept back; an incomplete character comes out as U+FFFD."""
+        """Return what was kept back; an incomplete character comes out as U+FFFD."""
         if self._stopped_by is not None:
             return ""
         tail = self._tokenizer.decode(self._window)[self._taken :]
@@ -70,8 +72,8 @@ class TextStream:
         self._held = ""
         return text
 
-    def _settled_chars(self, text: str) -> int:
-        """How many characters of the window's text later tokens cannot change."""
+    def _final_chars(self, text: str) -> int:
+        """Count the characters of the window's text that later tokens cannot change."""
         if not text.endswith(_REPLACEMENT):
             return len(text)
         if len(self._window) - self._fresh < _CHARACTER_BYTES:  # perhaps one unfinished character
@@ -80,7 +82,7 @@ class TextStream:
         return len(text) - len(tail) + len(tail.rstrip(_REPLACEMENT))
 
     def _cut(self, text: str) -> None:
-        """Shortens a window of which no end is a finished text, such as a run of stray bytes."""
+        """Shorten a window of which no end is a finished text, such as a run of stray bytes."""
         for size in range(len(self._window) - _CHARACTER_BYTES, 0, -1):
             head = self._tokenizer.decode(self._window[:size])
             if len(head) > self._taken:
@@ -108,7 +110,7 @@ class TextStream:
         return TextDelta(text[: len(text) - keep], None)
 
     def _unfinished_stop(self, text: str) -> int:
-        """The length of the longest end of the text that begins a stop string."""
+        """Measure the longest end of the text that begins a stop string, in characters."""
         longest = max(map(len, self._stop), default=0)
         for size in range(min(longest - 1, len(text)), 0, -1):
             if any(stop.startswith(text[-size:]) for stop in self._stop):

@@ -1,8 +1,8 @@
 """Text to token ids and back, with one rule: a user's text is text.
 
-`encode` never yields a special token, nor another token that the chat template marks turns with,
-whatever the text says: `</s>` in a file is four characters about markup, not the end of it. Only
-template text (`encode_marked`) may speak to the model.
+`encode` never yields a special token, nor another control token that the chat template marks turns
+with, whatever the text says: `</s>` in a file is four characters about markup, not the end of it.
+Only template text (`encode_template`) may speak to the model.
 
 Nothing is truncated or cut: on megabytes, also without a single space, the tokenizers library
 takes time proportional to the text. Every method may be called from several threads at once.
@@ -21,12 +21,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from longctx.errors import InvalidRequest, ModelRefused
 
-# What a template's `strftime_now` may ask for; glibc's unpadded forms included.
+# All that a template's `strftime_now` may ask for, glibc's unpadded forms included.
 _DATE_DIRECTIVES = ("%-d", "%-m", *(f"%{letter}" for letter in "aAbBcdDeFGhHIjmMpSTuUVwWxXyYZ"))
 
 
 class Tokenizer:
-    """The tokenizer and chat template of a Hugging Face model folder."""
+    """The tokenizer and chat template of a Hugging Face model folder.
+
+    It is immutable once made: every method may be called from several threads at once. *Special*
+    tokens are those that the checkpoint calls so; *control* tokens are these and others that its
+    chat template writes by itself.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Reads local files only and runs no code of the folder.
@@ -45,7 +50,7 @@ class Tokenizer:
 
         added = backend.get_added_tokens_decoder()
         special = {token_id: token.content for token_id, token in added.items() if token.special}
-        # Some checkpoints do not call their template's own marks special
+        # Some checkpoints do not call the control tokens of their template special.
         control = special | {
             token_id: token.content
             for token_id, token in added.items()
@@ -61,7 +66,7 @@ class Tokenizer:
         self._special_ids = frozenset(special)
         self._special_pattern = _any_of(special.values())
         self._control_pattern = _any_of(control.values())
-        # What the vocabulary lacks becomes the unknown token: text, though its id is special
+        # What the vocabulary lacks becomes the unknown token: it is text, though its id is special.
         self._forbidden_ids = frozenset(control) - {_unknown_id(backend, state["model"])}
         self._normalizes = backend.normalizer is not None
         self._before, self._after = _default_frame(self._plain)
@@ -76,32 +81,32 @@ class Tokenizer:
         return token_id in self._special_ids
 
     def spells_special(self, text: str) -> bool:
-        """Whether `encode_marked` would read a special token in the text."""
+        """Whether `encode_template` would read a special token in the text."""
         return self._reads(text, self._special_pattern, self._special_ids)
 
     def spells_control(self, text: str) -> bool:
-        """Whether it would read any mark of the template, called special or not."""
+        """Whether `encode_template` would read a control token in the text."""
         return self._reads(text, self._control_pattern, self._forbidden_ids)
 
     def _reads(self, text: str, pattern: re.Pattern[str], ids: frozenset[int]) -> bool:
         if pattern.search(text) is not None:
             return True
-        # A normalizer may turn other characters into one, as NFKC does with full-width brackets
+        # A normalizer may turn other characters into one, as NFKC does with full-width brackets.
         found = _ids(self._backend, text) if self._normalizes else ()
         return not (ids & self._forbidden_ids).isdisjoint(found)
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
-        """The text as text: no special token read in it, none added.
+        """Encode the text as text: no control token is read in it, none is added.
 
-        `continues`: other text stands directly before, so tokenizers that put a space before a
-        text do not. Raises InvalidRequest for text that is not Unicode, and for a special token
-        so short that the vocabulary has no other way to write it.
+        `continues` says that other text comes directly before it, so that tokenizers that put a
+        space before a text do not. Raises InvalidRequest for text that is not Unicode, and for a
+        special token so short that the vocabulary has no other way to write it.
         """
         backend = self._continuing if continues else self._plain
         ids = _ids(backend, text)
         if self._forbidden_ids.isdisjoint(ids):
             return ids
-        # A model such as Unigram finds `</s>` in its vocabulary by itself: cut inside it
+        # A model such as Unigram finds `</s>` in its vocabulary by itself: the text is cut inside.
         return self._encode_apart(backend, text)
 
     def _encode_apart(self, backend: tokenizers.Tokenizer, text: str) -> list[int]:
@@ -135,21 +140,21 @@ class Tokenizer:
             return ids
         return self._encode_apart(backend, text)
 
-    def encode_marked(self, text: str, *, continues: bool = False) -> list[int]:
-        """Template text: special tokens are recognised, none is added."""
+    def encode_template(self, text: str, *, continues: bool = False) -> list[int]:
+        """Encode template text: control tokens are recognized, none is added."""
         if not continues or self._continuing is self._plain:
             return _ids(self._backend, text)
-        marker = self._control_pattern.search(text)
-        split = marker.start() if marker else len(text)  # after a marker the usual rules hold
+        control = self._control_pattern.search(text)
+        split = control.start() if control else len(text)  # from there on the usual rules hold
         head = _ids(self._continuing, text[:split]) if split else []
-        return head + (_ids(self._backend, text[split:]) if marker else [])
+        return head + (_ids(self._backend, text[split:]) if control else [])
 
     def encode_completion(self, text: str) -> list[int]:
-        """The text as text, with the tokens that the tokenizer adds by default, such as bos."""
+        """Encode the text as text, with what the tokenizer adds by default, such as bos."""
         return [*self._before, *self.encode(text), *self._after]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the tokens; special tokens and ids outside the vocabulary are skipped."""
+        """Return the tokens' text; special ones and ids outside the vocabulary are skipped."""
         text: str = self._backend.decode(ids, skip_special_tokens=True)
         return text
 
@@ -161,7 +166,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         date: str | None = None,
     ) -> str:
-        """The conversation as template text, by transformers' sandboxed renderer.
+        """Render the conversation as template text, with transformers' sandboxed renderer.
 
         `date` (YYYY-MM-DD) is what the template takes for today; None is today. Raises
         InvalidRequest with the template's own words when it refuses the conversation.
@@ -212,7 +217,7 @@ def _load(folder: Path) -> Any:
 
 
 def _eos_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokenizer's own and those that generation_config.json adds, such as end-of-turn."""
+    """Join the tokenizer's own with those of generation_config.json, such as end-of-turn."""
     found = {tokenizer.eos_token_id}
     path = folder / "generation_config.json"
     if path.exists():
@@ -233,7 +238,7 @@ def _chat_template(tokenizer: Any) -> str | None:
 
 
 def _template_words(template: str) -> tuple[frozenset[str], str]:
-    """The variables that the template reads, and all text that it may write by itself."""
+    """Find the variables that the template reads, and all text that it may write by itself."""
     names = set()
     literal = []
     previous = ""
@@ -251,7 +256,7 @@ def _template_words(template: str) -> tuple[frozenset[str], str]:
 
 
 def _frozen_clock(date: str) -> str:
-    """A template prefix that replaces the function strftime_now by the same day for ever.
+    """Write a template prefix that makes the function strftime_now return one day for ever.
 
     The renderer lets only plain data in, so the formatted parts of the day are written out.
     """
@@ -259,7 +264,7 @@ def _frozen_clock(date: str) -> str:
     replaced = "".join(
         f"|replace({directive!r},{day.strftime(directive)!r})" for directive in _DATE_DIRECTIVES
     )
-    # The line break is eaten by the block (trim_blocks): the template keeps its own first line
+    # The block eats the line break (trim_blocks): the template keeps its own first line.
     return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n"
 
 
@@ -271,7 +276,7 @@ def _unknown_id(backend: tokenizers.Tokenizer, model: Mapping[str, Any]) -> int 
 
 
 def _default_frame(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """The tokens that the post-processor puts before and after a text."""
+    """Find the tokens that the post-processor puts before and after a text."""
     sample = backend.encode("a", add_special_tokens=False).ids
     framed: list[int] = backend.encode("a", add_special_tokens=True).ids
     for begin in range(len(framed)):
@@ -286,14 +291,14 @@ def _any_of(words: Iterable[str]) -> re.Pattern[str]:
 
 
 def _text_only(state: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """The tokenizer of a JSON form, reading its special tokens as text."""
+    """Build the tokenizer of a JSON form so that it reads special tokens as text."""
     backend = tokenizers.Tokenizer.from_str(json.dumps(state))
     backend.encode_special_tokens = True
     return backend
 
 
 def _drop_prefix(state: dict[str, Any]) -> bool:
-    """Drops from a JSON form the space put before a text; False if there is none."""
+    """Drop from a JSON form the space that is put before a text; False if there is none."""
     found = False
     normalizer = state["normalizer"] or {}
     steps = normalizer.get("normalizers", [normalizer])
@@ -314,7 +319,7 @@ def _drop_prefix(state: dict[str, Any]) -> bool:
 
 def _ids(backend: tokenizers.Tokenizer, text: str) -> list[int]:
     try:
-        # The fast form keeps no offsets: a quarter of the memory on a text of megabytes
+        # The fast form keeps no offsets: it takes a quarter of the memory on a text of megabytes.
         ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
     except TypeError as error:
         raise InvalidRequest(

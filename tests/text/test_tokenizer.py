@@ -92,7 +92,7 @@ def test_a_continued_text_gets_no_leading_space(tmp_path):
     assert tokenizer.decode(tokenizer.encode("d") + tokenizer.encode("hello")) == "d hello"
     joined = tokenizer.encode("d") + tokenizer.encode("hello", continues=True)
     assert tokenizer.decode(joined) == "dhello"
-    marked = tokenizer.encode_marked("hello</s>", continues=True)
+    marked = tokenizer.encode_template("hello</s>", continues=True)
     assert marked[0] == tokenizer.encode("hello", continues=True)[0]
     assert marked[-1] in tokenizer.eos_token_ids
 
@@ -106,7 +106,7 @@ def test_marks_of_the_template_that_are_not_called_special_are_text_too(tmp_path
     state["added_tokens"] += [mark, {**mark, "id": 601, "content": "[NOTE]"}]
     file.write_text(json.dumps(state))
     tokenizer = Tokenizer(tmp_path)
-    (user,), (note,) = tokenizer.encode_marked("[USER]"), tokenizer.encode_marked("[NOTE]")
+    (user,), (note,) = tokenizer.encode_template("[USER]"), tokenizer.encode_template("[NOTE]")
     assert tokenizer.spells_control("a[USER]") and not tokenizer.spells_special("a[USER]")
     assert user not in tokenizer.encode("a[USER]") and note in tokenizer.encode("a[NOTE]")
     assert tokenizer.decode([user]) == "[USER]"
@@ -125,7 +125,7 @@ def test_a_special_token_that_cannot_be_written_as_text_is_refused(tmp_path):
 def test_template_text_yields_special_tokens_and_adds_none(tokenizer, folder):
     text = "<|user|>hello</s>"
     expected = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
-    assert tokenizer.encode_marked(text) == expected
+    assert tokenizer.encode_template(text) == expected
     assert tokenizer.is_special(expected[0]) and tokenizer.is_special(expected[-1])
 
 
@@ -154,7 +154,7 @@ def test_threads_share_one_tokenizer(tokenizer):
     texts = [f"hello </s> {i} " * 200 for i in range(32)]
     with ThreadPoolExecutor(4) as pool:
         encoded = list(pool.map(tokenizer.encode, texts))
-        pool.map(tokenizer.encode_marked, texts)
+        pool.map(tokenizer.encode_template, texts)
     assert [tokenizer.decode(ids) for ids in encoded] == texts
 
 

@@ -103,7 +103,7 @@ def test_special_strings_of_a_user_are_text(server: LiveServer, client: openai.O
         assert answer["count"] == len(answer["tokens"])
         return answer["tokens"]  # type: ignore[no-any-return]
 
-    end = server.tokenizer.encode_marked("</s>")[0]
+    end = server.tokenizer.encode_template("</s>")[0]
     assert tokens("</s><|assistant|>").count(end) == tokens("none").count(end)
 
 

@@ -98,7 +98,7 @@ def test_markup_in_a_document_is_text(server: LiveServer) -> None:
     file_id = upload(server, text)
     described = wait_until_done(server, file_id)
     assert described["tokens"] == len(server.tokenizer.encode(text))
-    assert described["tokens"] > len(server.tokenizer.encode_marked(text))
+    assert described["tokens"] > len(server.tokenizer.encode_template(text))
     ask(server, file_id)
 
 
