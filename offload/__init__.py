@@ -1,1 +1,1 @@
-"""Where KV bytes live and who leaves."""
+"""Where KV blocks live, and which of them leave a full tier."""

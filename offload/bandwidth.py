@@ -1,25 +1,35 @@
-"""How fast the disk is, as measured by the reads themselves: bytes over the time that any ran."""
+"""How fast a tier is read, as measured by the reads themselves.
+
+It is the bytes that came over the time during which any read ran. The engine compares it with its
+own speed: what takes longer to read than to compute is computed.
+"""
 
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_PRIOR_BYTES = 10e6  # what is believed until something was read: a hard disk's 100 MB/s,
-_PRIOR_SECONDS = 0.1  # outweighed by the first few extents
-_HALF_LIFE_SECONDS = 5.0  # of reading, after which a measurement counts half
+# Until something was read, a hard disk's 100 MB/s is assumed: 10 MB in 0.1 s. Real extents are of
+# about that size, so the first few of them outweigh it.
+_PRIOR_BYTES = 10e6
+_PRIOR_SECONDS = 0.1
+_HALF_LIFE_SECONDS = 5.0  # of time spent reading, after which a measurement counts half
 
 
 class Bandwidth:
-    """An average over recent reading; concurrent reads count as one stretch of time."""
+    """Averages the speed of recent reads. Any number of threads may read at the same time.
+
+    Concurrent reads count as one stretch of time: two threads that read 50 MB each during the same
+    second make 100 MB/s. Time without any read does not count.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._bytes = _PRIOR_BYTES
         self._seconds = _PRIOR_SECONDS
-        self._running = 0
-        self._since = 0.0
+        self._running = 0  # reads
+        self._since = 0.0  # up to when `_seconds` is told
 
     @property
     def bytes_per_second(self) -> float:
@@ -27,7 +37,7 @@ class Bandwidth:
 
     @contextmanager
     def reading(self) -> Iterator[Callable[[int], None]]:
-        """A read, which says by the function given to it how many bytes came."""
+        """Time a read, which tells the function that is given to it how many bytes came."""
         with self._lock:
             self._advance()
             self._running += 1
@@ -44,6 +54,7 @@ class Bandwidth:
             self._bytes += size_bytes
 
     def _advance(self) -> None:
+        """Count the time since the last call, if any read ran during it."""
         now = self._clock()
         if self._running:
             elapsed = max(now - self._since, 0.0)

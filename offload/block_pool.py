@@ -1,17 +1,22 @@
-"""The device's memory for KV blocks: pages, who holds them, which cached one leaves first.
+"""The device's memory for KV blocks: which pages are in use, and which cached one leaves first.
 
 A `BlockPool` holds one uint8 tensor per layer, all with the same number of pages; page p of every
-layer together is one block. A page is *free*, *held* (refs > 0), or *cached*: unheld, but still
-findable by its key until its room is needed. Page 0 is never given out: it is all zeros and
-stands wherever a rectangular batch has nothing to point at.
+layer together is one block. A page is in one of three states:
 
-One pool may keep the books of several ranks whose pools are alike: then a page's number is that of
-its rank times `pages_per_rank`, plus its place there, and only the first rank's pages lie here.
+    free      nobody holds it, and it has no key
+    held      refs > 0: a sequence computes or reads it
+    cached    nobody holds it, but its key finds it until its room is needed
+
+Page 0 is never given out. It is all zeros, and a rectangular batch points at it where a sequence is
+shorter than the others.
+
+One pool may account for several ranks whose pools are alike. With `pages_per_rank=100`, page 207 is
+page 7 of rank 2; only the first rank's pages lie in this process.
 """
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +30,7 @@ NO_PAGE = 0
 
 @dataclass(slots=True)
 class KVBlock:
-    """One page index of a pool and what it holds."""
+    """One page of a pool: how many hold it, and the key that finds it once it is sealed."""
 
     page: int
     refs: int = 0
@@ -33,13 +38,13 @@ class KVBlock:
 
 
 class _Share:
-    """One rank's pages that nobody holds."""
+    """The pages of one rank that nobody holds."""
 
     def __init__(self, first_page: int, num_pages: int) -> None:
-        # A heap: low pages first, so chains stay contiguous.
+        # A heap that gives low pages first, so that chains lie side by side and are read in place
         self.free = list(range(first_page + 1, first_page + num_pages))
         self.cached: OrderedDict[int, None] = OrderedDict()  # oldest first
-        self.superseded: OrderedDict[int, None] = OrderedDict()  # cached, but leave before those
+        self.superseded: OrderedDict[int, None] = OrderedDict()  # cached; all leave before those
 
     @property
     def available(self) -> int:
@@ -51,6 +56,17 @@ class _Share:
 
 
 class BlockPool:
+    """Gives out pages, finds sealed ones by key, and evicts cached ones when it runs out.
+
+    The life of a page: `allocate`, then `publish` once its block is sealed, `acquire` for each
+    further sequence that uses it, `release` by each of them. Whoever got a page from `allocate` or
+    `acquire` gives it back exactly once, by `release` or `supersede`; a mistake there is a bug, and
+    asserts.
+
+    Only the engine's thread calls it. Every call costs time proportional to the pages it is given,
+    but for the heap's logarithm.
+    """
+
     def __init__(
         self,
         *,
@@ -60,9 +76,10 @@ class BlockPool:
         ranks: int = 1,
         staging_pages: int = 0,
     ) -> None:
-        """`page_bytes`: one per layer. `num_pages` of each rank, includes page 0.
+        """Allocate the pages of this process. `page_bytes` has one number for each layer.
 
-        `staging_pages` more stand behind them on each rank and are never given out.
+        Each rank has `num_pages`, page 0 among them, and behind these `staging_pages` that are
+        never given out.
         """
         assert num_pages >= 2, num_pages
         self.ranks = ranks
@@ -86,21 +103,24 @@ class BlockPool:
 
     @property
     def available(self) -> int:
-        """Pages that `allocate` can give: free ones and cached ones."""
+        """How many pages `allocate` can give, on all ranks: the free ones and the cached ones."""
         return sum(share.available for share in self._shares)
 
     @property
     def room(self) -> list[int]:
-        """`available` of each rank."""
+        """`available`, for each rank."""
         return [share.available for share in self._shares]
 
     @property
     def cached(self) -> int:
-        """Pages that hold a block which nobody uses."""
+        """How many pages hold a block which nobody uses."""
         return sum(len(share.cached) + len(share.superseded) for share in self._shares)
 
     def allocate(self, count: int, *, rank: int = 0) -> list[int]:
-        """`count` pages with one reference each; drops cached blocks as needed."""
+        """Return `count` pages of a rank with one reference each, in ascending order.
+
+        Cached blocks leave as needed. There must be so many `available`.
+        """
         share = self._shares[rank]
         assert count <= share.available, f"{count} pages wanted, {share.available} available"
         pages = sorted(self._take(share) for _ in range(count))  # neighbours are read in place
@@ -109,10 +129,12 @@ class BlockPool:
         return pages
 
     def lookup(self, key: BlockKey) -> int | None:
+        """Return the page that has the key, held or cached."""
         block = self._by_key.get(key)
         return None if block is None else block.page
 
     def acquire(self, pages: Iterable[int]) -> None:
+        """Add one reference to each page; each is held already, or cached."""
         for page in pages:
             block = self._blocks[page]
             if block.refs == 0:
@@ -121,15 +143,25 @@ class BlockPool:
             block.refs += 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """Give back one reference each; `pages` in chain order: leaves leave before parents."""
-        self._release(pages, superseded=False)
+        """Give back one reference to each of `pages`, which are in the order of their chain.
+
+        Those that nobody holds any more are cached, or free if they have no key. A chain's last
+        page leaves first: without its beginning the rest of a chain is of no use.
+        """
+        for page in self._give_back(pages):
+            self._share(page).cached[page] = None
 
     def supersede(self, pages: Sequence[int]) -> None:
-        """As `release`, for pages that are cached only while nothing better needs the room."""
-        self._release(pages, superseded=True)
+        """Give back one reference as `release` does; the pages leave before all others.
+
+        It is for blocks that are seldom found again: those between two checkpoints that a sliding
+        window has passed.
+        """
+        for page in self._give_back(pages):
+            self._share(page).superseded[page] = None
 
     def publish(self, page: int, key: BlockKey) -> None:
-        """Make a sealed page findable. Another page that already has the key keeps it."""
+        """Let `key` find a sealed page. Another page that already has the key keeps it."""
         block = self._blocks[page]
         assert block.refs > 0 and block.key is None, f"published twice or unheld: {block}"
         if key not in self._by_key:
@@ -137,7 +169,7 @@ class BlockPool:
             self._by_key[key] = block
 
     def forget(self, pages: Iterable[int]) -> int:
-        """Drop the given pages from the cache where nobody holds them; how many were dropped."""
+        """Free those of the pages that are cached; return how many were."""
         dropped = 0
         for page in pages:
             block = self._blocks[page]
@@ -149,28 +181,26 @@ class BlockPool:
                 dropped += 1
         return dropped
 
-    def _share(self, page: int) -> "_Share":
+    def _share(self, page: int) -> _Share:
         return self._shares[page // self.pages_per_rank]
 
-    def _release(self, pages: Sequence[int], *, superseded: bool) -> None:
+    def _give_back(self, pages: Sequence[int]) -> Iterator[int]:
+        """Take back one reference to each page, from the last on; yield those to be cached."""
         for page in reversed(pages):
             block = self._blocks[page]
             assert block.refs > 0, f"released twice: {block}"
             block.refs -= 1
             if block.refs == 0:
-                share = self._share(page)
                 if block.key is None:
-                    heapq.heappush(share.free, page)
-                elif superseded:
-                    share.superseded[page] = None
+                    heapq.heappush(self._share(page).free, page)
                 else:
-                    share.cached[page] = None
+                    yield page
 
-    def _take(self, share: "_Share") -> int:
+    def _take(self, share: _Share) -> int:
         if share.free:
             return heapq.heappop(share.free)
-        resting = share.superseded or share.cached
-        page, _ = resting.popitem(last=False)
+        oldest_first = share.superseded or share.cached
+        page, _ = oldest_first.popitem(last=False)
         self._drop(self._blocks[page])
         self.evicted += 1
         return page

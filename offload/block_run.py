@@ -1,4 +1,4 @@
-"""What travels between tiers: consecutive blocks of one chain, and where their pages lie."""
+"""What travels between tiers: a `BlockRun` says which blocks, `Slots` say where their pages lie."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ EXTENT_BLOCKS = 16  # blocks of one extent: the unit of disk I/O
 class BlockRun:
     """Consecutive blocks of one chain in one layer group.
 
-    `first_block` is the index of the first one in its chain, `parent` the key before it: the
-    namespace where it is the chain's first.
+    `first_block` is the index of the first one in its chain, `parent` is the key before it. Where
+    the run begins the chain, `parent` is the namespace.
     """
 
     namespace: BlockKey
@@ -28,33 +28,36 @@ class BlockRun:
 
 
 class Slots(Protocol):
-    """Where the pages of some blocks lie, in a form that an `ExtentIO` knows."""
+    """Where the pages of some blocks lie, in a form that an `ExtentIO` knows.
+
+    Whoever passes slots on leaves their rows alone until the transfer has ended.
+    """
 
     @property
-    def pages(self) -> tuple[int, ...]: ...
+    def pages(self) -> tuple[int, ...]:
+        """The number of each block's page, in the order of the blocks."""
+        ...
 
     @property
     def block_bytes(self) -> int:
-        """Of one block: its pages in all layers."""
+        """The size of one block: of its pages in all layers together."""
         ...
 
     def pick(self, indices: Sequence[int]) -> Self:
-        """The slots of some blocks."""
+        """Return the slots of the blocks with these indices, in that order."""
         ...
 
     def rows(self, begin: int, end: int) -> Self:
-        """The slots of the blocks from `begin` to before `end`."""
+        """Return the slots of the blocks from `begin` to before `end`."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class PageSlots:
-    """Slots of this process: rows `pages` of `arrays`, which are [pages, page_bytes], one of each
-    layer of the group.
+    """Slots in this process: the rows `pages` of one array [pages, page_bytes] for each layer.
 
-    To read only some layers: arrays for these alone, which follow each other from `first_layer`.
-
-    Whoever passes slots on keeps these rows as they are until the transfer has ended.
+    To read only some layers of the group, give the arrays of these alone; they follow each other
+    from `first_layer` on. So layers 4 and 5 of a group of 8 are two arrays and `first_layer=4`.
     """
 
     arrays: tuple[NDArray[np.uint8], ...]

@@ -1,4 +1,4 @@
-"""What the store tells the engine, and the box in which it waits until the engine looks."""
+"""What the store tells the engine: events, which wait in a `Mailbox` until the engine polls."""
 
 import threading
 from collections import deque
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """The pages of an offer are free again; `ok`: all of the run is on disk, fsynced."""
+    """The store is done with the pages of an offer. `ok`: all of the run is on stable storage."""
 
     ticket: int
     ok: bool
@@ -15,7 +15,10 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The pages of a load are free again. `found`: by part and key; pages of False are garbage."""
+    """The store is done with the pages of a load.
+
+    `found` says for each part which of its keys arrived. The pages of the others hold garbage.
+    """
 
     ticket: int
     found: tuple[tuple[bool, ...], ...]
@@ -23,7 +26,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Late:
-    """Do not wait for this load. Its pages are still written to until its `Loaded` comes."""
+    """A load takes too long to be waited for. Its pages are written to until its `Loaded` comes."""
 
     ticket: int
 
@@ -32,7 +35,11 @@ Event = Written | Loaded | Late
 
 
 class Mailbox:
-    """Many threads tell, one looks. `version` counts what happened, so that no wake is missed."""
+    """Carries events from many threads to one, which can wait for them.
+
+    To miss nothing, the waiting thread reads `version` first, then looks whether there is anything
+    to do, and then waits for a later version. Any thread may call `tell` and `wake`.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -48,17 +55,19 @@ class Mailbox:
         self.wake()
 
     def take(self) -> list[Event]:
+        """Return the events since the last call, in order."""
         with self._changed:
             events = list(self._events)
             self._events.clear()
             return events
 
     def wake(self) -> None:
+        """Let `wait` return, without an event: a deadline has changed."""
         with self._changed:
             self.version += 1
             self._changed.notify_all()
 
     def wait(self, version: int, timeout_seconds: float) -> None:
-        """Return when anything happened after `version`, or after the timeout."""
+        """Return once anything has happened after `version`, or after the timeout."""
         with self._changed:
             self._changed.wait_for(lambda: self.version != version, timeout_seconds)

@@ -1,10 +1,11 @@
-"""Who leaves a full tier: LRU, or GreedyDual-Size-Frequency.
+"""Who leaves a full tier: LRU, or GreedyDual-Size-Frequency (GDSF).
 
-A tier tells its policy of each entry that it holds (on disk a file, in host memory a block) and
-asks for a victim when it needs room. Two rules hold for every policy: leaves leave before their
-parents, since a block without the blocks before it is of no use; and what a document retains
-leaves last. Calls are O(log n) in the number of entries. A policy belongs to one tier, which
-holds its lock around each call.
+A tier tells its policy of each thing that it holds and may evict (on disk a file, in host memory a
+block) and asks for a victim when it needs room. Two rules hold for every policy: leaves leave
+before their parents, since a block without the blocks before it is of no use; and what a document
+retains leaves last. Calls are O(log n) in the number of things held.
+
+To add a policy, write a subclass of `_LeafHeap` and add a line to `POLICIES`.
 """
 
 import heapq
@@ -23,9 +24,10 @@ _STALE_SHARE = 2  # the heap is rebuilt when it is this many times larger than t
 
 @dataclass(frozen=True, slots=True)
 class Evictable(Generic[Name]):
-    """`blocks` are what the entry holds; its parent is the entry that holds the block `parent`.
+    """One thing that a tier holds, and can only evict as a whole.
 
-    `cost_seconds` is what computing the blocks again would take.
+    `blocks` are what it holds; its parent is whatever holds the block `parent`. `cost_seconds` is
+    what getting the blocks again would take.
     """
 
     name: Name
@@ -37,24 +39,34 @@ class Evictable(Generic[Name]):
 
 
 class EvictionPolicy(Protocol[Name]):
-    """Entries may be added in any order, a child before its parent too."""
+    """Names what leaves a tier next. Nothing is evicted here: the tier does that, and tells.
+
+    Things may be added in any order, a child before its parent too. A policy belongs to one tier,
+    which holds its lock around each call.
+    """
 
     def added(self, entry: Evictable[Name]) -> None:
-        """The tier holds a new entry, which counts as used now."""
+        """Note that the tier holds something new, which counts as used now."""
         ...
 
-    def used(self, name: Name) -> None: ...
+    def used(self, name: Name) -> None:
+        """Note a use."""
+        ...
 
-    def retain(self, name: Name) -> None: ...
+    def retain(self, name: Name) -> None:
+        """Name this only when nothing else is left."""
+        ...
 
-    def release(self, name: Name) -> None: ...
+    def release(self, name: Name) -> None:
+        """End what `retain` began."""
+        ...
 
     def removed(self, name: Name) -> None:
-        """The tier no longer holds the entry, for whatever reason."""
+        """Note that the tier no longer holds it, for whatever reason."""
         ...
 
     def victim(self) -> Name | None:
-        """Who should leave next, for the tier to remove; retained ones last; None if empty."""
+        """Return what should leave next, retained things last; None if nothing is held."""
         ...
 
 
@@ -64,23 +76,25 @@ class _Held(Generic[Name]):
     retained: bool
     priority: float = 0.0
     uses: int = 0
-    stamp: int = -1  # of its valid item in the heap
-    children: int = 0  # entries that begin after one of its blocks
+    stamp: int | None = None  # of its valid item in the heap
+    children: int = 0  # how many begin after one of its blocks; 0: a leaf
 
 
 class _LeafHeap(ABC, Generic[Name]):
-    """What the policies share: leaves by (retained, priority), lowest first.
+    """What the policies share: a heap of the leaves by (retained, priority), lowest first.
 
-    The heap has stale items, which are passed over when they come up: a leaf is pushed again when
-    its priority changes, so an item counts only with its entry's latest stamp.
+    A leaf is pushed again when its priority changes, and its old item stays in the heap. So an item
+    counts only if it has the latest stamp of what it names; others are passed over when they come
+    up. Say a leaf is pushed with stamp 5, used, and pushed with stamp 9: (False, 0.3, 5, "a") is
+    stale, (False, 0.7, 9, "a") counts.
     """
 
     def __init__(self) -> None:
         self._held: dict[Name, _Held[Name]] = {}
         self._holders: dict[Block, list[Name]] = {}  # overlapping window checkpoints: several
-        self._children: dict[Block, int] = {}  # entries by parent block, held or not
+        self._children: dict[Block, int] = {}  # by parent block, which may not be held (yet)
         self._heap: list[tuple[bool, float, int, Name]] = []
-        self._stamp = 0  # unique: names are never compared
+        self._stamp = 0  # unique, so the heap never compares names
 
     def __len__(self) -> int:
         return len(self._held)
@@ -131,7 +145,7 @@ class _LeafHeap(ABC, Generic[Name]):
             _, priority, stamp, name = self._heap[0]
             held = self._held.get(name)
             if held is not None and held.stamp == stamp and not held.children:
-                self._evicting(priority)
+                self._on_victim(priority)
                 return name
             heapq.heappop(self._heap)
         assert not self._held, "entries are each other's parents"
@@ -144,7 +158,7 @@ class _LeafHeap(ABC, Generic[Name]):
             self._push(held)
 
     def _push(self, held: _Held[Name]) -> None:
-        """Only leaves: so using a long chain costs one push."""
+        """Push a leaf. Others are pushed once they become leaves: using a chain costs one push."""
         if held.children:
             return
         self._stamp += 1
@@ -161,15 +175,15 @@ class _LeafHeap(ABC, Generic[Name]):
 
     @abstractmethod
     def _priority(self, held: _Held[Name]) -> float:
-        """Of an entry that is used now, the lowest leaves first."""
+        """Return the priority of what is used now; the lowest one leaves first."""
 
     @abstractmethod
-    def _evicting(self, priority: float) -> None:
-        """A leaf of this priority was named the victim."""
+    def _on_victim(self, priority: float) -> None:
+        """Note that a leaf of this priority was named the victim."""
 
 
 class LRU(_LeafHeap[Name]):
-    """The least recently used leaf leaves first."""
+    """Names the least recently used leaf."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,14 +193,21 @@ class LRU(_LeafHeap[Name]):
         self._uses += 1
         return self._uses
 
-    def _evicting(self, priority: float) -> None:
-        """Nothing ages: a use is as old as it is."""
+    def _on_victim(self, priority: float) -> None:
+        """Nothing changes: the number of a use is its age."""
 
 
 class GDSF(_LeafHeap[Name]):
-    """The leaf whose bytes save the least time leaves first: uses * cost / size, and its age.
+    """Names the leaf whose bytes save the least time: age + uses * cost_seconds / size_bytes.
 
-    Priorities start from that of the latest victim, so what is no longer used is overtaken.
+    `age` is the priority of the latest victim, and each use starts from the age at its time. So
+    what is no longer used is overtaken. With three files of 1 MB each, in microseconds per byte:
+
+        A cost 2.0 s, used once, at age 0               0 + 1 * 2.0 = 2.0
+        B cost 0.5 s, used three times, at age 0        0 + 3 * 0.5 = 1.5    the victim; age is 1.5
+        C cost 1.0 s, comes then                      1.5 + 1 * 1.0 = 2.5    A is next, not C
+
+    A tier below which there is another one puts the time to read from there in place of the cost.
     Source: Cherkasova, 1998, https://www.hpl.hp.com/techreports/98/HPL-98-69R1.html
     """
 
@@ -198,7 +219,7 @@ class GDSF(_LeafHeap[Name]):
         entry = held.entry
         return self._age + held.uses * entry.cost_seconds / max(entry.size_bytes, 1)
 
-    def _evicting(self, priority: float) -> None:
+    def _on_victim(self, priority: float) -> None:
         self._age = max(self._age, priority)
 
 

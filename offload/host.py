@@ -1,8 +1,10 @@
-"""The tier in host memory: one arena, bounded, faster than any disk, gone with the process.
+"""The tier in host memory: one bounded arena, faster than any disk, and gone with the process.
 
 The arena is cut into equal units and a page takes as many as it needs, so that pages of different
-layers share the room without leaving gaps. On a CUDA machine it is pinned memory: the caller says
-how memory is allocated.
+layers share the room without leaving gaps. With pages of 96 and 64 bytes a unit has 32 bytes, their
+greatest common divisor; a block of one page each takes 3 + 2 units, which may lie anywhere.
+
+On a CUDA machine the arena is pinned memory: the caller says how memory is allocated.
 """
 
 import math
@@ -21,7 +23,7 @@ from offload.key import BlockKey
 from offload.tier import Cleared
 from offload.tier_names import TierName
 
-_UNITS_PER_PAGE = 16  # at most: each costs a call of its own
+_UNITS_PER_PAGE = 16  # at most, since each unit is copied by a call of its own
 
 
 def _paged(size_bytes: int) -> NDArray[np.uint8]:
@@ -29,6 +31,12 @@ def _paged(size_bytes: int) -> NDArray[np.uint8]:
 
 
 class HostTier:
+    """A `MemoryTier`: copies pages into its arena and out of it, and evicts blocks one by one.
+
+    Any thread may call anything. One lock is held while pages are copied, so a call may wait for
+    another thread's copies; `has` takes no lock and returns at once.
+    """
+
     name: Final[TierName] = "host"
     durable: Final[Literal[False]] = False
 
@@ -40,7 +48,11 @@ class HostTier:
         policy: EvictionPolicy[Block],
         allocate: Callable[[int], NDArray[np.uint8]] = _paged,
     ) -> None:
-        """`page_bytes`: of the layers of all groups. `allocate` gives that many bytes, uint8."""
+        """Allocate the arena: at most `capacity_bytes`, rounded down to whole units.
+
+        `page_bytes` are the page sizes of the layers of all groups, from which the unit follows.
+        `allocate` returns an array uint8 of the size that it is given.
+        """
         sizes = sorted(set(page_bytes))
         self._unit_bytes = math.gcd(*sizes)
         if self._unit_bytes * _UNITS_PER_PAGE < sizes[-1]:
@@ -70,7 +82,7 @@ class HostTier:
         )
 
     def has(self, group: int, key: BlockKey) -> bool:
-        return (group, key) in self._units  # without the lock, which copies may hold for long
+        return (group, key) in self._units  # without the lock, which is held while pages are copied
 
     def put(
         self,
@@ -82,10 +94,11 @@ class HostTier:
         cost_seconds: float,
         retained: bool,
     ) -> int:
-        """Copy consecutive blocks in; how many of them, from the first on, are here now.
+        """Copy consecutive blocks in; return how many of them, from the first on, are here now.
 
-        `parent` is the key before the first one. Less than all fit only where they would have to
-        displace their own beginning. A block that is here already counts as used.
+        `parent` is the key before the first one. All fit, unless they would have to displace their
+        own beginning: of a chain of 7 blocks, a tier of 4 keeps the first 4. A block that is here
+        already counts as used.
         """
         assert isinstance(slots, PageSlots), slots
         begin, count = time.perf_counter(), 0
@@ -117,6 +130,7 @@ class HostTier:
                 units = self._units.get((group, key))
                 found.append(units is not None)
                 if units is not None:
+                    # Units of layers before the first one that was asked for are skipped
                     before = self._groups[group][: slots.first_layer]
                     skipped = sum(-(-size // self._unit_bytes) for size in before)
                     for page, part in self._parts(slots.arrays, row, units[skipped:]):
@@ -159,6 +173,7 @@ class HostTier:
             return Cleared(len(blocks), units * self._unit_bytes)
 
     def explain(self, group: int, key: BlockKey) -> str | None:
+        """Return why a block left: evicted, deleted or flushed; see `Tier.explain`."""
         return None if self.has(group, key) else self._log.reason((group, key))
 
     def stats(self) -> dict[str, float]:
@@ -172,9 +187,10 @@ class HostTier:
             }
 
     def close(self) -> None:
-        """Nothing outlives the process."""
+        """Do nothing: nothing outlives the process."""
 
     def _held(self, keys: Iterable[BlockKey]) -> list[Block]:
+        """Return the blocks of these keys that are here, in any group."""
         blocks = ((group, key) for key in keys for group in self._groups)
         return [block for block in blocks if block in self._units]
 
@@ -188,10 +204,11 @@ class HostTier:
         cost_seconds: float,
         retained: bool,
     ) -> bool:
+        """Copy a block in, evicting others for it; False where it would displace its parent."""
         wanted = sum(-(-array.shape[1] // self._unit_bytes) for array in slots.arrays)
         while len(self._free) + self._num_units - self._never_used < wanted:
             victim = self._policy.victim()
-            if victim is None or victim == parent:
+            if victim is None or victim == parent:  # a leaf, so nothing but this chain is left
                 return False
             self._remove(victim, "evicted")
             self._counts["evictions_cap_total"] += 1
@@ -221,7 +238,7 @@ class HostTier:
     def _parts(
         self, arrays: Sequence[NDArray[np.uint8]], row: int, units: Iterable[int]
     ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
-        """(slice of a page, the same bytes in the arena), one pair for each unit."""
+        """Yield (slice of a page, the same bytes in the arena), one pair for each unit."""
         of_block = iter(units)
         for array in arrays:
             page = array[row]

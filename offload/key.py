@@ -1,4 +1,4 @@
-"""The name of a block: what it says, after what, under which conditions.
+"""The name of a block, which is made of what it says, after what, under which conditions.
 
     key = blake2b-256(parent key, first position, token ids)
 
@@ -18,7 +18,7 @@ BlockKey = NewType("BlockKey", bytes)  # 32 bytes
 def namespace(
     *, fingerprint: str, dtype: str, rope: str, codec: str, codec_version: int, salt: str
 ) -> BlockKey:
-    """The root of all chains whose blocks may be shared."""
+    """Return the root of all chains whose blocks may be shared."""
     parts = (fingerprint, dtype, rope, codec, str(codec_version), salt)
     digest = hashlib.blake2b(digest_size=32, person=b"longctx-space")
     for part in parts:
@@ -30,7 +30,10 @@ def namespace(
 def chain_keys(
     parent: BlockKey, token_ids: NDArray[np.int32], *, first_position: int, block_tokens: int
 ) -> list[BlockKey]:
-    """The keys of the full blocks of `token_ids`, each the parent of the next."""
+    """Return the keys of the full blocks of `token_ids`, each of which is the parent of the next.
+
+    With 64 tokens to a block, 150 tokens have two keys; the last 22 have none yet.
+    """
     assert token_ids.dtype == np.int32
     raw = np.ascontiguousarray(token_ids).tobytes()
     stride = block_tokens * 4
@@ -42,7 +45,7 @@ def chain_keys(
 
 
 def short_key(parent: BlockKey, token_ids: NDArray[np.int32], *, first_position: int) -> BlockKey:
-    """The key of a block that was sealed before it was full."""
+    """Return the key of a block that was sealed before it was full."""
     assert token_ids.dtype == np.int32 and len(token_ids)
     return _key(parent, first_position, np.ascontiguousarray(token_ids).tobytes())
 

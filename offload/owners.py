@@ -1,4 +1,4 @@
-"""Who wants which keys kept: a document retains its keys; a key whose last owner left is free."""
+"""Who wants which keys kept: documents and stored prompts retain keys under their ids."""
 
 from collections.abc import Iterable
 
@@ -6,6 +6,11 @@ from offload.key import BlockKey
 
 
 class Owners:
+    """Counts the owners of each key. A key is free once its last owner has released it.
+
+    `retain` and `release` are for the engine's thread alone; `in` may be asked from any.
+    """
+
     def __init__(self) -> None:
         self._keys: dict[str, set[BlockKey]] = {}
         self._counts: dict[BlockKey, int] = {}
@@ -14,7 +19,7 @@ class Owners:
         return key in self._counts
 
     def retain(self, owner: str, keys: Iterable[BlockKey]) -> list[BlockKey]:
-        """Add to what the owner retains; those keys that nobody retained before."""
+        """Add to what the owner retains; return those keys that nobody retained before."""
         held = self._keys.setdefault(owner, set())
         new = set(keys) - held
         held |= new
@@ -24,10 +29,11 @@ class Owners:
         return first
 
     def keys(self, owner: str) -> list[BlockKey]:
+        """Return all that the owner retains, in no particular order."""
         return list(self._keys.get(owner, ()))
 
     def release(self, owner: str) -> list[BlockKey]:
-        """All that the owner retained; those keys that nobody retains any more."""
+        """Forget the owner; return those of its keys that nobody retains any more."""
         free = []
         counts = self._counts
         for key in self._keys.pop(owner, ()):

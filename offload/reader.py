@@ -1,8 +1,11 @@
-"""The store's readers: threads that fill pages, extent by extent, and a deadline for each load.
+"""The store's reader: threads that fill pages, extent by extent, and a deadline for each load.
 
-A load counts as late when it takes longer than its deadline allows, counted from its first read.
-What it still waits for is then taken from the queue, and its keys are avoided for a while. Loads
-that no reader is left for, since all hang in late ones, are late as well.
+A load is late when it takes longer than its deadline allows, counted from its first read. What it
+still waits for is then taken from the queue, and its keys are avoided for a minute. When every
+thread hangs in a late load, all loads are late.
+
+    40 blocks to load, extents of 16 blocks: jobs of 16, 16 and 8 blocks, which any thread may take.
+    A deadline of 5 s, and 1 GB to load: it is late 25 s after its first job was begun.
 """
 
 import logging
@@ -19,17 +22,17 @@ from offload.tier_stack import TierStack
 
 log = logging.getLogger(__name__)
 
-SLOWEST_BYTES_PER_SECOND = 50e6  # a load may take its deadline, and its bytes at this speed
-AVOIDED_SECONDS = 60.0  # for which keys that failed or came late are not found
+SLOWEST_BYTES_PER_SECOND = 50e6  # a load may take its deadline, plus its bytes at this speed
+AVOIDED_SECONDS = 60.0  # so long, keys that failed or came late are not found
 
-Part = tuple[int, tuple[BlockKey, ...], Slots]  # group, keys of one chain in order, pages
+Part = tuple[int, tuple[BlockKey, ...], Slots]  # group; keys of one chain, in order; their pages
 
 
 @dataclass(slots=True)
 class _Load:
     ticket: int
     size_bytes: int
-    found: list[list[bool]]
+    found: list[list[bool]]  # by part and key
     jobs_left: int = 0
     started: float | None = None
     late: bool = False
@@ -49,6 +52,14 @@ class _Job:
 
 
 class Reader:
+    """Reads loads from the tiers on threads of its own, and tells the mailbox how they ended.
+
+    The engine's thread calls `add`, `avoids`, `find_late` and `until_late`; each returns at once.
+    Each load ends in exactly one `Loaded`, also a late one, for which a `Late` comes before it.
+    `find_late` has to be called now and then, since nobody else notices that a thread hangs.
+    `close` ends the threads, `join` waits for them.
+    """
+
     def __init__(
         self,
         stack: TierStack,
@@ -78,9 +89,11 @@ class Reader:
             thread.start()
 
     def __len__(self) -> int:
+        """How many loads have not ended."""
         return len(self._loads)
 
     def add(self, ticket: int, parts: Sequence[Part]) -> None:
+        """Queue a load. One without any keys ends at once."""
         size_bytes = sum(len(keys) * slots.block_bytes for _, keys, slots in parts)
         load = _Load(ticket, size_bytes, [[False] * len(keys) for _, keys, _ in parts])
         jobs = list(_jobs(load, parts))
@@ -95,11 +108,12 @@ class Reader:
             self._wanted.notify(len(jobs))
 
     def avoids(self, block: Block) -> bool:
+        """Return whether the block failed or was late within the last minute."""
         until = self._avoided.get(block)
         return until is not None and self._clock() < until
 
     def find_late(self) -> None:
-        """Tell of the loads whose deadline has passed."""
+        """Give up the loads whose deadline has passed."""
         if not self._loads:
             return
         with self._lock:
@@ -114,7 +128,7 @@ class Reader:
                         self._give_up(load, now)
 
     def until_late(self) -> float:
-        """Seconds until the next load that is being read becomes late; at most a minute."""
+        """Return the seconds until the next load that is being read is late; at most 60."""
         with self._lock:
             moments = [
                 self._last_moment(load)
@@ -147,7 +161,7 @@ class Reader:
                 if starts:
                     job.load.started = self._clock()
             if starts:
-                self._mailbox.wake()  # whoever waits has a deadline now
+                self._mailbox.wake()  # who waits for events has to wake by the new deadline
             found = self._read(job)
             with self._lock:
                 failed = [
@@ -155,7 +169,7 @@ class Reader:
                     for key, here in zip(job.keys, found, strict=True)
                     if not here and self._stack.is_durable(job.group, key)
                 ]
-                if failed:  # unreadable, but still there
+                if failed:  # they are there still, and cannot be read: do not try at once again
                     self._avoid(failed, self._clock())
                 self._running.remove(job)
                 self._finish(job, found)
@@ -168,7 +182,7 @@ class Reader:
             self.failures += 1
             return [False] * len(job.keys)
 
-    # With the lock held
+    # The caller of what follows holds the lock
 
     def _finish(self, job: _Job, found: Sequence[bool]) -> None:
         load = job.load
@@ -209,6 +223,7 @@ class Reader:
 
 
 def _jobs(load: _Load, parts: Sequence[Part]) -> Iterator[_Job]:
+    """Cut the parts of a load into jobs of at most one extent."""
     for number, (group, keys, slots) in enumerate(parts):
         assert len(keys) == len(slots.pages), (len(keys), len(slots.pages))
         for begin in range(0, len(keys), EXTENT_BLOCKS):

@@ -3,9 +3,8 @@
     offer -> ... -> Written           the writer copies to host memory, then to disk
     load -> ... [Late ...] -> Loaded  readers fill pages from host memory, then from disk
 
-Calls return at once, but for `wait`, `flush` and `close`. `poll` gives what happened since the
-last call; pages that were passed in belong to the store until then. All calls come from one
-thread, the engine's; `stats` and the two figures beside it may come from any.
+`KVStore` is the one door. Behind it, a `Reader` and a `Writer` make calls to a `TierStack` on
+threads of their own, and put what happened into a `Mailbox`.
 """
 
 import time
@@ -23,10 +22,24 @@ from offload.writer import Offer, Writer
 
 __all__ = ["Event", "KVStore", "Late", "Loaded", "Part", "Written"]
 
-USED_SECONDS = 60.0
+USED_SECONDS = 60.0  # between two times that the tiers are told of an owner's use
 
 
 class KVStore:
+    """Writes blocks to the tiers below the device, and loads them from there, without waiting.
+
+    All calls come from one thread, the engine's, but for `stats`, `queued_bytes`,
+    `read_bytes_per_second` and `losses`, which any thread may ask for. Calls return at once, but
+    for `read`, `wait`, `flush` and `close`.
+
+    An `offer` or a `load` returns a ticket; a later `poll` gives the event with that ticket. The
+    pages that were passed in belong to the store until then: they must not be changed, nor, for a
+    load, be read. `poll` at each step of the engine; `wait` where there is nothing else to do.
+
+    What is kept is up to owners: documents and stored prompts `retain` keys under their ids, before
+    or after the keys are written, and `release` or `delete` them.
+    """
+
     def __init__(
         self,
         tiers: Sequence[MemoryTier | DurableTier],
@@ -35,7 +48,10 @@ class KVStore:
         read_deadline_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`tiers`: the fastest first, at least one. `threads` read; one more writes."""
+        """Start `threads` that read, and one that writes. `tiers` are at least one, fastest first.
+
+        A load may take `read_deadline_seconds`, and longer if it is large (`Reader`).
+        """
         self._stack = TierStack(tiers)
         self._mailbox = Mailbox()
         self._writer = Writer(self._stack, self._mailbox)
@@ -54,10 +70,10 @@ class KVStore:
         self._closed = False
 
     def offer(self, run: BlockRun, slots: Slots, *, cost_seconds: float, retained: bool) -> int:
-        """Write a run through to the tiers; the ticket that its `Written` will carry.
+        """Write a run through to all tiers; return the ticket that its `Written` will carry.
 
-        `cost_seconds`: what computing these blocks again would take. `retained`: to be kept even
-        while no owner has named its keys yet.
+        `cost_seconds` is what computing these blocks again would take. With `retained` they are
+        kept even while no owner has named their keys yet.
         """
         assert len(run.keys) == len(slots.pages), (len(run.keys), len(slots.pages))
         self._ticket += 1
@@ -72,25 +88,25 @@ class KVStore:
         return self._ticket
 
     def read(self, group: int, keys: Sequence[BlockKey], slots: Slots) -> list[bool]:
-        """Fill slots now, on the caller's thread: the one call that waits for a tier.
+        """Fill slots now, on the caller's thread; return which of the keys arrived.
 
-        The slots may be of some layers only. Which of the keys arrived.
+        It is the one call that waits for a tier. The slots may be of some layers only.
         """
         return self._stack.read_layers(group, keys, slots)
 
     def load(self, parts: Sequence[Part]) -> int:
-        """Fill pages from the tiers; the ticket that its `Loaded` will carry."""
+        """Fill pages from the tiers; return the ticket that its `Loaded` will carry."""
         self._ticket += 1
         self._reader.add(self._ticket, parts)
         return self._ticket
 
     def poll(self) -> list[Event]:
-        """What happened since the last call, in order. Call it at each step."""
+        """Return what happened since the last call, in order."""
         self._reader.find_late()
         return self._mailbox.take() if self._mailbox else []
 
     def wait(self, timeout_seconds: float) -> None:
-        """Return when `poll` has something to give, or after the timeout."""
+        """Return once `poll` has something to give, or after the timeout."""
         end = time.monotonic() + timeout_seconds
         while not self._closed:
             version = self._mailbox.version
@@ -101,7 +117,7 @@ class KVStore:
             self._mailbox.wait(version, min(rest, self._reader.until_late()))
 
     def has(self, group: int, key: BlockKey) -> bool:
-        """Whether a load is likely to find the key."""
+        """Return whether a load is likely to find the key."""
         if key in self._dropping:
             return False
         if self._stack.in_memory(group, key):
@@ -109,13 +125,13 @@ class KVStore:
         return self._stack.is_durable(group, key) and not self._reader.avoids((group, key))
 
     def durable(self, group: int, key: BlockKey) -> bool:
-        """Whether the key is on disk and will stay there, whatever happens to this process."""
+        """Return whether the key is on stable storage, whatever happens to this process."""
         return self._stack.is_durable(group, key) and key not in self._dropping
 
     def explain(self, group: int, key: BlockKey) -> str | None:
-        """Why a key is not found: evicted, expired, corrupt, deleted or slow.
+        """Return why a key is not found: evicted, expired, corrupt, deleted, flushed or slow.
 
-        None if it is found, if it was never here, or if nobody remembers.
+        None means that it is found, that it was never here, or that nobody remembers.
         """
         if self.has(group, key):
             return None
@@ -144,18 +160,23 @@ class KVStore:
         return self._stack.clear(name)
 
     def retain(self, owner: str, keys: Iterable[BlockKey]) -> None:
-        """Keep these keys, and those that the owner named before, until its `release`."""
+        """Keep these keys, and those that the owner named before, until its `release`.
+
+        They are evicted from the lowest tier only when nothing else is left there.
+        """
         first = self._owners.retain(owner, keys)
         if first:
             self._writer.add(lambda: self._stack.retain(first))
 
     def use(self, owner: str) -> None:
-        """What the owner retains is in use, though the device spares the tiers being read.
+        """Note that what the owner retains is in use, though the device has it and no tier is read.
 
-        For their policies and ages; once a minute is enough, so more calls cost nothing.
+        Without this, a document would expire on disk while the device answers from it. The tiers
+        are told once a minute at most, so further calls cost nothing.
         """
         now = self._clock()
-        if now - self._used.get(owner, -USED_SECONDS) >= USED_SECONDS:
+        told = self._used.get(owner)
+        if told is None or now - told >= USED_SECONDS:
             keys = self._owners.keys(owner)
             if keys:
                 self._used[owner] = now
@@ -179,21 +200,21 @@ class KVStore:
 
     @property
     def queued_bytes(self) -> int:
-        """Offered and not yet written: the engine slows down when this grows."""
+        """Bytes that were offered and are not written yet. The engine slows down when they grow."""
         return self._writer.queued_bytes
 
     @property
     def read_bytes_per_second(self) -> float:
-        """Of the disk, as measured lately; that of a hard disk until something was read."""
+        """The speed of the lowest tier, as measured lately; a hard disk's until it was read."""
         return self._stack.read_bytes_per_second
 
     @property
     def losses(self) -> int:
-        """Grows whenever something that was durable is so no more."""
+        """A count that grows whenever something that was durable is so no more."""
         return self._stack.losses
 
     def stats(self) -> dict[str, float]:
-        """Figures by name, with the name of their tier before it; counters end in `_total`."""
+        """Return figures by name, their tier's name before it; counters end in `_total`."""
         return self._stack.stats() | {
             "store_queue_bytes": self.queued_bytes,
             "store_loads": len(self._reader),
@@ -207,7 +228,7 @@ class KVStore:
         return self._writer.flush(deadline_seconds)
 
     def close(self, deadline_seconds: float = 10.0) -> None:
-        """End the threads, then the tiers; what is still queued is not written (`flush` first).
+        """End the threads, then close the tiers. Call `flush` first: what is queued is not written.
 
         A thread that hangs in a disk that does not answer is left behind after the deadline.
         """

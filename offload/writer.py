@@ -1,4 +1,4 @@
-"""The store's writer: one thread that carries out what it is given, in turn, and then tells."""
+"""The store's writer: one thread that carries out offers and other orders, in turn."""
 
 import logging
 import threading
@@ -18,21 +18,33 @@ GC_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Offer:
+    """A run to be written. `retained` is asked when its turn comes."""
+
     ticket: int
     run: BlockRun
     slots: Slots
     cost_seconds: float
-    retained: Callable[[], bool]  # asked when its turn comes
+    retained: Callable[[], bool]
 
     @property
     def size_bytes(self) -> int:
         return len(self.run.keys) * self.slots.block_bytes
 
 
-Order = Callable[[], None]  # anything else that has to happen in turn with the offers
+Order = Callable[[], None]  # anything else that has to happen in turn with the offers: a deletion
 
 
 class Writer:
+    """Writes offers to the tiers on a thread of its own, and tells the mailbox when each is done.
+
+    The engine's thread calls `add`, which returns at once; `flush` and `join` wait. Everything
+    happens in the order in which it was added, so a key that was deleted and offered again is there
+    afterwards. Once a minute the thread collects garbage in the tiers.
+
+    A failure is logged and counted, and the thread goes on: if it ended, all later offers would
+    keep the engine waiting. After `close`, what is still queued is left undone.
+    """
+
     def __init__(self, stack: TierStack, mailbox: Mailbox) -> None:
         self._stack, self._mailbox = stack, mailbox
         self._changed = threading.Condition()
@@ -46,6 +58,7 @@ class Writer:
         self._thread.start()
 
     def add(self, work: Offer | Order) -> None:
+        """Queue an offer or an order."""
         with self._changed:
             assert not self._closed, "the store is closed"
             self._queue.append(work)
@@ -55,13 +68,14 @@ class Writer:
             self._changed.notify_all()
 
     def flush(self, deadline_seconds: float) -> bool:
-        """Wait until all that was added so far is done; False if time ran out."""
+        """Wait until all that was added so far is done; return False if time ran out first."""
         with self._changed:
             target = self._accepted
             self._changed.wait_for(lambda: self._done >= target or self._closed, deadline_seconds)
             return self._done >= target
 
     def close(self) -> None:
+        """Let the thread end after what it is doing now."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -86,20 +100,10 @@ class Writer:
                 next_gc = time.monotonic() + GC_SECONDS
 
     def _do(self, work: Offer | Order) -> None:
-        ok = False
-
-        def write(offer: Offer) -> None:
-            nonlocal ok
-            ok = self._stack.write(
-                offer.run,
-                offer.slots,
-                cost_seconds=offer.cost_seconds,
-                retained=offer.retained(),
-            )
-
         if isinstance(work, Offer):
-            self._guarded(lambda: write(work))
-            self._mailbox.tell(Written(work.ticket, ok))
+            written: list[bool] = []  # empty where it failed
+            self._guarded(lambda: written.append(self._write(work)))
+            self._mailbox.tell(Written(work.ticket, ok=written == [True]))
         else:
             self._guarded(work)
         with self._changed:
@@ -108,8 +112,16 @@ class Writer:
                 self.queued_bytes -= work.size_bytes
             self._changed.notify_all()
 
-    def _guarded(self, action: Callable[[], None]) -> None:
-        """A thread that ended would keep the engine waiting for all later offers."""
+    def _write(self, offer: Offer) -> bool:
+        return self._stack.write(
+            offer.run,
+            offer.slots,
+            cost_seconds=offer.cost_seconds,
+            retained=offer.retained(),
+        )
+
+    def _guarded(self, action: Callable[[], object]) -> None:
+        """Run the action; count and log its failure."""
         try:
             action()
         except Exception:

@@ -1,1 +1,1 @@
-"""The tier on disk: extent files in one folder, checked, bounded, and outliving the process."""
+"""The tier on disk: extent files in one folder, checked and bounded, that outlive the process."""
