@@ -1,5 +1,6 @@
 """`longctx ask FILE QUESTION`: what the server does with a document and a question, once, here."""
 
+import argparse
 import asyncio
 import sys
 import time
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from api.files.tokenizer_process import TokenizerProcess
 from api.files.upload import Upload
 from api.http.errors import ApiError
+from longctx.commands.arguments import read_engine_config
 from longctx.config import EngineConfig
 from longctx.errors import LongctxError
 from longctx.process.client import EngineClient
@@ -35,10 +37,12 @@ READ_BYTES = 1 << 20
 ANSWER_TOKENS = 1024  # at most; less where the context leaves less
 
 
-def ask(config: EngineConfig, model_folder: Path, file: Path, question: str) -> None:
-    """Streams the answer to stdout; progress and figures go to stderr. Raises LongctxError."""
-    tokenizer = Tokenizer(model_folder)
-    asyncio.run(_ask(config, tokenizer, TokenizerProcess(tokenizer), file, question))
+def run(arguments: argparse.Namespace) -> None:
+    """Stream the answer to stdout; progress and figures go to stderr. Raises LongctxError."""
+    config, folder = read_engine_config(arguments)
+    tokenizer = Tokenizer(folder)
+    process = TokenizerProcess(tokenizer)
+    asyncio.run(_ask(config, tokenizer, process, arguments.file, arguments.question))
 
 
 async def _ask(

@@ -14,8 +14,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from api.config import ServerConfig
 from compress.shape import BLOCK_TOKENS
-from longctx.config import CacheConfig
+from longctx.commands.arguments import read_config
+from longctx.config import CacheConfig, EngineConfig
 from longctx.errors import LongctxError
 from offload.disk.tier import (
     DiskBounds,
@@ -34,31 +36,18 @@ UNBOUNDED = DiskBounds()
 SHORT_HEX = 12  # digits shown of a key
 LEAST_HEX = 4  # digits that `rm` asks for
 
-BOUNDS = {"gc": ("disk_cap_gib", "disk_free_gib", "disk_ttl_days")}  # options that an action takes
-
 Action = Callable[[argparse.Namespace, Path, CacheConfig], None]
 
 
-def cache_arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """One subcommand per action; their parsers, which still lack the options of the folder."""
-    subparsers = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
-    parsers = {}
-    for name, (text, _) in ACTIONS.items():
-        parsers[name] = subparsers.add_parser(name, help=text, description=text)
-        parsers[name].set_defaults(action=name)
-    parsers["ls"].add_argument("--extents", action="store_true", help="a line for each extent")
-    parsers["rm"].add_argument(
-        "names", nargs="*", metavar="NAME", help="how a namespace or extent begins, as ls shows it"
-    )
-    parsers["rm"].add_argument("--all", action="store_true", help="delete everything")
-    return parsers
+def run(arguments: argparse.Namespace) -> None:
+    """Do one action on the disk tier's folder.
 
-
-def run_cache(arguments: argparse.Namespace, folder: Path, config: CacheConfig) -> None:
-    """Raises LongctxError where the folder cannot be opened, or is not as it should be."""
-    _, action = ACTIONS[arguments.action]
+    Raises LongctxError where the folder cannot be opened, or is not as it should be.
+    """
+    config = read_config(arguments, EngineConfig).cache
+    folder = config.kv_dir or read_config(arguments, ServerConfig).folder / "kv"
     try:
-        action(arguments, folder.expanduser(), config)
+        ACTIONS[arguments.action](arguments, folder.expanduser(), config)
     except FolderRefused as error:
         raise LongctxError(str(error)) from error
     except OSError as error:
@@ -135,12 +124,7 @@ def _gc(arguments: argparse.Namespace, folder: Path, config: CacheConfig) -> Non
     )
 
 
-ACTIONS: dict[str, tuple[str, Action]] = {
-    "ls": ("list what is stored, by namespace: model, codec and tenant", _ls),
-    "rm": ("delete namespaces, or extents with all that follows them", _rm),
-    "verify": ("read and check every byte; put aside what is not as it was written", _verify),
-    "gc": ("delete what is too old or over the bounds, and what crashes have left", _gc),
-}
+ACTIONS: dict[str, Action] = {"ls": _ls, "rm": _rm, "verify": _verify, "gc": _gc}
 
 
 def namespace_table(entries: Iterable[DiskEntry]) -> Table:

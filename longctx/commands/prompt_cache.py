@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from longctx.commands.arguments import read_engine_config
 from longctx.config import ModelConfig
 from longctx.errors import LongctxError
 from longctx.model.loader import context_tokens
@@ -38,23 +39,10 @@ Action = Callable[[argparse.Namespace, ModelConfig, Path], None]
 Row = tuple[str, str, str, str]
 
 
-def prompt_cache_arguments(
-    parser: argparse.ArgumentParser,
-) -> dict[str, argparse.ArgumentParser]:
-    """One subcommand per action; their parsers, which still lack the options of the model."""
-    subparsers = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
-    parsers = {}
-    for name, (text, _) in ACTIONS.items():
-        parsers[name] = subparsers.add_parser(name, help=text, description=text)
-        parsers[name].set_defaults(action=name)
-    parsers["check"].add_argument("file", type=Path, help="a schema as PML (XML) or JSON")
-    return parsers
-
-
-def run_prompt_cache(arguments: argparse.Namespace, config: ModelConfig, folder: Path) -> None:
-    """Raises LongctxError, for a schema with a fault too."""
-    _, action = ACTIONS[arguments.action]
-    action(arguments, config, folder)
+def run(arguments: argparse.Namespace) -> None:
+    """Do one action on a schema. Raises LongctxError, for a schema with a fault too."""
+    engine, folder = read_engine_config(arguments)
+    ACTIONS[arguments.action](arguments, engine.model, folder)
 
 
 def _check(arguments: argparse.Namespace, config: ModelConfig, folder: Path) -> None:
@@ -74,9 +62,7 @@ def _check(arguments: argparse.Namespace, config: ModelConfig, folder: Path) -> 
     console.print(summary(layout, limit, folder.resolve().name), markup=False)
 
 
-ACTIONS: dict[str, tuple[str, Action]] = {
-    "check": ("check a prompt schema, and show where its modules stand", _check),
-}
+ACTIONS: dict[str, Action] = {"check": _check}
 
 
 def lay_out_for(
