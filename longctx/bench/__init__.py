@@ -24,7 +24,7 @@ from longctx.config import EngineConfig
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """`configs`: the option trees that `run` of `module` takes, in this order."""
+    """One benchmark. `run` of `module` takes the option trees `configs`, in this order."""
 
     help: str
     module: str

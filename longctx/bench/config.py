@@ -1,4 +1,4 @@
-"""What the benchmarks let their user choose. Each field is an option; no name stands twice."""
+"""What the benchmarks let their user choose. Each field is an option; no name is used twice."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from prompt_cache.level import EXACT, Level, parse_level
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchConfig:
-    """What every benchmark takes."""
+    """Options that every benchmark takes."""
 
     seed: Annotated[int, "another seed, another text; the same seed, the same text"] = 0
     out: Annotated[Path | None, "folder for the results as JSON and PNG"] = None
@@ -114,7 +114,7 @@ class ModulesConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QualityConfig:
-    # By default as at a start, so that the verdicts are the same
+    # The defaults are those of the gate at a start, so that the verdicts are the same
     text_tokens: Annotated[int, "tokens read of each text"] = 320
     own_tokens: Annotated[int, "tokens that the model goes on to say after each question"] = 32
     text_file: Annotated[Path | None, "UTF-8 text to read instead of the built-in ones"] = None
@@ -195,7 +195,7 @@ class RanksConfig:
 
     @property
     def chunk_tokens(self) -> int:
-        """Enough for every rank to compute an early and a late run of two blocks."""
+        """Enough tokens for every rank to compute an early and a late run of two blocks."""
         return 256 * max(self.every_rank_count)
 
     @property
@@ -211,7 +211,7 @@ class EvictionConfig:
     documents: Annotated[int, "documents that are asked again and again"] = 200
     zipf: Annotated[float, "exponent of their popularity"] = 0.9
     scan_share: Annotated[float, "share of questions on documents that are asked only once"] = 0.2
-    drift: Annotated[float, "chance per question that some document becomes the favourite"] = 0.01
+    drift: Annotated[float, "chance per question that some document becomes the favorite"] = 0.01
     median_tokens: Annotated[int, "half of the documents are longer"] = 16_384
     length_spread: Annotated[float, "standard deviation of the logarithm of their lengths"] = 1.0
     tokens_per_second: Annotated[float, "prefill at the beginning of a document"] = 2000.0

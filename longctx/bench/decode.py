@@ -39,7 +39,7 @@ TAIL_TOKENS = 16  # of a decode prompt; new ones each round
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Depth:
-    """What one codec does at one context length. Seconds."""
+    """What one codec takes at one context length, in seconds."""
 
     context: int
     prefill_seconds: float  # of the whole prompt
@@ -96,7 +96,7 @@ def run(
 
 
 def _with_codec(engine: EngineConfig, codec: KVCodec) -> EngineConfig:
-    """Random weights hide what a codec costs: here it is not asked."""
+    """Forces the codec: the gate is not asked, since random weights hide what a codec costs."""
     cache = replace(engine.cache, kv_codec=codec, force_codec=True)
     return replace(engine, cache=cache)
 
@@ -149,7 +149,7 @@ def _depths(
 
 
 class _Runs:
-    """Prompts that begin like `base`, whose blocks are in the cache, and end like no other."""
+    """Runs prompts that begin like `base`, whose blocks are in the cache, and end like no other."""
 
     def __init__(self, engine: MeasuredEngine, base: Sequence[int], rng: random.Random) -> None:
         self._stopwatch = Stopwatch(engine)
@@ -158,13 +158,13 @@ class _Runs:
         self._rng = rng
 
     def chunk(self, place: int, tokens: int) -> float:
-        """Seconds to compute `tokens` new ones at `place`, in one step."""
+        """Returns the seconds that one step takes to compute `tokens` new tokens at `place`."""
         start = place // BLOCK_TOKENS * BLOCK_TOKENS
         prompt = (*self._base[:start], *self._new(tokens))
         return self._ask(prompt, 1).first_token_seconds
 
     def answer(self, context: int, new_tokens: int) -> float:
-        """Mean seconds between the tokens of an answer to a prompt of `context` tokens."""
+        """Returns the mean seconds between tokens of an answer to a prompt of `context` tokens."""
         tail = min(context, TAIL_TOKENS)
         prompt = (*self._base[: context - tail], *self._new(tail))
         return self._ask(prompt, new_tokens).token_interval_seconds
@@ -178,7 +178,7 @@ class _Runs:
 
 
 def summed(context: int, chunk: int, seconds: Mapping[tuple[int, int], float]) -> float:
-    """Seconds for a whole prompt: chunk by chunk, between measured places in proportion."""
+    """Seconds for a whole prompt: the sum of its chunks, interpolated between measured depths."""
     if (0, context) in seconds:
         return seconds[0, context]
     whole = {start: taken for (start, tokens), taken in seconds.items() if tokens == chunk}

@@ -1,6 +1,6 @@
 """What a document costs once, and what a question on it costs then.
 
-- cold: a question on a document that nobody has read: all of it is computed first.
+- cold: a question on a document that nobody has read; all of it is computed first.
 - warm: another question on it. Only the question may be computed.
 - hot prefix: the same question after other text of the same length that is cached as an ordinary
   prompt: how fast it can be when the document is nothing special.
@@ -21,8 +21,8 @@ from rich.table import Table
 
 from longctx.bench.config import BenchConfig, DocumentConfig, RoundsConfig
 from longctx.bench.haystack import document as document_text
-from longctx.bench.picture import Series, draw_bars
-from longctx.bench.report import Parameter, Report, Result
+from longctx.bench.picture import Series, draw_first_tokens
+from longctx.bench.report import Parameter, Report, Result, model_parameters
 from longctx.bench.timing import Stopwatch
 from longctx.config import EngineConfig
 from longctx.llm import LLM
@@ -35,7 +35,11 @@ FIRST_TOKEN = SamplingParams(max_tokens=1, temperature=0.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """One question: from its text to its first token, and to the engine having taken it."""
+    """What one question took.
+
+    Both times begin with its text: `first_token_seconds` ends with the answer's first token,
+    `submit_seconds` when the engine has taken the request.
+    """
 
     first_token_seconds: float
     submit_seconds: float
@@ -44,7 +48,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """Of one document. Lists have an entry per round, each with another question."""
+    """What one document cost. Lists have an entry per round, each with another question."""
 
     tokens: int
     cold: Asked
@@ -79,19 +83,13 @@ def run(
 ) -> Report:
     llm = LLM(config=engine)
     asker = Asker(llm)
-    # The first answer of an engine is slow for reasons of its own; no document should pay for it
+    # The first answer of an engine is always slow: no document should pay for it
     asker.costs(256, rounds=1, seed=bench.seed - 1)
     costs = []
     for tokens in config.token_lengths:
         costs.append(asker.costs(tokens, rounds=rounds.rounds, seed=bench.seed))
         say(f"document of {costs[-1].tokens:,} tokens done")
-    info = llm.engine.info
-    parameters = {
-        "model": info.model_name,
-        "dtype": info.dtype,
-        "device": info.device,
-        "kv_codec": info.kv_codec,
-    }
+    parameters = model_parameters(llm.engine.info)
     subtitle = ", ".join(parameters.values())
     return Report(
         results=tuple(row for each in costs for row in _results(each, parameters)),
@@ -101,7 +99,10 @@ def run(
 
 
 class Asker:
-    """Asks about documents of one engine."""
+    """Asks about documents of one engine that nobody else uses meanwhile.
+
+    `costs` opens a document, takes all measurements of it, and closes it again.
+    """
 
     def __init__(self, llm: LLM) -> None:
         self._engine = llm.engine
@@ -109,14 +110,14 @@ class Asker:
         self._prompts = ChatPrompts(llm.engine.tokenizer)
 
     def costs(self, tokens: int, *, rounds: int, seed: int) -> Costs:
-        """Of a document of at most `tokens` tokens that this engine has not read."""
+        """Measures a document of at most `tokens` tokens that this engine has not read."""
         encode = self._engine.tokenizer.encode
         text = document_text(tokens, seed=seed, count_tokens=lambda text: len(encode(text)))
         token_ids = np.array(encode(text), dtype=np.int32)
         document_id = f"document-{tokens}-{seed}"
         self._engine.open_document(document_id, token_ids)
         part = FilePart(document_id, "document.txt")
-        # As many other tokens: the second half before the first
+        # Other text of the same length: the second half before the first
         other = tuple(np.roll(token_ids, len(token_ids) // 2).tolist())
         questions = [needle(seed + number).question for number in range(rounds + 2)]
 
@@ -135,7 +136,7 @@ class Asker:
     def _ask(
         self, part: FilePart, question: str, *, instead: tuple[int, ...] | None = None
     ) -> Asked:
-        """`instead`: literal tokens in the document's place, as any long prompt has them."""
+        """Asks one question; `instead` puts literal tokens into the document's place."""
         began = time.perf_counter()
         segments = self._prompts.render([Message("user", (part, question))])
         if instead is not None:
@@ -155,7 +156,7 @@ class Asker:
 
 
 def count_calls(work: Callable[[], object]) -> int:
-    """Calls of Python and C functions that `work` makes in this thread."""
+    """Counts the calls of Python and C functions that `work` makes in this thread."""
     calls = 0
 
     def observe(frame: FrameType, event: str, argument: object) -> None:
@@ -226,16 +227,13 @@ def _table(costs: Sequence[Costs], subtitle: str) -> Table:
 
 
 def _draw(costs: Sequence[Costs], subtitle: str, path: Path) -> None:
-    draw_bars(
+    draw_first_tokens(
         path,
-        title="Time to the first token of an answer",
-        subtitle=f"{subtitle}; logarithmic",
-        groups=[f"{each.tokens:,} tokens" for each in costs],
+        subtitle=subtitle,
+        lengths=[each.tokens for each in costs],
         series=(
             Series(label="warm: document read", values=[each.warm_seconds for each in costs]),
             Series(label="hot plain prefix", values=[each.hot_seconds for each in costs]),
             Series(label="cold", values=[each.cold.first_token_seconds for each in costs]),
         ),
-        unit="s",
-        logarithmic=True,
     )

@@ -34,7 +34,7 @@ BASELINE = "transformers.generate"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """One answer: seconds to its first token, mean seconds between tokens, and what it was."""
+    """One answer: seconds to its first token, mean seconds between tokens, and its tokens."""
 
     first_token_seconds: float
     interval_seconds: float
@@ -43,14 +43,14 @@ class Timing:
 
 @dataclass(slots=True)
 class Duel:
-    """All rounds at one context length; the n-th entries of both had the same prompt."""
+    """All rounds at one context length; the n-th entries of both sides had the same prompt."""
 
     ours: list[Timing] = field(default_factory=list)
     theirs: list[Timing] = field(default_factory=list)
 
     @property
     def same_tokens(self) -> float:
-        """Share of tokens, over all rounds, on which both agree."""
+        """The share of tokens, over all rounds, on which both sides agree."""
         pairs = [
             mine == other
             for ours, theirs in zip(self.ours, self.theirs, strict=True)
@@ -105,7 +105,7 @@ def duel(
     vocab_size: int,
     seed: int,
 ) -> Duel:
-    """`rounds` prompts of `context` random tokens, each answered by both."""
+    """Has `rounds` prompts of `context` random tokens answered by both sides."""
     result = Duel()
     for number in range(-1, rounds):
         rng = random.Random(f"prompt {seed} {context} {number}")
@@ -168,7 +168,7 @@ class Theirs:
 
 
 class _Clock(BaseStreamer):
-    """When `generate` came by; it calls `put` as soon as a token is known."""
+    """A streamer that notes the time of each `put`: `generate` calls it once a token is known."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -177,7 +177,7 @@ class _Clock(BaseStreamer):
         self.seconds.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing to flush."""
+        """Does nothing: there is nothing to flush."""
 
 
 def _announced(contexts: tuple[int, ...], say: Callable[[str], None]) -> Iterator[int]:

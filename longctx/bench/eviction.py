@@ -2,7 +2,7 @@
 
 Documents are asked by Zipf's law, and some are read once and never again (scans). A question needs
 its document's extents from the first to the last; from the first missing one on, they are computed
-again, which costs more the later they stand. No file is written and no model runs: the policies
+again, which costs more the later they come. No file is written and no model runs: the policies
 are the ones that tiers use, the sizes and times of extents are stated by the options.
 """
 
@@ -33,7 +33,7 @@ Extent = tuple[int, int]  # document, index of the extent in it
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """`asked`: document numbers in order; `lengths`: extents of each document."""
+    """Questions in order (`asked`: document numbers) and each document's extents (`lengths`)."""
 
     asked: tuple[int, ...]
     lengths: tuple[int, ...]
@@ -41,11 +41,11 @@ class Trace:
 
     @property
     def distinct_bytes(self) -> int:
-        """Of all documents but the scanned ones, once."""
+        """The bytes of all documents but the scanned ones, each counted once."""
         return sum(self.lengths[: self.config.documents]) * self.config.extent_bytes
 
     def seconds(self, index: int) -> float:
-        """To compute one extent: its own tokens, and attention to all before them."""
+        """Returns the time to compute one extent: its tokens, and attention to all before them."""
         middle = (index + 0.5) * EXTENT_TOKENS
         share_of_attention = middle / self.config.doubling_tokens
         return EXTENT_TOKENS / self.config.tokens_per_second * (1 + share_of_attention)
@@ -53,14 +53,14 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What was computed again, having been computed before."""
+    """What was computed again although it had been computed before."""
 
     seconds: float
     extents: int
 
 
 def make_trace(config: EvictionConfig, *, seed: int) -> Trace:
-    """Lengths are log-normal. Now and then the next document of all becomes the favourite."""
+    """Draws a trace: log-normal lengths, and now and then a new favorite among the documents."""
     random = Random(f"eviction-{seed}")
 
     def length() -> int:
@@ -85,7 +85,7 @@ def make_trace(config: EvictionConfig, *, seed: int) -> Trace:
 
 
 def replay(trace: Trace, policy: EvictionPolicy[Extent], *, capacity_bytes: int) -> Outcome:
-    """The first half of the trace only fills the tier."""
+    """Returns what the second half of the trace recomputes; the first half fills the tier."""
     room = capacity_bytes // trace.config.extent_bytes
     held: set[Extent] = set()
     known: set[int] = set()  # documents
@@ -132,7 +132,7 @@ def run(
 def measure(
     config: EvictionConfig, *, rounds: int, seed: int, say: Callable[[str], None]
 ) -> Iterator[Result]:
-    """Means over `rounds` traces: recomputed seconds and bytes by capacity and policy."""
+    """Yields means over `rounds` traces: recomputed seconds and bytes by capacity and policy."""
     traces = [make_trace(config, seed=seed + number) for number in range(rounds)]
     for percent in config.percent_capacities:
         outcomes: dict[str, Outcome] = {}

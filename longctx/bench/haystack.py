@@ -37,7 +37,7 @@ def haystacks(
     seed: int,
     count_tokens: Callable[[str], int],
 ) -> Iterator[Haystack]:
-    """Documents of at most `length` tokens that carry `questions` needles per depth in all."""
+    """Returns documents of at most `length` tokens, with `questions` needles per depth in all."""
     wanted = [depth for _ in range(questions) for depth in depths]
     room = max(1, length // (TOKENS_PER_NEEDLE * (1 + distractor_count)))
     for number, begin in enumerate(range(0, len(wanted), room)):
@@ -48,7 +48,7 @@ def haystacks(
 
 
 def document(tokens: int, *, seed: int, count_tokens: Callable[[str], int]) -> str:
-    """Filler of at most `tokens` tokens, as the whole text is tokenized."""
+    """Returns filler of at most `tokens` tokens, counted in the whole text."""
     budget = tokens
     while True:
         text = haystack(budget, seed=seed, count_tokens=count_tokens)
@@ -95,9 +95,9 @@ def _haystack(
 
 
 def _spread(cells: Sequence[float], depths: Sequence[float]) -> list[float]:
-    """A place in [0, 1] for each cell; needles of one depth stand apart, near it.
+    """Returns a place in [0, 1] for each cell; needles of one depth lie apart, near it.
 
-    They share half of the way to the neighbouring depths: 25 among 0,25,50 covers 18.75 to 31.25.
+    They share half of the way to the neighboring depths: 25 among 0,25,50 covers 18.75 to 31.25.
     """
     ordered = sorted(set(depths))
     gaps = [high - low for low, high in itertools.pairwise(ordered)]

@@ -57,7 +57,7 @@ class Heads:
 
 @dataclass(slots=True, kw_only=True)
 class Contender:
-    """`decode` and `prefill` give the seconds of one call."""
+    """One way to attend; `decode` and `prefill` return the seconds of one call."""
 
     backend: str
     codec: str
@@ -140,7 +140,7 @@ def run(
 
 
 def _dtype(name: str) -> torch.dtype:
-    """The compute type of the queries; `auto` as for a model on this CPU."""
+    """Returns the compute type of the queries; `auto` is what a model gets on this CPU."""
     if name == "auto":
         name = "bfloat16" if computes_bfloat16() else "float32"
     dtype: torch.dtype = getattr(torch, name)
@@ -175,7 +175,7 @@ def _contenders(
 
 
 def _memory(heads: Heads, dtype: torch.dtype, codec: str, kernels: KernelsConfig) -> KVMemory:
-    """Room for a decode row and a prefill chunk, in twice as many layers as the caches hold."""
+    """Makes pools for a decode row and a prefill chunk, in twice as many layers as caches hold."""
     shape = KVShape(kv_heads=heads.kv_heads, head_dim=heads.head_dim, dtype=dtype)
     page_bytes = CODECS[codec](shape).page_bytes
     past_blocks = kernels.context // BLOCK_TOKENS
@@ -226,7 +226,7 @@ def _paged(
 
 
 def _dense(heads: Heads, dtype: torch.dtype, kernels: KernelsConfig) -> Contender:
-    """torch's own attention; its prefill sees only what stands before the chunk, without a mask."""
+    """Makes torch's own attention; its prefill sees only what precedes the chunk, unmasked."""
     shape = (1, heads.kv_heads, kernels.context, heads.head_dim)
     kv_bytes = 2 * dtype.itemsize * heads.kv_heads * heads.head_dim * kernels.context
     layers = 2 * last_level_cache_bytes() // kv_bytes + 1
@@ -254,7 +254,7 @@ def _dense(heads: Heads, dtype: torch.dtype, kernels: KernelsConfig) -> Contende
 
 
 def _flop(heads: Heads, rows: int, *, past_tokens: int, causal: bool) -> float:
-    """Two products of two operations for every pair of a query row and a key that it sees."""
+    """Counts two products of two operations for every query row and key that it sees."""
     pairs = rows * past_tokens + (rows * (rows + 1) // 2 if causal else 0)
     return 4.0 * heads.heads * heads.head_dim * pairs
 
@@ -305,7 +305,7 @@ def _results(
 
 
 def _baselines(contenders: Sequence[Contender], heads: Heads) -> tuple[Contender, Contender]:
-    """The fastest decode that torch gives, whatever the pages, and torch's own attention."""
+    """Returns torch's fastest decode, whatever the pages, and its own attention's prefill."""
     rivals = [each for each in contenders if each.heads == heads]
     by_torch = [each for each in rivals if each.backend in ("torch", SDPA)]
     fastest = min(by_torch, key=lambda each: each.decode_seconds)

@@ -17,7 +17,7 @@ GEMM_DIM = 1024
 
 
 class ReadBandwidth:
-    """`take` measures once; `bytes_per_second` is the best way to read, by the median of takes."""
+    """Measures reading. `bytes_per_second` is the best way's median over all calls of `take`."""
 
     def __init__(self) -> None:
         self._array = torch.ones(READ_BYTES // 4)
@@ -38,7 +38,7 @@ class ReadBandwidth:
 
 
 class GemmRate:
-    """Products of two [1024, 1024] matrices of one type."""
+    """Measures products of two [1024, 1024] matrices of one type."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._left = torch.randn(GEMM_DIM, GEMM_DIM).to(dtype)
@@ -60,7 +60,7 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def alternate(works: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
-    """Each work's figures. One of each per round, so that a slow moment of the machine hits all."""
+    """Runs each work once per round, so that a slow moment hits all; returns their figures."""
     taken: list[list[float]] = [[] for _ in works]
     for number in range(-1, rounds):  # round -1 warms up
         for work, figures in zip(works, taken, strict=True):
@@ -71,7 +71,7 @@ def alternate(works: Sequence[Callable[[], float]], rounds: int) -> list[list[fl
 
 
 def last_level_cache_bytes() -> int:
-    """The largest cache, as Linux tells; 64 MiB where it does not."""
+    """Returns the size of the largest cache as Linux tells it, 64 MiB where it does not."""
     sizes = []
     for path in _CACHES.glob("index*/size"):
         text = path.read_text(encoding="ascii").strip()

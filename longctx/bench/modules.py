@@ -2,15 +2,15 @@
 
 - quality: KL divergence and changed tokens against `exact`, as the gate measures them but without
   a limit of time; without --model on the embedded `probe`, a language model.
-- retrieval: facts in modules that were encoded apart and stand in random order, asked one by one:
+- retrieval: facts in modules that were encoded apart and come in random order, asked one by one:
   `needle` has one of a kind, `multi-key` has others beside it that differ in the key alone; on the
   embedded `needle`.
 - speed: seconds to the first token on modules in random order, against computing the same prompt;
   from memory, and from disk after a restart (files dropped from memory, a new engine that knows
   only the tokens); without --model on random weights.
 
-Random order means that no two prompts begin alike and that modules stand where they were not
-encoded. The reference is the level `exact` of the same run.
+Random order means that no two prompts begin alike and that modules are at positions where they were
+not encoded. The reference is the level `exact` of the same run.
 """
 
 import random
@@ -76,7 +76,7 @@ def run(
 
 
 def _of(engine: EngineConfig, model: Path) -> EngineConfig:
-    """With that model, unless the user names one; nothing is kept on disk."""
+    """Returns the configuration with that model, unless one is named, and without a disk tier."""
     return replace(
         engine,
         model=replace(engine.model, model=engine.model.model or model),
@@ -141,7 +141,7 @@ def _ask_all(
     rng: random.Random,
     found: Found,
 ) -> None:
-    """Every question on a text that was cut into modules, which stand in one random order."""
+    """Asks every question on a text that was cut into modules, all in one random order."""
     parts = []
     for text in _cut(hay.text, modules.modules):
         token_ids = tuple(llm.engine.tokenizer.encode(text))
@@ -167,14 +167,14 @@ def _ask_all(
 
 
 def _assembled(parts: Sequence[_Module], level: Level, position: int) -> Iterator[Segment]:
-    """Modules one after another, wherever they were encoded."""
+    """Puts modules one after another, wherever they were encoded."""
     for part in parts:
         yield Segment(module_id=part.name, position=position, link_tokens=level.link_tokens)
         position += part.tokens
 
 
 def _cut(text: str, parts: int) -> list[str]:
-    """Pieces of about the same length, each of whole paragraphs."""
+    """Cuts a text into pieces of about the same length, each of whole paragraphs."""
     pieces = []
     for left in range(parts, 1, -1):
         end = text.find("\n\n", len(text) // left)
@@ -231,7 +231,7 @@ def _speed(
 
 
 def _first_token(llm: LLM, parts: list[_Module], level: Level, rng: np.random.Generator) -> float:
-    """Seconds to the first token after all modules in random order, between text of its own."""
+    """Returns the seconds to the first token of a prompt: own text, modules shuffled, own text."""
     vocab_size = llm.engine.info.vocab_size
     before, question = (_random_ids(rng, vocab_size, QUESTION_TOKENS) for _ in range(2))
     shuffled = [parts[index] for index in rng.permutation(len(parts))]

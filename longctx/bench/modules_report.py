@@ -20,7 +20,7 @@ PLACES = ("memory", "disk")
 
 @dataclass(slots=True)
 class Found:
-    """Levels are as in `ModulesConfig`, by name; what was not measured is empty."""
+    """What was measured, by name of level; what was not measured is empty."""
 
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     right: dict[tuple[str, str], list[bool]] = field(default_factory=dict)  # by task and level
@@ -119,7 +119,7 @@ def _table(found: Found, part: str, columns: Iterable[str]) -> Table:
 
 
 def draw(found: Found, modules: ModulesConfig, path: Path) -> None:
-    """The times; where they were not measured, what was found, or else the divergences."""
+    """Draws the times; where they were not measured, the facts found, or else the divergences."""
     levels = [EXACT.name, *(level.name for level in modules.every_level)]
     if found.seconds:
         draw_bars(

@@ -33,7 +33,7 @@ Z = 1.959964  # of the normal distribution, for 95%
 
 @dataclass(slots=True)
 class Cell:
-    """The questions of one length and depth."""
+    """What the questions of one length and depth came to."""
 
     asked: int = 0
     right: int = 0
@@ -45,7 +45,7 @@ class Cell:
 
 @dataclass(slots=True)
 class Reading:
-    """What the documents of one length took."""
+    """What it took to read and ask the documents of one length."""
 
     documents: int = 0
     tokens: int = 0
@@ -69,7 +69,7 @@ class Grid:
 
 
 def wilson(right: int, asked: int) -> tuple[float, float]:
-    """The 95% interval of a share.
+    """Returns the 95% interval of a share.
 
     Source: Wilson, 1927, https://doi.org/10.1080/01621459.1927.10502953
     """
@@ -80,7 +80,7 @@ def wilson(right: int, asked: int) -> tuple[float, float]:
 
 
 def matches(given: str, value: str, match: str) -> bool:
-    """Whether an answer counts: equal, or (`contains`) the value on its own within a sentence."""
+    """Tells whether an answer counts: equal, or (`contains`) the value as a word of a sentence."""
     if match == "exact":
         return given.strip() == value
     # 713 is not in 71345, 17.13 or K-713
@@ -103,7 +103,7 @@ def run(
 
 
 def measure(llm: LLM, niah: NiahConfig, *, seed: int, say: Callable[[str], None]) -> Grid:
-    """Ask every question of the grid."""
+    """Asks every question of the grid."""
     grid = Grid(niah.token_lengths, niah.percent_depths, defaultdict(Cell), defaultdict(Reading))
     stopwatch = Stopwatch(llm.engine)
     prompts = ChatPrompts(llm.engine.tokenizer)

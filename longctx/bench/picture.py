@@ -1,4 +1,4 @@
-"""Pictures of results: a heat map of a needle grid, and bars of times. The only matplotlib."""
+"""Pictures of results: a heat map of a needle grid, and bars of times. Only it needs matplotlib."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ DPI = 160
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """Bars of one colour, one per group; None leaves a gap."""
+    """Bars of one color, one per group; None leaves a gap."""
 
     label: str
     values: Sequence[float | None]
@@ -39,7 +39,7 @@ def draw_heat_map(
     column_label: str,
     row_label: str,
 ) -> None:
-    """`shares` [rows][columns] in [0, 1] colour the cells, `notes` stand small below them."""
+    """Draws cells colored by `shares` [rows][columns] in [0, 1], with small `notes` below each."""
     width = max(6.4, 1.9 + 1.15 * len(columns))
     height = 2.1 + 0.62 * len(rows)
     figure = _figure(width, height)
@@ -57,13 +57,13 @@ def draw_heat_map(
                 )
             )
             ink = PAPER if share > 0.8 or share < 0.15 else INK
-            centre = column + 0.5
+            center = column + 0.5
             axes.text(
-                centre, row + 0.42, f"{100 * share:.0f}%", color=ink, size=11, weight="bold",
+                center, row + 0.42, f"{100 * share:.0f}%", color=ink, size=11, weight="bold",
                 ha="center", va="center",
             )  # fmt: skip
             axes.text(
-                centre, row + 0.74, notes[row][column], color=ink, size=6.5, alpha=0.85,
+                center, row + 0.74, notes[row][column], color=ink, size=6.5, alpha=0.85,
                 ha="center", va="center",
             )  # fmt: skip
     axes.set_xlim(0, len(columns))
@@ -85,7 +85,7 @@ def draw_bars(
     unit: str,
     logarithmic: bool = False,
 ) -> None:
-    """Groups of horizontal bars, one bar per series, its value at its end; shorter is better."""
+    """Draws groups of horizontal bars, one per series, each with its value; shorter is better."""
     rows = len(groups) * (len(series) + 0.7)
     width, height = 7.6, 1.75 + 0.34 * rows
     figure = _figure(width, height)
@@ -112,7 +112,7 @@ def draw_bars(
     middle = (len(series) - 1) / 2
     axes.set_yticks([group * (len(series) + 0.7) + middle for group in range(len(groups))], groups)
     axes.invert_yaxis()
-    axes.xaxis.set_visible(False)  # the values stand at the bars
+    axes.xaxis.set_visible(False)  # each bar carries its value
     _label(axes, "", "")
     axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(series), frameon=False, fontsize=8.5,
@@ -120,6 +120,21 @@ def draw_bars(
     )  # fmt: skip
     _headline(figure, title, subtitle)
     _save(figure, path)
+
+
+def draw_first_tokens(
+    path: Path, *, subtitle: str, lengths: Sequence[int], series: Sequence[Series]
+) -> None:
+    """Draws seconds to the first token, on a logarithmic scale, by length of the document."""
+    draw_bars(
+        path,
+        title="Time to the first token of an answer",
+        subtitle=f"{subtitle}; logarithmic",
+        groups=[f"{tokens:,} tokens" for tokens in lengths],
+        series=series,
+        unit="s",
+        logarithmic=True,
+    )
 
 
 def _figure(width: float, height: float) -> Figure:

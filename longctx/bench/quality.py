@@ -79,7 +79,7 @@ def run(
 
 
 def _codecs(chosen: str, spec: ModelSpec, say: Callable[[str], None]) -> Iterator[str]:
-    """The one that was named, or every one that can hold the model's heads; `raw` never."""
+    """Returns the codec that was named, or all that can hold the model's heads; never `raw`."""
     if chosen == EXACT:
         known = ", ".join(name for name in CODECS if name != EXACT)
         raise InvalidRequest(

@@ -32,7 +32,7 @@ SIZES = {
 
 
 def write_random_llama(folder: Path, size: Size, *, seed: int) -> None:
-    """Float32 safetensors, a tokenizer of as many words as there are ids, and no end token."""
+    """Writes float32 safetensors and a tokenizer with one word per id; there is no end token."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=size.hidden,

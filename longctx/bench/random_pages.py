@@ -19,7 +19,7 @@ DISTINCT_BLOCKS = 32
 
 
 def fill_pages(memory: KVMemory, pages: Sequence[Sequence[int]], *, seed: int = 0) -> None:
-    """Random KV into `pages[group]` of the packed pools, in every layer."""
+    """Writes random KV into `pages[group]` of the packed pools, in every layer."""
     generator = torch.Generator().manual_seed(seed)
     for group, numbers in zip(memory.groups, pages, strict=True):
         targets = torch.tensor(numbers, device=memory.device)
@@ -33,7 +33,7 @@ def fill_pages(memory: KVMemory, pages: Sequence[Sequence[int]], *, seed: int = 
 
 
 def random_chunk(memory: KVMemory, *, past_blocks: int, rows: int) -> ChunkRows:
-    """`rows` new tokens after `past_blocks` of random KV, all written, the full blocks sealed."""
+    """Makes `rows` new tokens after `past_blocks` of random KV: written, full blocks sealed."""
     own_blocks = (rows - 1) // BLOCK_TOKENS + 1
     pages = [pool.allocate(past_blocks + own_blocks) for pool in memory.packed]
     fill_pages(memory, pages)

@@ -18,6 +18,7 @@ import transformers
 from rich.console import Console, RenderableType
 
 import longctx
+from longctx.engine_info import EngineInfo
 from offload.units import GIB
 
 SIGNIFICANT = 5  # digits that a measurement deserves
@@ -27,7 +28,7 @@ Parameter = str | int | float | bool | None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One figure. Where it was compared, `ratio` is above 1 if longctx is the better one.
+    """One figure. Where it was compared, a `ratio` above 1 means that longctx is the better one.
 
     That holds for what should be small (times), and only such figures are given a baseline.
     """
@@ -60,7 +61,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """`draw` writes the picture of the results into a PNG file."""
+    """What a benchmark returns. `draw` writes the picture of the results into a PNG file."""
 
     results: tuple[Result, ...]
     tables: tuple[RenderableType, ...]
@@ -68,7 +69,7 @@ class Report:
 
 
 def publish(report: Report, *, bench: str, command: str, out: Path | None) -> None:
-    """Print the tables, write `out`/BENCH.json and BENCH.png, and end with the line of JSON."""
+    """Prints the tables, writes `out`/BENCH.json and BENCH.png, and ends with the line of JSON."""
     record: dict[str, Any] = {
         "bench": bench,
         "version": longctx.__version__,
@@ -88,8 +89,18 @@ def publish(report: Report, *, bench: str, command: str, out: Path | None) -> No
     print(json.dumps(record, separators=(",", ":")), flush=True)
 
 
+def model_parameters(info: EngineInfo) -> dict[str, str]:
+    """Names what was measured: the parameters that each result of one model begins with."""
+    return {
+        "model": info.model_name,
+        "dtype": info.dtype,
+        "device": info.device,
+        "kv_codec": info.kv_codec,
+    }
+
+
 def commit() -> str | None:
-    """The commit of the source tree, with `+changes` if there are any; None without git."""
+    """Returns the commit of the source tree, `+changes` if there are any; None without git."""
     assert longctx.__file__ is not None
     root = Path(longctx.__file__).resolve().parent.parent
 
@@ -108,7 +119,7 @@ def commit() -> str | None:
 
 
 def machine() -> str:
-    """Processor, cores, memory, GPU, system and versions in one line."""
+    """Names processor, cores, memory, GPU, system and versions in one line."""
     cores = len(os.sched_getaffinity(0))
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     parts = [_processor(), f"{cores} cores", f"{memory_gib:.0f} GiB"]
@@ -124,7 +135,7 @@ def machine() -> str:
 
 
 def _processor() -> str:
-    """The processor's name and the widest vectors that torch uses on it."""
+    """Returns the processor's name and the widest vectors that torch uses on it."""
     name = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

@@ -3,11 +3,11 @@
 - cold: a question on a document that nobody has read.
 - warm: another question, the document on the device.
 - restored: the first question after a restart; the files are read from the disk itself (their
-  pages were dropped from memory) and, beside it, from the page cache. One loaded engine stands for
-  a restarted one: it is new, and knows the document by its tokens.
+  pages were dropped from memory) and, beside it, from the page cache. A new engine in this process
+  takes the place of a restarted server: it knows the document by its tokens alone.
 - raw read: the same files read one after another by plain reads, also from the disk itself.
-- stored: bytes on disk per token, against what the layers that see everything need.
-- reading with and without a store: what writing through costs a prefill.
+- stored: bytes on disk per token, against what the global (full-attention) layers need.
+- cold with and without a store: what writing through costs a prefill.
 """
 
 import os
@@ -24,9 +24,9 @@ import numpy as np
 from rich.table import Table
 
 from longctx.bench.config import BenchConfig, DocumentConfig, RestartConfig, RoundsConfig
-from longctx.bench.picture import Series, draw_bars
+from longctx.bench.picture import Series, draw_first_tokens
 from longctx.bench.random_model import SIZES, write_random_llama
-from longctx.bench.report import Parameter, Report, Result
+from longctx.bench.report import Parameter, Report, Result, model_parameters
 from longctx.bench.timing import Stopwatch
 from longctx.config import EngineConfig
 from longctx.embedded import model_path
@@ -43,11 +43,11 @@ FLUSH_SECONDS = 600.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restart:
-    """Of one document. Lists have an entry per round, in seconds."""
+    """What one document cost. Lists have an entry per round, in seconds."""
 
     tokens: int
     stored_bytes: int
-    global_bytes: int  # of the layers that see everything
+    global_bytes: int  # of the global (full-attention) layers
     cold: list[float]
     cold_without: list[float]  # without a store
     warm: list[float]
@@ -81,13 +81,8 @@ def run(
             measured.append(_Restarts(config, tokens, bench.seed).measure(rounds.rounds))
             say(f"document of {measured[-1].tokens:,} tokens done")
         with opened(config) as llm:
-            info = llm.engine.info
-    parameters = {
-        "model": restart.random_model or info.model_name,
-        "dtype": info.dtype,
-        "device": info.device,
-        "kv_codec": info.kv_codec,
-    }
+            parameters = model_parameters(llm.engine.info)
+    parameters["model"] = restart.random_model or parameters["model"]
     subtitle = ", ".join(parameters.values())
     return Report(
         results=tuple(row for each in measured for row in _results(each, parameters)),
@@ -97,7 +92,10 @@ def run(
 
 
 class _Restarts:
-    """Engines of one configuration, one after another, and the same document."""
+    """Opens engines of one configuration, one after another, and asks each about one document.
+
+    Only one engine exists at a time; `measure` takes all rounds and leaves the files in place.
+    """
 
     def __init__(self, config: EngineConfig, tokens: int, seed: int) -> None:
         assert config.cache.kv_dir is not None
@@ -119,7 +117,7 @@ class _Restarts:
             for config, found in reversed(turns) if number % 2 else turns:
                 self._forget()
                 with opened(config) as llm:
-                    llm.generate("a", FIRST_TOKEN)  # the first answer is slow on its own account
+                    llm.generate("a", FIRST_TOKEN)  # the first answer of an engine is always slow
                     found.append(self._ask(llm))
                     if config is self._config:
                         warm.append(self._ask(llm))
@@ -152,7 +150,7 @@ class _Restarts:
         )
 
     def _ask(self, llm: LLM) -> float:
-        """Seconds to the first token of another question on the document."""
+        """Returns the seconds to the first token of another question on the document."""
         llm.engine.open_document(DOCUMENT, self._token_ids)
         question = tuple(self._random_ids(QUESTION_TOKENS).tolist())
         segments = (Segment(document_id=DOCUMENT), Segment(token_ids=question))
@@ -181,7 +179,7 @@ def opened(config: EngineConfig) -> Iterator[LLM]:
 def drop_from_memory(files: Sequence[Path]) -> None:
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)  # what is not on the disk yet would stay
+        os.fsync(descriptor)  # pages that are not on the disk yet would stay
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
@@ -224,7 +222,7 @@ def _results(each: Restart, model: dict[str, str]) -> Iterator[Result]:
         value=each.stored_bytes / each.tokens,
         unit="bytes/token",
         parameters=parameters,
-        baseline="layers that see everything",
+        baseline="global (full-attention) layers",
         baseline_value=each.global_bytes / each.tokens,
     )
 
@@ -251,16 +249,13 @@ def _table(measured: Sequence[Restart], subtitle: str) -> Table:
 
 
 def _draw(measured: Sequence[Restart], subtitle: str, path: Path) -> None:
-    draw_bars(
+    draw_first_tokens(
         path,
-        title="Time to the first token of an answer",
-        subtitle=f"{subtitle}; logarithmic",
-        groups=[f"{each.tokens:,} tokens" for each in measured],
+        subtitle=subtitle,
+        lengths=[each.tokens for each in measured],
         series=(
             Series(label="warm", values=[median(each.warm) for each in measured]),
             Series(label="restored from disk", values=[median(e.restored) for e in measured]),
             Series(label="cold", values=[median(each.cold) for each in measured]),
         ),
-        unit="s",
-        logarithmic=True,
     )

@@ -40,7 +40,7 @@ PROJECTED_GPUS = (2, 8, 32, 128)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Processes:
-    """The whole prompt over ranks that are processes."""
+    """What the whole prompt took over ranks that are processes."""
 
     ranks: int
     seconds: float
@@ -50,7 +50,7 @@ class Processes:
 
     @property
     def overlap(self) -> float:
-        """The share of the transfers that was hidden; late peers count against it."""
+        """The share of the transfers that was hidden; waiting for late peers counts against it."""
         return max(0.0, 1 - self.waited_seconds / self.transfer_seconds)
 
 

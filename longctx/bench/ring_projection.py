@@ -36,7 +36,7 @@ TILE_BLOCKS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """`gpus`: of one rank, among which heads and links are divided."""
+    """A model as one rank sees it; heads and links are divided among the rank's `gpus`."""
 
     name: str
     parameters: float
@@ -48,7 +48,7 @@ class Model:
 
     @property
     def page_bytes(self) -> int:
-        """One block in one layer, bfloat16, of one GPU's heads."""
+        """The bytes of one block in one layer, bfloat16, for one GPU's heads."""
         return 2 * 2 * self.kv_heads * self.head_dim * BLOCK_TOKENS // self.gpus
 
     @property
@@ -56,12 +56,12 @@ class Model:
         return RowBytes.of(self.heads // self.gpus, self.head_dim, query_bytes=2)
 
     def attention_flop(self, pairs: float) -> float:
-        """One layer, so many pairs of row and key, on one of a rank's GPUs."""
+        """Operations of one layer for so many pairs of row and key, on one of a rank's GPUs."""
         return 4 * self.heads * self.head_dim * pairs / self.gpus
 
     @property
     def linear_flop(self) -> float:
-        """One layer, one row, on one of a rank's GPUs."""
+        """Operations of one layer for one row, on one of a rank's GPUs."""
         return 2 * self.parameters / self.layers / self.gpus
 
 
@@ -104,7 +104,7 @@ class Projection:
 def project(
     model: Model, link_name: str, tokens: int, gpus: int, *, flop_per_second: float
 ) -> Projection:
-    """Chunk by chunk, as the engine would cut a prompt of so many tokens."""
+    """Sums up the chunks that the engine would cut a prompt of so many tokens into."""
     ranks, link = gpus // model.gpus, LINKS[link_name]
     seconds = ideal = 0.0
     for begin in range(0, tokens, CHUNK_TOKENS_PER_RANK * ranks):
@@ -126,7 +126,7 @@ def project(
 def _layer_seconds(
     model: Model, link: Link, begin: int, end: int, ranks: int, flop_per_second: float
 ) -> float:
-    """One layer of one chunk: the slowest rank's linear layers, and its attention or the wires."""
+    """Returns one layer's time: the slowest rank's linears, then its attention or the wires."""
     cut = split_chunk(begin, end, ranks)
     rows, pairs = [0] * ranks, [0.0] * ranks
     for part in cut:

@@ -12,7 +12,7 @@ from longctx.request import FinishReason, Request, RequestOutput, SamplingParams
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimedAnswer:
-    """Seconds since `submit` was called. `token_seconds` has one entry per token of the answer."""
+    """Times of one answer, in seconds since `submit` was called; `token_seconds` is per token."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -26,7 +26,7 @@ class TimedAnswer:
 
     @property
     def token_interval_seconds(self) -> float:
-        """Mean time between tokens; the answer needs two."""
+        """The mean time between tokens; an answer of one token has none."""
         return (self.token_seconds[-1] - self.token_seconds[0]) / (len(self.token_seconds) - 1)
 
 
@@ -49,7 +49,7 @@ class Stopwatch:
         self._numbers: Iterator[int] = itertools.count()
 
     def ask(self, segments: tuple[Segment, ...], sampling: SamplingParams) -> TimedAnswer:
-        """Raises LongctxError where the engine refuses the request or fails."""
+        """Runs one request to its end. Raises LongctxError where the engine refuses it or fails."""
         request = Request(
             request_id=f"timed-{next(self._numbers)}", segments=segments, sampling=sampling
         )

@@ -1,1 +1,1 @@
-"""`make demo`: everything once, for real. `python -m longctx.demo`."""
+"""`make demo`, or `python -m longctx.demo`: everything that longctx does, once and for real."""

@@ -2,7 +2,7 @@
 
 Each combination is asked twice: `modular`, with every part as it was computed alone, and `exact`,
 computed as a plain prompt that the server has not seen. What each took, and what it answered,
-stands side by side.
+is shown side by side.
 """
 
 import time
@@ -23,7 +23,7 @@ SCHEMA = "library"
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A text of the library, and the one fact in it that is asked for."""
+    """A text of the library, with the one fact in it that is asked for."""
 
     name: str
     statement: str
@@ -54,7 +54,7 @@ ASKED = (1, 3, 2, 5)
 
 
 class Answer(Protocol):
-    """`demo.Said`."""
+    """What `show_library` reads of an answer; `tour.Said` is one."""
 
     @property
     def text(self) -> str: ...
@@ -76,8 +76,8 @@ def show_library(
 ) -> None:
     """Stores the texts as a schema, and asks combinations of them.
 
-    `store`: a schema in its JSON form, to what the server says once its modules are computed.
-    `count`: tokens of a text.
+    `store` takes a schema in its JSON form and returns what the server says once its modules are
+    computed; `count` returns the tokens of a text.
     """
     modules = []
     for number, part in enumerate(PARTS):

@@ -1,4 +1,4 @@
-"""A `longctx serve` in a process of its own, as somebody starts it who runs the demo."""
+"""Runs `longctx serve` in a process of its own, as anybody would start it."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ READY = "longctx ready "
 
 @contextmanager
 def running_server(console: Console, words: Sequence[str], *, errors: Path) -> Iterator[str]:
-    """The address of a server that lives as long as the block; it ends by SIGTERM, on its own.
+    """Yields the address of a server that lives as long as the block and is ended by SIGTERM.
 
     `words` are options of `longctx serve`; `errors` gets what it says on stderr.
     """
@@ -49,12 +49,12 @@ def running_server(console: Console, words: Sequence[str], *, errors: Path) -> I
 
 
 def own_environment() -> dict[str, str]:
-    """Ours, without longctx's options: the demo shows defaults."""
+    """Returns our environment without longctx's options: the demo shows defaults."""
     return {name: value for name, value in os.environ.items() if not name.startswith("LONGCTX_")}
 
 
 def _stop(process: subprocess.Popen[str]) -> int:
-    """Its exit code."""
+    """Ends the server, by force if need be, and returns its exit code."""
     process.send_signal(signal.SIGTERM)
     try:
         return process.wait(STOP_SECONDS)
@@ -64,7 +64,7 @@ def _stop(process: subprocess.Popen[str]) -> int:
 
 
 def _address(process: subprocess.Popen[str], errors: Path) -> str:
-    """What the ready line says. Ends the demo when the server ends before it."""
+    """Returns the address in the ready line. Ends the demo when the server ends before that."""
     assert process.stdout is not None
     signal.signal(signal.SIGALRM, _too_slow)
     signal.setitimer(signal.ITIMER_REAL, START_SECONDS)

@@ -1,8 +1,8 @@
 """`make demo`: everything once, for real. A server process, the official client, a long document.
 
 A document is uploaded, read once and asked; texts are computed once and combined. The server is
-stopped and started again, and asked once more: what each took stands in one table. The model only
-finds facts in text; expected and given answers stand side by side, right or wrong.
+stopped and started again, and asked once more: one table shows what each took. The model only finds
+facts in text; expected and given answers are shown side by side, right or wrong.
 """
 
 import argparse
@@ -96,13 +96,18 @@ class Said:
 
 
 class Demo:
+    """The client's side: uploads, questions and schemas, through the official client.
+
+    Every call waits for its answer; `model` is the one that the server names.
+    """
+
     def __init__(self, console: Console, client: openai.OpenAI) -> None:
         self.console = console
         self.client = client
         self.model = client.models.list().data[0].id
 
     def upload(self, name: str, text: str) -> str:
-        """Send a document and watch it being read."""
+        """Sends a document, shows how far it has been read, and returns its file id once it is."""
         file = self.client.files.create(file=(name, text.encode()), purpose="user_data")
         with Progress(
             TextColumn("  {task.fields[state]:<10}"),
@@ -136,7 +141,7 @@ class Demo:
         prompt_cache: dict[str, Any] | None = None,
         show: bool = False,
     ) -> Said:
-        """One chat, streamed; `show` prints the words as they come."""
+        """Asks one streamed chat request; `show` prints the words as they come."""
         messages: list[Any] = [{"role": "user", "content": content}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
@@ -175,7 +180,7 @@ class Demo:
         )
 
     def store(self, schema: dict[str, Any]) -> dict[str, Any]:
-        """A prompt schema, once its modules are computed."""
+        """Stores a prompt schema and returns its object once its modules are computed."""
         path = "/prompt_cache/schemas"
         stored: dict[str, Any] = self.client.post(path, body=schema, cast_to=dict[str, Any])
         while stored["state"] not in ("ready", "error"):
@@ -187,7 +192,7 @@ class Demo:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Ends by SystemExit when something fails; wrong answers are shown, not failures."""
+    """Runs the tour. Ends by SystemExit when something fails; a wrong answer is no failure."""
     parser = argparse.ArgumentParser(prog="python -m longctx.demo", description=__doc__)
     add_options(parser, DemoConfig)
     arguments = parser.parse_args(words)
@@ -297,7 +302,7 @@ def _question(demo: Demo, file_id: str, fact: Fact) -> None:
 
 
 def _about_text(demo: Demo, text: str, fact: Fact) -> Said:
-    """The text sent along with the question, as a client does that knows nothing of uploads."""
+    """Sends the text along with the question, as a client that knows nothing of uploads does."""
     data = base64.b64encode(text.encode()).decode()
     file = {"filename": "other.txt", "file_data": f"data:text/plain;base64,{data}"}
     said = demo.ask(_about(file, fact.question))
@@ -310,7 +315,7 @@ def _compare(console: Console, cold: Said, warm: Said, restored: Said) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("", "first token", "computed", "from memory", "from disk", "sooner", ""):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for label, said, colour in (
+    for label, said, color in (
         ("cold", cold, "yellow"),
         ("warm", warm, "cyan"),
         ("restored", restored, "green"),
@@ -323,7 +328,7 @@ def _compare(console: Console, cold: Said, warm: Said, restored: Said) -> None:
             f"{said.cached_tokens - said.disk_tokens - said.waited_tokens:,}",
             f"{said.disk_tokens:,}",
             f"{1 / share:,.0f} x",
-            f"[{colour}]{'━' * min(max(1, round(TABLE_CELLS * share)), TABLE_CELLS)}[/]",
+            f"[{color}]{'━' * min(max(1, round(TABLE_CELLS * share)), TABLE_CELLS)}[/]",
         )
     console.print(Padding(table, (0, 0, 0, 2)))
 
@@ -361,7 +366,7 @@ def _needle_grid(console: Console, config: DemoConfig, folder: Path) -> None:
 
 
 def _written(tokens: int, facts: Sequence[Fact], *, seed: int, count: Callable[[str], int]) -> str:
-    """A document of about `tokens` tokens with the facts spread over it."""
+    """Returns a document of about `tokens` tokens with the facts spread over it."""
     depths = [(2 * number + 1) / (2 * len(facts)) for number in range(len(facts))]
     filler = document(tokens, seed=seed, count_tokens=count)
     return insert(filler, [fact.statement for fact in facts], depths)
@@ -372,7 +377,7 @@ def _about(file: dict[str, str], question: str) -> list[dict[str, Any]]:
 
 
 def _reading(file: openai.types.FileObject) -> dict[str, Any]:
-    """longctx's own part of a file object: how far it has been read."""
+    """Returns longctx's own part of a file object, which says how far it has been read."""
     state: dict[str, Any] = (file.model_extra or {})["longctx"]
     return state
 
