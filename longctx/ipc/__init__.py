@@ -1,1 +1,1 @@
-"""How processes talk: messages, the sockets that carry them, and lives that end together."""
+"""How processes talk: messages, the sockets that carry them, and who ends with whom."""

@@ -1,7 +1,15 @@
 """The messages between the HTTP process and the engine process: msgpack, never pickle.
 
-A frame is four bytes of length, little-endian, and one message. Calls that want an answer carry a
-ticket; `Done` with the same ticket is the answer.
+`Channel` frames them. A command that expects an answer carries a ticket; the answer is the `Done`
+with the same ticket. A session, with one rank or as rank 0 of many:
+
+    engine                      HTTP process
+    RankJoined (of many ranks)
+                                Start
+    Loaded
+                                Submit, OpenDocument, GetStats ... in any order
+    Outputs, Done, Durable ...
+                                Stop
 """
 
 from pathlib import Path
@@ -26,11 +34,11 @@ from prompt_cache.level import Level
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
-    """Any message; its class name travels with it."""
+    """The base of all messages; a message is sent with the name of its class."""
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """A `LongctxError` on the wire."""
+    """A `LongctxError` as a message can hold it."""
 
     kind: str
     message: str
@@ -38,10 +46,12 @@ class Fault(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, error: LongctxError) -> "Fault":
+        """Return the fault that `error()` makes an equal error of."""
         param = error.param if isinstance(error, InvalidRequest) else None
         return cls(type(error).__name__, str(error), param)
 
     def error(self) -> LongctxError:
+        """Return the error, of its own type if that is one of those that processes exchange."""
         kind = _FAULTS.get(self.kind, LongctxError)
         if issubclass(kind, InvalidRequest):
             return kind(self.message, param=self.param)
@@ -49,9 +59,10 @@ class Fault(msgspec.Struct, frozen=True):
 
 
 class RankJoined(Message, frozen=True):
-    """The first word of a rank that was started by a launcher.
+    """The first message to the head of a rank that a launcher has started.
 
-    `address`: where rank 0 waits for the others. `pid`: where it can be killed.
+    `address`: where rank 0 listens for followers; followers leave it empty. `pid`: its process, for
+    a server on the same machine to kill.
     """
 
     rank: int
@@ -61,14 +72,14 @@ class RankJoined(Message, frozen=True):
 
 
 class LeaderAddress(Message, frozen=True):
-    """The answer to `RankJoined` of another rank than 0: where rank 0 is; or why not."""
+    """The answer to a follower's `RankJoined`: where rank 0 listens, or why there is none."""
 
     address: str
     fault: Fault | None = None
 
 
 class Start(Message, frozen=True):
-    """The answer to `RankJoined` of rank 0, and the first word to an engine that is alone."""
+    """Load the model: the first message to an engine with one rank, or the answer to rank 0."""
 
     config: EngineConfig
     model_folder: str
@@ -76,14 +87,20 @@ class Start(Message, frozen=True):
 
 
 class Submit(Message, frozen=True):
+    """Run the request, as `Engine.submit`; it is answered by `Outputs` or `Rejected`."""
+
     request: Request
 
 
 class Abort(Message, frozen=True):
+    """End the request, as `Engine.abort`."""
+
     request_id: str
 
 
 class OpenDocument(Message, frozen=True):
+    """Make a document known, as `Engine.open_document`."""
+
     ticket: int
     document_id: str
     tokens: str  # file of little-endian int32 token ids
@@ -91,11 +108,15 @@ class OpenDocument(Message, frozen=True):
 
 
 class CloseDocument(Message, frozen=True):
+    """Forget a document, as `Engine.close_document`."""
+
     ticket: int
     document_id: str
 
 
 class OpenModule(Message, frozen=True):
+    """Make a module known, as `Engine.open_module`."""
+
     ticket: int
     module_id: str
     pieces: tuple[Piece, ...]
@@ -103,74 +124,82 @@ class OpenModule(Message, frozen=True):
 
 
 class CloseModule(Message, frozen=True):
+    """Forget a module, as `Engine.close_module`."""
+
     ticket: int
     module_id: str
 
 
 class GetModules(Message, frozen=True):
-    """The states of these modules, as far as they are open; they come as `modules`."""
+    """Return the states of those of these modules that are open, as `Done.modules`."""
 
     ticket: int
     module_ids: tuple[str, ...]
 
 
 class JudgeLevel(Message, frozen=True):
-    """What the gate says of a level of exactness; it comes as `level`."""
+    """Return the quality gate's verdict on a level of exactness, as `Done.level`."""
 
     ticket: int
     level: Level
 
 
 class GetStats(Message, frozen=True):
+    """Return the engine's counters and gauges, as `Done.stats`."""
+
     ticket: int
 
 
 class Clear(Message, frozen=True):
-    """Let go of what is cached in these tiers; what that was comes as `stats`."""
+    """Evict what is cached in these tiers and idle; return how much that was, as `Done.stats`."""
 
     ticket: int
     tiers: tuple[str, ...]
 
 
 class Stop(Message, frozen=True):
-    """End the process; whoever still waits has been told."""
+    """End the process; every request that still ran has been answered."""
 
 
 class Loaded(Message, frozen=True):
-    """Answer to `Start`: ready, or why not."""
+    """The answer to `Start`: what the engine has loaded, or why it cannot."""
 
     info: EngineInfo | None
     fault: Fault | None = None
 
 
 class Rejected(Message, frozen=True):
-    """The request was refused at once and will have no outputs."""
+    """The answer to a `Submit` that was refused: the request will have no outputs."""
 
     request_id: str
     fault: Fault
 
 
 class Outputs(Message, frozen=True):
+    """What one step of the engine has produced, for any of its requests."""
+
     outputs: list[RequestOutput]
 
 
 class Durable(Message, frozen=True):
-    """Tokens on stable storage, of documents where that has changed."""
+    """Durable token counts, by document id, of the documents whose count has changed."""
 
     documents: dict[str, int]
 
 
 class Heartbeat(Message, frozen=True):
-    """A rank that computes for long is still there."""
+    """A sign of life: it shows that a rank which computes for long has not hung."""
 
 
 class RanksLost(Message, frozen=True):
-    """Why the ranks are about to end and to be started again."""
+    """Tells why the ranks are about to end, to be started again by their launcher."""
 
     reason: str
 
 
 class Done(Message, frozen=True):
+    """The answer to the command with the same ticket: a fault, or the one field it asked for."""
+
     ticket: int
     fault: Fault | None = None
     stats: dict[str, float] | None = None
@@ -210,14 +239,14 @@ _FAULTS: dict[str, type[LongctxError]] = {
 
 
 def encode_hook(value: Any) -> Any:
-    """For msgspec: what a message may hold beside plain types."""
+    """Encode, for msgspec, what a message may hold beside plain types: paths, as strings."""
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"{type(value).__name__} cannot be sent")
 
 
 def decode_hook(kind: type, value: Any) -> Any:
-    """The inverse of `encode_hook`."""
+    """Decode, for msgspec, what `encode_hook` has encoded."""
     if issubclass(kind, Path):
         return kind(value)
     raise TypeError(f"{kind.__name__} cannot be received")
@@ -229,12 +258,15 @@ _EVENTS: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event, dec_hoo
 
 
 def encode(message: Command | Event) -> bytes:
+    """Return the message as the body of a frame."""
     return _ENCODER.encode(message)
 
 
 def decode_command(body: bytes) -> Command:
+    """Return the command that `encode` made `body` of."""
     return _COMMANDS.decode(body)
 
 
 def decode_event(body: bytes) -> Event:
+    """Return the event that `encode` made `body` of."""
     return _EVENTS.decode(body)

@@ -1,1 +1,1 @@
-"""The processes that carry a ring: how they find each other, are watched, and end."""
+"""The processes that carry a ring: how they find each other, are monitored, and end."""

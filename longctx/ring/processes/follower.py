@@ -1,4 +1,4 @@
-"""A rank other than the leader: it does what the leader says, and ends when the leader is gone."""
+"""A follower's process: it does what the leader says, and ends when the leader is gone."""
 
 import os
 import queue
@@ -6,6 +6,8 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
+
+import torch
 
 from longctx.errors import LongctxError, ModelRefused, PeerLost
 from longctx.ipc.channel import Channel
@@ -33,30 +35,38 @@ from longctx.ring.processes.rendezvous import FollowerRendezvous
 from longctx.ring.rank import Rank
 from longctx.ring.step import RankStep
 
-FILE_THREADS = 3  # as many as the leader's tiers have
+FILE_THREADS = 3  # as many as the leader's offload tiers have
 
 
 def follow(rendezvous: FollowerRendezvous) -> None:
-    """Serve the leader that the rendezvous found until it says that this is the end.
+    """Serve the leader that the rendezvous found until it sends `EndRank`.
 
-    Ends the process where the leader is lost.
+    Returns then. Ends the process where the leader is lost or silent. Call it from the main thread.
     """
     channel = rendezvous.channel
     follower = _Follower(channel)
     send_heartbeats([channel], encode(Heartbeat()))
-    watch = HeartbeatMonitor({"the leader": channel}, _end)
+    monitor = HeartbeatMonitor({"the leader": channel}, _exit_process)
     transport = follower.begin(rendezvous)
     if transport is None:
         return
-    watch.silence_seconds = SILENCE_SECONDS
+    monitor.silence_seconds = SILENCE_SECONDS
     follower.serve()
     transport.close()
 
 
 class _Follower:
+    """Obeys the leader on several threads.
+
+    One thread receives: it queues what the main thread has to do in order (`begin`, then `serve`)
+    and hands requests for pages to the file threads, which reply by themselves.
+    """
+
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._orders: queue.SimpleQueue[JoinGroup | OpenRank | RunStep | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[JoinGroup | OpenRank | RunStep | None] = (
+            queue.SimpleQueue()
+        )
         self._files = ThreadPoolExecutor(FILE_THREADS, thread_name_prefix="longctx-files")
         self._opened = threading.Event()
         self._pages: LocalPages
@@ -64,12 +74,17 @@ class _Follower:
         threading.Thread(target=self._receive, name="longctx-leader", daemon=True).start()
 
     def begin(self, rendezvous: FollowerRendezvous) -> ProcessGroupTransport | None:
-        """Load the model and make the pools; None where the leader ends before that."""
-        group = self._orders.get()
+        """Join the process group, load the model and make the pools.
+
+        Returns the transport, or None where the leader ends this rank before that.
+        """
+        group = self._commands.get()
         if group is None:
             return None
         assert isinstance(group, JoinGroup), group
         config = rendezvous.rank_config(group.config)
+        if config.model.threads:
+            torch.set_num_threads(config.model.threads)
         transport = rendezvous.join_group(group, config)
         try:
             model = load_model(
@@ -79,71 +94,73 @@ class _Follower:
             self._refuse(f"rank {transport.rank}: {error}")
             return None
         self._channel.send(encode(Ready()))
-        order = self._orders.get()
-        if order is None:
+        command = self._commands.get()
+        if command is None:
             return None
-        assert isinstance(order, OpenRank), order
-        if order.fingerprint != model.spec.fingerprint:
+        assert isinstance(command, OpenRank), command
+        if command.fingerprint != model.spec.fingerprint:
             self._refuse(
                 f"rank {transport.rank} has other weights than rank 0; {group.model_folder} must "
                 "be the same on every machine"
             )
             return None
         self._channel.send(encode(Ready()))
-        self._rank = Rank(model, order.memory, transport)
+        self._rank = Rank(model, command.memory, transport)
         self._pages = LocalPages(self._rank.memory)
         self._opened.set()
         return transport
 
     def _refuse(self, message: str) -> None:
         self._channel.send(encode(Ready(Fault.of(ModelRefused(message)))))
-        assert self._orders.get() is None  # the leader gives up
+        assert self._commands.get() is None  # the leader gives up, and tells all ranks to end
 
     def serve(self) -> None:
-        while (step := self._orders.get()) is not None:
+        """Run the leader's steps until it tells this rank to end."""
+        while (step := self._commands.get()) is not None:
             assert isinstance(step, RunStep), step
             try:
                 self._rank.run(RankStep.decode(step.body))
-            except Exception as error:  # of whatever kind: the leader says what it means
+            except Exception as error:  # whatever it is, the leader reports it
                 reason = f"{type(error).__name__}: {error}"
                 self._channel.send(encode(StepDone(self._rank.transport.bytes_sent, reason)))
                 if isinstance(error, PeerLost):
-                    continue  # the leader knows better than this rank who is lost
+                    continue  # the leader finds out which rank is lost, and ends all
                 raise
             self._channel.send(encode(StepDone(self._rank.transport.bytes_sent)))
 
     def _receive(self) -> None:
         while (body := self._channel.receive()) is not None:
             match decode_from_leader(body):
-                case WritePages() | ReadPages() | CopyPages() as order:
-                    self._files.submit(self._answer, order)
-                case JoinGroup() | OpenRank() | RunStep() as order:
-                    self._orders.put(order)
+                case WritePages() | ReadPages() | CopyPages() as request:
+                    self._files.submit(self._reply, request)
+                case JoinGroup() | OpenRank() | RunStep() as command:
+                    self._commands.put(command)
                 case EndRank():
-                    self._orders.put(None)
+                    self._commands.put(None)
                     return
-        _end("the leader has ended")
+        _exit_process("the leader has ended")
 
-    def _answer(self, order: PagesRequest) -> None:
+    def _reply(self, request: PagesRequest) -> None:
         try:
             self._opened.wait()
-            answer = self._obey(order)
+            reply = self._handle(request)
         except Exception as error:
-            answer = PagesReply.failed(order.ticket, error)
-        self._channel.send(encode(answer))
+            reply = PagesReply.failed(request.ticket, error)
+        self._channel.send(encode(reply))
 
-    def _obey(self, order: PagesRequest) -> PagesReply:
-        match order:
+    def _handle(self, request: PagesRequest) -> PagesReply:
+        match request:
             case WritePages():
-                self._pages.write(Path(order.path), order.meta, order.pages)
-                return PagesReply(order.ticket)
+                self._pages.write(Path(request.path), request.meta, request.pages)
+                return PagesReply(request.ticket)
             case ReadPages():
-                path = Path(order.path)
-                found = self._pages.read(path, order.run, order.blocks, order.pages)
-                return PagesReply(order.ticket, found=found)
+                path = Path(request.path)
+                found = self._pages.read(path, request.run, request.blocks, request.pages)
+                return PagesReply(request.ticket, found=found)
             case CopyPages():
-                return PagesReply(order.ticket, copies=self._pages.copy(order.group, order.pages))
+                copies = self._pages.copy(request.group, request.pages)
+                return PagesReply(request.ticket, copies=copies)
 
 
-def _end(reason: str) -> NoReturn:
-    os._exit(1)  # other threads may wait for what never comes; the leader says why it ended
+def _exit_process(reason: str) -> NoReturn:
+    os._exit(1)  # other threads may wait for what never comes; the leader has logged the reason

@@ -1,6 +1,6 @@
-"""Ranks that hang: a stopped process keeps its sockets open, so only its silence gives it away.
+"""Heartbeats find ranks that hang: a stopped process keeps its sockets open and is merely silent.
 
-Everybody sends a beat twice a second. Who has sent nothing for a while counts as lost.
+Every rank sends a heartbeat twice a second. One that has sent nothing for a while counts as lost.
 """
 
 import threading
@@ -11,28 +11,34 @@ from longctx.errors import ConnectionLost
 from longctx.ipc.channel import Channel
 
 HEARTBEAT_SECONDS = 0.5
-SILENCE_SECONDS = 6.0  # far longer than any thread waits for its turn on a machine that works
+SILENCE_SECONDS = 6.0  # far longer than any thread waits for its turn on a working machine
 LOADING_SILENCE_SECONDS = 60.0  # while weights are loaded, which may keep all threads waiting
 
 
 class HeartbeatMonitor:
-    """Looks after the other ends of some channels."""
+    """Watches the other ends of some channels from a thread of its own, until the process ends.
+
+    Any thread may set `silence_seconds`; it starts with the time that loading weights may take.
+    """
 
     def __init__(self, peers: Mapping[str, Channel], lost: Callable[[str], None]) -> None:
-        """`lost` is called, from a thread, with the name of a silent one."""
+        """`peers`: channels by the name of their other end, which some thread receives from.
+
+        `lost` is called, from the monitor's thread, with a sentence that names a silent peer.
+        """
         self._peers, self._lost = peers, lost
         self.silence_seconds = LOADING_SILENCE_SECONDS
-        threading.Thread(target=self._look, name="longctx-watch", daemon=True).start()
+        threading.Thread(target=self._check, name="longctx-heartbeats", daemon=True).start()
 
-    def _look(self) -> None:
-        looked = time.monotonic()
+    def _check(self) -> None:
+        checked_at = time.monotonic()
         while True:
             time.sleep(HEARTBEAT_SECONDS)
             now = time.monotonic()
-            if now - looked > 4 * HEARTBEAT_SECONDS:  # this process was stopped itself: ask again
+            if now - checked_at > 4 * HEARTBEAT_SECONDS:  # this process was stopped: wait anew
                 for channel in self._peers.values():
                     channel.received_at = now
-            looked = now
+            checked_at = now
             for name, channel in self._peers.items():
                 silent_seconds = now - channel.received_at
                 if silent_seconds > self.silence_seconds:
@@ -40,7 +46,7 @@ class HeartbeatMonitor:
 
 
 def send_heartbeats(channels: Sequence[Channel], body: bytes) -> None:
-    """Send `body` to all of them again and again, from a thread."""
+    """Send `body`, an encoded heartbeat, to all channels twice a second, from a thread."""
 
     def send() -> None:
         while True:
@@ -48,7 +54,7 @@ def send_heartbeats(channels: Sequence[Channel], body: bytes) -> None:
                 try:
                     channel.send(body)
                 except ConnectionLost:
-                    continue  # whoever receives from it notices
+                    continue  # the thread that receives from it notices
             time.sleep(HEARTBEAT_SECONDS)
 
     threading.Thread(target=send, name="longctx-heartbeat", daemon=True).start()

@@ -1,7 +1,7 @@
-"""Starts local ranks by PyTorch's elastic agent: `python -m longctx.ring.processes.launcher`.
+"""Launches local ranks by torchrun: `python -m longctx.ring.processes.launcher`.
 
-It starts the ranks, and starts all of them again when one ends. It lives as long as the server that
-started it, and the ranks as long as it does, whatever ends them.
+It starts the ranks, and starts all of them again when one ends. It ends with the server that
+started it, and the ranks end with it, whatever the cause.
 """
 
 import argparse
@@ -22,14 +22,15 @@ MONITOR_SECONDS = 0.1
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
 
-def main(words: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
+    """Run torchrun until all ranks have ended by themselves or standard input is closed."""
     parser = argparse.ArgumentParser(prog="longctx.ring.processes.launcher", description=__doc__)
     parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True, help="of each rank")
-    parser.add_argument("--folder", type=Path, required=True, help="where ranks meet; private")
+    parser.add_argument("--folder", type=Path, required=True, help="of sockets and stores; private")
     parser.add_argument("--head", required=True)
     parser.add_argument("--secret", required=True)
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     threading.Thread(target=_end_with_stdin, args=(arguments.folder,), daemon=True).start()
     # The server decides what a signal to all its processes means; ranks inherit this.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -39,7 +40,7 @@ def main(words: Sequence[str]) -> None:
         OMP_NUM_THREADS=str(arguments.threads),  # torchrun's default is 1
         GLOO_SOCKET_IFNAME=LOOPBACK,
         NCCL_SOCKET_IFNAME=LOOPBACK,
-        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",  # it would listen to every machine's questions
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",  # it would listen to every machine
     )
     options = {
         "nnodes": 1,
@@ -55,12 +56,15 @@ def main(words: Sequence[str]) -> None:
     }
     flags = [f"--{name}={value}" for name, value in options.items()]
     rank = ["-m", "longctx.process.worker", "--head", arguments.head, "--secret", arguments.secret]
-    with contextlib.suppress(ChildFailedError):  # said in the server's log by then
+    with contextlib.suppress(ChildFailedError):  # the server has logged it by then
         torchrun([*flags, *rank])
 
 
 def _end_with_stdin(folder: Path) -> None:
-    """The server holds the other end. The ranks are killed when this process is gone."""
+    """Exit when standard input is closed, whose other end the server holds.
+
+    The ranks are killed when this process is gone.
+    """
     while os.read(sys.stdin.fileno(), 4096):
         pass
     shutil.rmtree(folder, ignore_errors=True)

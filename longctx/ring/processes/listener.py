@@ -1,4 +1,4 @@
-"""Where other processes call: who knows the secret is heard, and nobody keeps anybody waiting."""
+"""Accepts connections of processes that know the secret; strangers keep nobody waiting."""
 
 import contextlib
 import socket
@@ -11,38 +11,45 @@ from longctx.ipc.handshake import receive_first_message
 
 
 class Listener:
-    """Each caller has a thread of its own, so that strangers who say nothing hold up no other."""
+    """Accepts connections from a thread of its own, until it is closed.
+
+    Each connection is authenticated by another thread, so strangers that say nothing delay no one.
+    """
 
     def __init__(
-        self, address: str, secret: bytes, heard: Callable[[socket.socket, bytes], None]
+        self, address: str, secret: bytes, on_message: Callable[[socket.socket, bytes], None]
     ) -> None:
-        """`heard` gets each connection with its first message, from any thread. Raises OSError."""
-        self._secret, self._heard = secret, heard
+        """Listen at the address, as `channel.listen` takes it. Raises OSError.
+
+        `on_message` gets each authenticated connection, and its first message, on that connection's
+        thread. The connection is its own then.
+        """
+        self._secret, self._on_message = secret, on_message
         self._listener = listen(address)
         self.address = address
         if not address.startswith("unix:"):
             host, port = self._listener.getsockname()[:2]
             self.address = f"{host}:{port}"
-        threading.Thread(target=self._listen, name="longctx-listener", daemon=True).start()
+        threading.Thread(target=self._accept, name="longctx-listener", daemon=True).start()
 
     def close(self) -> None:
-        """Take no more calls; who has called already is still heard."""
+        """Accept no more connections; those accepted already are still authenticated."""
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
         self._listener.close()
 
-    def _listen(self) -> None:
+    def _accept(self) -> None:
         while True:
             try:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+            threading.Thread(target=self._authenticate, args=(connection,), daemon=True).start()
 
-    def _answer(self, connection: socket.socket) -> None:
+    def _authenticate(self, connection: socket.socket) -> None:
         try:
             body = receive_first_message(connection, self._secret)
         except (AuthenticationFailed, ConnectionLost):
             connection.close()
             return
-        self._heard(connection, body)
+        self._on_message(connection, body)

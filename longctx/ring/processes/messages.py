@@ -1,4 +1,4 @@
-"""What the leader and another rank say to each other, beside tensors: msgpack, never pickle.
+"""The messages between the leader and a follower, beside tensors: msgpack, never pickle.
 
 The leader asks for pages to be written, read or copied at any time, from any thread; the reply
 carries the same ticket. Everything else follows in order: `JoinGroup`, `Ready`, `OpenRank`,
@@ -17,14 +17,14 @@ from offload.disk.extent_header import ExtentMeta, ExtentUnreadable, OtherVersio
 
 
 class FollowerJoined(Message, frozen=True):
-    """The first word of a rank to its leader."""
+    """A follower's first message to its leader. `pid`: its process, if on the same machine."""
 
     rank: int
     pid: int
 
 
 class JoinGroup(Message, frozen=True):
-    """Everybody is there: where the process group meets, and what to load."""
+    """All ranks are here: where the process group's store is, and what to load."""
 
     store: str  # file:PATH or HOST:PORT
     config: EngineConfig
@@ -33,34 +33,42 @@ class JoinGroup(Message, frozen=True):
 
 
 class Ready(Message, frozen=True):
-    """The model is loaded, or why not."""
+    """The reply to `JoinGroup` (model loaded) and `OpenRank` (same weights), or why not."""
 
     fault: Fault | None = None
 
 
 class OpenRank(Message, frozen=True):
-    """`fingerprint`: of the leader's model."""
+    """Make a `Rank` with these pools. `fingerprint`: of the leader's model."""
 
     memory: RingMemorySpec
     fingerprint: str
 
 
 class RunStep(Message, frozen=True):
+    """Run this step."""
+
     body: bytes  # of a `RankStep`
 
 
 class StepDone(Message, frozen=True):
-    """`sent_bytes`: to other ranks, ever. `failure`: what step and rank have died of."""
+    """The reply to `RunStep`.
+
+    `sent_bytes`: to other ranks since the rank was started. `failure`: why the step failed and the
+    rank ends.
+    """
 
     sent_bytes: int
     failure: str | None = None
 
 
 class EndRank(Message, frozen=True):
-    """The rank's process ends."""
+    """End the rank's process."""
 
 
 class WritePages(Message, frozen=True):
+    """Write an extent file, as `RankPages.write`."""
+
     ticket: int
     path: str
     meta: ExtentMeta
@@ -68,6 +76,8 @@ class WritePages(Message, frozen=True):
 
 
 class ReadPages(Message, frozen=True):
+    """Read blocks of an extent file into pages, as `RankPages.read`."""
+
     ticket: int
     path: str
     run: BlockRun
@@ -76,29 +86,35 @@ class ReadPages(Message, frozen=True):
 
 
 class CopyPages(Message, frozen=True):
+    """Return the contents of pages, as `RankPages.copy`."""
+
     ticket: int
     group: int
     pages: list[int]
 
 
 class PagesReply(Message, frozen=True):
-    """`found`: of a read; `copies`: of a copy. Or what it died of."""
+    """The reply to the request with the same ticket, or why that failed.
+
+    `found`: which blocks a read has found whole. `copies`: the contents of pages.
+    """
 
     ticket: int
     found: list[bool] | None = None
     copies: list[bytes] | None = None
     failure: str | None = None
-    kind: str = ""  # of failure, a key of _FAILURES; else its own type's name
+    kind: str = ""  # the name of the failure's type
     errno: int | None = None
 
     @classmethod
     def failed(cls, ticket: int, error: Exception) -> "PagesReply":
+        """Return the reply that raises `error` at the leader."""
         if isinstance(error, OSError):
             return cls(ticket, failure=str(error), kind="OSError", errno=error.errno)
         return cls(ticket, failure=str(error), kind=type(error).__name__)
 
     def raise_failure(self) -> None:
-        """As it was raised where it happened."""
+        """Raise the failure, if any, as it was raised on the rank; LongctxError for a bug."""
         if self.failure is None:
             return
         if self.kind == "OSError":

@@ -1,7 +1,7 @@
-"""The other ranks as the leader has them when they are processes: one channel to each.
+"""The followers as the leader sees them when they are processes: one channel to each.
 
-A rank that is lost is everybody's end: `lost` is told why, from whatever thread notices, and ends
-this process; the launcher starts all of them again.
+A rank that is lost ends all ranks: `lost` is called with the reason, from whichever thread notices,
+and ends this process; the launcher then starts all of them again.
 """
 
 import itertools
@@ -37,11 +37,15 @@ from longctx.ring.step import RankStep
 from offload.block_run import BlockRun
 from offload.disk.extent_header import ExtentMeta
 
-LEAVING_SECONDS = 5.0  # for the other ranks to end when they are told to
+END_SECONDS = 5.0  # for the followers to end when they are told to
 
 
 class RemoteRanks:
-    """`Ranks` over channels; `channels[r]` leads to rank r, from 1 on."""
+    """`Ranks` that are processes.
+
+    The engine's thread calls `open`, then `start` and `finish` in turn, and `close` at the end;
+    `stats` is for the same thread. Pages are written and read from any thread.
+    """
 
     def __init__(
         self,
@@ -49,23 +53,24 @@ class RemoteRanks:
         channels: Mapping[int, Channel],
         lost: Callable[[str], None],
     ) -> None:
+        """`channels[r]` leads to rank r, from 1 on; messages are received from it from now on."""
         self.transport = transport
         self.size = transport.size
         self._followers = [_RemoteRank(rank, channels[rank], lost) for rank in range(1, self.size)]
         names = {f"rank {follower.rank}": follower.channel for follower in self._followers}
-        self._watch = HeartbeatMonitor(names, lost)
+        self._monitor = HeartbeatMonitor(names, lost)
         send_heartbeats(list(channels.values()), encode(Heartbeat()))
 
     def open(self, memory: RingMemorySpec, model: LoadedModel) -> None:
-        """Raises what kept a rank from loading its model."""
+        """As `Ranks.open`; raises ModelRefused with what kept a rank from serving its model."""
         opening = encode(OpenRank(memory, model.spec.fingerprint))
-        self._all_ready()  # with their models
+        self._wait_ready()  # their models are loaded
         for follower in self._followers:
             follower.send(opening)
-        self._all_ready()  # to make their pools
-        self._watch.silence_seconds = SILENCE_SECONDS
+        self._wait_ready()  # they have the same weights, and make their pools
+        self._monitor.silence_seconds = SILENCE_SECONDS
 
-    def _all_ready(self) -> None:
+    def _wait_ready(self) -> None:
         for follower in self._followers:
             ready = follower.ready.get()
             if ready.fault is not None:
@@ -86,44 +91,49 @@ class RemoteRanks:
         return self._followers[rank - 1]
 
     def stats(self) -> dict[str, float]:
-        """As `Engine.stats`."""
+        """Return counters by name, as `Engine.stats` does; bytes as of each rank's last step."""
         sent_bytes = self.transport.bytes_sent + sum(each.sent_bytes for each in self._followers)
         return {"ring_sent_bytes_total": sent_bytes}
 
     def close(self) -> None:
-        """Let the other ranks end, and leave the process group."""
+        """Tell the followers to end, wait for that, and leave the process group."""
         for follower in self._followers:
-            follower.leave()
+            follower.end()
         for follower in self._followers:
-            follower.gone.wait(LEAVING_SECONDS)
+            follower.ended.wait(END_SECONDS)
         self.transport.close()
 
 
 class _RemoteRank:
-    """Another rank, and its pages (`RankPages`)."""
+    """A follower and its pages (`RankPages`).
+
+    A thread of its own receives: it puts `Ready` and `StepDone` into queues for the engine's
+    thread, and hands each reply about pages to the thread that asked.
+    """
 
     def __init__(self, rank: int, channel: Channel, lost: Callable[[str], None]) -> None:
         self.rank = rank
         self.channel = channel
         self.ready: queue.SimpleQueue[Ready] = queue.SimpleQueue()
         self.done: queue.SimpleQueue[StepDone] = queue.SimpleQueue()
-        self.gone = threading.Event()
+        self.ended = threading.Event()
         self.sent_bytes = 0
         self._lost = lost
-        self._leaving = False
+        self._is_ending = False
         self._tickets = itertools.count()
-        self._asked: dict[int, Future[PagesReply]] = {}
+        self._replies: dict[int, Future[PagesReply]] = {}
         threading.Thread(target=self._receive, name=f"longctx-rank-{rank}", daemon=True).start()
 
     def send(self, body: bytes) -> None:
-        """Raises PeerLost."""
+        """Send a message. Raises PeerLost."""
         try:
             self.channel.send(body)
         except ConnectionLost as error:
             raise PeerLost(f"rank {self.rank} has ended: {error}") from error
 
-    def leave(self) -> None:
-        self._leaving = True
+    def end(self) -> None:
+        """Tell the rank to end; its end is not a loss then."""
+        self._is_ending = True
         self.send(encode(EndRank()))
 
     def write(self, path: Path, meta: ExtentMeta, pages: Sequence[int]) -> None:
@@ -132,24 +142,29 @@ class _RemoteRank:
     def read(
         self, path: Path, run: BlockRun, blocks: Sequence[int], pages: Sequence[int]
     ) -> list[bool]:
-        answer = self._ask(
+        reply = self._ask(
             lambda ticket: ReadPages(ticket, str(path), run, list(blocks), list(pages))
         )
-        assert answer.found is not None
-        return answer.found
+        assert reply.found is not None
+        return reply.found
 
     def copy(self, group: int, pages: Sequence[int]) -> list[bytes]:
-        answer = self._ask(lambda ticket: CopyPages(ticket, group, list(pages)))
-        assert answer.copies is not None
-        return answer.copies
+        reply = self._ask(lambda ticket: CopyPages(ticket, group, list(pages)))
+        assert reply.copies is not None
+        return reply.copies
 
-    def _ask(self, order: Callable[[int], PagesRequest]) -> PagesReply:
+    def _ask(self, request: Callable[[int], PagesRequest]) -> PagesReply:
+        """Send the request for a new ticket and wait for its reply.
+
+        Raises what failed on the rank, and PeerLost. Where the rank ends meanwhile this process
+        does so, too, so nobody waits for ever.
+        """
         ticket = next(self._tickets)
-        asked = self._asked[ticket] = Future[PagesReply]()
-        self.send(encode(order(ticket)))
-        answer = asked.result()
-        answer.raise_failure()
-        return answer
+        future = self._replies[ticket] = Future[PagesReply]()
+        self.send(encode(request(ticket)))
+        reply = future.result()
+        reply.raise_failure()
+        return reply
 
     def _receive(self) -> None:
         while (body := self.channel.receive()) is not None:
@@ -158,8 +173,8 @@ class _RemoteRank:
                     self.ready.put(ready)
                 case StepDone() as done:
                     self.done.put(done)
-                case PagesReply() as answer:
-                    self._asked.pop(answer.ticket).set_result(answer)
-        self.gone.set()
-        if not self._leaving:
+                case PagesReply() as reply:
+                    self._replies.pop(reply.ticket).set_result(reply)
+        self.ended.set()
+        if not self._is_ending:
             self._lost(f"rank {self.rank} has ended")

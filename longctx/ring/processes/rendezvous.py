@@ -1,8 +1,14 @@
-"""How processes become ranks: all call the head, rank 0 stays with it and gathers the others.
+"""How processes become ranks: all connect to the head, and rank 0 gathers the others.
 
-The head is whoever serves requests. A launcher, PyTorch's, starts the processes and tells each its
-number; the head tells the others where rank 0 is; rank 0 tells them where the process group meets.
-A launcher that starts them again needs to agree with nobody about which attempt this is.
+The head is the process that serves requests. A launcher (torchrun, here or on other machines)
+starts the ranks and tells each its coordinates. Then
+
+    rank 0     connects to the head, says at which address it listens, and stays connected
+    follower   asks the head where rank 0 is, disconnects, and connects to rank 0
+    rank 0     waits for all followers, then tells them where the process group has its store
+
+A launcher that starts the ranks again need not agree with anyone about which attempt this is: the
+head sends followers to whichever rank 0 connected last.
 """
 
 import array
@@ -33,9 +39,9 @@ from longctx.ring.processes.listener import Listener
 from longctx.ring.processes.messages import FollowerJoined, JoinGroup, decode_to_leader
 
 GATHERING_SECONDS = 120.0  # until every rank is there: Python and torch load slowly from cold disks
-CALL_SECONDS = 5.0  # for one connection
+CONNECT_SECONDS = 5.0
 RETRY_SECONDS = 0.2
-NOT_THERE = (OSError, AuthenticationFailed, ConnectionLost, PeerLost)
+NOT_REACHED = (OSError, AuthenticationFailed, ConnectionLost, PeerLost)
 SIOCGIFADDR = 0x8915  # Linux: an interface's address
 
 
@@ -50,7 +56,7 @@ class RankCoordinates:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Self:
-        """As torchrun tells it. Raises LongctxError."""
+        """Read them from the variables that torchrun sets. Raises LongctxError."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         try:
             rank, ranks, local_rank, local_ranks = (int(environment[name]) for name in names)
@@ -61,47 +67,58 @@ class RankCoordinates:
         return cls(rank=rank, ranks=ranks, local_rank=local_rank, local_ranks=local_ranks)
 
     def rank_config(self, config: EngineConfig) -> EngineConfig:
-        """The configuration with this rank's share of the machine; its threads are set by it."""
+        """Return the configuration with this rank's share of its machine: a device and threads.
+
+        Rank 1 of 2 on a machine with 8 cores gets `cuda:1` if there are GPUs, and 4 threads.
+        """
         device = config.model.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda":
             device = f"cuda:{self.local_rank}"
         threads = config.model.threads or max(1, usable_cores() // self.local_ranks)
-        torch.set_num_threads(threads)
         return replace(config, model=replace(config.model, device=device, threads=threads))
 
 
 def usable_cores() -> int:
-    """That this process may use."""
+    """Return how many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 class LeaderRendezvous:
-    """Rank 0: connected to the head, with a channel to each other rank."""
+    """Rank 0's connections: `channel` to the head, and `followers[r]` to each other rank.
+
+    Constructing it gathers the followers, which may take minutes; from then on heartbeats are sent
+    to the head. The main thread then calls `join_group`, once; `kill_local_followers` may be called
+    from any thread.
+    """
 
     def __init__(self, head: str, secret: bytes, coordinates: RankCoordinates) -> None:
-        """Raises AuthenticationFailed, ConnectionLost (the head), PeerLost (a rank)."""
-        connection = _call_head(head, secret)
+        """Connect to the head and wait for all followers, each for `GATHERING_SECONDS` at most.
+
+        Raises AuthenticationFailed or ConnectionLost where the head is not reached, PeerLost where
+        a follower does not come.
+        """
+        connection = _connect_when_ready(head, secret)
         self.channel = Channel(connection)
         self._coordinates = coordinates
         self._pids: list[int] = []
         self.followers: dict[int, Channel] = {}
         self._arrival = threading.Condition()
-        self._gathering = True
+        self._is_gathering = True
         if head.startswith("unix:"):
             self._host, address = "", f"{head}-{os.getpid()}"
         else:
             self._host = connection.getsockname()[0]
             _use_interface(self._host)
             address = f"{self._host}:0"
-        with contextlib.closing(Listener(address, secret, self._welcome)) as listener:
+        with contextlib.closing(Listener(address, secret, self._add_follower)) as listener:
             self._address = listener.address
             joined = RankJoined(0, coordinates.ranks, os.getpid(), self._address)
             self.channel.send(encode(joined))
-            # Others may be late; the head waits for less.
+            # Followers may come later than the head waits without a sign of life.
             send_heartbeats([self.channel], encode(Heartbeat()))
             self._gather()
 
@@ -109,16 +126,16 @@ class LeaderRendezvous:
         others = self._coordinates.ranks - 1
         with self._arrival:
             self._arrival.wait_for(lambda: len(self.followers) == others, GATHERING_SECONDS)
-            self._gathering = False
+            self._is_gathering = False
         if len(self.followers) < others:
             missing = sorted(set(range(1, self._coordinates.ranks)) - self.followers.keys())
             raise PeerLost(f"ranks {missing} did not come")
 
-    def _welcome(self, connection: socket.socket, word: bytes) -> None:
-        joined = decode_to_leader(word)
+    def _add_follower(self, connection: socket.socket, message: bytes) -> None:
+        joined = decode_to_leader(message)
         assert isinstance(joined, FollowerJoined), joined
         with self._arrival:
-            if not self._gathering:
+            if not self._is_gathering:
                 connection.close()
                 return
             self.followers[joined.rank] = Channel(connection)
@@ -128,7 +145,10 @@ class LeaderRendezvous:
     def join_group(
         self, config: EngineConfig, model_folder: str, cache_dir: str
     ) -> ProcessGroupTransport:
-        """The process group, of which everybody is told. `config` is not yet this rank's own."""
+        """Tell the followers where the process group has its store, and join it with them.
+
+        `config`: the head's, of which each rank takes its share. Raises PeerLost.
+        """
         store, name = self._open_store()
         group = messages.encode(JoinGroup(name, config, model_folder, cache_dir))
         for channel in self.followers.values():
@@ -140,7 +160,10 @@ class LeaderRendezvous:
         return ProcessGroupTransport(store, 0, self._coordinates.ranks, device)
 
     def kill_local_followers(self) -> None:
-        """End ranks of this machine that may hang: the launcher would wait long for that."""
+        """Kill followers on this machine, which may hang: the launcher would wait 30 s for them.
+
+        Does nothing where the ranks may be on several machines.
+        """
         for pid in () if self._host else self._pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -149,7 +172,8 @@ class LeaderRendezvous:
         if not self._host:
             path = self._address.removeprefix("unix:") + "-store"
             return FileStore(path, self._coordinates.ranks), f"file:{path}"
-        listener = listen(f"{self._host}:0")  # by itself the store would be open at every address
+        # The store is given a socket: by itself it would listen at every address of the machine.
+        listener = listen(f"{self._host}:0")
         port = listener.getsockname()[1]
         store = TCPStore(
             self._host,
@@ -162,25 +186,29 @@ class LeaderRendezvous:
 
 
 class FollowerRendezvous:
-    """Another rank: with a channel to rank 0."""
+    """A follower's connection: `channel` to rank 0. For the follower's main thread."""
 
     def __init__(self, head: str, secret: bytes, coordinates: RankCoordinates) -> None:
-        """Raises LongctxError, PeerLost, where head or leader are not there in time."""
+        """Ask the head where rank 0 is and connect there, again and again until that works.
+
+        Raises PeerLost after `GATHERING_SECONDS`, EngineDied where the head expects another number
+        of ranks.
+        """
         self._coordinates = coordinates
         deadline = time.monotonic() + GATHERING_SECONDS
         while True:
             try:
-                self.channel = self._reach(head, secret)
+                self.channel = self._connect_to_leader(head, secret)
                 return
-            except NOT_THERE as error:  # the leader of before, who is gone, perhaps
+            except NOT_REACHED as error:  # maybe this was a leader that has ended
                 if time.monotonic() > deadline:
                     raise PeerLost(
                         f"rank {coordinates.rank} did not find the leader: {error}"
                     ) from error
                 time.sleep(RETRY_SECONDS)
 
-    def _reach(self, head: str, secret: bytes) -> Channel:
-        coordinates, asking = self._coordinates, Channel(_call(head, secret))
+    def _connect_to_leader(self, head: str, secret: bytes) -> Channel:
+        coordinates, asking = self._coordinates, Channel(_connect(head, secret))
         try:
             asking.send(encode(RankJoined(coordinates.rank, coordinates.ranks, os.getpid())))
             body = asking.receive()
@@ -192,7 +220,7 @@ class FollowerRendezvous:
         assert isinstance(leader, LeaderAddress), leader
         if leader.fault is not None:
             raise leader.fault.error()
-        connection = _call(leader.address, secret)
+        connection = _connect(leader.address, secret)
         if connection.family == socket.AF_INET:
             _use_interface(connection.getsockname()[0])
         channel = Channel(connection)
@@ -200,11 +228,14 @@ class FollowerRendezvous:
         return channel
 
     def rank_config(self, config: EngineConfig) -> EngineConfig:
-        """As `RankCoordinates.rank_config`."""
+        """Return this rank's own configuration, as `RankCoordinates.rank_config` does."""
         return self._coordinates.rank_config(config)
 
     def join_group(self, group: JoinGroup, config: EngineConfig) -> ProcessGroupTransport:
-        """`config`: this rank's own. Raises PeerLost where another rank does not come."""
+        """Join the process group whose store `group` names; `config` is this rank's own.
+
+        Raises PeerLost where another rank does not join.
+        """
         device = torch.device(config.model.device)
         if group.store.startswith("file:"):
             store: Store = FileStore(group.store.removeprefix("file:"), self._coordinates.ranks)
@@ -214,8 +245,8 @@ class FollowerRendezvous:
         return ProcessGroupTransport(store, self._coordinates.rank, self._coordinates.ranks, device)
 
 
-def _call(address: str, secret: bytes) -> socket.socket:
-    connection = connect(address, CALL_SECONDS)
+def _connect(address: str, secret: bytes) -> socket.socket:
+    connection = connect(address, CONNECT_SECONDS)
     try:
         authenticate(connection, secret)
     except AuthenticationFailed:
@@ -224,12 +255,12 @@ def _call(address: str, secret: bytes) -> socket.socket:
     return connection
 
 
-def _call_head(address: str, secret: bytes) -> socket.socket:
-    """As soon as it is there: a head may be started after its ranks, or again."""
+def _connect_when_ready(address: str, secret: bytes) -> socket.socket:
+    """Connect as soon as the head listens: it may be started after its ranks, or again."""
     deadline = time.monotonic() + GATHERING_SECONDS
     while True:
         try:
-            return _call(address, secret)
+            return _connect(address, secret)
         except OSError as error:
             if time.monotonic() > deadline:
                 raise ConnectionLost(f"nobody answers at {address}: {error}") from error
@@ -237,9 +268,9 @@ def _call_head(address: str, secret: bytes) -> socket.socket:
 
 
 def _use_interface(address: str) -> None:
-    """Let gloo use the interface of this address, unless it was told one.
+    """Let gloo use the interface that has this address, unless the user has named one.
 
-    By itself it takes the one that the host's name resolves to, often the loopback.
+    By itself gloo takes the interface that the host's name resolves to, often the loopback.
     """
     for _, name in socket.if_nameindex():
         request = struct.pack("16s16x", name.encode()[:15])

@@ -1,4 +1,4 @@
-"""What the ranks of one group know and nobody else does: a line of text in a private file."""
+"""The secret that ranks and head share: a line of text in a private file."""
 
 import contextlib
 import os
@@ -12,27 +12,27 @@ SECRET_BYTES = 32
 
 
 def make_secret(file: Path) -> bytes:
-    """The secret in the file, which is made if it is not there. Raises LongctxError."""
+    """Return the secret in the file, which is created if there is none. Raises LongctxError."""
     if not file.exists():
         try:
-            _make(file)
+            _create(file)
         except OSError as error:
             raise LongctxError(f"cannot keep a secret in {file}: {error.strerror}") from error
     return read_secret(file)
 
 
-def _make(file: Path) -> None:
-    """Whole or not at all, whenever this process ends; who is second keeps the first one's."""
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=f"{file.name}.") as draft:
-        draft.write(secrets.token_hex(SECRET_BYTES) + "\n")
-        draft.flush()
-        os.fsync(draft.fileno())
+def _create(file: Path) -> None:
+    """Create the file atomically; on a race the first writer wins."""
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=f"{file.name}.") as temporary:
+        temporary.write(secrets.token_hex(SECRET_BYTES) + "\n")
+        temporary.flush()
+        os.fsync(temporary.fileno())
         with contextlib.suppress(FileExistsError):
-            os.link(draft.name, file)
+            os.link(temporary.name, file)
 
 
 def read_secret(file: Path) -> bytes:
-    """Raises LongctxError."""
+    """Return the secret in the file. Raises LongctxError where it is missing or too short."""
     try:
         secret = file.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
