@@ -1,23 +1,24 @@
-"""`/v1/cache`: what each tier holds, how often it helped, and letting go of it on purpose.
+"""`/v1/cache`: what each tier holds, how often it helped, and how to clear the tiers in memory.
 
-Figures of tiers are of all tenants together; documents are those of who asks. A hit or a miss is
-one block of 64 tokens. Flushing loses nothing that is durable: a document whose blocks left memory
-is read back from disk when it is asked about.
+The numbers of tiers are of all tenants together; documents are those of the tenant who asks. A hit
+or a miss is one block of 64 tokens. Clearing evicts only what nobody uses, and loses nothing that
+is durable: a document whose blocks left memory is read back from disk when it is asked about.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from api.engine_metrics import Sample, samples, values
 from api.files.document import Document
 from api.files.document_library import DocumentLibrary
 from api.http.auth import tenant_of
 from api.http.bodies import ClearRequest, read_json
 from api.http.errors import ApiError
 from api.http.openapi import JSON, Body
-from api.metrics import EVICTIONS, OF_TIER, TIER
 from longctx.process.client import EngineClient
 from offload.tier_names import MEMORY_TIERS, TIERS, TierName
 
@@ -31,13 +32,14 @@ class CacheRoutes:
 
     async def retrieve(self, request: Request) -> Response:
         """Returns what each tier holds, and the caller's documents with where they are."""
-        figures = await self.engine.stats()
+        stats = await self.engine.stats()
+        found = list(samples(stats))
         tenant = tenant_of(request)
         return JSONResponse(
             {
                 "object": "cache",
-                "tiers": {tier: self._tier(tier, figures) for tier in TIERS},
-                "write_queue_bytes": int(figures.get("store_queue_bytes", 0)),
+                "tiers": {tier: self._tier(tier, found) for tier in TIERS},
+                "write_queue_bytes": int(stats.get("store_queue_bytes", 0)),
                 "documents": [
                     self._document(document)
                     for document in self.library.documents()
@@ -70,52 +72,47 @@ class CacheRoutes:
             }
         )
 
-    def _tier(self, tier: TierName, figures: dict[str, float]) -> dict[str, Any] | None:
-        """None for a tier that this server does not have."""
-        own = {
-            found[2]: value
-            for name, value in figures.items()
-            if (found := TIER.fullmatch(name)) and found[1] == tier
-        }
+    def _tier(self, tier: TierName, found: Sequence[Sample]) -> dict[str, Any] | None:
+        """Describes one tier; None for one that this server does not have."""
+        own = [sample for sample in found if sample.labels.get("tier") == tier]
         if not own:
             return None
-        hits, misses = own["hits_total"], own["misses_total"]
-        capacity = own["capacity_bytes"]
+        stats = {sample.metric.name: sample.value for sample in own}
+        hits, misses = stats["kv_hits_total"], stats["kv_misses_total"]
+        capacity = stats["kv_capacity_bytes"]
         described: dict[str, Any] = {
-            "bytes": int(own["bytes"]),
+            "bytes": int(stats["kv_bytes"]),
             "capacity_bytes": int(capacity) if math.isfinite(capacity) else None,
             "capacity_tokens": self.engine.info.tier_capacity_tokens[tier],
-            "blocks": int(own["blocks"]),
+            "blocks": int(stats["kv_blocks"]),
             "hits": int(hits),
             "misses": int(misses),
             "hit_rate": round(hits / (hits + misses), 4) if hits + misses else None,
             "evictions": {
-                found[1]: int(value)
-                for name, value in own.items()
-                if (found := EVICTIONS.fullmatch(name))
+                reason: int(count)
+                for reason, count in values(own, "kv_evictions_total", "reason").items()
             },
         }
         if tier == "device":
-            described["blocks_in_use"] = int(own["blocks_held"])
+            described["blocks_in_use"] = int(stats["kv_blocks_in_use"])
         if tier == "disk":
             described |= {
-                "extents": int(own["extents"]),
-                "checksum_failures": int(own["corrupt_files_total"]),
-                "quarantine_files": int(own["quarantine_files"]),
-                "quarantine_bytes": int(own["quarantine_bytes"]),
-                "writes_off": bool(own["writes_off"]),
+                "extents": int(stats["kv_extents"]),
+                "checksum_failures": int(stats["kv_checksum_failures_total"]),
+                "quarantine_files": int(stats["kv_quarantine_files"]),
+                "quarantine_bytes": int(stats["kv_quarantine_bytes"]),
+                "writes_off": bool(stats["kv_writes_off"]),
                 "incidents": {
-                    name.removesuffix("_total"): int(value)
-                    for name, value in own.items()
-                    if name.endswith("_total") and name not in OF_TIER and value
-                    if not EVICTIONS.fullmatch(name)
+                    kind: int(count)
+                    for kind, count in values(own, "kv_incidents_total", "kind").items()
+                    if count
                 },
             }
         return described
 
     def _document(self, document: Document) -> dict[str, Any]:
         return {
-            "id": document.record.id,
+            "id": document.id,
             "filename": document.record.filename,
             "state": self.library.state(document),
             "tokens": document.record.tokens,

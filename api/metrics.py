@@ -1,15 +1,13 @@
 """`GET /metrics`: what the server and its engine count, for Prometheus.
 
-The engine tells its figures by flat names, between two steps; here they get metric names, units,
-help and labels. A scrape while the engine restarts has the rest. Figures are of all tenants
-together, so like every route but `/health` this one wants an API key where there are keys:
-Prometheus sends it with `authorization: {credentials: KEY}`.
+`engine_metrics.py` names what the engine tells. A scrape while the engine restarts has the rest.
+All numbers are of all tenants together, so like every route but `/health` this one wants an API key
+where there are keys: Prometheus sends it with `authorization: {credentials: KEY}`.
 """
 
 import asyncio
-import re
+import collections
 import time
-from collections import Counter as Count
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.engine_metrics import MetricKind, samples
 from api.files.document import DocumentState
 from api.files.document_library import DocumentLibrary
 from longctx.errors import LongctxError
@@ -29,96 +28,15 @@ from longctx.process.client import EngineClient, State
 from longctx.version import __version__
 
 STATS_SECONDS = 5.0  # a step that takes longer is not waited for: Prometheus would give up
+FAMILIES: dict[MetricKind, type[CounterMetricFamily] | type[GaugeMetricFamily]] = {
+    "counter": CounterMetricFamily,
+    "gauge": GaugeMetricFamily,
+}
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
-
-# Figure of the engine -> metric, without `longctx_`, and help.
-PLAIN = {
-    "requests_running": ("requests_running", "Answers and prompts in the current batch"),
-    "requests_waiting": ("requests_waiting", "Prompts that wait for room or for others"),
-    "steps_total": ("steps_total", "Batches computed"),
-    "computed_tokens_total": ("computed_tokens_total", "Tokens that the model really computed"),
-    "prompt_tokens_total": ("prompt_tokens_total", "Tokens in the prompts of ended requests"),
-    "cached_tokens_total": ("cached_tokens_total", "Of these, tokens found in a cache"),
-    "generated_tokens_total": ("generated_tokens_total", "Tokens in the answers of ended requests"),
-    "preemptions_total": ("preemptions_total", "Sequences that gave way for want of memory"),
-    "documents_open": ("documents_open", "Documents that the engine knows"),
-    "modules_open": ("modules_open", "Modules of schemas and kept prompts that the engine knows"),
-    "prefixes_held": ("prefixes_held", "Documents, each after its prompt, whole on the device"),
-    "raw_blocks_held": ("raw_blocks_in_use", "Blocks that are being filled"),
-    "ranks": ("ranks", "Processes that share each prompt"),
-    "engine_restarts_total": ("engine_restarts_total", "Times that the engine was lost"),
-    "ring_sent_bytes_total": ("ring_sent_bytes_total", "Bytes that ranks sent to each other"),
-    "ring_wait_seconds_total": ("ring_wait_seconds_total", "Time rank 0 waited for other ranks"),
-    "ring_link_latency_seconds": ("ring_link_latency_seconds", "Between ranks, as measured"),
-    "ring_link_bytes_per_second": ("ring_link_bytes_per_second", "Between ranks, as measured"),
-    "store_queue_bytes": ("kv_write_queue_bytes", "On their way to host memory and disk"),
-    "store_loads": ("kv_loads_running", "Prompts that are read from host memory or disk"),
-    "store_loads_late_total": ("kv_loads_late_total", "Reads that were given up for their time"),
-    "store_failures_total": ("kv_transfer_failures_total", "Transfers that failed by a bug"),
-    "store_read_bytes_per_second": ("kv_disk_read_bytes_per_second", "As measured lately"),
-}
-# The same for what each tier tells; the label is the tier.
-OF_TIER = {
-    "bytes": ("kv_bytes", "Bytes of KV blocks held"),
-    "capacity_bytes": ("kv_capacity_bytes", "Bytes of KV blocks that may be held"),
-    "blocks": ("kv_blocks", "KV blocks held, counted once for each layer group"),
-    "blocks_held": ("kv_blocks_in_use", "Blocks that may not be evicted now"),
-    "extents": ("kv_extents", "Files of KV blocks"),
-    "hits_total": ("kv_hits_total", "Blocks that were looked for and found"),
-    "misses_total": ("kv_misses_total", "Blocks that were looked for and not found"),
-    "writes_total": ("kv_writes_total", "Files written"),
-    "read_seconds_total": ("kv_read_seconds_total", "Time spent reading blocks"),
-    "read_bytes_total": ("kv_read_bytes_total", "Bytes of blocks read"),
-    "write_seconds_total": ("kv_write_seconds_total", "Time spent writing blocks"),
-    "write_bytes_total": ("kv_write_bytes_total", "Bytes of blocks written"),
-    "corrupt_files_total": ("kv_checksum_failures_total", "Damaged files, put in quarantine"),
-    "quarantine_bytes": ("kv_quarantine_bytes", "Bytes of damaged files, kept to look at"),
-    "quarantine_files": ("kv_quarantine_files", "Damaged files, kept to look at"),
-    "writes_off": ("kv_writes_off", "1 while nothing is written after a failure"),
-}
-# Figure, metric, help, and the label that its name carries.
-PATTERNS = (
-    (r"requests_(stop|length|abort|error)_total", "requests_total", "Requests ended", "reason"),
-    (r"group(\d+)_blocks_held", "kv_group_blocks_in_use", "Blocks of a layer group", "group"),
-    (r"group(\d+)_capacity_blocks", "kv_group_capacity_blocks", "Blocks that fit", "group"),
-)
-TIER = re.compile(r"(device|host|disk)_(.+)")
-EVICTIONS = re.compile(r"evictions_(.+)_total")
-INCIDENT = re.compile(r"(.+)_total")
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    metric: str  # without `longctx_`; counters end in `_total`
-    help: str
-    labels: Mapping[str, str]
-
-
-def sample_of(figure: str) -> Sample:
-    """The metric and labels of a figure that the engine tells by this name."""
-    if figure in PLAIN:
-        return Sample(*PLAIN[figure], {})
-    for pattern, metric, text, label in PATTERNS:
-        if found := re.fullmatch(pattern, figure):
-            return Sample(metric, text, {label: found[1]})
-    if not (found := TIER.fullmatch(figure)):
-        return Sample(figure, "A figure of the engine", {})
-    tier, rest = found.groups()
-    if rest in OF_TIER:
-        return Sample(*OF_TIER[rest], {"tier": tier})
-    if found := EVICTIONS.fullmatch(rest):
-        return Sample(
-            "kv_evictions_total", "Blocks or files that left", {"tier": tier, "reason": found[1]}
-        )
-    if found := INCIDENT.fullmatch(rest):
-        return Sample(
-            "kv_incidents_total", "What went wrong below", {"tier": tier, "kind": found[1]}
-        )
-    return Sample(f"kv_{rest}", "A figure of this tier", {"tier": tier})
 
 
 class HTTPMetrics:
-    """What is counted as requests are answered."""
+    """The counters that requests move as they are answered. They outlive each scrape."""
 
     def __init__(self) -> None:
         self.requests = Counter(
@@ -171,7 +89,7 @@ class MetricsMiddleware:
 
 
 class MetricsRoute:
-    """The route."""
+    """The endpoint of a scrape. It asks the engine between two of its steps."""
 
     def __init__(self, engine: EngineClient, library: DocumentLibrary, http: HTTPMetrics) -> None:
         self.engine = engine
@@ -188,10 +106,12 @@ class MetricsRoute:
         return Response(encode(registry), headers={"content-type": content_type})
 
     async def _snapshot(self) -> "Snapshot":
-        figures: dict[str, float] = {}
+        stats: dict[str, float] = {}
         with suppress(LongctxError, TimeoutError):  # it restarts, or a step takes very long
-            figures = await asyncio.wait_for(self.engine.stats(), STATS_SECONDS)
-        documents = Count(self.library.state(document) for document in self.library.documents())
+            stats = await asyncio.wait_for(self.engine.stats(), STATS_SECONDS)
+        documents = collections.Counter(
+            self.library.state(document) for document in self.library.documents()
+        )
         info = self.engine.info
         labels = {
             "version": __version__,
@@ -201,16 +121,16 @@ class MetricsRoute:
             "dtype": info.dtype,
             "attention_backend": info.backend,
         }
-        figures["ranks"] = self.engine.config.ring.ranks
-        figures["engine_restarts_total"] = self.engine.restarts
-        return Snapshot(figures, self.engine.state, documents, labels)
+        stats["ranks"] = self.engine.config.ring.ranks
+        stats["engine_restarts_total"] = self.engine.restarts
+        return Snapshot(stats, self.engine.state, documents, labels)
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # a registry wants it hashable
 class Snapshot:
-    """Everything at one moment, as a collector."""
+    """All metrics but those of HTTP at one moment, as a collector that a registry takes."""
 
-    figures: Mapping[str, float]
+    stats: Mapping[str, float]
     engine_state: State
     documents: Mapping[DocumentState, int]
     info: Mapping[str, str]
@@ -230,14 +150,11 @@ class Snapshot:
             [({"state": state}, float(self.documents.get(state, 0))) for state in kinds],
         )
         families: dict[str, Metric] = {}
-        for figure, value in self.figures.items():
-            sample = sample_of(figure)
-            name = f"longctx_{sample.metric}"
-            family = families.get(name)
-            if family is None:
-                kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-                family = families[name] = kind(name, sample.help)
-            family.add_sample(name, dict(sample.labels), value)
+        for sample in samples(self.stats):
+            name = f"longctx_{sample.metric.name}"
+            if name not in families:
+                families[name] = FAMILIES[sample.metric.kind](name, sample.metric.help)
+            families[name].add_sample(name, dict(sample.labels), sample.value)
         yield from families.values()
 
 

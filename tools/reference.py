@@ -19,8 +19,9 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import models_json_schema
 
 from api.config import ServerConfig
+from api.engine_metrics import ENGINE_METRICS
 from api.http.openapi import Route
-from api.metrics import OF_TIER, PLAIN, HTTPMetrics, Snapshot
+from api.metrics import HTTPMetrics, Snapshot
 from api.routes import routes
 from longctx.bench import BENCHES
 from longctx.config import EngineConfig
@@ -266,9 +267,8 @@ def _link(model: str) -> str:
 
 # Metrics
 
-# What the engine may tell beside the figures of the tables: one of each kind.
-FIGURES = ("requests_stop_total", "group0_blocks_held", "group0_capacity_blocks")
-FIGURES_OF_A_TIER = ("evictions_cap_total", "io_errors_total")
+# A value for each label that the name of an engine's statistic may carry.
+LABELS = {"tier": "device", "reason": "cap", "kind": "io_errors", "group": "0"}
 
 
 def metrics_page() -> str:
@@ -276,12 +276,11 @@ def metrics_page() -> str:
     http = HTTPMetrics()
     http.requests.labels("", "", "").inc()  # a metric has its labels once it was counted
     http.seconds.labels("", "").observe(0)
-    of_tiers = (f"device_{figure}" for figure in (*OF_TIER, *FIGURES_OF_A_TIER))
-    figures = dict.fromkeys((*PLAIN, *FIGURES, *of_tiers), 0.0)
+    stats = dict.fromkeys((metric.stat.format(**LABELS) for metric in ENGINE_METRICS), 0.0)
     info = dict.fromkeys(
         ("version", "model", "kv_codec", "device", "dtype", "attention_backend"), ""
     )
-    served = Snapshot(figures=figures, engine_state="ready", documents={}, info=info)
+    served = Snapshot(stats=stats, engine_state="ready", documents={}, info=info)
     families = [
         family
         for collector in (http.requests, http.seconds, http.first_token_seconds, served)

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from api.metrics import sample_of
+from api.engine_metrics import ENGINE_METRICS, is_listed, samples
 from tests.api.live_server import MODEL, LiveServer
 from tests.api.test_restart import engine_process
 from tests.support.waiting import patient, wait_for
@@ -97,8 +97,8 @@ def test_every_tier_has_its_label(model_folder: Path, tmp_path: Path) -> None:
         reasons = {s.labels["reason"] for s in told["longctx_kv_evictions"].samples}
         assert reasons == {"cap", "space", "ttl"}
         assert told["longctx_kv_checksum_failures"].samples[0].labels == {"tier": "disk"}
-        for figure in server.engine_stats():
-            assert sample_of(figure).help not in ("A figure of the engine", "A figure of this tier")
+        for sample in samples(server.engine_stats()):
+            assert is_listed(sample.metric), sample.metric.name
 
 
 def test_openmetrics_is_spoken_to_who_asks_for_it(server: LiveServer) -> None:
@@ -139,6 +139,28 @@ def test_a_scrape_while_the_engine_restarts_tells_the_rest(
         assert "longctx_steps" in families(server)
 
 
-@pytest.mark.parametrize("figure", ["requests_running", "disk_evictions_ttl_total", "new_thing"])
-def test_no_figure_is_left_out(figure: str) -> None:
-    assert sample_of(figure).metric
+@pytest.mark.parametrize(
+    ("stat", "name", "labels"),
+    [
+        ("requests_running", "requests_running", {}),
+        ("requests_stop_total", "requests_total", {"reason": "stop"}),
+        ("group12_blocks_held", "kv_group_blocks_in_use", {"group": "12"}),
+        ("host_hits_total", "kv_hits_total", {"tier": "host"}),
+        ("disk_evictions_ttl_total", "kv_evictions_total", {"tier": "disk", "reason": "ttl"}),
+        ("disk_io_errors_total", "kv_incidents_total", {"tier": "disk", "kind": "io_errors"}),
+        ("new_thing", "new_thing", {}),
+    ],
+)
+def test_a_statistic_is_exported_by_the_first_row_that_it_matches(
+    stat: str, name: str, labels: dict[str, str]
+) -> None:
+    (sample,) = samples({stat: 3.0})
+    assert (sample.metric.name, sample.labels, sample.value) == (name, labels, 3.0)
+
+
+def test_each_metric_is_listed_once_with_help() -> None:
+    names = [metric.name for metric in ENGINE_METRICS]
+    assert len(set(names)) == len(names)
+    for metric in ENGINE_METRICS:
+        assert metric.help
+        assert metric.kind == ("counter" if metric.name.endswith("_total") else "gauge")
