@@ -1,4 +1,4 @@
-// What one call of attention is made of: plain data, shared by all instruction sets.
+// The parts of one attention call, as plain data that all instruction sets share.
 //
 // Every translation unit that is compiled for more than the base instruction set includes this file
 // and may not define anything here that the linker could merge with another unit's copy.
@@ -8,27 +8,29 @@
 
 namespace longctx {
 
-constexpr int BLOCK = 64;        // tokens of a page
-constexpr int TILE_ROWS = 256;   // query rows (tokens times heads of a group) that share a tile
-constexpr int DECODE_ROWS = 8;   // up to so many, keys are read in place, not widened into a tile
-constexpr int ENTRY_COLUMNS = 5; // PAGE, ROW_BEGIN, ROWS, FIRST_POSITION, ROTATION; see backend.py
+constexpr int BLOCK = 64;      // tokens of a page
+constexpr int TILE_ROWS = 256; // query rows (tokens times heads of a group) that share a tile
+constexpr int DECODE_ROWS = 8; // up to so many rows read keys in place, without widening them
+
+// The columns of a block table; longctx/kv/block_entry.py says what they hold.
+enum EntryColumn { PAGE, ROW_BEGIN, ROWS, FIRST_POSITION, ROTATION, ENTRY_COLUMNS };
 
 enum class Codec : int { raw, bf16, int8, int4 };
 enum class Dtype : int { float32, bfloat16, float16 };
 
-// Consecutive rows of one sequence and what they see: `ChunkRows` in backend.py.
+// Consecutive rows of one sequence, and the keys that they see: `ChunkRows` in backend.py.
 struct Chunk {
     int64_t row_begin, rows, first_position, own_row, past_entries;
     const int64_t* own_pages; // null: all rows see `past_entries` entries and nothing else
     const int64_t* entries;
-    int64_t first_entry; // the first one that any row still sees through its window
+    int64_t first_entry; // the first entry that any row still sees through its window
 };
 
 struct Layer {
     Codec codec;
     Dtype dtype; // of the raw pool
     int kv_heads, group, head_dim;
-    int64_t window; // 0: none
+    int64_t window; // 0 for none
     const uint8_t* packed;
     int64_t packed_page_bytes;
     const uint8_t* raw;
@@ -40,28 +42,32 @@ struct Call {
     const void* query;
     Dtype query_dtype;
     int64_t query_token_stride, query_head_stride; // in values; a head's values are consecutive
-    float scaling, softcap;                        // softcap 0: none
+    float scaling, softcap;                        // a softcap of 0 is none
     float* out;                                    // [tokens, heads, head_dim]
     float* lse;                                    // [tokens, heads]
 };
 
-// Rows of one chunk that lie in one own block, with the query heads of some key heads.
+// Rows of one chunk that lie in one own block, with the query heads of some of the key heads.
+//
+// Worked example: 100 new rows after 100 past tokens lie in own blocks 0 (rows 0 to 27) and 1 (rows
+// 28 to 91) and 2 (rows 92 to 99). With a group of 4 query heads a tile holds at most 64 rows, so
+// there are three tiles for each key head, which see 1, 2 and 3 entries.
 struct Tile {
     const Chunk* chunk;
-    int64_t row, entry_end; // first row, within the chunk; rows see entries up to here
+    int64_t row, entry_end; // the first row, within the chunk; its rows see entries before this
     int rows, kv_begin, kv_end;
     int splits, unfinished;
-    int64_t partials; // offset of its first float among the partial results, if it is split
+    int64_t partials; // where its partial results begin, in floats, if the tile is split
 };
 
-// A tile against a part of its keys: entries, and the own block if this is the last part.
+// A tile and a part of its keys: some entries, and the own block too if this is the last part.
 struct Item {
     Tile* tile;
     int split;
     int64_t entry_begin, entry_end;
 };
 
-// Where an item leaves its rows: row, then head; out normalized, lse natural.
+// Where an item leaves its results, in the order row, head: a normalized out, and a natural lse.
 struct Result {
     float* out;
     float* lse;
@@ -70,7 +76,7 @@ struct Result {
 
 struct Kernels {
     const char* name;
-    int64_t (*scratch_bytes)(const Layer&); // what `run` needs, aligned to 64
+    int64_t (*scratch_bytes)(const Layer&); // the bytes that `run` needs, aligned to 64
     void (*run)(const Call&, const Item&, const Result&, uint8_t* scratch);
 };
 

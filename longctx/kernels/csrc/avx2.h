@@ -10,7 +10,7 @@ namespace {
 struct Avx2 {
     using F = __m256;
     using I = __m256i;
-    static constexpr int W = 8;         // floats, and quads of bytes, of a vector
+    static constexpr int W = 8;          // floats, or quads of bytes, in a vector
     static constexpr int TILE_BLOCK = 6; // query rows whose scores stay in registers
 
     // Keeps a sum in its register: left alone, gcc moves some of them through the stack.
@@ -21,7 +21,7 @@ struct Avx2 {
     static F load(const float* p) { return _mm256_loadu_ps(p); }
     static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
     static void store_lanes(float* p, F x, int) { store(p, x); } // 8 or more
-    // Lanes 0 to 7 from `low`; there are no others.
+    // Lanes 0 to 7 are `low`; there are no others.
     static F set_halves(float low, float) { return set1(low); }
     static F add(F a, F b) { return _mm256_add_ps(a, b); }
     static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
@@ -29,11 +29,11 @@ struct Avx2 {
     static F div(F a, F b) { return _mm256_div_ps(a, b); }
     static F max(F a, F b) { return _mm256_max_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-    // `a` where `x` is 0, else `b`.
+    // Takes `a` where `x` is 0, else `b`.
     static F if_zero(F x, F a, F b) {
         return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, zero(), _CMP_EQ_OQ));
     }
-    // `a` where `x` is below `limit`, else `b`.
+    // Takes `a` where `x` is below `limit`, else `b`.
     static F if_below(F x, float limit, F a, F b) {
         return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, set1(limit), _CMP_LT_OQ));
     }
@@ -48,7 +48,7 @@ struct Avx2 {
         y = _mm_add_ps(y, _mm_movehl_ps(y, y));
         return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
     }
-    // The sums of eight vectors.
+    // Returns the sum of each of eight vectors.
     static __m256 sums(const F x[8]) {
         F a = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
         F b = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
@@ -74,7 +74,7 @@ struct Avx2 {
     static F load_f16(const uint16_t* p) {
         return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
     }
-    // x[i][j] <-> x[j][i]
+    // Exchanges x[i][j] and x[j][i].
     static void transpose(F x[8]) {
         F a[8], b[8];
         for (int i = 0; i < 8; i += 2) {
@@ -104,11 +104,11 @@ struct Avx2 {
     static F odd_bf16(I x) {
         return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(0xffff0000)));
     }
-    // Signed byte `i` of each quad.
+    // Returns signed byte `i` of each quad.
     static F byte(I x, int i) {
         return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(x, 24 - 8 * i), 24));
     }
-    // Four bits from bit `shift` of each lane.
+    // Returns four bits of each lane, from bit `shift` on.
     static F nibble(I x, int shift) {
         I bits = _mm256_and_si256(_mm256_srli_epi32(x, shift), _mm256_set1_epi32(15));
         return _mm256_cvtepi32_ps(bits);
@@ -117,18 +117,18 @@ struct Avx2 {
     static I high_nibbles(I x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
     static I quad16(const void* p) { return _mm256_set1_epi64x(*(const int64_t*)p); }
     static I quad8(const void* p) { return _mm256_set1_epi32(*(const int32_t*)p); }
-    // 2 W signed bytes as 16-bit numbers.
+    // Loads 2 W signed bytes as 16-bit numbers.
     static I words(const void* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
-    // acc + pairwise products of 16-bit numbers.
+    // Adds pairwise products of 16-bit numbers to acc.
     static I dot16(I acc, I a, I b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
-    // Sums of pairs in two vectors of 32-bit numbers, in order.
+    // Returns the sums of pairs in two vectors of 32-bit numbers, in order.
     static F pair_sums(I a, I b) {
         return _mm256_cvtepi32_ps(_mm256_permute4x64_epi64(_mm256_hadd_epi32(a, b), 0xd8));
     }
-    // acc + pairwise products of unsigned with signed bytes, in 16 bits: four bits by eight, at
-    // most eight times before `flush`.
+    // Adds pairwise products of unsigned with signed bytes to acc, in 16 bits: four bits by eight,
+    // at most eight times before `flush`.
     static I dot_u8s8(I acc, I a, I b) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(a, b)); }
-    // acc + scale * the sum of the pair of 16-bit sums in each lane.
+    // Adds to acc, in each lane, scale times the sum of its pair of 16-bit sums.
     static I flush(I acc, I sums, int scale) {
         return _mm256_add_epi32(acc, _mm256_madd_epi16(sums, _mm256_set1_epi16((short)scale)));
     }
@@ -138,7 +138,7 @@ struct Avx2 {
         I packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(x, x), 0xd8);
         _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
     }
-    // Numbers up to 127 * 128 as bytes: number = 128 * high + low.
+    // Stores numbers up to 127 * 128 as two bytes each: number = 128 * high + low.
     static void store_parts(uint8_t* high, uint8_t* low, I x) {
         I upper = _mm256_srai_epi32(_mm256_add_epi32(x, _mm256_set1_epi32(64)), 7);
         I lower = _mm256_sub_epi32(x, _mm256_slli_epi32(upper, 7));

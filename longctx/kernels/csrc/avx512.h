@@ -1,6 +1,6 @@
 // AVX-512 (F, BW, VL, DQ) as the vector type that the kernels are written in; with VNNI, integer
-// products are summed by the instruction that makes them. Tested in software (simde.h); its speed has
-// not been measured.
+// products are summed by the instruction that makes them. Tested in software (simde.h); its speed
+// has not been measured.
 #pragma once
 
 #ifdef LONGCTX_SIMDE
@@ -21,13 +21,13 @@ template <bool VNNI> struct Avx512 {
     static constexpr int W = 16;
     static constexpr int TILE_BLOCK = 12;
 
-    static void pin(F&) {} // 32 registers: gcc has no trouble
+    static void pin(F&) {} // gcc has no trouble with 32 registers
     static void pin(I&) {}
     static F zero() { return _mm512_setzero_ps(); }
     static F set1(float x) { return _mm512_set1_ps(x); }
     static F load(const float* p) { return _mm512_loadu_ps(p); }
     static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
-    // 16 lanes or 8: head_dim and groups are multiples of 8.
+    // Stores 16 lanes or 8: head_dim and groups are multiples of 8.
     static void store_lanes(float* p, F x, int lanes) {
         if (lanes >= W)
             store(p, x);
@@ -83,7 +83,7 @@ template <bool VNNI> struct Avx512 {
                                                    _mm256_castps_pd(high), 1));
     }
     static F load_f16(const uint16_t* p) { return join(Avx2::load_f16(p), Avx2::load_f16(p + 8)); }
-    static void transpose(F x[16]) { // the four quarters, and the two off the diagonal change place
+    static void transpose(F x[16]) { // by quarters, of which the two off the diagonal change place
         __m256 quarter[2][2][8];
         for (int i = 0; i < 16; ++i) {
             quarter[0][i / 8][i % 8] = lower(x[i]);
@@ -139,7 +139,7 @@ template <bool VNNI> struct Avx512 {
         return _mm512_add_epi16(acc, _mm512_maddubs_epi16(a, b));
     }
     static I flush(I acc, I sums, int scale) {
-        if constexpr (VNNI) // 32 bits already; the scale is 1 or 128
+        if constexpr (VNNI) // the sums have 32 bits already; the scale is 1 or 128
             return _mm512_add_epi32(acc, scale == 1 ? sums : _mm512_slli_epi32(sums, 7));
         return _mm512_add_epi32(acc, _mm512_madd_epi16(sums, _mm512_set1_epi16((short)scale)));
     }

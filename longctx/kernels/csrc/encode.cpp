@@ -1,5 +1,6 @@
-// Each byte is what compress/ gives: operations are in the same order, none is contracted or
-// reassociated (this file is compiled with -ffp-contract=off). Layouts: see the codecs' docstrings.
+// Each byte equals that of compress/: operations are in the same order, and none is contracted or
+// reassociated (this file is compiled with -ffp-contract=off). The docstrings of the codecs have
+// the layouts.
 #include "encode.h"
 
 #include <immintrin.h>
@@ -26,7 +27,7 @@ float from_bits(int32_t b) {
     return x;
 }
 
-// To the nearest, ties to even.
+// Rounds to the nearest, ties to even.
 uint16_t bf16(float x) {
     uint32_t b = uint32_t(bits(x));
     bool is_nan = (b & 0x7fffffff) > uint32_t(INFINITE);
@@ -60,22 +61,22 @@ struct Side {
     }
 };
 
-// Lanes [count][BLOCK] from [BLOCK][count].
+// Transposes [BLOCK][count] quads of bytes into lanes [count][BLOCK].
 void transpose(const void* rows, int count, uint32_t* lanes) {
     const uint8_t* from = (const uint8_t*)rows;
-    for (int t = 0; t < BLOCK; t += 16) // so that what is written fills whole cache lines
+    for (int t = 0; t < BLOCK; t += 16) // writes then fill whole cache lines
         for (int j = 0; j < count; ++j)
             for (int i = t; i < t + 16; ++i)
                 memcpy(lanes + j * BLOCK + i, from + 4 * (i * count + j), 4);
 }
 
-// Four bytes as a lane, `stride` apart.
+// Joins four bytes, `stride` apart, to a lane.
 uint32_t quad(const uint8_t* first, int stride) {
     return first[0] | uint32_t(first[stride]) << 8 | uint32_t(first[2 * stride]) << 16 |
            uint32_t(first[3 * stride]) << 24;
 }
 
-// In place: `hadamard` of compress/hadamard.py. Runs are of at least 8 dims.
+// Applies `hadamard` of compress/hadamard.py in place. Runs are of at least 8 dims.
 void hadamard(float* wide, int dim) {
     int run = dim & -dim;
     const __m256 sign1 = _mm256_setr_ps(0.f, -0.f, 0.f, -0.f, 0.f, -0.f, 0.f, -0.f);
@@ -99,7 +100,7 @@ void hadamard(float* wide, int dim) {
     for (int d = 0; d < dim; ++d) wide[d] *= scale;
 }
 
-// Codes round(x): adding 1.5 * 2^23 leaves a small integer in the low bits.
+// Rounds x to an integer: adding 1.5 * 2^23 leaves a small integer in the low bits.
 int32_t nearest(float x) { return bits(x + 12582912.f) - bits(12582912.f); }
 
 void bf16_rows(const Side& side, uint16_t* rows) {
@@ -170,13 +171,13 @@ void int8_record(const Side& keys, const Side& values, uint8_t* record) {
     }
 }
 
-// The next bfloat16 that is not above x; never -0.
+// Returns the nearest bfloat16 that is not above x, and never -0.
 float rounded_down(float x) {
     int32_t b = bits(x + 0.f);
     return from_bits(int32_t(uint32_t(x < 0 ? b + 0xffff : b) & 0xffff0000u));
 }
 
-// An integer in the order of floats, and back.
+// Turns the bits of a float into an integer that has the order of floats, and back.
 int32_t ordered(int32_t b) { return b ^ (b >> 31 & 0x7fffffff); }
 
 void int4_group(const float* wide, int dims, uint8_t* codes, uint16_t* scale, uint16_t* minimum) {
@@ -222,7 +223,7 @@ void int4_record(const Side& keys, const Side& values, uint8_t* record, size_t r
     size_t packed_bytes = size_t(dim) * BLOCK;
     uint16_t* numbers = (uint16_t*)(record + packed_bytes);
     int4_rows(keys, true, rows, numbers);
-    for (int i = 0; i < BLOCK * dim / 8; ++i) { // in place: what is written has been read
+    for (int i = 0; i < BLOCK * dim / 8; ++i) { // in place: it writes only what it has read
         uint32_t eight[2];
         memcpy(eight, rows + 8 * i, 8);
         eight[0] |= eight[1] << 4;
@@ -255,7 +256,7 @@ void encode_head(const Layer& layer, const uint8_t* raw, uint8_t* page, int head
 
 void encode(const Layer& layer, const int64_t* raw_pages, const int64_t* packed_pages,
             int64_t blocks) {
-    uint8_t* packed = const_cast<uint8_t*>(layer.packed); // which everybody else only reads
+    uint8_t* packed = const_cast<uint8_t*>(layer.packed); // everybody else only reads it
     bool copied = layer.codec == Codec::raw;
     int heads = copied ? 1 : layer.kv_heads;
 #pragma omp parallel for collapse(2)

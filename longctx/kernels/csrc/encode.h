@@ -5,7 +5,8 @@
 
 namespace longctx {
 
-// Page raw_pages[i] becomes page packed_pages[i]. Needs AVX2 and F16C; uses OpenMP's threads.
+// Encodes page raw_pages[i] into page packed_pages[i]. It needs AVX2 and F16C, and uses OpenMP's
+// threads.
 void encode(const Layer&, const int64_t* raw_pages, const int64_t* packed_pages, int64_t blocks);
 
 } // namespace longctx

@@ -1,4 +1,4 @@
-// What an item of work sees, page by page, and the kinds of pages that there are.
+// The pages that an item of work sees, one after another, and the kinds of pages that there are.
 #pragma once
 
 #include "pages_integer.h"
@@ -12,7 +12,7 @@ struct PageKind {
     void (*scores[IN_PLACE])(const Head&, const void* prepared, float* out);
     void (*add[IN_PLACE])(const Head&, const float* weights, const float* factor, float* out);
     void (*widen)(const Head&, float* keys, float* values);
-    void (*prepare)(const float* query, int head_dim, uint8_t* to); // null: rows as they are
+    void (*prepare)(const float* query, int head_dim, uint8_t* to); // null: rows stay as they are
     int (*prepared_bytes)(int head_dim);
 };
 
@@ -36,10 +36,13 @@ template <class V> constexpr PageKind raw_kinds[3] = {kind_of<RawPage<V, Dtype::
 template <class V> constexpr PageKind record_kinds[4] = {
     {}, kind_of<Bf16Page<V>>(), kind_of<Int8Page<V>>(), kind_of<Int4Page<V>>()};
 
-// A page as the rows of a tile see it. Column 0 stands at `position`.
+// A page as the rows of a tile see it. Its columns are tokens; column 0 is at `position`.
+//
+// Worked example: a chunk at positions 100 to 109 lies in rows 36 to 45 of its own block, so the
+// view of that block has position 64, begin 0 and end 46, and the row at 100 sees columns 0 to 36.
 struct View {
     const uint8_t* page;
-    const uint8_t* next; // what will be read after it
+    const uint8_t* next; // the page that will be read after it
     int64_t position;
     int begin, end; // columns that any row may see
     bool own, masked;
@@ -69,23 +72,24 @@ public:
     }
     const PageKind& kind(const View& view) const { return view.own ? raw_kind : packed_kind; }
 
-    // All pages of the item that any of its rows sees.
+    // Visits all pages of the item that any of its rows sees.
     template <class Visit> void pages(const Visit& visit) const {
         const int64_t* entry = tile.chunk->entries + item.entry_begin * ENTRY_COLUMNS;
         const int64_t* end = tile.chunk->entries + item.entry_end * ENTRY_COLUMNS;
         for (; entry != end; entry += ENTRY_COLUMNS) {
-            const int64_t begin = entry[1], rows = entry[2], first = entry[3];
+            const int64_t begin = entry[ROW_BEGIN], rows = entry[ROWS], first = entry[FIRST_POSITION];
             if (first + rows - 1 <= oldest(0))
                 continue;
-            const uint8_t* page = layer.packed + entry[0] * layer.packed_page_bytes;
+            const uint8_t* page = layer.packed + entry[PAGE] * layer.packed_page_bytes;
             const bool last = entry + ENTRY_COLUMNS == end;
             visit(View{page,
-                       last ? page : layer.packed + entry[ENTRY_COLUMNS] * layer.packed_page_bytes,
+                       last ? page
+                            : layer.packed + entry[ENTRY_COLUMNS + PAGE] * layer.packed_page_bytes,
                        first - begin, (int)begin, (int)(begin + rows), false,
                        rows != BLOCK || first <= oldest(tile.rows - 1)});
         }
         if (item.split + 1 == tile.splits && tile.chunk->own_pages) {
-            const int64_t own = tile.chunk->own_row + tile.row; // row of the own blocks, end to end
+            const int64_t own = tile.chunk->own_row + tile.row; // a row of the own blocks, end to end
             const uint8_t* page =
                 layer.raw + tile.chunk->own_pages[own / BLOCK] * layer.raw_page_bytes;
             const int at = (int)(own % BLOCK);
@@ -103,7 +107,7 @@ public:
             head.row_bytes = 2 * layer.kv_heads * head_bytes;
             head.keys = view.page + kv_head * head_bytes;
             head.values = head.keys + layer.kv_heads * head_bytes;
-            // Heads lie side by side in each row: each fetches its share of the next page.
+            // Heads lie side by side in each row, so each one fetches its share of the next page.
             const uint8_t* next = view.next + 2 * kv_head * BLOCK * head_bytes;
             head.keys_ahead = next - head.keys;
             head.values_ahead = next + BLOCK * head_bytes - head.values;
@@ -120,7 +124,8 @@ public:
         return head;
     }
 
-    // Query row `n` of a key head: [rows, group] in this order, scaled for exponents of 2.
+    // Loads query row `n` of a key head, where rows are ordered [rows, group]; the scale includes
+    // log2(e), since weights are powers of 2.
     template <class V> void load_query(int kv_head, int n, float* to) const {
         const int64_t token = tile.chunk->row_begin + tile.row + n / layer.group;
         const int64_t at = token * call.query_token_stride +

@@ -14,7 +14,7 @@ namespace longctx {
 namespace {
 
 constexpr size_t HUGE_PAGE = 2 << 20;
-// Below so many products a second thread costs more than it brings.
+// With fewer products a second thread costs more than it saves.
 constexpr int64_t PARALLEL_PRODUCTS = 1 << 16;
 
 const LinearKernels& kernels_of(const std::string& instruction_set) {
@@ -36,7 +36,7 @@ float widen(uint16_t bits) {
     return value;
 }
 
-// Calls f with null pointers of the type that `storage` stands for.
+// Calls f with a null pointer of the type that `storage` names.
 template <class Function>
 void with_element(Storage storage, Function f) {
     if (storage == Storage::float32)
@@ -47,7 +47,8 @@ void with_element(Storage storage, Function f) {
         f((int8_t*)nullptr);
 }
 
-// x [rows, inputs] -> [row tiles][inputs][rows of the tile]; shared by the threads of a region
+// Packs x [rows, inputs] as [row tiles][inputs][rows of the tile]; the threads of a region share
+// the work.
 void pack_rows(const float* x, int64_t rows, int64_t inputs, int64_t tile_rows, float* packed) {
 #pragma omp for schedule(static)
     for (int64_t top = 0; top < rows; top += tile_rows) {
@@ -91,7 +92,7 @@ void PackedLinear::forward(const float* x, int64_t rows, float* y) const {
     {
         if (rows > 1) pack_rows(x, rows, inputs_, tile_rows, packed);
         alignas(64) float scratch[DEPTH * PANEL];
-        // Shares are taken as threads get to them: another process may hold a core for a while
+        // Threads take shares as they get to them: another process may hold a core for a while.
 #pragma omp for schedule(dynamic)
         for (int64_t panel = 0; panel < panels_; panel += step)
             kernels_.run[int(storage_)]({rows > 1 ? packed : x, y, weight_.get(), scales_.get(),
@@ -115,7 +116,7 @@ void PackedLinear::unpack(float* weight) const {
 void* PackedLinear::allocate(size_t bytes) {
     void* memory = nullptr;
     if (posix_memalign(&memory, bytes >= HUGE_PAGE ? HUGE_PAGE : 64, bytes)) throw std::bad_alloc();
-    // Fewer misses of the page table; what does not fill a huge page stays on small ones
+    // Huge pages miss the page table less; the rest that does not fill one stays on small ones.
     if (bytes >= HUGE_PAGE) madvise(memory, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);
     return memory;
 }

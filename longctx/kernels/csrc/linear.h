@@ -25,13 +25,13 @@ public:
     PackedLinear(const void* weight, const float* scales, const float* bias, int64_t outputs,
                  int64_t inputs, Storage storage, const std::string& instruction_set);
 
-    // `x` [rows, inputs] -> `y` [rows, outputs], both float32 and contiguous.
+    // Computes `y` [rows, outputs] from `x` [rows, inputs], both float32 and contiguous.
     void forward(const float* x, int64_t rows, float* y) const;
 
-    // The weights as float32 [outputs, inputs], scaled.
+    // Writes the weights as float32 [outputs, inputs], scaled.
     void unpack(float* weight) const;
 
-    size_t bytes() const { return bytes_; } // of the weights
+    size_t bytes() const { return bytes_; } // of the packed weights
 
 private:
     struct Free {
@@ -50,7 +50,7 @@ private:
     Floats scales_, bias_;               // [panels * PANEL] or null
 };
 
-// `x` [rows, width] -> `y`: x / sqrt(mean(x^2) + epsilon) * weight, each row by itself.
+// Computes `y` from `x` [rows, width]: x / sqrt(mean(x^2) + epsilon) * weight, each row by itself.
 void rms_norm(const float* x, int64_t rows, int64_t width, const float* weight, float epsilon,
               float* y);
 

@@ -1,4 +1,4 @@
-// What linear.cpp and the kernels of each instruction set share: plain data, as in attend.h.
+// The data that linear.cpp shares with the kernels of each instruction set: plain, as in attend.h.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ constexpr int64_t BLOCK_ROWS = 96;
 
 enum class Storage : int { float32, bfloat16, int8 };
 
-// All rows against some neighbouring panels.
+// All rows, and some panels that lie side by side.
 struct LinearJob {
     const float* x; // [row tiles][inputs][rows of the tile]
     float* y;       // [rows, outputs]
@@ -26,8 +26,8 @@ struct LinearJob {
 };
 
 struct LinearKernels {
-    int64_t tile_rows;   // whose sums registers hold
-    int64_t row_panels;  // that one row takes at once
+    int64_t tile_rows;   // rows whose sums the registers hold
+    int64_t row_panels;  // panels that a single row takes at once
     void (*run[3])(const LinearJob&); // by Storage
 };
 

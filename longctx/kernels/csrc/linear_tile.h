@@ -1,5 +1,5 @@
-// The kernels of linear layers, for any instruction set `V`: a vector of PANEL floats, what can be
-// done with it, TILE_ROWS, and how many panels go together for a number of rows.
+// The kernels of linear layers, for any instruction set `V`. It has a vector of PANEL floats, the
+// operations on it, TILE_ROWS, and how many panels go together for a number of rows.
 #pragma once
 
 #include "linear_kernels.h"
@@ -8,7 +8,8 @@ namespace {
 
 using namespace longctx;
 
-// Rows that prefetchers of the hardware do not keep fed: few streams, each ending with its page.
+// How far ahead a few rows fetch: the prefetchers of the hardware do not keep them fed, since there
+// are few streams and each ends with its page of memory.
 constexpr int64_t AHEAD_BYTES = 1024;
 
 template <class V>
@@ -29,7 +30,7 @@ struct Int8 {
     static typename V::F widen(const int8_t* p) { return V::load_int8(p); }
 };
 
-// Where a tile of results begins, and whether its inputs are the first and the last ones.
+// The beginning of a tile of results, and whether its inputs are the first and the last ones.
 struct Pass {
     const LinearJob& job;
     int64_t row, panel;
@@ -52,8 +53,8 @@ void store_some(float* p, typename V::F values, int64_t count) {
     for (int64_t i = 0; i < count; ++i) p[i] = all[i];
 }
 
-// y[row][panel] += x[k][row] * w[panel][k], k in order. `stride` from panel to panel and `ahead`,
-// the place to fetch meanwhile, are in elements of `w`.
+// Adds x[k][row] * w[panel][k] to y[row][panel], for each k in order. `stride`, from panel to
+// panel, and `ahead`, the place to fetch meanwhile, are in elements of `w`.
 template <class V, class Type, int ROWS, int PANELS>
 void tile(const Pass& pass, const float* x, const typename Type::Element* w, int64_t stride,
           int64_t depth, int64_t ahead) {
@@ -94,7 +95,7 @@ void tile(const Pass& pass, const float* x, const typename Type::Element* w, int
         }
 }
 
-// `tile` for a number of rows and panels that is known only now.
+// Calls `tile` for numbers of rows and panels that are known only at run time.
 template <class V, class Type, int ROWS>
 void tiles(const Pass& pass, int64_t rows, int64_t panels, const float* x,
            const typename Type::Element* w, int64_t stride, int64_t depth, int64_t ahead) {
@@ -110,7 +111,7 @@ void tiles(const Pass& pass, int64_t rows, int64_t panels, const float* x,
     }
 }
 
-// One tile of rows, straight from the packed weights.
+// Multiplies one tile of rows, straight from the packed weights.
 template <class V, class Type>
 void few_rows(const LinearJob& job) {
     using Element = typename Type::Element;
@@ -124,7 +125,7 @@ void few_rows(const LinearJob& job) {
     }
 }
 
-// Many tiles of rows: a panel is widened once for all tiles of a block.
+// Multiplies many tiles of rows: a panel is widened once for all tiles of a block.
 template <class V, class Type>
 void many_rows(const LinearJob& job) {
     using Element = typename Type::Element;

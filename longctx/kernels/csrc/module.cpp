@@ -19,7 +19,7 @@ namespace {
 using Entries = nb::ndarray<const int64_t, nb::shape<-1, ENTRY_COLUMNS>, nb::c_contig, nb::device::cpu>;
 using Pages = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-// The chunks of a step, and the arrays that they point into.
+// The chunks of a step; it keeps the arrays alive that they point into.
 class Plan {
 public:
     explicit Plan(int64_t window) : window_(window) {}
@@ -27,16 +27,16 @@ public:
     void add(int64_t row_begin, int64_t rows, int64_t first_position, int64_t own_row,
              int64_t past_entries, const Pages& own_pages, const Entries& entries) {
         const bool owns = own_pages.shape(0) > 0;
-        const int64_t own_blocks = (own_row + rows - 1) / BLOCK; // before the last row's
+        const int64_t own_blocks = (own_row + rows - 1) / BLOCK; // before that of the last row
         const int64_t entry_end = past_entries + (owns ? own_blocks : 0);
         if (rows < 1 || entry_end > int64_t(entries.shape(0)) ||
             (owns && own_blocks >= int64_t(own_pages.shape(0))))
             throw std::invalid_argument("the chunk's rows lie beyond its pages or entries");
         int64_t first = 0;
-        if (window_) { // what the first row no longer sees, no later row does
+        if (window_) { // an entry that the first row no longer sees, no later row sees
             const int64_t* entry = entries.data();
             while (first < entry_end &&
-                   entry[3] + entry[2] - 1 <= first_position - window_)
+                   entry[FIRST_POSITION] + entry[ROWS] - 1 <= first_position - window_)
                 ++first, entry += ENTRY_COLUMNS;
         }
         chunks_.push_back({row_begin, rows, first_position, own_row, past_entries,
@@ -58,7 +58,7 @@ bool runs_here(const std::string& name) {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("f16c");
-#ifdef LONGCTX_SIMDE // the others are software
+#ifdef LONGCTX_SIMDE // the other instruction sets are software
     return avx2;
 #endif
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -124,7 +124,8 @@ void seal(const Layer& layer, const Pages& raw_pages, const Pages& packed_pages)
 
 NB_MODULE(_kernels, m) {
     bind_linear(m);
-    m.def("instruction_sets", &instruction_sets, "Those that this CPU has, the fastest last.");
+    m.def("instruction_sets", &instruction_sets,
+          "List the instruction sets that this CPU has, the fastest last.");
     nb::class_<Plan>(m, "Plan")
         .def(nb::init<int64_t>(), nb::arg("window"))
         .def("add", &Plan::add, nb::arg("row_begin"), nb::arg("rows"), nb::arg("first_position"),

@@ -2,7 +2,12 @@
 //
 // A page kind has, for decode, `scores` (query rows times all keys) and `add` (weights times all
 // values), which read it in place; and for prefill `widen`, which lays it out as float32.
-// Query rows have a stride of `row_floats(head_dim)`, zero beyond head_dim.
+// Query rows have a stride of `row_floats(head_dim)` and are zero beyond head_dim.
+//
+// Worked example: a raw page of 2 key heads of 64 bfloat16 values has 64 rows of 512 bytes, each
+// [key 0, key 1, value 0, value 1]; the keys of head 1 begin at byte 128, its values at byte 384. A
+// bf16 page has one record after another, 16,384 bytes for each key head: 8,192 of keys, where
+// dims 0 and 1 of all 64 tokens come first (4 bytes for each token), then 8,192 of values.
 #pragma once
 
 #include "attend.h"
@@ -26,17 +31,17 @@ inline float bf16_to_float(uint16_t x) {
     return u.value;
 }
 
-// One key head of a page, and which of its rows count (only raw pages leave out the others).
+// One key head of a page, and the rows that count (only raw pages leave out the others).
 struct Head {
     const uint8_t* keys;
     const uint8_t* values;
-    int64_t keys_ahead, values_ahead; // from keys and values to what is to be fetched meanwhile
+    int64_t keys_ahead, values_ahead; // the distance to the bytes that are to be fetched meanwhile
     int head_dim, begin, end;
-    int64_t row_bytes; // raw only: from token to token
+    int64_t row_bytes; // from token to token, in raw pages only
 };
 
-// What is computed on takes long enough to fetch as many bytes, one after another in memory: into the
-// second cache, which waits for more lines at once than the first.
+// Computing on some bytes takes long enough to fetch as many others that follow each other in
+// memory. They go into the second-level cache, which waits for more lines at once than the first.
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 template <class V, Dtype D> struct Value;
@@ -53,7 +58,7 @@ template <class V> struct Value<V, Dtype::float16> {
     static typename V::F load(const uint16_t* p) { return V::load_f16(p); }
 };
 
-// The first `count` values from `p`, then zeros; never touches more.
+// Loads the first `count` values from `p`, then zeros; it never touches more.
 template <class V, Dtype D> typename V::F load_some(const typename Value<V, D>::type* p, int count) {
     if (count >= V::W)
         return Value<V, D>::load(p);
@@ -160,7 +165,8 @@ template <class V, Dtype D> struct RawPage {
             add_panel<R, 1>(head, weights, factor, out, d, min_of(W, head.head_dim - d));
     }
 
-    // keys [panels][head_dim][2 W tokens], values [panels][BLOCK][2 W dims]
+    // Lays the head out as keys [panels][head_dim][2 W tokens] and values [panels][BLOCK][2 W
+    // dims].
     static void widen(const Head& head, float* keys, float* values) {
         for (int d = 0; d < head.head_dim; d += W) {
             const int count = min_of(W, head.head_dim - d);
@@ -182,15 +188,15 @@ template <class V, Dtype D> struct RawPage {
     }
 };
 
-// Keys [head_dim / 2, BLOCK, 2], values [BLOCK / 2, head_dim, 2].
+// A record has keys [head_dim / 2, BLOCK, 2], then values [BLOCK / 2, head_dim, 2].
 template <class V> struct Bf16Page {
     using F = typename V::F;
     using I = typename V::I;
     static constexpr int W = V::W;
 
-    // acc[r][n] += sum over `pairs` of weights[r][2 j, 2 j + 1] times the pairs in the lanes. What is
-    // `ahead` is fetched from two places in turns, `apart` bytes from each other: memory gives more
-    // than from one.
+    // Adds to acc[r][n] the sum over `pairs` of weights[r][2 j, 2 j + 1] times the pairs in the
+    // lanes. The bytes `ahead` are fetched in turns from two places, `apart` bytes from each other:
+    // memory gives more that way than from one place.
     template <int R, int N>
     static void dot(const uint8_t* p, int64_t step, int pairs, int lanes, const float* weights,
                     int stride, const uint8_t* ahead, int64_t apart, F (&acc)[R][N]) {
@@ -205,7 +211,8 @@ template <class V> struct Bf16Page {
                 x[n] = lanes < W ? V::iload_lanes(p, lanes) : V::iload(p + n * 4 * W);
                 lanes_of[n] = V::even_bf16(x[n]);
             }
-            // Rows outside: one weight at a time is in a register, and no sum leaves its own.
+            // Rows are the outer loop: one weight at a time is in a register, and no sum leaves its
+            // own.
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
                 const F w = V::set1(weights[r * stride + 2 * j]);

@@ -1,23 +1,24 @@
 // Pages of integer codes: `int8` and `int4` records, multiplied without widening them to floats.
 //
 // Queries, and softmax weights times the scales of the values, are rounded to integers relative to
-// the largest of their row. For int8 codes both have 16 bits. For int4 codes, whose own error is far
-// larger, queries have 8 bits and weights two planes of 7.
+// the largest of their row. For int8 codes both have 16 bits. For int4 codes, whose own error is
+// far larger, queries have 8 bits and weights two planes of 7.
 #pragma once
 
 #include "pages_float.h"
 
 namespace {
 
-// The largest magnitude.
+// Returns the largest magnitude of `count` numbers.
 template <class V> float largest(const float* x, int count) {
-    typename V::F top = V::zero();
+    typename V::F most = V::zero();
     for (int i = 0; i < count; i += V::W)
-        top = V::max(top, V::max(V::load(x + i), V::sub(V::zero(), V::load(x + i))));
-    return V::reduce_max(top);
+        most = V::max(most, V::max(V::load(x + i), V::sub(V::zero(), V::load(x + i))));
+    return V::reduce_max(most);
 }
 
-// The weights of one row times the scales of the values, and what makes them integers up to `limit`.
+// The weights of one row times the scales of the values, and the factor that makes them integers of
+// at most `limit`.
 template <class V> struct Scaled {
     static constexpr int N = BLOCK / V::W;
     typename V::F x[N], inverse;
@@ -30,39 +31,42 @@ template <class V> struct Scaled {
             x[i] = V::mul(V::load(weights + i * V::W), scales[i]);
             most = V::max(most, x[i]);
         }
-        const float top = V::reduce_max(most);
-        inverse = V::set1(top > 0 ? limit / top : 0.f);
-        unit = top / limit;
+        const float reached = V::reduce_max(most);
+        inverse = V::set1(reached > 0 ? limit / reached : 0.f);
+        unit = reached / limit;
     }
     typename V::I integers(int i) const { return V::to_int(V::mul(x[i], inverse)); }
 };
 
-// The scales of the record that is read next lie behind its codes, where nothing else leads to them.
+// Fetches the scales of the record that is read next: they lie behind its codes, where nothing else
+// would fetch them.
 inline void prefetch_scales(const Head& head, int64_t codes, int64_t scales) {
     const uint8_t* next = head.values + head.values_ahead;
     for (int64_t byte = codes; byte < codes + scales; byte += 64)
         prefetch(next + byte);
 }
 
-// Keys [head_dim / 4, BLOCK, 4], values [BLOCK / 4, head_dim, 4], scales [2, BLOCK].
+// A record has codes of keys [head_dim / 4, BLOCK, 4] and of values [BLOCK / 4, head_dim, 4], then
+// bfloat16 scales [2, BLOCK]. With a head_dim of 64 the byte of key dim 5 of token 3 is number 1 of
+// the 4 at 4 * (64 * 1 + 3) = 268, which is byte 269.
 template <class V> struct Int8Page {
     using F = typename V::F;
     using I = typename V::I;
     static constexpr int W = V::W;
-    static constexpr float TOP = 32767.f;
+    static constexpr float LIMIT = 32767.f;
 
-    // A prepared row: its 16-bit numbers, then the unit that they count.
+    // A prepared row has its 16-bit numbers, then the unit that they count.
     static int prepared_bytes(int head_dim) { return row_floats(head_dim) * 2 + 64; }
     static float& unit_of(uint8_t* prepared, int head_dim) {
         return *(float*)(prepared + row_floats(head_dim) * 2);
     }
     static void prepare(const float* query, int head_dim, uint8_t* to) {
         const int count = row_floats(head_dim);
-        const float top = largest<V>(query, count);
-        const F inverse = V::set1(top > 0 ? TOP / top : 0.f);
+        const float most = largest<V>(query, count);
+        const F inverse = V::set1(most > 0 ? LIMIT / most : 0.f);
         for (int i = 0; i < count; i += W)
             V::store16((int16_t*)to + i, V::to_int(V::mul(V::load(query + i), inverse)));
-        unit_of(to, head_dim) = top / TOP;
+        unit_of(to, head_dim) = most / LIMIT;
     }
 
     template <int R, int N>
@@ -140,7 +144,7 @@ template <class V> struct Int8Page {
         for (int i = 0; i < BLOCK / W; ++i)
             scale[i] = V::load_bf16(scales + i * W);
         for (int r = 0; r < R; ++r) {
-            const Scaled<V> row(weights + r * BLOCK, scale, TOP);
+            const Scaled<V> row(weights + r * BLOCK, scale, LIMIT);
 #pragma GCC unroll 8
             for (int i = 0; i < BLOCK / W; ++i)
                 V::store16(rounded + r * BLOCK + i * W, row.integers(i));
@@ -180,7 +184,7 @@ template <class V> struct Int8Page {
     }
 };
 
-// Values of a group share nothing but lie in one range: the largest divisor of head_dim that is a
+// The number of dims that share a scale and a minimum: the largest divisor of head_dim that is a
 // multiple of 8 and at most 64.
 inline int int4_group(int head_dim) {
     int group = min_of(head_dim, 64);
@@ -189,7 +193,8 @@ inline int int4_group(int head_dim) {
     return group;
 }
 
-// Orthonormal Hadamard transform of blocks of the largest power of two that divides head_dim.
+// Applies an orthonormal Hadamard transform to blocks of the largest power of two that divides
+// head_dim: to 64 and 128 dims as a whole, to 96 dims in 3 blocks of 32.
 inline void hadamard(float* x, int head_dim) {
     const int size = head_dim & -head_dim;
     for (int half = 1; half < size; half *= 2)
@@ -204,14 +209,15 @@ inline void hadamard(float* x, int head_dim) {
         x[i] *= norm;
 }
 
-// Codes of keys [head_dim / 8, BLOCK, 4], of values [BLOCK / 8, head_dim, 4]: the low four bits of
-// byte i belong to place i of eight, the high ones to place 4 + i. Then key scales, key minimums,
-// value scales, value minimums, each [groups, BLOCK]. A value is scale * code + minimum.
+// A record has codes of keys [head_dim / 8, BLOCK, 4] and of values [BLOCK / 8, head_dim, 4], where
+// the low four bits of byte i belong to number i of eight, the high ones to number 4 + i. Then come
+// key scales, key minimums, value scales, value minimums, each [groups, BLOCK]. A value is scale *
+// code + minimum.
 template <class V> struct Int4Page {
     using F = typename V::F;
     using I = typename V::I;
     static constexpr int W = V::W;
-    static constexpr float TOP = 127.f * 128; // of a weight, in two planes: 128 * high + low
+    static constexpr float LIMIT = 127.f * 128; // a weight is in two planes: 128 * high + low
 
     struct Scales {
         const uint16_t *key, *key_minimum, *value, *value_minimum;
@@ -222,7 +228,8 @@ template <class V> struct Int4Page {
         return {p, p + count, p + 2 * count, p + 3 * count};
     }
 
-    // A prepared row: its bytes, then the unit that they count, then the sum of each group of them.
+    // A prepared row has its bytes, then the unit that they count, then the sum of each group of
+    // them.
     static int prepared_bytes(int head_dim) { return round_up(head_dim, 64) + 192; }
     static float* floats_of(const void* prepared, int head_dim) {
         return (float*)((uint8_t*)prepared + round_up(head_dim, 64));
@@ -244,15 +251,16 @@ template <class V> struct Int4Page {
     static int rounded(float x, float unit) {
         return unit > 0 ? (int)__builtin_rintf(x / unit) : 0;
     }
-    // The query as `prepare` rounds it: prefill uses the same, so that a row has the same result
-    // whether it was computed among many or alone.
+    // Rounds the query as `prepare` does: prefill uses the same numbers, so that a row has the same
+    // result whether it was computed among many or alone.
     static void round_query(float* query, int head_dim) {
         const float unit = unit_of(query, head_dim);
         for (int d = 0; d < head_dim; ++d)
             query[d] = rounded(query[d], unit) * unit;
     }
 
-    // `rows`: R rows of bytes, `stride` apart; of two planes, the low one lies `low` bytes behind.
+    // Multiplies with R `rows` of bytes, `stride` apart; of two planes the low one lies `low` bytes
+    // behind the high one.
     template <int R, int PLANES>
     static void dot(const uint8_t* p, int64_t step, int steps, int lanes, const uint8_t* rows,
                     int stride, int low, const uint8_t* ahead, bool fetch, F (&sums)[R]) {
@@ -324,9 +332,9 @@ template <class V> struct Int4Page {
         prefetch_scales(head, BLOCK * head_dim, head_dim / group * 8 * BLOCK);
         alignas(64) uint8_t parts[2 * R * BLOCK]; // high parts of each row, then low parts
         for (int g = 0; g < head_dim / group; ++g) {
-            // A value is scale * (code + minimum / scale), so that minimums meet the weights as they
-            // were rounded: where values of one sign are a large minimum plus a small code, only
-            // then do the two roundings cancel. Without a scale there is only the minimum.
+            // A value is scale * (code + minimum / scale), so that minimums meet the weights as
+            // they were rounded: where values of one sign are a large minimum plus a small code,
+            // only then do the two roundings cancel. Without a scale there is only the minimum.
             F scale[N], offset[N], alone[N];
             for (int i = 0; i < N; ++i) {
                 const F minimum = V::load_bf16(scales.value_minimum + g * BLOCK + i * W);
@@ -336,7 +344,7 @@ template <class V> struct Int4Page {
             }
             float units[R], minimums[R];
             for (int r = 0; r < R; ++r) {
-                const Scaled<V> row(weights + r * BLOCK, scale, TOP);
+                const Scaled<V> row(weights + r * BLOCK, scale, LIMIT);
                 F sum = V::zero(), rest = V::zero();
 #pragma GCC unroll 8
                 for (int i = 0; i < N; ++i) {

@@ -13,10 +13,10 @@ namespace longctx {
 namespace {
 
 constexpr int64_t PARTS = 4;        // items per thread: a late thread then costs a quarter at most
-constexpr int64_t PART_PAGES = 4;   // and a split tile's parts have at least so many pages
-constexpr double SERIAL_COST = 2e5; // below (about 10 us), waking threads costs more than it saves
+constexpr int64_t PART_PAGES = 4;   // the parts of a split tile have at least so many pages
+constexpr double SERIAL_COST = 2e5; // about 10 us: below, waking threads costs more than it saves
 
-// Roughly proportional to time: reading a page of one key head, and multiplying it with rows.
+// A number proportional to the time of reading a page of one key head and multiplying it with rows.
 double page_cost(const Layer& layer, int rows) {
     return double(BLOCK) * layer.head_dim * (4 + rows * layer.group);
 }
@@ -51,7 +51,7 @@ void Workspace::plan(const Layer& layer, const std::vector<Chunk>& chunks, int t
     for (const Chunk& chunk : chunks) {
         for (int64_t row = 0; row < chunk.rows;) {
             int64_t rows = std::min(chunk.rows - row, most_rows), own_blocks = 0;
-            if (chunk.own_pages) { // rows of one own block see the same entries
+            if (chunk.own_pages) { // only rows of one own block see the same entries
                 const int64_t own = chunk.own_row + row;
                 rows = std::min(rows, BLOCK - own % BLOCK);
                 own_blocks = own / BLOCK;
@@ -110,7 +110,7 @@ Result Workspace::result_of(const Call& call, const Item& item) {
         return {call.out + token * heads * layer.head_dim, call.lse + token * heads,
                 heads * layer.head_dim, heads};
     }
-    // A part holds only its own heads: the pointers stand where head 0 would.
+    // A part holds only its own heads: the pointers point to where head 0 would be.
     const int64_t own_heads = int64_t(tile.kv_end - tile.kv_begin) * layer.group;
     float* part = partials_.data() + tile.partials + part_floats(layer, tile) * item.split;
     const int64_t skipped = int64_t(tile.kv_begin) * layer.group;
@@ -165,14 +165,14 @@ void Workspace::attend(const Kernels& kernels, const Call& call, const std::vect
         scratch_bytes_.resize(threads_, 0);
     }
     for (int thread = 0; thread < threads_; ++thread)
-        scratch(thread, bytes); // here, where it may throw
+        scratch(thread, bytes); // allocated here, since the threads must not throw
     const int64_t count = int64_t(items_.size());
     const auto work = [&](int64_t i) {
         const Item& item = items_[i];
         kernels.run(call, item, result_of(call, item), scratch_[omp_get_thread_num()].get());
         if (item.tile->splits > 1 &&
             __atomic_sub_fetch(&item.tile->unfinished, 1, __ATOMIC_ACQ_REL) == 0)
-            merge(call, *item.tile); // by whoever finishes last, in the order of the parts
+            merge(call, *item.tile); // whoever finishes last merges, in the order of the parts
     };
     if (threads_ == 1) {
         for (int64_t i = 0; i < count; ++i) {

@@ -1,4 +1,4 @@
-// Which thread attends to what: tiles, their division over keys, and the merge of the parts.
+// How one call is shared between threads: tiles, their division over keys, and the merge of parts.
 #pragma once
 
 #include <memory>
@@ -8,14 +8,19 @@
 
 namespace longctx {
 
-// Memory that calls need; kept from one to the next. One call at a time.
+// Divides calls over threads and keeps the memory that they need from one call to the next. One
+// call runs at a time.
+//
+// Worked example: one decode row over 1,000 pages is a single tile of 8 key heads. For 2 threads it
+// is split into 8 parts of 125 pages (PARTS per thread), and the thread that finishes last merges
+// them.
 class Workspace {
 public:
     Workspace() = default;
     Workspace(Workspace&&) = default;
 
-    // Attention of all rows of `chunks`, out and lse written in place; others of the `tokens` rows
-    // are left empty if `chunks` do not fill them.
+    // Writes out and lse of all rows of `chunks`. Those of the `tokens` rows that no chunk covers
+    // get an out of 0 and an lse of -inf.
     void attend(const Kernels& kernels, const Call& call, const std::vector<Chunk>& chunks,
                 int64_t tokens);
 

@@ -1,4 +1,4 @@
-// AVX-512 in software (SIMDe), so that any CPU can test what is written for it. For test builds.
+// AVX-512 in software (SIMDe), for test builds: any CPU can test the code that is written for it.
 #pragma once
 
 #define SIMDE_ENABLE_NATIVE_ALIASES
@@ -6,7 +6,8 @@
 #include <simde/x86/f16c.h>
 #include <simde/x86/fma.h>
 
-// What SIMDe 0.7 lacks, by halves; and an alias that it gives the arguments of another function.
+// These functions are missing in SIMDe 0.7 and are made of halves; at the end, an alias is mended
+// to which it gives the arguments of another function.
 namespace {
 
 template <class From, class To, To (*HALF)(From)> simde__m512i by_halves(simde__m512i x) {

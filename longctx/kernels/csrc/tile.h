@@ -1,4 +1,6 @@
-// One item of work: rows of a tile against its pages, in place (decode) or widened (prefill).
+// One item of work: the rows of a tile attend to its pages, which are read in place (decode) or
+// widened to float32 (prefill). Softmax goes page by page, with a running maximum of each row.
+// Source: Online normalizer calculation for softmax, https://arxiv.org/abs/1805.02867
 #pragma once
 
 #include "job.h"
@@ -6,12 +8,17 @@
 namespace {
 
 constexpr float LN2 = 0.6931471805599453f;
-constexpr float NOTHING = -1e30f; // the running maximum of a row that has seen no key
+constexpr float NO_KEY = -1e30f; // the running maximum of a row that has seen no key
 
-// Scores of one row [BLOCK] become weights relative to the running maximum; returns the factor
-// by which what was summed before must be multiplied.
+// Turns the scores of one row [BLOCK] into weights relative to its running maximum, and returns the
+// factor by which earlier sums must be multiplied, since the maximum may have grown.
+//
+// Worked example, in powers of 2: after scores 3 and 1 the maximum is 3 and the total 1 + 2^-2. A
+// page with a single score of 5 raises the maximum to 5: the factor is 2^-2, the new weight 1, and
+// the total (1 + 2^-2) * 2^-2 + 1 = 1.3125.
 template <class V>
-float soften(float* scores, const Columns* columns, float softcap, float& top, float& total) {
+float online_softmax(float* scores, const Columns* columns, float softcap, float& row_max,
+                     float& total) {
     using F = typename V::F;
     constexpr int N = BLOCK / V::W;
     F x[N];
@@ -29,17 +36,17 @@ float soften(float* scores, const Columns* columns, float softcap, float& top, f
             F e = V::exp2(V::mul(x[i], V::set1(2 * LOG2E)));
             F y = V::sub(V::set1(1.f), V::div(V::set1(2.f), V::add(V::set1(1.f), e)));
             y = V::mul(y, V::set1(softcap * LOG2E));
-            x[i] = V::if_below(x[i], NOTHING, x[i], y);
+            x[i] = V::if_below(x[i], NO_KEY, x[i], y);
         }
         peak = V::max(peak, x[i]);
     }
-    const float page_top = V::reduce_max(peak);
+    const float page_max = V::reduce_max(peak);
     float factor = 1;
-    if (page_top > top) {
-        factor = V::first(V::exp2(V::set1(top - page_top)));
-        top = page_top;
+    if (page_max > row_max) {
+        factor = V::first(V::exp2(V::set1(row_max - page_max)));
+        row_max = page_max;
     }
-    const F base = V::set1(top);
+    const F base = V::set1(row_max);
     F sum = V::zero();
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
@@ -53,15 +60,15 @@ float soften(float* scores, const Columns* columns, float softcap, float& top, f
 
 template <class V>
 void finish_row(const Job& job, const Result& result, int kv_head, int n, const float* sums,
-                float top, float total) {
+                float row_max, float total) {
     const int row = n / job.layer.group, head = kv_head * job.layer.group + n % job.layer.group;
     float* out = result.out + row * result.out_row + head * job.layer.head_dim;
-    const bool empty = top == NOTHING;
+    const bool empty = row_max == NO_KEY;
     const float scale = empty ? 0.f : 1.f / total;
     for (int d = 0; d < job.layer.head_dim; ++d)
         out[d] = sums[d] * scale;
     result.lse[row * result.lse_row + head] =
-        empty ? -__builtin_inff() : (top + __builtin_log2f(total)) * LN2;
+        empty ? -__builtin_inff() : (row_max + __builtin_log2f(total)) * LN2;
 }
 
 inline uint8_t* take(uint8_t*& scratch, int64_t bytes) {
@@ -83,7 +90,7 @@ template <class V> void decode(const Job& job, const Result& result, uint8_t* sc
     if (prepares)
         prepared = take(scratch, all_rows * prepared_bytes);
     float* sums = (float*)take(scratch, all_rows * stride * 4);
-    float* top = (float*)take(scratch, all_rows * 4);
+    float* row_max = (float*)take(scratch, all_rows * 4);
     float* total = (float*)take(scratch, all_rows * 4);
     float* scores = (float*)take(scratch, rows * BLOCK * 4);
     for (int i = 0; i < all_rows; ++i) {
@@ -96,7 +103,7 @@ template <class V> void decode(const Job& job, const Result& result, uint8_t* sc
                 hadamard(rotated, head_dim);
             job.packed_kind.prepare(rotated, head_dim, prepared + i * prepared_bytes);
         }
-        top[i] = NOTHING;
+        row_max[i] = NO_KEY;
         total[i] = 0;
     }
     for (int i = 0; i < all_rows * stride; ++i)
@@ -117,8 +124,8 @@ template <class V> void decode(const Job& job, const Result& result, uint8_t* sc
             float factor[DECODE_ROWS];
             for (int n = 0; n < rows; ++n) {
                 const Columns columns = job.columns(view, n / layer.group);
-                factor[n] = soften<V>(scores + n * BLOCK, view.masked ? &columns : nullptr,
-                                      job.call.softcap, top[first + n], total[first + n]);
+                factor[n] = online_softmax<V>(scores + n * BLOCK, view.masked ? &columns : nullptr,
+                                      job.call.softcap, row_max[first + n], total[first + n]);
             }
             for (int step = 0; step < steps; ++step) {
                 const int begin = rows * step / steps, count = rows * (step + 1) / steps - begin;
@@ -128,11 +135,11 @@ template <class V> void decode(const Job& job, const Result& result, uint8_t* sc
         }
     });
     for (int i = 0; i < all_rows; ++i)
-        finish_row<V>(job, result, tile.kv_begin + i / rows, i % rows, sums + i * stride, top[i],
+        finish_row<V>(job, result, tile.kv_begin + i / rows, i % rows, sums + i * stride, row_max[i],
                       total[i]);
 }
 
-// Scores [M, BLOCK] of M packed query rows [head_dim, M] with `panels` of widened keys.
+// Computes scores [M, BLOCK] of M packed query rows [head_dim, M] with `panels` of widened keys.
 template <class V, int M>
 void tile_scores(const float* query, const float* keys, int head_dim, int panels, float* scores) {
     using F = typename V::F;
@@ -157,7 +164,7 @@ void tile_scores(const float* query, const float* keys, int head_dim, int panels
     }
 }
 
-// sums [M, stride] = sums * factor + weights [M, BLOCK] of tokens begin to end times values.
+// Sets sums [M, stride] to sums * factor + weights [M, BLOCK] * values, of tokens begin to end.
 template <class V, int M>
 void tile_add(const float* weights, const float* values, int begin, int end, int stride,
               const float* factor, float* sums) {
@@ -196,7 +203,7 @@ template <class V> void prefill(const Job& job, const Result& result, uint8_t* s
     float* query = (float*)take(scratch, padded * head_dim * 4);
     float* rotated = rotates ? (float*)take(scratch, padded * head_dim * 4) : query;
     float* sums = (float*)take(scratch, padded * stride * 4);
-    float* top = (float*)take(scratch, padded * 4);
+    float* row_max = (float*)take(scratch, padded * 4);
     float* total = (float*)take(scratch, padded * 4);
     float* keys = (float*)take(scratch, BLOCK * head_dim * 4);
     float* values = (float*)take(scratch, BLOCK * stride * 4);
@@ -218,7 +225,7 @@ template <class V> void prefill(const Job& job, const Result& result, uint8_t* s
             for (int d = 0; d < head_dim; ++d)
                 rotated[at + d * M] = row[d];
         }
-        top[n] = NOTHING;
+        row_max[n] = NO_KEY;
         total[n] = 0;
     }
     for (int i = 0; i < padded * stride; ++i)
@@ -237,14 +244,14 @@ template <class V> void prefill(const Job& job, const Result& result, uint8_t* s
             for (int m = 0; m < M; ++m) {
                 const int n = min_of(begin + m, last);
                 const Columns columns = job.columns(view, n / layer.group);
-                factor[m] = soften<V>(scores + m * BLOCK, view.masked ? &columns : nullptr,
-                                      job.call.softcap, top[begin + m], total[begin + m]);
+                factor[m] = online_softmax<V>(scores + m * BLOCK, view.masked ? &columns : nullptr,
+                                      job.call.softcap, row_max[begin + m], total[begin + m]);
             }
             tile_add<V, M>(scores, values, view.begin, end, stride, factor, sums + begin * stride);
         }
     });
     for (int n = 0; n < rows; ++n)
-        finish_row<V>(job, result, kv_head, n, sums + n * stride, top[n], total[n]);
+        finish_row<V>(job, result, kv_head, n, sums + n * stride, row_max[n], total[n]);
 }
 
 template <class V> int64_t scratch_bytes(const Layer& layer) {
