@@ -22,13 +22,14 @@ MOST_FILES = {"longctx": 12}  # of one level; of all others 24
 # The top first. Rooms on one rung do not know each other, so there can be no cycle of rooms.
 LADDER = (
     ("longctx.__main__",),
-    ("longctx.cli",),
+    ("longctx.cli", "longctx.demo"),
+    ("longctx.commands",),
     ("api.server",),
     ("api.app",),
     ("api.routes",),
     ("api.status",),
-    ("api.cache_routes", "api.completions", "api.services", "longctx.demo"),
-    ("api.metrics", "api.stored_prompts", "longctx.commands"),
+    ("api.cache_routes", "api.completions", "api.services"),
+    ("api.metrics", "api.stored_prompts"),
     ("api.files",),
     ("api.background",),
     ("api.http", "longctx.bench"),
