@@ -144,6 +144,7 @@ def test_the_architecture_page_shows_every_room() -> None:
         ("longctx", ("fastapi", "zstandard", "torch", "transformers")),
         ("longctx.llm", ("fastapi", "uvicorn", "api")),
         ("longctx.process.worker", ("fastapi", "uvicorn", "api")),
+        ("longctx.process.client", ("torch", "transformers")),
         ("offload.key", ("torch",)),
         ("offload.disk.tier", ("torch",)),
         ("offload.store", ("torch", "zstandard")),

@@ -19,8 +19,8 @@ from typing import Protocol
 from longctx.config import EngineConfig
 from longctx.errors import EngineDied, LongctxError
 from longctx.ipc.protocol import RankJoined
+from longctx.ring.processes.cores import usable_cores
 from longctx.ring.processes.head import Head
-from longctx.ring.processes.rendezvous import usable_cores
 from longctx.ring.processes.secret import make_secret
 
 STOP_SECONDS = 10.0  # a process that was told to stop and has not done so by then is killed

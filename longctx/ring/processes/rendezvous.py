@@ -34,6 +34,7 @@ from longctx.ipc.handshake import authenticate
 from longctx.ipc.protocol import Heartbeat, LeaderAddress, RankJoined, decode_command, encode
 from longctx.ring.process_group import ProcessGroupTransport
 from longctx.ring.processes import messages
+from longctx.ring.processes.cores import usable_cores
 from longctx.ring.processes.heartbeat import send_heartbeats
 from longctx.ring.processes.listener import Listener
 from longctx.ring.processes.messages import FollowerJoined, JoinGroup, decode_to_leader
@@ -78,13 +79,6 @@ class RankCoordinates:
             device = f"cuda:{self.local_rank}"
         threads = config.model.threads or max(1, usable_cores() // self.local_ranks)
         return replace(config, model=replace(config.model, device=device, threads=threads))
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class LeaderRendezvous:
