@@ -3,26 +3,26 @@
 import time
 from collections.abc import Callable
 
-_TOLERANCE_SECONDS = 60.0  # daylight is no matter here, and slewing stays far below
-
-
+_TOLERANCE_SECONDS = 60.0  # seconds since 1970 know no daylight saving; slewing stays far below
 _BOOT = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 def seconds_since_boot() -> float:
-    """Goes on while the machine sleeps, so waking up is no jump."""
+    """Return a time that goes on while the machine sleeps, so that waking up is no jump."""
     return time.clock_gettime(_BOOT)
 
 
 class Clocks:
+    """Compares a clock that may be set with one that never is. The caller holds a lock."""
+
     def __init__(self, clock: Callable[[], float], steady_clock: Callable[[], float]) -> None:
         self._clock, self.steady = clock, steady_clock
-        self._ahead = clock() - steady_clock()  # what `clock` was ahead by when last asked
+        self._ahead = clock() - steady_clock()  # by how much `clock` was ahead when last asked
 
     def now(self) -> tuple[float, float]:
-        """(time of day in seconds since 1970, seconds by which it has jumped since the last call).
+        """Return (seconds since 1970, seconds by which the clock jumped since the last call).
 
-        Small corrections are no jumps.
+        Corrections of up to a minute are no jumps: for them the second number is 0.
         """
         now = self._clock()
         jump = now - self.steady() - self._ahead

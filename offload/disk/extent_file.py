@@ -1,4 +1,4 @@
-"""Pages to and from one extent file, in large requests, straight from and into their slots."""
+"""Writes and reads one extent file: in large requests, straight from and into the slots."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ from offload.disk.extent_header import (
 from offload.disk.filesystem import FileSystem
 from offload.disk.shuffle import PageShuffle
 
-_REQUEST_BYTES = 4 << 20  # large for the disk, and the checks still find it in cache
+_REQUEST_BYTES = 4 << 20  # large for a disk, and small enough to be checked while in cache
 _FIRST_READ_BYTES = 16 << 10  # holds most headers
-_MIN_SAVING = 0.15  # shuffled pages cost time to read: they must be this much smaller
+_MIN_SAVING = 0.15  # shuffled pages take longer to read: they must be this much smaller
 
 
 class LayoutDiffers(Exception):
@@ -35,14 +35,17 @@ class LayoutDiffers(Exception):
 
 @dataclass(frozen=True, slots=True)
 class PackedExtent:
-    """What an extent file will hold; `buffers` are the pages in their order."""
+    """What an extent file will hold. `buffers` are its pages, in the order of the file."""
 
     header: ExtentHeader
     buffers: list[memoryview]
 
 
 def pack(meta: ExtentMeta, slots: PageSlots, *, shuffle: PageShuffle | None) -> PackedExtent:
-    """With `shuffle`, all pages are compressed if the first one becomes enough smaller by it."""
+    """Describe an extent of these pages; they are not copied, but for those that are compressed.
+
+    With `shuffle`, pages are compressed if the first one becomes at least 15% smaller by it.
+    """
     num_blocks = len(meta.run.keys)
     assert num_blocks == len(slots.pages), (num_blocks, len(slots.pages))
     if shuffle is not None:
@@ -67,7 +70,7 @@ def pack(meta: ExtentMeta, slots: PageSlots, *, shuffle: PageShuffle | None) -> 
 
 
 def write(files: FileSystem, path: Path, extent: PackedExtent) -> None:
-    """A new file, on the disk when this returns. Raises OSError."""
+    """Write a new file, whose bytes are on the disk when this returns. Raises OSError."""
     descriptor = files.create(path)
     try:
         files.write(descriptor, [memoryview(extent.header.pack()), *extent.buffers], 0)
@@ -78,7 +81,7 @@ def write(files: FileSystem, path: Path, extent: PackedExtent) -> None:
 
 
 def read_header(files: FileSystem, descriptor: int) -> ExtentHeader:
-    """Raises ExtentUnreadable, OSError."""
+    """Return the header of an open file. Raises ExtentUnreadable, OSError."""
     buffer = memoryview(bytearray(_FIRST_READ_BYTES))
     there = files.read(descriptor, [buffer], 0)
     header_bytes = header_bytes_of(bytes(buffer[: min(there, PREFIX.size)]))
@@ -97,9 +100,10 @@ def read_pages(
     slots: PageSlots,
     shuffle: PageShuffle,
 ) -> list[bool]:
-    """Fill `slots.pages[i]` with block `blocks[i]` of the extent; which of them are whole.
+    """Fill slot i with block `blocks[i]` of the extent; return which of them are whole.
 
-    Raises LayoutDiffers, ExtentUnreadable, OSError. Slots of other blocks hold garbage then.
+    A block is whole if the checksums of all its pages match; the slots of others hold garbage.
+    Raises LayoutDiffers, ExtentUnreadable, OSError, and then all slots may hold garbage.
     """
     wanted = tuple(array.shape[1] for array in slots.arrays)
     layers = slice(slots.first_layer, slots.first_layer + len(wanted))
@@ -123,7 +127,7 @@ def read_pages(
 
 
 def check(files: FileSystem, path: Path, shuffle: PageShuffle) -> ExtentHeader:
-    """Read every byte. Raises ExtentUnreadable, OSError."""
+    """Read every byte of a file and return its header. Raises ExtentUnreadable, OSError."""
     descriptor = files.open(path)
     try:
         header = read_header(files, descriptor)
@@ -148,13 +152,17 @@ class _Stretch:
     indices: list[int]  # in `blocks`
     offset: int
     num_bytes: int
-    stored: list[memoryview]  # a slot itself where the page is stored as it is
+    stored: list[memoryview]  # where the bytes are read to: a raw page's are its slot
     checksums: list[int]
-    shuffled: list[int]  # which of them are
+    shuffled: list[int]  # which of these pages are encoded so
 
 
 def _stretches(header: ExtentHeader, blocks: Sequence[int], slots: PageSlots) -> Iterator[_Stretch]:
-    """In the order of the file."""
+    """Yield what is to be read, in the order of the file.
+
+    Blocks 3, 4 and 7 of two layers are four stretches: (3, 4) and (7,) of the first layer, then the
+    same of the second.
+    """
     order = sorted(range(len(blocks)), key=blocks.__getitem__)
     breaks = [i for i in range(1, len(order)) if blocks[order[i]] != blocks[order[i - 1]] + 1]
     parts = [order[i:j] for i, j in pairwise([0, *breaks, len(order)])]
@@ -184,7 +192,7 @@ def _stretches(header: ExtentHeader, blocks: Sequence[int], slots: PageSlots) ->
 
 
 def _requests(stretches: Iterable[_Stretch]) -> Iterator[list[_Stretch]]:
-    """What follows each other in the file, about `_REQUEST_BYTES` at a time."""
+    """Join stretches that follow each other in the file, up to about `_REQUEST_BYTES` at a time."""
     request: list[_Stretch] = []
     num_bytes = end = 0
     for stretch in stretches:
@@ -199,6 +207,7 @@ def _requests(stretches: Iterable[_Stretch]) -> Iterator[list[_Stretch]]:
 
 
 def _decode(stretch: _Stretch, slots: PageSlots, shuffle: PageShuffle, whole: list[bool]) -> None:
+    """Put the shuffled pages of a stretch into their slots; clear `whole` where one cannot be."""
     array = slots.arrays[stretch.layer - slots.first_layer]
     for i in stretch.shuffled:
         index = stretch.indices[i]
@@ -207,7 +216,7 @@ def _decode(stretch: _Stretch, slots: PageSlots, shuffle: PageShuffle, whole: li
 
 
 class _Rows:
-    """The rows of a contiguous array as buffers."""
+    """Gives the rows of a contiguous array as buffers, without copies."""
 
     def __init__(self, array: NDArray[np.uint8]) -> None:
         assert array.dtype == np.uint8 and array.ndim == 2, (array.dtype, array.shape)

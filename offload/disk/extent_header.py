@@ -1,15 +1,16 @@
-"""One extent as a file: who its blocks are, where each page lies, and how to tell that it is whole.
+"""The format of an extent file: which blocks it holds, where each page lies, and its checksums.
 
     magic, version, header_bytes | namespace, parent, group, first_block, cost, created, retained
     | keys | bytes of a page in each layer | per page: stored bytes, encoding, checksum
     | zeros | checksum of all this                                        = header_bytes
     | pages of layer 0, one per key | pages of layer 1 | ...
 
-The file describes itself: the index is only ever a copy of what headers say. It never changes; its
-name is that of its last block, which names all blocks before it too, so files of equal names are
-equal.
+The file describes itself: the index is only a copy of what headers say. A file never changes. It is
+named by the key of its last block, which depends on all blocks before it, so files of equal names
+are equal.
 
-Where the pages begin is not a multiple of 4,096, on purpose. Processors of the Zen 3 family copy
+Pages begin 64 bytes after a multiple of 4,096, on purpose: what a header of 3 blocks and 2 layers
+says takes 344 bytes, and the header has 64 + 4,096 = 4,160. Processors of the Zen 3 family copy
 from page cache to memory at an eighth of their speed where the target lies 8 to 31 bytes after the
 source, modulo 4,096, and that is where large allocations begin (16 bytes into a page).
 """
@@ -29,8 +30,8 @@ MAGIC = b"longctx\0"
 VERSION = 1
 SUFFIX = ".kv"
 
-RAW = 0
-SHUFFLED = 1  # zstd over the low bytes of all values, then the high ones: offload/disk/shuffle.py
+RAW = 0  # a page as it is in memory
+SHUFFLED = 1  # the low bytes of all values, then the high ones by zstd: offload/disk/shuffle.py
 
 PREFIX = struct.Struct("<8sII")  # magic, version, header_bytes: the same in every version
 _FIXED = struct.Struct("<32s32sIIIIQddQ")
@@ -66,13 +67,16 @@ class ExtentMeta:
 
     @property
     def file_name(self) -> str:
-        """The name of the extent's file: the one that only files of an equal run have."""
+        """The name of the extent's file."""
         return file_name(self.run)
 
 
 @dataclass(frozen=True, slots=True)
 class ExtentHeader:
-    """`pages` [layers, blocks]: (stored_bytes, encoding, checksum) of each page."""
+    """All that a file says before its pages.
+
+    `pages` [layers, blocks] has (stored_bytes, encoding, checksum) for each page.
+    """
 
     meta: ExtentMeta
     page_bytes: tuple[int, ...]  # of each layer, decoded
@@ -80,6 +84,7 @@ class ExtentHeader:
 
     @property
     def header_bytes(self) -> int:
+        """The size of the header, padding included: where the first page begins."""
         blocks, layers = len(self.meta.run.keys), len(self.page_bytes)
         tables = blocks * _KEY_BYTES + layers * 8 + layers * blocks * _PAGE.itemsize
         used = PREFIX.size + _FIXED.size + tables + _CHECKSUM.size
@@ -90,12 +95,13 @@ class ExtentHeader:
         return self.header_bytes + int(self.pages["stored_bytes"].sum(dtype=np.int64))
 
     def offsets(self) -> NDArray[np.int64]:
-        """Where each page begins in the file, [layers, blocks]."""
+        """Return where each page begins in the file, [layers, blocks]."""
         stored = self.pages["stored_bytes"].astype(np.int64)
         ends = np.cumsum(stored.reshape(-1)).reshape(stored.shape)
         return self.header_bytes + ends - stored
 
     def pack(self) -> bytes:
+        """Return the header as it stands in the file."""
         run = self.meta.run
         parts = (
             PREFIX.pack(MAGIC, VERSION, self.header_bytes),
@@ -120,6 +126,7 @@ class ExtentHeader:
 
 
 def file_name(run: BlockRun) -> str:
+    """Return the name of the file that holds this run, and that no other run has."""
     return f"{run.keys[-1].hex()}-{run.group}-{run.first_block}{SUFFIX}"
 
 
@@ -132,7 +139,7 @@ def page_table(layers: int, blocks: int) -> NDArray[np.void]:
 
 
 def header_bytes_of(prefix: bytes) -> int:
-    """How long the header is whose first `PREFIX.size` bytes these are. Raises ExtentUnreadable."""
+    """Return the size of a header from its first `PREFIX.size` bytes. Raises ExtentUnreadable."""
     if len(prefix) < PREFIX.size:
         raise ExtentUnreadable("shorter than any header")
     magic, version, header_bytes = PREFIX.unpack_from(prefix)
@@ -146,7 +153,7 @@ def header_bytes_of(prefix: bytes) -> int:
 
 
 def parse(header: bytes, *, file_bytes: int) -> ExtentHeader:
-    """What `pack` packed, from a file of `file_bytes`. Raises ExtentUnreadable."""
+    """Return the header that `pack` made, of a file of this size. Raises ExtentUnreadable."""
     expected = header_bytes_of(header)
     if len(header) != expected:
         raise ExtentUnreadable(f"header cut off after {len(header)} of {expected} bytes")

@@ -1,8 +1,8 @@
-"""Who moves the bytes of extents between files and pages: the seam above the disk tier's files.
+"""Who moves the bytes of extents between files and pages.
 
 The tier decides what is written where, and when; an `ExtentIO` does it for the slots that it knows.
-`LocalExtents` is for pages in this process. Pages of other processes are written and read by
-those themselves, so that their bytes never travel.
+`LocalExtents` is for pages in this process. Pages of other processes are written and read by those
+processes themselves, so that their bytes never travel (`longctx/ring/pages.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -19,26 +19,30 @@ from offload.disk.shuffle import PageShuffle
 
 @dataclass(frozen=True, slots=True)
 class UnwrittenExtent:
-    """What a file will hold, and how it gets there: `write` raises OSError."""
+    """An extent whose size is known, and whose file can be written. `write` raises OSError."""
 
     header: ExtentHeader
     write: Callable[[Path], None]
 
 
 class ExtentIO(Protocol):
+    """Moves pages. Writes come one at a time; reads come from any thread, also during a write."""
+
     def pack(self, meta: ExtentMeta, slots: Slots) -> UnwrittenExtent:
-        """Nothing is written yet. The pages stay as they are until that has happened."""
+        """Prepare an extent of these pages; the caller leaves them alone until it is written."""
         ...
 
     def read(self, path: Path, run: BlockRun, blocks: Sequence[int], slots: Slots) -> list[bool]:
-        """Fill `slots` with these blocks of the extent, which must be `run`; which are whole.
+        """Fill `slots` with blocks of the extent, by index; return which of them are whole.
 
-        Raises ExtentUnreadable, LayoutDiffers, OSError.
+        Raises ExtentUnreadable (also if the file does not hold `run`), LayoutDiffers, OSError.
         """
         ...
 
 
 class LocalExtents:
+    """An `ExtentIO` for `PageSlots`."""
+
     def __init__(
         self, files: FileSystem, shuffle: PageShuffle | None = None, *, compress: bool = False
     ) -> None:

@@ -1,4 +1,4 @@
-"""What the disk tier asks of the operating system: the seam below which tests inject faults.
+"""What the disk tier asks of the operating system. Tests put a faulty one in its place.
 
 Every call may raise OSError. Only `sync`, `sync_folder` and `make_folder` make anything durable:
 until then a loss of power may undo each write, rename and removal on its own.
@@ -15,10 +15,10 @@ _BUFFERS_PER_CALL = 1024  # IOV_MAX of Linux
 
 
 class FileSystem:
-    """The real one."""
+    """The operating system's own. Any thread may call."""
 
     def make_folder(self, folder: Path) -> None:
-        """With those above it; durable when this returns."""
+        """Make the folder and those above it. They are durable when this returns."""
         if not folder.is_dir():
             self.make_folder(folder.parent)
             folder.mkdir(mode=_FOLDER_MODE, exist_ok=True)
@@ -28,30 +28,31 @@ class FileSystem:
         return os.listdir(folder)
 
     def open(self, path: Path) -> int:
-        """A descriptor to read from."""
+        """Return a descriptor to read from."""
         return os.open(path, os.O_RDONLY)
 
     def create(self, path: Path) -> int:
-        """A descriptor to write to, of a file that did not exist."""
+        """Return a descriptor to write to, of a new file. Raises FileExistsError."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _FILE_MODE)
 
     def close(self, descriptor: int) -> None:
         os.close(descriptor)
 
     def read(self, descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
-        """Fill `buffers` in order; how many bytes there were, fewer only at the file's end."""
+        """Fill `buffers` in order and return how many bytes came: fewer only at the file's end."""
         return _transfer(os.preadv, descriptor, buffers, offset)
 
     def write(self, descriptor: int, buffers: Sequence[memoryview], offset: int) -> None:
+        """Write all buffers, one after another, from `offset` on."""
         written = _transfer(os.pwritev, descriptor, buffers, offset)
         assert written == sum(map(len, buffers)), written
 
     def status(self, of: int | Path) -> os.stat_result:
-        """`of`: a descriptor or a path."""
+        """Return size, times and identity of a descriptor's or path's file."""
         return os.stat(of)
 
     def touch(self, path: Path, seconds: float) -> None:
-        """Set the time of the last use."""
+        """Set the time of the last use, in seconds since 1970."""
         os.utime(path, (seconds, seconds))
 
     def sync(self, descriptor: int) -> None:
@@ -71,12 +72,12 @@ class FileSystem:
         os.unlink(path)
 
     def free_bytes(self, folder: Path) -> int:
-        """What an unprivileged process may still write there."""
+        """Return how much an unprivileged process may still write there."""
         found = os.statvfs(folder)
         return found.f_bavail * found.f_frsize
 
     def lock(self, path: Path) -> int:
-        """A descriptor that holds the file's lock until it is closed or its process ends.
+        """Return a descriptor that holds the file's lock until it is closed or its process ends.
 
         Raises BlockingIOError where somebody else holds it.
         """
@@ -95,7 +96,7 @@ def _transfer(
     buffers: Sequence[memoryview],
     offset: int,
 ) -> int:
-    """Repeat `call` until all is transferred or it transfers nothing."""
+    """Repeat `call` until all is transferred or it transfers nothing; return the bytes moved."""
     done = 0
     waiting = list(reversed(buffers))
     while waiting:

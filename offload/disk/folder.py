@@ -1,9 +1,10 @@
-"""The folder of a disk tier: its lock, its files by their names, its quarantine.
+"""The folder of a disk tier: its lock, its files by name, and its quarantine.
 
-lock                     held by the one process that writes
-KEY-GROUP-FIRST.kv       extents
-*.tmp                    extents being written; rubbish after a crash
-quarantine/              extents that could not be read, kept for whoever wants to know why
+lock                  held by the one process that writes
+index                 a copy of the index, see `index_snapshot.py`
+KEY-GROUP-FIRST.kv    extents: key of the last block, layer group, index of the first block
+*.tmp                 files being written; rubbish after a crash
+quarantine/           extents that could not be read, kept for whoever wants to know why
 """
 
 import contextlib
@@ -39,16 +40,23 @@ class FolderInUse(FolderRefused):
 
 
 class DiskFolder:
+    """Gives names to finished files, removes them, and puts bad ones aside.
+
+    `publish`, `remove`, `sync`, `save_index` and `remove_temporary` are called one at a time: the
+    tier holds its writer's lock. `quarantine` and the reading calls may come from any thread at any
+    time, and a file may vanish in between.
+    """
+
     def __init__(
         self, path: Path, files: FileSystem, incidents: Incidents, *, read_only: bool
     ) -> None:
-        """Raises FolderRefused, OSError."""
+        """Enter the folder. Raises FolderRefused, OSError."""
         self.path = path
         self.read_only = read_only
         self._files = files
         self._incidents = incidents
         self._lock: int | None = None  # descriptor
-        self._removals = False  # since the folder was synced
+        self._removals = False  # whether any file was removed since the folder was synced
         self._quarantine_lock = threading.Lock()
         self._quarantine: OrderedDict[str, int] = OrderedDict()  # bytes by name, oldest first
         self.enter()
@@ -62,7 +70,10 @@ class DiskFolder:
         return len(self._quarantine)
 
     def enter(self) -> None:
-        """Take the folder, again if it was removed meanwhile."""
+        """Make the folder and lock it; again if it was removed meanwhile.
+
+        Raises FolderInUse where another process holds the lock, FolderRefused, OSError.
+        """
         self.leave()
         if self.read_only:
             if not self.path.is_dir():
@@ -78,18 +89,20 @@ class DiskFolder:
                 "stop that process or choose another folder"
             ) from None
         self._files.make_folder(self.path / QUARANTINE)
-        found = [(name, self._files.status(self.path / QUARANTINE / name)) for name in self._held()]
+        quarantined = self._files.names(self.path / QUARANTINE)
+        found = [(name, self._files.status(self.path / QUARANTINE / name)) for name in quarantined]
         found.sort(key=lambda file: file[1].st_mtime)
         with self._quarantine_lock:
             self._quarantine = OrderedDict((name, status.st_size) for name, status in found)
 
     def leave(self) -> None:
+        """Give up the lock."""
         if self._lock is not None:
             self._files.close(self._lock)
             self._lock = None
 
     def is_ours(self) -> bool:
-        """False where the folder was removed or replaced since it was entered."""
+        """Return False if the folder was removed or replaced since it was entered."""
         if self._lock is None:
             return False
         try:
@@ -103,7 +116,7 @@ class DiskFolder:
         return self.path / name
 
     def names(self) -> list[str]:
-        """Of all files that are called like extents, in the order of their names."""
+        """Return the names of all files that are called like extents, sorted."""
         try:
             found = self._files.names(self.path)
         except FileNotFoundError:
@@ -111,6 +124,7 @@ class DiskFolder:
         return sorted(name for name in found if _EXTENT.fullmatch(name))
 
     def report_foreign(self) -> None:
+        """Report files that longctx has not put here."""
         foreign = sorted(name for name in self._files.names(self.path) if _is_foreign(name))
         if foreign:
             self._incidents.report(
@@ -120,7 +134,7 @@ class DiskFolder:
             )
 
     def read_index(self) -> bytes:
-        """What `save_index` wrote last; empty if that is not to be had."""
+        """Return what `save_index` wrote last; empty if there is none, or it cannot be read."""
         try:
             descriptor = self._files.open(self.file(INDEX))
             try:
@@ -133,7 +147,7 @@ class DiskFolder:
             return b""
 
     def save_index(self, data: bytes) -> None:
-        """Not synced: it can be done without. Raises OSError."""
+        """Write the copy of the index, without a sync: it may be lost. Raises OSError."""
         temporary = self.file(INDEX + TEMPORARY)
         descriptor = self._files.create(temporary)
         try:
@@ -143,7 +157,10 @@ class DiskFolder:
         self._files.rename(temporary, self.file(INDEX))
 
     def read_header(self, name: str) -> tuple[ExtentHeader, float] | None:
-        """The header and when the file was last used; None and quarantine if it is unreadable."""
+        """Return a file's header and the time of its last use, in seconds since 1970.
+
+        Returns None where there is no such file, or an unreadable one, which goes to quarantine.
+        """
         try:
             descriptor = self._files.open(self.file(name))
             try:
@@ -161,12 +178,12 @@ class DiskFolder:
         return header, used_at
 
     def touch(self, name: str, seconds: float) -> None:
-        """Let a file know of its last use. Raises OSError; a file that is gone needs not."""
+        """Note in the file when it was last used. Raises OSError, but not for a missing file."""
         with contextlib.suppress(FileNotFoundError):
             self._files.touch(self.file(name), seconds)
 
     def publish(self, temporary: Path, name: str) -> None:
-        """Give a finished file its name, durably. Raises OSError, and then it has not got it."""
+        """Give a finished file its name, durably. Raises OSError, and then no file has it."""
         self._files.rename(temporary, self.file(name))
         try:
             self.sync()
@@ -175,34 +192,35 @@ class DiskFolder:
             raise
 
     def remove(self, name: str) -> None:
-        """Raises OSError; a file that is gone already is none."""
+        """Remove a file. Raises OSError, but not for a missing file."""
         with contextlib.suppress(FileNotFoundError):
             self._files.remove(self.file(name))
             self._removals = True
 
     def sync(self) -> None:
+        """Make what was named and removed durable. Raises OSError."""
         self._files.sync_folder(self.path)
         self._removals = False
 
     def sync_removals(self) -> None:
-        """What was removed does not come back. Raises OSError."""
+        """See to it that what was removed does not come back. Raises OSError."""
         if self._removals:
             self.sync()
 
     def discard(self, path: Path) -> None:
-        """Remove what the next start would remove anyway, if it can be done."""
+        """Remove, if it can be done, what the next start would remove anyway."""
         with contextlib.suppress(OSError):
             self._files.remove(path)
 
     def remove_temporary(self) -> int:
-        """How many there were; only while nothing is being written."""
+        """Remove what crashes have left, and return how many files. Nothing is being written."""
         found = [name for name in self._files.names(self.path) if name.endswith(TEMPORARY)]
         for name in found:
             self.discard(self.file(name))
         return len(found)
 
     def quarantine(self, name: str, error: ExtentUnreadable | OSError) -> None:
-        """Take an extent out of use."""
+        """Take an extent out of use, and report why. The oldest leave a full quarantine."""
         self._incidents.report(
             _kind(error),
             f"{self.file(name)} is not used: {error}; "
@@ -228,7 +246,7 @@ class DiskFolder:
             self.forget_quarantined()
 
     def forget_quarantined(self) -> bool:
-        """Remove what is in quarantine for longest; False if nothing is."""
+        """Remove what is in quarantine for longest; return False if nothing is."""
         with self._quarantine_lock:
             if not self._quarantine:
                 return False
@@ -237,7 +255,10 @@ class DiskFolder:
             return True
 
     def forget_quarantined_of(self, keys: Iterable[BlockKey]) -> None:
-        """Remove those whose last block is one of these, for good. Raises OSError."""
+        """Remove the quarantined files whose last block is one of these. Raises OSError.
+
+        Otherwise a deleted document would go on lying in a file that nobody looks at.
+        """
         ends = {key.hex() for key in keys}
         with self._quarantine_lock:
             found = [name for name in self._quarantine if name.partition("-")[0] in ends]
@@ -247,11 +268,11 @@ class DiskFolder:
         if found:
             self._files.sync_folder(self.path / QUARANTINE)
 
-    def _held(self) -> list[str]:
-        return self._files.names(self.path / QUARANTINE)
-
     def _close_to_others(self) -> None:
-        """What documents say can be read from their keys and values: nobody else may."""
+        """Close the folder to other users, who could read from KV blocks what documents say.
+
+        Raises FolderRefused where others may have put something into it.
+        """
         mode = self.path.stat().st_mode
         if not mode & (stat.S_IRWXG | stat.S_IRWXO):
             return

@@ -1,7 +1,4 @@
-"""What the disk tier knows of its files without reading them: the index, a copy of their headers.
-
-Whoever calls it holds its lock; only `holder` may be asked without.
-"""
+"""What the disk tier knows of its files without reading them: a copy of their headers."""
 
 import threading
 from collections.abc import Iterable, Iterator
@@ -68,7 +65,14 @@ class DiskEntry:
 
 
 class DiskIndex:
-    """Extents by name and by block; who leaves is up to `policy`."""
+    """Finds extents by name and by block, and knows which blocks are retained.
+
+    Which extent leaves next is up to `policy`. Whoever calls holds `lock`; only `holder` may be
+    asked without it, from any thread.
+
+    Several extents may hold one block: window checkpoints overlap, and prompts fork. `holder` gives
+    the latest of them; the others are in `_copies` until it leaves.
+    """
 
     def __init__(self, policy: EvictionPolicy[str]) -> None:
         self.lock = threading.Lock()
@@ -76,10 +80,10 @@ class DiskIndex:
         self._by_name: dict[str, Extent] = {}
         self._by_block: dict[Block, Extent] = {}
         self._copies: dict[Block, list[Extent]] = {}  # where a block is in several files: all
-        self._groups: dict[int, int] = {}  # extents of each layer group
+        self._groups: dict[int, int] = {}  # the number of extents of each layer group
         self._retained: set[BlockKey] = set()
         self._log = EvictionLog()
-        self._used: set[str] = set()  # whose files do not know yet when that was
+        self._used: set[str] = set()  # names of extents whose files do not know of their last use
         self.num_bytes = 0
         self.changes = 0  # extents that came or left, ever
         self.removed = 0  # extents that left, ever
@@ -95,9 +99,11 @@ class DiskIndex:
         return len(self._by_block)
 
     def named(self, name: str) -> Extent | None:
+        """Return the extent of that file name."""
         return self._by_name.get(name)
 
     def holder(self, block: Block) -> Extent | None:
+        """Return the extent to read a block from."""
         return self._by_block.get(block)
 
     def add(self, extent: Extent) -> None:
@@ -125,6 +131,7 @@ class DiskIndex:
         )
 
     def remove(self, extent: Extent, reason: str) -> None:
+        """Forget an extent; `reason` goes to the eviction log for blocks that no other one has."""
         run = extent.meta.run
         self.removed += 1
         self.changes += 1
@@ -140,24 +147,25 @@ class DiskIndex:
         self._retained.difference_update(key for key in run.keys if not self._is_held(key))
 
     def use(self, extent: Extent, now: float) -> None:
+        """Count the extent as used at `now`."""
         extent.used_at = now
         self._used.add(extent.name)
         self._policy.used(extent.name)
 
     def shift(self, seconds: float) -> None:
-        """The clock jumped: nothing is older for that."""
+        """Move all times by a jump of the clock, so that nothing is older for that."""
         for extent in self:
             extent.used_at += seconds
             self._used.add(extent.name)
 
     def take_uses(self) -> list[tuple[str, float]]:
-        """(name, last use) of what was used since this was last asked."""
+        """Return (name, last use) of the extents that were used since the last call."""
         extents = [self._by_name[name] for name in self._used]
         self._used.clear()
         return [(extent.name, extent.used_at) for extent in extents]
 
     def entries(self) -> list[DiskEntry]:
-        """All extents, in the order in which they came."""
+        """Return all extents, in the order in which they came."""
         return [
             DiskEntry(
                 meta=self.meta_now(extent),
@@ -169,26 +177,29 @@ class DiskIndex:
         ]
 
     def meta_now(self, extent: Extent) -> ExtentMeta:
-        """The extent's meta, with what is retained at present."""
+        """Return the extent's meta, with `retained` as it is at present."""
         retained = self.is_retained(extent)
         meta = extent.meta
         return meta if meta.retained == retained else replace(meta, retained=retained)
 
     def holding(self, keys: Iterable[BlockKey]) -> Iterable[Extent]:
-        """Each extent that has one of the keys, in any group, once."""
+        """Return each extent that has one of the keys, in any group, once."""
         return dict.fromkeys(extent for key in keys for extent in self._holding(key))
 
     def victim(self) -> Extent | None:
+        """Return the extent that should leave next; None if there is none at all."""
         name = self._policy.victim()
         return None if name is None else self._by_name[name]
 
     def retain(self, keys: Iterable[BlockKey]) -> None:
+        """Let extents of these keys leave last. Keys that no extent holds are passed over."""
         for key in keys:
             for extent in self._holding(key):
                 self._retained.add(key)
                 self._policy.retain(extent.name)
 
     def release(self, keys: Iterable[BlockKey]) -> None:
+        """End what `retain` began, for extents of which no other key is retained."""
         released = [key for key in keys if key in self._retained]
         self._retained.difference_update(released)
         for key in released:
@@ -200,7 +211,11 @@ class DiskIndex:
         return not self._retained.isdisjoint(extent.meta.run.keys)
 
     def drop(self, keys: Iterable[BlockKey]) -> list[Extent]:
-        """Forget the keys; the extents that hold nothing any more, for the tier to remove."""
+        """Delete the keys logically; return the extents of which no key is left.
+
+        Of an extent of 16 blocks whose last 4 are dropped, the first 12 are still served. Its file
+        goes when those are dropped too, or when it is evicted: the tier does that.
+        """
         empty: list[Extent] = []
         for key in keys:
             for extent in self._holding(key):
@@ -211,7 +226,7 @@ class DiskIndex:
         return empty
 
     def restore(self, extent: Extent) -> None:
-        """Its dropped blocks are wanted again: the file has them still."""
+        """Serve an extent's dropped blocks again: its file has them still."""
         for key in list(extent.dropped):
             extent.dropped.remove(key)
             self._point((extent.meta.run.group, key), extent)
@@ -221,6 +236,7 @@ class DiskIndex:
         return None if block in self._by_block else self._log.reason(block)
 
     def _holding(self, key: BlockKey) -> list[Extent]:
+        """Return the extents that have the key, in any group."""
         found: list[Extent] = []
         for group in self._groups:
             extent = self._by_block.get((group, key))
@@ -232,6 +248,7 @@ class DiskIndex:
         return any((group, key) in self._by_block for group in self._groups)
 
     def _point(self, block: Block, extent: Extent) -> None:
+        """Let a block be found in the extent."""
         before = self._by_block.get(block)
         if before is not None:
             self._copies.setdefault(block, [before]).append(extent)
@@ -239,6 +256,7 @@ class DiskIndex:
         self._log.forget(block)
 
     def _unpoint(self, block: Block, extent: Extent, reason: str) -> None:
+        """Let a block no longer be found in the extent, but in another one that has it."""
         copies = self._copies.pop(block, [extent])
         copies.remove(extent)
         if not copies:

@@ -1,8 +1,8 @@
-"""The index of a disk tier kept as one file, so that a start need not open every extent.
+"""A copy of the index of a disk tier in one file, so that a start need not open every extent.
 
-The copy saves time and decides nothing. Extents that it does not know are asked themselves, those
-that are gone are passed over, and what it says of the others is checked when they are read. It is
-not synced; where it is damaged or missing, all extents are asked.
+The copy saves time and decides nothing. Extents that it does not know are opened, those that are
+gone are passed over, and what it says of the others is checked when they are read. It is not
+synced; where it is damaged or missing, all extents are opened.
 """
 
 import struct
@@ -19,20 +19,27 @@ _HEAD = struct.Struct("<8sQ")  # magic and version, checksum of the rest
 _MAGIC = b"lctxidx\1"
 _EXTENT = struct.Struct("<32s32sIIQQddd?")
 _KEY_BYTES = 32
-_FEW, _SHARE = 64, 16  # a crash costs asking so many extents, or that part of all, at the start
+# A crash may leave so many extents out of the copy, or this part of all: the next start opens them
+_FEW, _SHARE = 64, 16
 
 
 class IndexSnapshot:
+    """Fills the index at a start, and saves copies of it. The tier's writer calls it."""
+
     def __init__(self, index: DiskIndex, folder: DiskFolder) -> None:
         self._index, self._folder = index, folder
-        self._saved_changes = 0  # of the index, up to its latest copy
+        self._saved_changes = 0  # `DiskIndex.changes` at the latest copy
 
     def load(self, now: Callable[[], float]) -> None:
-        """Fill the index, least recently used first, from the copy and the headers of the rest."""
+        """Fill the index, least recently used first, from the copy and the headers of the rest.
+
+        `now` is called with the index's lock held; no extent counts as used later than that.
+        """
         self._folder.report_foreign()
         unknown = set(self._folder.names())
-        found = [entry for entry in parse(self._folder.read_index()) if entry.name in unknown]
-        unknown.difference_update(entry.name for entry in found)
+        copied = {entry.name: entry for entry in parse(self._folder.read_index())}
+        found = [entry for name, entry in copied.items() if name in unknown]
+        unknown -= copied.keys()
         for name in sorted(unknown):
             described = self._folder.read_header(name)
             if described is not None:
@@ -49,7 +56,10 @@ class IndexSnapshot:
             self._saved_changes = self._index.changes - len(unknown)
 
     def save(self, *, least_changes: int = 1) -> None:
-        """Let the files know of their last use; copy the index if it changed. Raises OSError."""
+        """Note in the files when they were used; copy the index if it changed. Raises OSError.
+
+        It is copied after `least_changes`, which are extents that came or left.
+        """
         with self._index.lock:
             uses = self._index.take_uses()
             changes = self._index.changes
@@ -63,11 +73,12 @@ class IndexSnapshot:
             self._saved_changes = changes
 
     def save_many(self) -> None:
-        """As `save`, but no copy for a few changes."""
+        """Save, but copy the index only after many changes. Raises OSError."""
         self.save(least_changes=max(_FEW, len(self._index) // _SHARE))
 
 
 def pack(entries: Iterable[DiskEntry]) -> bytes:
+    """Return the copy's bytes. Dropped keys are not noted, so a restart serves them again."""
     parts: list[bytes] = []
     for entry in entries:
         meta, run = entry.meta, entry.meta.run
@@ -91,7 +102,7 @@ def pack(entries: Iterable[DiskEntry]) -> bytes:
 
 
 def parse(data: bytes) -> list[DiskEntry]:
-    """Empty if `data` is not what `pack` returned."""
+    """Return the entries of a copy; none if `data` is not what `pack` returned."""
     if len(data) < _HEAD.size:
         return []
     magic, expected = _HEAD.unpack_from(data)

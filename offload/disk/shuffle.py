@@ -1,4 +1,4 @@
-"""Lossless compression of 16-bit floats: all low bytes as they are, then all high bytes by zstd.
+"""Lossless compression of 16-bit floats: the low bytes as they are, then the high ones by zstd.
 
 High bytes hold the sign and most of the exponent, which repeat; low bytes hold noise. Each plane
 has an entropy of its own, so they are not compressed as one: that gave 1.26 where this gives 1.43
@@ -16,19 +16,22 @@ _LEVEL = 1  # higher ones gain next to nothing on numbers and halve the speed
 
 
 class PageShuffle:
-    """Encodes and decodes pages; several threads may use one."""
+    """Encodes and decodes pages. Any number of threads may use one at the same time."""
 
     def __init__(self) -> None:
-        self._contexts = threading.local()  # a context of zstd serves one thread at a time
+        self._contexts = threading.local()  # a context of zstd is for one thread at a time
 
     def encode(self, page: NDArray[np.uint8]) -> bytes:
-        """`page` is flat and holds 16-bit values."""
+        """Return the bytes to store for `page`, which is flat and holds 16-bit values."""
         low, high = np.ascontiguousarray(page.reshape(-1, 2).T)
         packed = self._context().compressor.compress(memoryview(high))
         return b"".join((low.tobytes(), packed))
 
     def decode(self, stored: memoryview, page: NDArray[np.uint8]) -> bool:
-        """Fill `page`; False where `stored` is not what `encode` made of a page of its length."""
+        """Fill `page`; return False if `stored` is not what `encode` made of such a page.
+
+        The page may hold garbage then.
+        """
         values = page.size // 2
         try:
             packed = self._context().decompressor.decompress(

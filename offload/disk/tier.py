@@ -1,17 +1,14 @@
 """The tier that outlives the process: extent files in one folder, bounded, checked, evicted whole.
 
-A write is durable when it returns True: the file was synced under a temporary name, renamed, and
-its folder synced. A read checks each page, and what is not exactly what was written is a miss.
-Whatever the machine does, the worst that follows is that text is computed again: `write` and
-`read` raise nothing for it.
-
-One lock guards the index; files are read and written outside it. So a file may be evicted while
-somebody reads it: who has it open reads on, who comes too late has a miss.
+DiskTier         this file: reads and writes, and what happens when the machine fails
+DiskIndex        which blocks are in which file; `IndexSnapshot` keeps a copy for the next start
+DiskQuota        who leaves when the bounds are reached
+DiskFolder       names, the lock, the quarantine
+ExtentIO         the bytes of one file
 """
 
 import contextlib
 import errno
-import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -47,11 +44,11 @@ __all__ = [
     "Verified",
 ]
 
-_REST_SECONDS = 30.0  # without writes after one failed
+_REST_SECONDS = 30.0  # after a write that failed, during which nothing is written
 _SLOW_READ_SECONDS = 5.0  # for one extent
 
 _INCIDENTS = (
-    "corrupt_files",  # and pages: one for each file
+    "corrupt_files",  # one for each file, however many of its pages
     "other_versions",
     "foreign_files",
     "missing_files",
@@ -90,6 +87,22 @@ class DiskTierConfig:
 
 
 class DiskTier:
+    """A `DurableTier`: writes runs to extent files and reads them back in any later process.
+
+    A write is durable when it returns True: the file was synced under a temporary name, renamed,
+    and its folder synced. A read checks each page, and what is not exactly what was written is a
+    miss. Whatever the machine does, the worst that follows is that text is computed again: `write`,
+    `read` and `drop` raise nothing for it, but count and log it (`Incidents`).
+
+    Any thread may call anything. Reads run at the same time; writes, deletions and `gc` happen one
+    at a time. One lock guards the index, and files are read and written outside it. So a file may
+    be evicted while somebody reads it: whoever has it open reads on, and whoever comes too late has
+    a miss.
+
+    One process may write to a folder, and any number may read it at the same time (`read_only`);
+    these must not call `write`, `drop` or `gc`. After `close` another process may write there.
+    """
+
     name: Final[TierName] = "disk"
     durable: Final[Literal[True]] = True
 
@@ -115,11 +128,11 @@ class DiskTier:
         self._extents = extents or LocalExtents(
             self._files, self._shuffle, compress=config.compress
         )
-        self._writer = threading.Lock()  # one write at a time: room is made for one file
+        self._writer = threading.Lock()  # one write at a time, since room is made for one file
         self._counts = dict.fromkeys(_COUNTS, 0.0)  # under the lock of the index
         self._incidents = Incidents(_INCIDENTS, steady_clock)
         self._clocks = Clocks(clock, steady_clock)
-        self._no_writes_until = -math.inf  # by the steady clock
+        self._no_writes_until: float | None = None  # by the steady clock
         self._index = DiskIndex(policy)
         self._folder = DiskFolder(config.folder, self._files, self._incidents, read_only=read_only)
         self._snapshot = IndexSnapshot(self._index, self._folder)
@@ -140,7 +153,7 @@ class DiskTier:
         return self._index.holder((group, key)) is not None
 
     def read(self, group: int, keys: Sequence[BlockKey], slots: Slots) -> list[bool]:
-        """Which of the keys' pages are in `slots` now; other rows of `slots` may hold garbage."""
+        """Fill `slots` and return which keys arrived; the rows of others may hold garbage."""
         assert len(keys) == len(slots.pages), (len(keys), len(slots.pages))
         begin = time.perf_counter()
         found = [False] * len(keys)
@@ -158,7 +171,7 @@ class DiskTier:
         return found
 
     def _plan(self, group: int, keys: Sequence[BlockKey]) -> list[tuple[Extent, list[int]]]:
-        """The extents that hold the keys, with the indices of those that each one holds."""
+        """Return the extents to read from, with the indices of the keys to read from each."""
         plan: dict[str, tuple[Extent, list[int]]] = {}
         with self._index.lock:
             now = self._now()
@@ -171,6 +184,7 @@ class DiskTier:
         return list(plan.values())
 
     def _read_extent(self, extent: Extent, keys: Sequence[BlockKey], slots: Slots) -> list[bool]:
+        """Read from one file; what fails is reported, and a file that is no good is put aside."""
         begin = self._clocks.steady()
         found = [False] * len(keys)
         try:
@@ -202,10 +216,10 @@ class DiskTier:
     # -- writing --------------------------------------------------------------------------------
 
     def write(self, run: BlockRun, slots: Slots, *, cost_seconds: float, retained: bool) -> bool:
-        """True once the whole run is durable; False where it cannot be, now or ever."""
+        """Return True once the whole run is durable; False where it cannot be, now or ever."""
         assert not self.read_only
         with self._writer:
-            if self._clocks.steady() < self._no_writes_until:
+            if self._rests():
                 return False
             try:
                 return self._write(run, slots, cost_seconds=cost_seconds, retained=retained)
@@ -241,7 +255,7 @@ class DiskTier:
         return True
 
     def _is_here(self, run: BlockRun, *, retained: bool) -> bool:
-        """Whether this very run has a file; it is used, and retained, like a new one."""
+        """Return whether this very run has a file, which is used and retained like a new one."""
         with self._index.lock:
             extent = self._index.named(file_name(run))
         if extent is None:
@@ -262,7 +276,13 @@ class DiskTier:
                 self._index.retain(run.keys)
         return True
 
+    def _rests(self) -> bool:
+        """Return whether a write failed a moment ago, so that none is tried now."""
+        until = self._no_writes_until
+        return until is not None and self._clocks.steady() < until
+
     def _writing_failed(self, error: Exception) -> None:
+        """Report the error, and write nothing for a while."""
         self._no_writes_until = self._clocks.steady() + _REST_SECONDS
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         self._incidents.report(
@@ -272,7 +292,7 @@ class DiskTier:
         )
 
     def _enter_again(self) -> None:
-        """The folder was removed underneath: what it held is gone. Raises OSError."""
+        """Make the folder again, which was removed: what it held is gone. Raises OSError."""
         self._incidents.report(
             "lost_folders",
             f"{self._folder.path} was removed while in use; it is made again, empty",
@@ -292,7 +312,7 @@ class DiskTier:
                 self._index.use(extent, now)
 
     def retain(self, keys: Iterable[BlockKey]) -> None:
-        """What holds one of these keys is evicted only for the sake of what is retained too."""
+        """Evict what holds one of these keys only for the sake of what is retained too."""
         with self._index.lock:
             self._index.retain(keys)
 
@@ -301,7 +321,7 @@ class DiskTier:
             self._index.release(keys)
 
     def drop(self, keys: Iterable[BlockKey]) -> None:
-        """Hold these keys no longer, in any group; a file goes with the last of its blocks."""
+        """Delete these keys, in any group. A file goes with the last of its blocks."""
         assert not self.read_only
         gone = list(keys)
         with self._writer:
@@ -318,7 +338,7 @@ class DiskTier:
                 )
 
     def gc(self) -> Collected:
-        """Remove what is too old or over the bounds, and what crashes have left behind."""
+        """Remove what is too old or over the bounds, and what crashes have left; count files."""
         assert not self.read_only
         expired = evicted = temporary = 0
         with self._writer:
@@ -336,7 +356,7 @@ class DiskTier:
         return Collected(expired=expired, evicted=evicted, temporary=temporary)
 
     def close(self) -> None:
-        """Another process may write from here on."""
+        """Save the copy of the index and give up the lock: now another process may write."""
         with self._writer:
             if not self.read_only:
                 with contextlib.suppress(OSError):
@@ -347,23 +367,24 @@ class DiskTier:
 
     @property
     def losses(self) -> int:
+        """A count of extents that left, for whatever reason."""
         return self._index.removed
 
     def explain(self, group: int, key: BlockKey) -> str | None:
-        """Why a block left: evicted, expired, corrupt or deleted; None if nothing is known."""
+        """Return why a block left: evicted, expired, corrupt or deleted; None if not known."""
         with self._index.lock:
             return self._index.explain((group, key))
 
     def entries(self) -> list[DiskEntry]:
-        """Chain by chain."""
+        """Return all extents, chain by chain, each chain from its beginning."""
         with self._index.lock:
             found = self._index.entries()
         return sorted(found, key=_by_chain)
 
     def verify(self, report: Callable[[str], None] = lambda line: None) -> Verified:
-        """Read and check every byte: bad files are quarantined, the index is made true again.
+        """Read and check every byte; quarantine bad files, and make the index true again.
 
-        `report` is told of each file that is not as it should be.
+        `report` is given a line for each file that is not as it should be.
         """
         return DiskVerifier(
             self._files, self._folder, self._index, self._quota, self._shuffle
@@ -377,7 +398,7 @@ class DiskTier:
                 "blocks": self._index.num_blocks,
                 "quarantine_bytes": self._folder.quarantine_bytes,
                 "quarantine_files": self._folder.quarantine_files,
-                "writes_off": float(self._clocks.steady() < self._no_writes_until),
+                "writes_off": float(self._rests()),
                 "evictions_cap_total": self._quota.evicted_for_cap,
                 "evictions_space_total": self._quota.evicted_for_space,
                 "evictions_ttl_total": self._quota.expired,
@@ -390,7 +411,7 @@ class DiskTier:
     # -- the index ------------------------------------------------------------------------------
 
     def _now(self) -> float:
-        """The time of day; when it jumps, the index goes with it. The caller holds its lock."""
+        """Return the time of day, and move the index with its jumps. The caller holds its lock."""
         now, jump = self._clocks.now()
         if jump:
             self._index.shift(jump)

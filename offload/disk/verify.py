@@ -1,4 +1,4 @@
-"""Reading every byte of a disk tier, and making its index true again."""
+"""`longctx cache verify`: reads every byte of a disk tier, and makes its index true again."""
 
 import threading
 from collections.abc import Callable
@@ -17,9 +17,9 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verified:
-    """What one `verify` found, in files; `num_bytes` are those of the good ones.
+    """How many files one `verify` found, and `num_bytes` of the good ones.
 
-    The `corrupt` ones are in quarantine now, `missing` ones were in the index only.
+    The `corrupt` ones are in quarantine now; the `missing` ones were in the index only.
     """
 
     extents: int
@@ -29,6 +29,8 @@ class Verified:
 
 
 class DiskVerifier:
+    """Checks the files of a tier that is in use: it is read from and written to meanwhile."""
+
     def __init__(
         self,
         files: FileSystem,
@@ -41,7 +43,11 @@ class DiskVerifier:
         self._index, self._quota = index, quota
 
     def verify(self, writer: threading.Lock, now: Callable[[], float], report: Report) -> Verified:
-        """`writer` keeps files from being written or deleted; it is held for moments only."""
+        """Check all files. `report` is given a line for each that is not as it should be.
+
+        `writer` keeps files from being written or deleted; it is held for moments only. `now` is
+        called with the index's lock held.
+        """
         whole = corrupt = num_bytes = 0
         for name in self._folder.names():
             try:
@@ -71,7 +77,7 @@ class DiskVerifier:
         self._folder.quarantine(name, error)
 
     def _adopt(self, name: str, now: Callable[[], float]) -> None:
-        """Take a good file into the index if it is not there."""
+        """Take a good file into the index if it is missing there."""
         found = None if self._index.named(name) else self._folder.read_header(name)
         if found is not None:
             header, used_at = found
