@@ -1,4 +1,4 @@
-"""What lies in a model folder, and whether it is whole, before a byte of it is used.
+"""The files of a model folder, checked to be whole before a byte of them is used.
 
 Only safetensors are read: pickle can run code. Every shard's header is checked against the
 file's length and against the index, so that damage is named by file and tensor.
@@ -36,10 +36,10 @@ class ModelFiles:
     folder: Path
     config: dict[str, Any]  # config.json
     shards: dict[Path, frozenset[str]]
-    dtype: str | None  # of most tensors, in torch's words; None where none is a plain float
+    dtype: str | None  # the dtype of most tensors, as torch names it; None if none is a plain float
 
     def file_of(self, tensor: str) -> str:
-        """The name of the shard that holds `tensor`, or of the file that ought to list it."""
+        """Name the shard that holds `tensor`, or the file that ought to list it."""
         for path, tensors in self.shards.items():
             if tensor in tensors:
                 return path.name
@@ -63,7 +63,7 @@ def read_model_folder(folder: Path) -> ModelFiles:
 
 
 def fingerprint(files: ModelFiles, cache_dir: Path | None) -> str:
-    """sha256 over config.json and the shards' own sha256, in hex.
+    """Hash config.json and the sha256 of each shard: 64 hex digits of sha256.
 
     A shard's sum is kept in `cache_dir` under its path, size and mtime, since reading 100 GB takes
     a minute; where that directory cannot be written, it is computed each time.
@@ -131,7 +131,7 @@ def _check_index(folder: Path, shards: dict[Path, frozenset[str]]) -> None:
 
 
 def _read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Tensor name -> {dtype, shape, data_offsets}."""
+    """Read a shard's header: {tensor name: {dtype, shape, data_offsets}}."""
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
@@ -163,7 +163,7 @@ def _read_header(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _fills(entry: dict[str, Any]) -> bool:
-    """Whether shape and dtype come to the tensor's bytes; types of under a byte are not judged."""
+    """Whether shape and dtype fill the tensor's bytes; types below a byte are not judged."""
     begin, end = entry["data_offsets"]
     digits = re.match(r"[A-Z]+(\d+)", entry["dtype"])
     bits = 8 if entry["dtype"] == "BOOL" else int(digits[1]) if digits else 0

@@ -2,8 +2,8 @@
 
 transformers lets a function be named as the attention of a model's layers. Ours hands queries,
 keys and values to the `LayerAttention` that travels through the model as the keyword `batch`, so
-that one row `[1, tokens]` may carry any number of sequences. No mask is made: which keys a query
-sees is the business of whoever stands behind `attend`.
+that one row `[1, tokens]` may carry any number of sequences. No mask is made: the `LayerAttention`
+decides which keys a query sees.
 """
 
 from typing import Any
@@ -17,9 +17,9 @@ ATTENTION = "longctx"
 
 
 def register_attention() -> None:
-    """Make the name `ATTENTION` known to transformers; doing it twice changes nothing.
+    """Register `ATTENTION` with transformers; doing it twice changes nothing.
 
-    It is not given a mask function: transformers then makes no mask and passes None.
+    It is registered without a mask function: transformers then makes no mask and passes None.
     """
     AttentionInterface.register(ATTENTION, attend_packed)
 
@@ -31,7 +31,7 @@ def run_packed(
     batch: object,
     logits_rows: Tensor,
 ) -> Tensor:
-    """Logits [rows, vocab] of the places `logits_rows` [rows] of one packed row of tokens.
+    """Run the model over one packed row and return logits [rows, vocab] of `logits_rows` [rows].
 
     `token_ids`, `positions` [tokens]; `batch` is handed to each layer's attention as it is.
     """

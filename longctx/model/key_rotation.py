@@ -1,14 +1,14 @@
-"""How a model turns its keys with their position, so that cached ones can serve at another place.
+"""Finds how a model rotates its keys, so that cached ones can serve at other positions.
 
 A rotary model turns pairs of a key's dimensions by angles that grow with its position. Keys that
-were encoded d positions before where they stand now give the right scores to a query that is
-turned back by d: q . R(d) k = R(-d) q . k. So keys are moved by turning queries, and the cached
-ones stay as they are, encoded and shared.
+were encoded d positions before their present one give the right scores to a query that is turned
+back by d: q . R(d) k = R(-d) q . k. So queries are turned in order to move keys, and the cached
+keys stay as they are, encoded and shared.
 
-Which pairs and which frequencies is found by watching: the frequencies are the model's own
-buffers, the pairs are of the layouts in use, and what explains every key that the model makes of
-some tokens, at positions near and far, in contexts short and long, is the rotation. Where nothing
-explains them the model's keys are not moved. Read `find_relocation`.
+Pairs and frequencies are found by observation. The candidates for frequencies are the model's own
+buffers, those for pairs are the layouts in use. The rotation is the candidate that explains every
+key that the model makes of some tokens, at positions near and far, in contexts short and long.
+Where none does, the model's keys are not moved. Read `find_relocation`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,15 +20,19 @@ from longctx.model.call_recorder import CallRecorder, RecordedCall
 from longctx.model.hf_attention import run_packed
 from longctx.model.spec import Relocation, Rotation
 
-TOKENS = 4  # watched at each position
+TOKENS = 4  # recorded at each position
 POSITIONS = ((0, 1, 2), (0, 31, 1_000, 10_000))  # of two contexts, a short and a long one
-# A part of what a pair of dimensions holds. A bfloat16 key is off by 0.004, angles computed in
-# float32 by 0.001 at position 10,000; another frequency or another pair by 0.1 and more.
+# The error is relative to the magnitude of a pair of dimensions. A bfloat16 key is off by 0.004,
+# angles computed in float32 by 0.001 at position 10,000; with another frequency or another pair a
+# key is off by 0.1 and more.
 MAX_ERROR = 0.02
 
 
 def find_relocation(model: nn.Module, *, vocab_size: int, max_context: int) -> Relocation:
-    """What is true of a model whose attention is `LayerAttention`; it runs twice, on few tokens."""
+    """Find whether and how the keys of `model` can be moved.
+
+    Its attention must be registered (`register_attention`). The model runs twice, on few tokens.
+    """
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(vocab_size, (TOKENS,), generator=generator)
     contexts = [
@@ -42,9 +46,9 @@ def find_relocation(model: nn.Module, *, vocab_size: int, max_context: int) -> R
     seen, frequencies = [], dict.fromkeys(_frequencies(model))
     for positions in contexts:
         seen.append(_record(model, tokens, positions))
-        frequencies |= dict.fromkeys(_frequencies(model))  # some are chosen by the length
+        frequencies |= dict.fromkeys(_frequencies(model))  # LongRoPE chooses by the length
     rotations: list[Rotation | None] = []
-    likely: dict[Rotation, None] = {}  # what explained another layer comes first
+    likely: dict[Rotation, None] = {}  # rotations that explained another layer are tried first
     for layer, calls in enumerate(zip(*seen, strict=True)):
         pairs = list(zip(contexts, calls, strict=True))
         keys = [(at, _by_position(each.key, at)) for at, each in pairs]
@@ -99,14 +103,14 @@ def _by_position(rows: Tensor, positions: list[int]) -> Tensor:
 
 
 def _frequencies(model: nn.Module) -> Iterator[tuple[float, ...]]:
-    """What the model's rotary modules keep: one per layer type in some architectures."""
+    """List the frequencies of the model's rotary modules: one set per layer type in some."""
     for name, buffer in model.named_buffers():
         if name.endswith("inv_freq") and buffer.dim() == 1:
             yield tuple(buffer.tolist())
 
 
 def _candidates(frequencies: Iterable[tuple[float, ...]], head_dim: int) -> Iterator[Rotation]:
-    """Rotations of the first dimensions of a head: by halves, or each with its neighbour."""
+    """List rotations of the first dimensions of a head: paired by halves, or with the next one."""
     for each in frequencies:
         if 0 < 2 * len(each) <= head_dim:
             yield Rotation(each, interleaved=False)
@@ -114,16 +118,17 @@ def _candidates(frequencies: Iterable[tuple[float, ...]], head_dim: int) -> Iter
 
 
 def _error(rotation: Rotation | None, contexts: list[tuple[list[int], Tensor]]) -> float:
-    """How far all vectors are from those at position 0, turned: the worst pair of dimensions.
+    """Measure how far vectors are from those at position 0, turned: the worst pair of dimensions.
 
-    As a part of what the pair holds over all tokens and heads; NaN where the vectors are. Each
-    context: positions, the first of them 0, and vectors [positions, tokens, heads, head_dim].
+    The error is relative to the pair's norm over all tokens and heads, and NaN where the vectors
+    are. Each context has positions, the first of them 0, and vectors
+    [positions, tokens, heads, head_dim].
     """
     start = contexts[0][1][0]  # [tokens, heads, head_dim], at position 0
     size = start.square().sum((0, 1))  # [head_dim]
     if rotation is not None:
         size = _by_pair(rotation, size)
-    size = size.clamp_min(1e-3 * float(size.mean()) + 1e-12)  # what is next to nothing may be off
+    size = size.clamp_min(1e-3 * float(size.mean()) + 1e-12)  # tiny dimensions may be off
     errors = []
     for positions, vectors in contexts:
         for position, found in zip(positions, vectors, strict=True):
@@ -139,7 +144,7 @@ def _error(rotation: Rotation | None, contexts: list[tuple[list[int], Tensor]]) 
 
 
 def _by_pair(rotation: Rotation, squares: Tensor) -> Tensor:
-    """[pairs + dimensions that do not turn], from [head_dim]."""
+    """Sum squares [head_dim] by pair: [pairs + the dimensions, with 0 for those of pairs]."""
     rest = squares.clone()
     pairs = squares[rotation.first] + squares[rotation.second]
     rest[rotation.first] = rest[rotation.second] = 0

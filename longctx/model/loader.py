@@ -1,7 +1,7 @@
-"""A Hugging Face folder, checked, loaded and ready to compute packed rows.
+"""Loads a Hugging Face folder into a model that computes packed rows.
 
-We write no model code: transformers builds the model and its attention is ours
-(`layer_attention.py`). Whatever would not be computed exactly is refused here, with the reason.
+We write no model code: transformers builds the model, and its attention is ours
+(`hf_attention.py`). Whatever would not be computed exactly is refused here, with the reason.
 Read `load_model`.
 """
 
@@ -29,7 +29,10 @@ from longctx.model.spec import ModelSpec
 
 
 class LoadedModel:
-    """A model that computes packed rows through somebody else's attention."""
+    """A model that computes packed rows through an attention that each call is given.
+
+    One thread calls `forward` at a time. `spec` has all that others may know of the model.
+    """
 
     def __init__(self, model: PreTrainedModel, spec: ModelSpec) -> None:
         self.spec = spec
@@ -37,7 +40,7 @@ class LoadedModel:
 
     @property
     def linear_types(self) -> frozenset[type[nn.Module]]:
-        """The classes of its linear layers: torch's own and packed ones."""
+        """The classes of the model's linear layers: torch's own and packed ones."""
         types = {type(module) for module in self._model.modules()}
         return frozenset(each for each in types if each.__name__.endswith("Linear"))
 
@@ -45,16 +48,16 @@ class LoadedModel:
     def forward(
         self, token_ids: Tensor, positions: Tensor, attention: LayerAttention, logits_rows: Tensor
     ) -> Tensor:
-        """Logits [rows, vocab_size], float32, of the rows that `logits_rows` names.
+        """Compute logits [rows, vocab_size], float32, of the rows that `logits_rows` names.
 
-        `token_ids`, `positions` [tokens] int64, several sequences one after another; `logits_rows`
-        [rows] int64, indices into them, may be empty.
+        `token_ids`, `positions` [tokens] int64 are several sequences one after another;
+        `logits_rows` [rows] int64 has indices into them, and may be empty.
         """
         return run_packed(self._model, token_ids, positions, attention, logits_rows).float()
 
 
 def context_tokens(config: ModelConfig, folder: Path) -> int:
-    """How long prompt and answer may be together, without loading the weights.
+    """Return how many tokens prompt and answer may have together, without loading the weights.
 
     Raises ModelRefused.
     """
@@ -160,7 +163,7 @@ def _model_class(settings: Any, files: ModelFiles) -> Any:
 
 
 def _check_temperature(settings: Any, max_context: int) -> None:
-    # Llama 4 scales queries by their place in the row, not by their position; below `floor_scale`
+    # Llama 4 scales queries by their index in the row, not by their position; below `floor_scale`
     # the scale is 1.
     scale = getattr(settings, "floor_scale", None)
     if settings.model_type.startswith("llama4") and scale and max_context >= scale:
@@ -185,7 +188,7 @@ def _device(name: str) -> torch.device:
 
 
 def _dtype(name: str, settings: Any, files: ModelFiles, device: torch.device) -> torch.dtype:
-    """The compute type. `auto` is the checkpoint's, but float32 on a CPU that emulates 16 bits.
+    """Choose the compute type: `auto` is the checkpoint's, or float32 on CPUs that emulate it.
 
     Without the instructions a bfloat16 product runs at 1 to 10 GFLOP/s where float32 runs at 70.
     """
@@ -200,7 +203,10 @@ def _dtype(name: str, settings: Any, files: ModelFiles, device: torch.device) ->
 
 
 def computes_bfloat16() -> bool:
-    """Whether this CPU has instructions for it: deterministic, since the type is in every key."""
+    """Whether this CPU has bfloat16 instructions.
+
+    The answer is the same at every start, since the compute type is part of every block's key.
+    """
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -231,7 +237,7 @@ def _use_kernels(
 
 
 def _fingerprint(files: ModelFiles, weights: Weights, cache_dir: Path | None) -> str:
-    """Rounded weights make other keys and values, so they are another model."""
+    """Identify the weights as computed with: rounded ones make other keys, so they are others."""
     whole = fingerprint(files, cache_dir)
     if weights == "auto":
         return whole

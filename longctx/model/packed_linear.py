@@ -15,13 +15,16 @@ from longctx.kernels import _kernels
 if not _kernels.instruction_sets():
     raise ImportError("this CPU has none of the instruction sets that the kernels are compiled for")
 
-# Numbers that stand for them in csrc/linear_kernels.h.
+# The numbers of the storage types in csrc/linear_kernels.h.
 STORAGES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 INT8_MAX = 127
 
 
 class PackedLinear(nn.Module):
-    """A float32 `nn.Linear`, but that a row's result does not depend on the rows beside it."""
+    """A float32 `nn.Linear` whose result for a row does not depend on the rows beside it.
+
+    It is used for inference only: it has no gradient and no hooks.
+    """
 
     def __init__(self, linear: nn.Linear, weights: Weights, instruction_set: str) -> None:
         super().__init__()
@@ -33,7 +36,7 @@ class PackedLinear(nn.Module):
         elif torch.equal(narrow := weight.bfloat16(), weight):  # compares as float32
             weight = narrow
         weight = weight.contiguous()
-        self.bias = linear.bias  # as `weight`, for those that look at it
+        self.bias = linear.bias  # kept, as `weight`, for code that looks at it
         bias = None if linear.bias is None else linear.bias.detach().contiguous()
         self.stored = weight.dtype
         self._packed = _kernels.PackedLinear(
@@ -47,14 +50,14 @@ class PackedLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` [..., in_features] -> [..., out_features], float32."""
+        """Map `x` [..., in_features] to [..., out_features], both float32."""
         assert x.shape[-1] == self.in_features and x.dtype == torch.float32
         x = x.contiguous()
         out = x.new_empty((*x.shape[:-1], self.out_features))
         self._packed.forward(x.data_ptr(), x.numel() // self.in_features, out.data_ptr())
         return out
 
-    __call__ = forward  # a step makes a hundred of these calls, and nobody hooks into them
+    __call__ = forward  # a step makes a hundred of these calls, and none has hooks
 
     @property
     def weight_bytes(self) -> int:
@@ -62,7 +65,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """[out_features, in_features] float32, unpacked anew each time."""
+        """The weights [out_features, in_features] float32, unpacked anew each time."""
         weight = torch.empty(self.out_features, self.in_features)
         self._packed.unpack(weight.data_ptr())
         return weight
@@ -72,7 +75,7 @@ class PackedLinear(nn.Module):
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`weight` [outputs, inputs] as int8 and one scale per output: symmetric, to nearest.
+    """Round `weight` [outputs, inputs] to int8, with one scale per output: symmetric, to nearest.
 
     The error of a weight is at most half its row's scale, which is its largest magnitude / 127.
     """
@@ -84,18 +87,18 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 def pack_linears(model: nn.Module, weights: Weights, *, instruction_set: str | None = None) -> int:
     """Replace every float32 `nn.Linear` in `model`; returns the bytes of the packed weights.
 
-    One after another, so that no more than one weight is in memory twice. Subclasses stay: they
-    compute something else. `instruction_set`: one of `_kernels.instruction_sets()`; the fastest
-    if absent.
+    They are replaced one after another, so that no more than one weight is in memory twice.
+    Subclasses stay: they compute something else. `instruction_set` is one of
+    `_kernels.instruction_sets()`, by default the fastest.
     """
     name = instruction_set or _kernels.instruction_sets()[-1]
-    places: dict[nn.Linear, list[str]] = {}  # a layer may stand in several
+    paths_of: dict[nn.Linear, list[str]] = {}  # a tied layer has several
     for path, module in model.named_modules(remove_duplicate=False):
         if type(module) is nn.Linear and module.weight.dtype == torch.float32:
-            places.setdefault(module, []).append(path)
+            paths_of.setdefault(module, []).append(path)
     packed_bytes = 0
-    while places:
-        linear, paths = places.popitem()
+    while paths_of:
+        linear, paths = paths_of.popitem()
         packed = PackedLinear(linear, weights, name)
         packed_bytes += packed.weight_bytes
         for path in paths:

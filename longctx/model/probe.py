@@ -1,11 +1,11 @@
-"""What a loaded model really does, seen by running it twice on a handful of tokens.
+"""Finds what a loaded model really does, by running it twice on a handful of tokens.
 
 Configuration fields are named differently in every architecture, and some lie. So the model runs
-with an attention that only watches: which layers call it, with what shapes, under which mask. The
-attention returns each token's own value, so that nothing else should carry anything from one
-token to another; the second run changes a neighbor's tokens, position and place in the row, and
-what the unchanged tokens show to the attention must stay. That catches recurrent layers,
-convolutions and rotary types that look at the whole row. Read `probe_layers`.
+with an attention that only records: which layers call it, with what shapes, under which mask. The
+attention returns each token's own value, so that nothing else should carry anything from one token
+to another. The second run changes the other tokens' ids, positions and indices in the row, and the
+queries, keys and values of the unchanged tokens must stay as they were. That catches recurrent
+layers, convolutions and rotary types that look at the whole row. Read `probe_layers`.
 """
 
 from collections.abc import Callable
@@ -25,8 +25,8 @@ from longctx.model.spec import LayerSpec
 PROBE = "longctx_probe"
 HEAD_DIMS = range(8, 257)
 
-# The probe's masks are one int64 that says which keys a query sees: 0 all of its past, +w those in
-# (p - w, p], -w those of its own chunk of w. What is none of these is refused.
+# The probe's masks are one int64 that says which keys a query at p sees: 0 for all of its past, +w
+# for those in (p - w, p], -w for those of its own chunk of w. Any other mask is refused.
 UNKNOWN_MASK = torch.iinfo(torch.int64).min
 
 # Keywords that change nothing where there is no cache, no dropout and one row.
@@ -37,7 +37,7 @@ HARMLESS = frozenset(
 
 HONORED = frozenset({"scaling", "softcap", "s_aux"})  # parts of an `AttentionCall`
 
-# Half the probe's tokens are watched, the others are their neighbors.
+# Half of the probe's tokens are watched, the others are their neighbors.
 NEIGHBORS = 4
 WATCHED = 4
 # Far above rounding in bfloat16, far below what a recurrent layer carries over.
@@ -62,7 +62,7 @@ class _ProbeRecorder(CallRecorder):
 
 
 def register_probe() -> None:
-    """Make the name `PROBE` known to transformers; doing it twice changes nothing."""
+    """Register `PROBE` with transformers; doing it twice changes nothing."""
     AttentionInterface.register(PROBE, _attend_probed)
     AttentionMaskInterface.register(PROBE, _coded_mask)
 
@@ -70,9 +70,10 @@ def register_probe() -> None:
 def probe_layers(
     model: PreTrainedModel, *, layers: int, vocab_size: int, max_context: int
 ) -> tuple[LayerSpec, ...]:
-    """The facts of each of `layers` layers; raises ModelRefused where it cannot be served exactly.
+    """Find the facts of each of the model's `layers` layers.
 
-    `model` must have been built with the attention implementation `PROBE`.
+    Raises ModelRefused where the model cannot be served exactly. `model` must have been built with
+    the attention implementation `PROBE`.
     """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocab_size, (NEIGHBORS + WATCHED,), generator=generator)
@@ -194,7 +195,7 @@ def _check_shared_keys(calls: list[RecordedCall]) -> None:
 
 
 def _check_independence(first: list[RecordedCall], second: list[RecordedCall]) -> None:
-    """In `first` the watched tokens come last, in `second` they come first."""
+    """Compare the watched tokens, which come last in `first` and first in `second`."""
     for one, other in zip(first, second, strict=True):
         for name in ("query", "key", "value"):
             before = getattr(one, name)[NEIGHBORS:].float()
@@ -236,7 +237,7 @@ def _coded_mask(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> Tensor:
-    """Which keys transformers would show, as one number; see UNKNOWN_MASK."""
+    """Encode which keys transformers would show as one number; see UNKNOWN_MASK."""
     code = UNKNOWN_MASK if attention_mask is not None else _mask_code(mask_function, local_size)
     return torch.full((1, 1, 1, 1), code, device=device)
 
@@ -244,8 +245,8 @@ def _coded_mask(
 def _mask_code(sees: Callable[..., Tensor], local_size: int | None) -> int:
     """Ask about pairs that tell the three patterns apart; `local_size` is a window or a chunk.
 
-    With w=4: p=8 sees 5 to 8 through a window, only 8 in its chunk [8, 12); p=11 sees 8 to 11 in
-    both.
+    Worked example with w=4: the query at 8 sees keys 5 to 8 through a window, but only 8 in its
+    chunk [8, 12); the query at 11 sees keys 8 to 11 in both.
     """
     reach = local_size or 0
     pairs = [(0, 0), (1, 0), (0, 1), (7, 7), (7, 8), (2 * reach, 2 * reach - 1)]
@@ -258,7 +259,7 @@ def _mask_code(sees: Callable[..., Tensor], local_size: int | None) -> int:
             bool(sees(zero, zero, torch.tensor([query]), torch.tensor([key])))
             for query, key in pairs
         ]
-    except IndexError:  # it looks its answer up in a table of the present row
+    except IndexError:  # the function looks it up in a table of the present row
         return UNKNOWN_MASK
     patterns = {0: [key <= query for query, key in pairs]}
     if reach > 0:

@@ -1,8 +1,8 @@
 """RMS norms in one pass instead of six torch calls, for float32 on a CPU.
 
-At one row a norm is all overhead, and a model has two a layer. Nothing is taken from a class's
-name or source: a norm is replaced if it gives what ours gives on inputs of very different
-magnitude. Source: Root Mean Square Layer Normalization, https://arxiv.org/abs/1910.07467
+At one row a norm is all overhead, and a model has two in each layer. A class's name or source
+decides nothing: a norm is replaced if its results equal ours on inputs of very different
+magnitudes. Source: Root Mean Square Layer Normalization, https://arxiv.org/abs/1910.07467
 """
 
 import inspect
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from longctx.kernels import _kernels
 
 EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")
-# At the smallest magnitude epsilon decides, at the largest it vanishes.
+# Epsilon decides the result at the smallest magnitude, and vanishes at the largest.
 MAGNITUDES = (1e-4, 1e-2, 1.0, 1e3)
 TOLERANCE = 1e-5  # float32 sums in another order; a wrong epsilon or weight is far beyond
 
 
 class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + epsilon) * weight` over the last dimension."""
+    """Computes `x / sqrt(mean(x^2) + epsilon) * weight` over the last dimension, in float32."""
 
     def __init__(self, weight: Tensor, epsilon: float) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def fuse_rms_norms(model: nn.Module) -> int:
 
 
 def _fused(module: nn.Module) -> RMSNorm | None:
-    """The norm that gives what `module` gives; None where there is none."""
+    """Build the norm whose results equal those of `module`; None where there is none."""
     names = [name for name, _ in module.named_parameters()]
     epsilons = [getattr(module, name) for name in EPSILON_NAMES if hasattr(module, name)]
     if names != ["weight"] or list(module.children()) or not epsilons:
@@ -66,7 +66,7 @@ def _fused(module: nn.Module) -> RMSNorm | None:
         return None
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(2, 3, weight.shape[0], generator=generator)
-    for effective in (weight, 1 + weight):  # Gemma's stand for what is added to 1
+    for effective in (weight, 1 + weight):  # Gemma's weights are added to 1
         candidate = RMSNorm(effective, epsilon)
         if all(_same(module, candidate, base * magnitude) for magnitude in MAGNITUDES):
             return candidate

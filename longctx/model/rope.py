@@ -1,8 +1,9 @@
-"""Rotary parameters: what the caller may change, and what keeps a packed batch honest.
+"""Rotary parameters: what the caller may change, and what keeps packed sequences independent.
 
-Some rotary types look at the longest position of the whole row, so a long neighbour would change
-a short request's keys. LongRoPE is pinned to one of its two factor sets; dynamic NTK is refused.
-Everything here edits the configuration before the model is built; nothing is patched.
+Some rotary types look at the longest position of the whole row, so that a long sequence would
+change the keys of a short one beside it. LongRoPE is pinned to one of its two factor sets; dynamic
+NTK is refused. Everything here edits the configuration before the model is built; nothing is
+patched. Read `resolve_rope`.
 """
 
 import json
@@ -20,7 +21,7 @@ NEEDS_FACTOR = ("linear", "yarn", "llama3")
 class Rope:
     """The rotary choice that was written into a configuration.
 
-    `identity` is what of it changes keys; `max_context` is in tokens.
+    `identity` has the parameters that change keys, as JSON; `max_context` is in tokens.
     """
 
     identity: str
@@ -43,7 +44,7 @@ def resolve_rope(
         kind = parameters.get("rope_type", "default")
         if "dynamic" in kind:
             raise ModelRefused(
-                f"rope type {kind!r} makes keys depend on the longest neighbour in the batch; "
+                f"rope type {kind!r} makes keys depend on the longest sequence in the batch; "
                 'start with --rope-override \'{"rope_type": "yarn", "factor": ...}\' instead'
             )
         if kind == "longrope":
@@ -53,7 +54,7 @@ def resolve_rope(
 
 
 def _parameter_sets(config: Any) -> list[dict[str, Any]]:
-    """One for the whole model, or one per layer type; empty for learned or no positions."""
+    """List one set for the whole model, or one per layer type; none without rotary positions."""
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     return nested if nested else [parameters] if parameters else []
@@ -82,7 +83,7 @@ def _overridden(config: Any, override: str) -> dict[str, Any]:
 
 
 def _replaced(config: Any, old: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """`wanted`, keeping only the base frequency and the rotated part of the head from `old`."""
+    """Complete `wanted` with the base frequency and the rotated part of the head from `old`."""
     kept = {name: old[name] for name in ("rope_theta", "partial_rotary_factor") if name in old}
     new = kept | wanted
     new["rope_type"] = new.pop("type", new.get("rope_type", "default"))
@@ -104,8 +105,8 @@ def _trained_context(config: Any, parameter_sets: list[dict[str, Any]], *, overr
             "is of a kind (ALiBi, Mamba, RWKV) that cannot be served exactly"
         )
     # A folder's own YaRN settings often leave max_position_embeddings at the original length, so
-    # the product counts too. Linear scaling does not say what its factor multiplies, except in an
-    # override, where it is the model's length.
+    # the product counts too: 32,768 and a factor of 4 are 131,072. Linear scaling does not say what
+    # its factor multiplies, except in an override, where it is the model's length.
     stretched = [
         int(parameters["factor"] * original)
         for parameters in parameter_sets
@@ -139,7 +140,7 @@ def _checked_context(
 
 
 def _pin_longrope(parameters: dict[str, Any], max_context: int) -> None:
-    """Make both factor sets the one that `max_context` calls for."""
+    """Set both factor sets to the one that `max_context` calls for."""
     name = "long_factor" if max_context > parameters[ORIGINAL] else "short_factor"
     chosen = parameters.get(name)
     if not isinstance(chosen, list):

@@ -8,7 +8,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSpec:
-    """`window`: a query at p sees the keys in (p - window, p]; None: all up to p."""
+    """The shape of one layer's attention.
+
+    With a `window` a query at position p sees the keys in (p - window, p]; a global
+    (full-attention) layer has None and sees all keys up to p.
+    """
 
     heads: int
     kv_heads: int
@@ -18,10 +22,11 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """Pairs of a head's first dimensions turn by `frequencies` [pairs], radians per position.
+    """How a layer rotates its keys: pairs of dimensions, by `frequencies` [pairs] per position.
 
-    A pair is two neighbours where they are `interleaved`, else one of the first half of all that
-    turn and one of the second. The dimensions after these do not turn.
+    Frequencies are in radians. The pairs are the first dimensions of a head; the dimensions after
+    them do not turn. With 3 pairs they are (0, 1), (2, 3), (4, 5) where `interleaved`, else
+    (0, 3), (1, 4), (2, 5).
     """
 
     frequencies: tuple[float, ...]
@@ -29,22 +34,27 @@ class Rotation:
 
     @property
     def first(self) -> slice:
+        """The first dimension of each pair."""
         pairs = len(self.frequencies)
         return slice(0, 2 * pairs, 2) if self.interleaved else slice(0, pairs)
 
     @property
     def second(self) -> slice:
+        """The second dimension of each pair."""
         pairs = len(self.frequencies)
         return slice(1, 2 * pairs, 2) if self.interleaved else slice(pairs, 2 * pairs)
 
     def turns(self, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [offsets, 1, pairs], float32, of the turns by `offsets` [offsets]."""
+        """Compute cosines and sines [offsets, 1, pairs], float32, of turns by `offsets` [offsets].
+
+        An offset is a number of positions, and may be negative.
+        """
         frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device=offsets.device)
         angles = (offsets.double()[:, None] * frequencies)[:, None]
         return angles.cos().float(), angles.sin().float()
 
     def turn(self, vectors: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-        """`vectors` [tokens, heads, head_dim], turned in float32; cosines, sines as of `turns`."""
+        """Turn `vectors` [tokens, heads, head_dim], in float32, by what `turns` returns."""
         turned = vectors.clone()
         x, y = vectors[..., self.first].float(), vectors[..., self.second].float()
         turned[..., self.first] = x * cosines - y * sines
@@ -67,11 +77,11 @@ class Relocation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """What the rest of the engine may know of a model.
+    """The facts of a loaded model that the rest of longctx may know.
 
-    `fingerprint` names configuration and weights as they are computed with; `rope_identity` names
-    what of the rotary choice changes keys. With `dtype` they keep one model's KV from being taken
-    for another's.
+    `fingerprint` identifies the configuration and the weights as they are computed with;
+    `rope_identity` identifies the rotary parameters that change keys. With `dtype` they keep one
+    model's KV from being taken for another's.
     """
 
     name: str

@@ -129,7 +129,7 @@ def test_an_override_may_choose_one_layer_type(tmp_path: Path) -> None:
         ("llama", '{"rope_type": "nonsense"}', "nonsense"),
         ("llama", '{"rope_type": "longrope", "factor": 2.0}', "needs long_factor"),
         ("llama", '{"rope_type": "linear", "factor": "two"}', "needs a factor"),
-        ("llama", '{"rope_type": "dynamic", "factor": 2.0}', "longest neighbour"),
+        ("llama", '{"rope_type": "dynamic", "factor": 2.0}', "longest sequence"),
         ("gemma3_text", '{"rope_type": "linear", "factor": 2.0}', "per layer type"),
         ("gpt2", '{"rope_type": "linear", "factor": 2.0}', "no rotary positions"),
     ],
