@@ -130,7 +130,7 @@ class EngineInfo:
     disk_capacity_bytes: int
     disk_bytes: int  # stored there when the engine started, of any model
     block_tokens: int
-    kv_block_bytes: int  # one block in all layers that see everything
+    kv_block_bytes: int  # one block in all global layers
     kv_window_bytes: int  # what the layers with windows hold of a finished prompt
     kv_codec: KVCodec
     codec_choice: CodecChoice  # why that one

@@ -152,7 +152,7 @@ class CacheExplanation:
     waited_tokens: int
     reason: str  # one of `explain.REASONS`
     detail: str
-    borrowed_tokens: int = 0
+    reused_tokens: int = 0
     linked_tokens: int = 0
     divergence: Divergence | None = None
 
@@ -161,7 +161,7 @@ class CacheExplanation:
 class Usage:
     """Token counts of one request. `computed_tokens` counts what the runner really computed.
 
-    Of the `cached_tokens`, `borrowed_tokens` were encoded apart from what stands before them here;
+    Of the `cached_tokens`, `reused_tokens` were encoded apart from what stands before them here;
     `linked_tokens` are those of the same parts that are computed in context.
     """
 
@@ -169,7 +169,7 @@ class Usage:
     cached_tokens: int
     completion_tokens: int
     computed_tokens: int
-    borrowed_tokens: int = 0
+    reused_tokens: int = 0
     linked_tokens: int = 0
     explanation: CacheExplanation | None = None  # where it was asked for
 
@@ -188,7 +188,7 @@ class Progress:
 class ModuleState:
     """An open module. `tier`: the best one that has all of it; `hits`: how often it was borrowed.
 
-    `kv_bytes`: of its sealed blocks in all layers that see everything, or in all where none does.
+    `kv_bytes`: of its sealed blocks in all global layers, or in all where none does.
     """
 
     tokens: int

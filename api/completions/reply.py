@@ -96,7 +96,7 @@ class UsageTotals:
         self.cached += usage.cached_tokens
         self.completion += usage.completion_tokens
         self.computed += usage.computed_tokens
-        self.borrowed += usage.borrowed_tokens
+        self.borrowed += usage.reused_tokens
         self.linked += usage.linked_tokens
         self.explanation = usage.explanation
 
@@ -249,7 +249,7 @@ class Reply:
                 "prompt_tokens": told.prompt_tokens,
                 "matched_tokens": told.found_tokens,
                 "waited_for_tokens": told.waited_tokens,
-                "borrowed_tokens": told.borrowed_tokens,
+                "borrowed_tokens": told.reused_tokens,
                 "linked_tokens": told.linked_tokens,
                 "reason": told.reason,
                 "detail": told.detail,

@@ -32,7 +32,7 @@ class ChunkRows:
     group and the rows of own block j up to itself. Without own pages every row sees
     `entries[: past_entries]` and nothing else.
 
-    The first blocks of layers that see everything may be absent from the device: those of
+    The first blocks of global layers may be absent from the device: those of
     `absent_keys`, whose entries name no page. Only the first `rotated_entries` of a group, all of
     them past, may have a rotation; 0 says that none has.
     """

@@ -46,10 +46,10 @@ class Batch:
             for chunk, begin in zip(chunks, begins, strict=False)
         ]
         rows = tuple(row for part in parts for row in part)
-        drawn = [
+        sampled = [
             (part[-1], part[-1].row_begin + part[-1].rows - 1)
             for part, chunk in zip(parts, chunks, strict=True)
-            if chunk.draws
+            if chunk.samples
         ]
         token_ids = np.concatenate(
             [
@@ -78,9 +78,9 @@ class Batch:
         return cls(
             token_ids=to_device(token_ids.astype(np.int64), device),
             positions=to_device(np.concatenate(positions), device),
-            logits_rows=to_device(np.array([row for _, row in drawn], dtype=np.int64), device),
+            logits_rows=to_device(np.array([row for _, row in sampled], dtype=np.int64), device),
             chunks=rows,
-            last_chunks=tuple(r.pick(row) for r, row in drawn),
+            last_chunks=tuple(r.pick(row) for r, row in sampled),
             slots=pool_indices(np.concatenate([_slots(r) for r in rows]), device),
             fresh_pages=to_device(np.concatenate([np.empty(0, dtype=np.int64), *fresh]), device),
             sealed_blocks=sum(map(len, sealed_raw)),
@@ -104,7 +104,7 @@ def _chunk_rows(blocks: SequenceBlocks, num_tokens: int, *, row_begin: int) -> I
             own_pages=np.array(own, dtype=np.int64),
             past_entries=past_entries,
             entries=tuple(table.entries for table in blocks.tables),
-            absent_keys=[blocks.key(block) for block in range(blocks.tier.absent)],
+            absent_keys=[blocks.key(block) for block in range(blocks.offload.absent)],
             rotated_entries=layout.rotated(past_entries),
             sealed_pages=layout.blocks(end) - first,
         )

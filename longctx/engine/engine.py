@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from longctx.engine.explain import Explainer
 from longctx.engine.ingestion import Ingestion
-from longctx.engine.input_processor import Intake
-from longctx.engine.module_prefill import Fetches
+from longctx.engine.input_processor import InputProcessor
+from longctx.engine.module_prefill import ModulePrefills
 from longctx.engine.module_status import module_states
 from longctx.engine.parts import EngineParts
-from longctx.engine.request_state import Answers
+from longctx.engine.request_state import RequestState
 from longctx.engine.sampler import SamplingError, sample
 from longctx.engine.scheduler import SchedulerOutput
 from longctx.engine.sequence import Sequence
@@ -32,7 +32,7 @@ from longctx.kv.clear import clear_tiers
 from longctx.request import FinishReason, ModuleState, Piece, Request, RequestOutput
 from longctx.text.detokenizer import TextStream
 
-MAX_SETBACKS = 3  # of one sequence, before it ends: its context does not stay in any tier
+MAX_RETRIES = 3  # of one sequence, before it ends: its context does not stay in any tier
 IDLE_SECONDS = 0.005  # a step that can only wait for a lower tier waits at most so long
 
 
@@ -45,22 +45,24 @@ class Engine:
 
     def __init__(self, parts: EngineParts) -> None:
         self.model, self.tokenizer, self.info = parts.model, parts.tokenizer, parts.info
-        self._cache, self._store, self._migration = parts.cache, parts.store, parts.migration
+        self._cache, self._store, self._offloader = parts.cache, parts.store, parts.offloader
         self._runner, self._scheduler = parts.runner, parts.scheduler
         self._ingestion = None if parts.store is None else Ingestion(parts.cache, parts.store)
-        self._intake = Intake(
+        self._inputs = InputProcessor(
             parts.model.spec,
             parts.cache,
             parts.tokenizer,
             parts.info.limits,
             max_sequences=parts.scheduler.max_sequences,
         )
-        self._fetches = Fetches(self._cache, self._intake, self._scheduler, self._ingestion)
+        self._module_prefills = ModulePrefills(
+            self._cache, self._inputs, self._scheduler, self._ingestion
+        )
         self._explainer = Explainer(
-            self._cache, self._intake.prompts.documents, self.tokenizer, self._intake.namespace
+            self._cache, self._inputs.prompts.documents, self.tokenizer, self._inputs.namespace
         )
         self._figures = Figures()
-        self._requests: dict[str, Answers] = {}
+        self._requests: dict[str, RequestState] = {}
         self._steps = 0
         self._early: list[RequestOutput] = []  # outputs that arose between steps
 
@@ -73,7 +75,7 @@ class Engine:
     @property
     def is_writing(self) -> bool:
         """Blocks are on their way to or from a lower tier: `step` takes note when they arrive."""
-        return self._migration is not None and self._migration.busy
+        return self._offloader is not None and self._offloader.busy
 
     def submit(self, request: Request) -> None:
         """Queue a request.
@@ -82,11 +84,11 @@ class Engine:
         """
         if request.request_id in self._requests:
             raise InvalidRequest(f"request id {request.request_id} is in use", param="request_id")
-        sequence = self._intake.sequence(request)
+        sequence = self._inputs.sequence(request)
         self._scheduler.add(sequence)
-        self._requests[request.request_id] = Answers(request, [sequence])
+        self._requests[request.request_id] = RequestState(request, [sequence])
         if request.sampling.max_tokens == 0:
-            self._intake.prompts.modules.note(sequence)
+            self._inputs.prompts.modules.note(sequence)
             if self._ingestion is not None and self._ingestion.register(sequence):
                 self._explainer.explain(sequence, ())
                 self._early += self._finish(sequence, FinishReason.LENGTH)
@@ -108,13 +110,13 @@ class Engine:
         of its prompt is retained from now on, and leaves them when the document is closed.
         Raises as `submit`.
         """
-        if self._intake.open_document(document_id, token_ids):
+        if self._inputs.open_document(document_id, token_ids):
             self._forget_blocks(document_id)  # it said something else before
         self._retain(keep)
 
     def close_document(self, document_id: str) -> None:
         """Forget a document and free the blocks that only it uses."""
-        self._intake.close(document_id)
+        self._inputs.close(document_id)
         self._forget_blocks(document_id)
 
     def open_module(
@@ -124,7 +126,7 @@ class Engine:
 
         `keep` and what it raises: as `open_document`. Also raises ContextTooLong.
         """
-        if self._intake.open_module(module_id, pieces):
+        if self._inputs.open_module(module_id, pieces):
             self._forget_blocks(module_id)
         self._retain(keep)
 
@@ -134,7 +136,7 @@ class Engine:
 
     def module_states(self, module_ids: Iterable[str]) -> dict[str, ModuleState]:
         """Of those that are open."""
-        modules = self._intake.prompts.modules
+        modules = self._inputs.prompts.modules
         return module_states(modules, module_ids, self._cache, self._store, self._ingestion)
 
     def durable_documents(self) -> dict[str, int]:
@@ -145,12 +147,12 @@ class Engine:
         """End what runs, and let what it has sealed be written as long as that may take."""
         for request_id in list(self._requests):
             self.abort(request_id)
-        if self._migration is not None:
-            self._migration.close(flush_seconds)
+        if self._offloader is not None:
+            self._offloader.close(flush_seconds)
 
     def _retain(self, keep: Request | None) -> None:
         if keep is not None and self._ingestion is not None:
-            self._ingestion.register(self._intake.sequence(keep))
+            self._ingestion.register(self._inputs.sequence(keep))
 
     def _forget_blocks(self, document_id: str) -> None:
         for answers in self._requests.values():
@@ -166,14 +168,14 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Compute one batch; the outputs that it, or calls since the last one, brought about."""
         outputs, self._early = self._early, []
-        transferred = self._cache.poll_migration()
+        transferred = self._cache.poll_transfers()
         if self._ingestion is not None:
             for sequence in self._ingestion.settled(transferred=transferred):
                 outputs += self._finish(sequence, FinishReason.LENGTH)
         for sequence, failure in self._scheduler.failed():
             outputs += self._finish(sequence, FinishReason.ERROR, error=failure)
         scheduled = self._scheduler.schedule()
-        fetched = self._fetches.begin()
+        fetched = self._module_prefills.begin()
         self._requests |= fetched
         if fetched and not scheduled.chunks:
             scheduled = self._scheduler.schedule()
@@ -184,23 +186,23 @@ class Engine:
             for chunk in scheduled.chunks:
                 self._explainer.explain(chunk.sequence, self._scheduler.running)
             try:
-                drawn = self._compute(scheduled)
+                sampled = self._compute(scheduled)
             except PeerLost:
                 raise
             except BlocksLost as error:
-                self._set_back(scheduled, str(error))
+                self._retry(scheduled, str(error))
                 return outputs
             except Exception as error:  # of whatever kind: it ends these requests, not the engine
                 return outputs + self._fail(scheduled, f"{type(error).__name__}: {error}")
             for answers in self._requests.values():
                 outputs += answers.progress(self._cache)
-            for sequence, token in drawn:
+            for sequence, token in sampled:
                 outputs += self._advance(sequence, token)
             for chunk in scheduled.chunks:
                 if chunk.sequence.blocks.remaining == 0 and chunk.sequence.finish_reason is None:
                     outputs += self._prefilled(chunk.sequence)
-        elif not outputs and self._migration is not None and self._migration.busy:
-            self._migration.store.wait(IDLE_SECONDS)
+        elif not outputs and self._offloader is not None and self._offloader.busy:
+            self._offloader.store.wait(IDLE_SECONDS)
         return outputs
 
     def _prefilled(self, sequence: Sequence) -> list[RequestOutput]:
@@ -214,11 +216,11 @@ class Engine:
     def _compute(self, scheduled: SchedulerOutput) -> list[tuple[Sequence, int | SamplingError]]:
         """Run the batch; each sequence that is to go on, with its next token."""
         began = time.perf_counter()
-        drawing = [chunk.sequence for chunk in scheduled.chunks if chunk.draws]
+        sampling_sequences = [chunk.sequence for chunk in scheduled.chunks if chunk.samples]
         logits = self._runner.run_chunks(scheduled.chunks)
         self._scheduler.update(scheduled, time.perf_counter() - began)
         # The choices of a request part here: they share the prompt and draw from the same row.
-        families = [[sequence, *self._fork(sequence)] for sequence in drawing]
+        families = [[sequence, *self._fork(sequence)] for sequence in sampling_sequences]
         if not families:
             return []
         if any(len(family) > 1 for family in families):
@@ -291,7 +293,7 @@ class Engine:
         if usage is not None:
             del self._requests[sequence.request.request_id]
         if answers.hidden:
-            self._fetches.ended(sequence, error)
+            self._module_prefills.ended(sequence, error)
             return []
         if usage is not None:
             self._figures.finished(reason, usage)
@@ -307,13 +309,13 @@ class Engine:
         outputs[-1] = replace(outputs[-1], finished=finished, usage=usage)
         return outputs
 
-    def _set_back(self, scheduled: SchedulerOutput, message: str) -> None:
+    def _retry(self, scheduled: SchedulerOutput, message: str) -> None:
         """A tier has lost what some of these sequences need: they begin again with what is left."""
         for chunk in scheduled.chunks:
             self._scheduler.preempt(chunk.sequence)
-            tier = chunk.sequence.blocks.tier
-            tier.setbacks += tier.streams
-            if tier.setbacks > MAX_SETBACKS:
+            tier = chunk.sequence.blocks.offload
+            tier.retries += tier.streams
+            if tier.retries > MAX_RETRIES:
                 tier.failure = message
 
     def _fail(self, scheduled: SchedulerOutput, message: str) -> list[RequestOutput]:
@@ -338,8 +340,8 @@ class Engine:
         """Gauges and counters, by flat names."""
         return {
             "steps_total": self._steps,
-            "documents_open": len(self._intake.prompts.documents),
-            "modules_open": len(self._intake.prompts.modules),
+            "documents_open": len(self._inputs.prompts.documents),
+            "modules_open": len(self._inputs.prompts.modules),
             **self._runner.stats(),
             **self._figures.read(self._scheduler, self._cache),
         }

@@ -17,7 +17,7 @@ from compress.codec import CODECS, Codec
 from compress.shape import BLOCK_TOKENS, ShapeRefused
 from longctx.engine.sequence import Sequence
 from longctx.kv.cache_manager import KVCacheManager
-from longctx.kv.lookup_trace import Trace
+from longctx.kv.lookup_trace import LookupTrace
 from longctx.kv.prefix_index import PrefixName
 from longctx.request import CacheExplanation, Divergence
 from longctx.text.tokenizer import Tokenizer
@@ -112,26 +112,28 @@ class Explainer:
         depth = layout.blocks(sequence.cached_tokens)
         limit = layout.blocks(blocks.prompt_tokens - 1)
         if trace.first is None:  # all of it is safe below, and nothing was looked for
-            trace.note([self._cache.place(blocks, 0, block) for block in range(depth)])
+            trace.note([self._cache.tier_of(blocks, 0, block) for block in range(depth)])
         counts, waited = self._found(trace, sequence, depth)
         reason, place, divergence = "below_block", "", None
         if depth < limit:
             covered, divergence = self._compare(sequence, others)
             reason, place = self._why(sequence, depth, covered)
         trace.explanation = CacheExplanation(
-            prompt_tokens=blocks.prompt_tokens + blocks.borrowed_tokens,
+            prompt_tokens=blocks.prompt_tokens + blocks.reused_tokens,
             found_tokens={tier: counts[tier] for tier in TIERS},
             waited_tokens=waited,
-            borrowed_tokens=blocks.borrowed_tokens,
+            reused_tokens=blocks.reused_tokens,
             linked_tokens=sequence.linked_tokens,
             reason=reason,
-            detail=_borrows(sequence)
+            detail=_reuse_detail(sequence)
             + f"found up to token {layout.tokens(depth)}; "
             + REASONS[reason].format(place=place),
             divergence=divergence,
         )
 
-    def _found(self, trace: Trace, sequence: Sequence, depth: int) -> tuple[Counter[TierName], int]:
+    def _found(
+        self, trace: LookupTrace, sequence: Sequence, depth: int
+    ) -> tuple[Counter[TierName], int]:
         """Tokens that were found, by place, and how many of them another computed meanwhile."""
         assert trace.first is not None
         counts: Counter[TierName] = Counter()
@@ -163,16 +165,16 @@ class Explainer:
         missing = [
             (group, block)
             for group, block in needed
-            if self._cache.place(blocks, group, block) is None
+            if self._cache.tier_of(blocks, group, block) is None
         ]
-        migration = self._cache.migration
-        if migration is not None:
+        offloader = self._cache.offloader
+        if offloader is not None:
             if not missing:
                 return "recomputed", ""
             for group, block in missing:
-                reason = migration.store.explain(group, blocks.key(block))
+                reason = offloader.store.explain(group, blocks.key(block))
                 if reason in REASONS:
-                    return reason, migration.store.lowest
+                    return reason, offloader.store.lowest
         if groups[0].window is None and all(group for group, _ in missing):
             return "checkpoint", ""
         if covered_tokens >= layout.tokens(depth + 1):
@@ -193,7 +195,7 @@ class Explainer:
 
     def _other_codec(self, sequence: Sequence) -> str | None:
         """The codec by which the prompt's first block is stored."""
-        if self._cache.migration is None:
+        if self._cache.offloader is None:
             return None
         used = self._cache.memory.codecs[0]
         token_ids = sequence.blocks.tokens.slice(0, BLOCK_TOKENS)
@@ -204,7 +206,7 @@ class Explainer:
                 continue
             root = self._namespace_of(sequence.request.salt, codec)
             (key,) = chain_keys(root, token_ids, first_position=0, block_tokens=BLOCK_TOKENS)
-            if codec.name != used.name and self._cache.migration.store.has(0, key):
+            if codec.name != used.name and self._cache.offloader.store.has(0, key):
                 return name
         return None
 
@@ -301,15 +303,19 @@ def _pieces(sequence: Sequence) -> tuple[Piece | str, ...]:
     )
 
 
-def _borrows(sequence: Sequence) -> str:
+def _reuse_detail(sequence: Sequence) -> str:
     blocks = sequence.blocks
-    borrowed, linked = blocks.borrowed_tokens, sequence.linked_tokens
-    if not borrowed:
+    reused, linked = blocks.reused_tokens, sequence.linked_tokens
+    if not reused:
         return ""
-    fetches = blocks.tier.fetches
-    fetched = f" ({fetches} of its parts were not on the device and came first)" if fetches else ""
+    module_prefills = blocks.offload.module_prefills
+    fetched = (
+        f" ({module_prefills} of its parts were not on the device and came first)"
+        if module_prefills
+        else ""
+    )
     return (
-        f"{borrowed} tokens are used as they were encoded elsewhere{fetched}, and {linked} of the "
+        f"{reused} tokens are used as they were encoded elsewhere{fetched}, and {linked} of the "
         "same parts are computed in context; of the rest, "
     )
 

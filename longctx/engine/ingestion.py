@@ -102,7 +102,9 @@ class Ingestion:
         """
         self._changed |= transferred
         over = [
-            s for s in self._settling if s.blocks.tier.writing == 0 or s.finish_reason is not None
+            s
+            for s in self._settling
+            if s.blocks.offload.writing == 0 or s.finish_reason is not None
         ]
         self._settling = [s for s in self._settling if s not in over]
         return [sequence for sequence in over if sequence.finish_reason is None]

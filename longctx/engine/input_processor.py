@@ -23,8 +23,8 @@ from longctx.engine.sequence import Sequence, preemption_key
 from longctx.engine_info import ContextLimits
 from longctx.errors import ContextTooLong, InvalidRequest
 from longctx.kv.cache_manager import KVCacheManager
-from longctx.kv.layout import Layout, Source
-from longctx.kv.lookup_trace import Trace
+from longctx.kv.layout import CachedChain, Layout
+from longctx.kv.lookup_trace import LookupTrace
 from longctx.kv.sequence_blocks import SequenceBlocks
 from longctx.model.spec import ModelSpec
 from longctx.request import Piece, Request
@@ -33,7 +33,7 @@ from longctx.text.tokenizer import Tokenizer
 from offload.key import BlockKey, namespace
 
 
-class Intake:
+class InputProcessor:
     def __init__(
         self,
         spec: ModelSpec,
@@ -91,16 +91,16 @@ class Intake:
         """
         return self._sequence(request, self.prompts.read(request))
 
-    def encoding(self, source: Source, request: Request) -> Sequence:
+    def encoding(self, chain: CachedChain, request: Request) -> Sequence:
         """What computes a source, so that others can borrow from it; `request` says for whom.
 
         Raises DocumentMissing where it was closed.
         """
-        ingested = self.prompts.modules.ingested(source.owner, request.salt)
-        if ingested is not None and ingested.name == source.name:
+        ingested = self.prompts.modules.ingested(chain.owner, request.salt)
+        if ingested is not None and ingested.name == chain.name:
             request = replace(request, segments=ingested.segments)
             return self._sequence(request, self.prompts.read(request))
-        return self._sequence(request, self.prompts.modules.upto(source))
+        return self._sequence(request, self.prompts.modules.upto(chain))
 
     def _sequence(self, request: Request, prompt: Prompt) -> Sequence:
         sampling = request.sampling
@@ -139,20 +139,20 @@ class Intake:
                 document_ends=prompt.ends,
                 prefill_only=sampling.max_tokens == 0,
                 in_memory=request.in_memory,
-                trace=Trace() if request.explain else None,
+                trace=LookupTrace() if request.explain else None,
             ),
             linked_tokens=prompt.linked_tokens,
         )
         # A sequence that fits never streams, so that others can use what it computes.
         longest = prompt_tokens + sampling.max_tokens
         if layout.plain:
-            sequence.blocks.tier.streams = longest > self._limits.capacity_tokens
+            sequence.blocks.offload.streams = longest > self._limits.capacity_tokens
         else:
             self._check_shifts(layout)
-            borrowed: dict[str, int] = {}
-            for source in layout.sources:
-                borrowed[source.owner] = max(len(source.keys), borrowed.get(source.owner, 0))
-            blocks = layout.blocks(longest) + 1 + sum(borrowed.values())
+            reused: dict[str, int] = {}
+            for chain in layout.chains:
+                reused[chain.owner] = max(len(chain.keys), reused.get(chain.owner, 0))
+            blocks = layout.blocks(longest) + 1 + sum(reused.values())
             self._check_blocks(blocks, "the prompt with what it borrows")
         return sequence
 
@@ -196,7 +196,7 @@ class Intake:
 
     def _check_shifts(self, layout: Layout) -> None:
         relocation = self._spec.relocation
-        if not relocation.shiftable and any(borrowed.rotation for borrowed in layout.borrowed):
+        if not relocation.shiftable and any(reused.rotation for reused in layout.reused):
             raise InvalidRequest(
                 "a part of the prompt stands elsewhere than it was encoded, which this model does "
                 f"not allow: {relocation.reason}; leave it there or use it with exact reuse",
@@ -242,7 +242,7 @@ def block_namespace(spec: ModelSpec, codec: Codec, *, salt: str) -> BlockKey:
 def _said(prompt: Prompt) -> Callable[[], NDArray[np.int32]]:
     """What penalties count: the prompt's tokens, though the sequence appends its answer to them."""
     tokens, prompt_tokens = prompt.tokens, len(prompt.tokens)
-    return lambda: np.concatenate([tokens.slice(0, prompt_tokens), *prompt.borrowed_ids])
+    return lambda: np.concatenate([tokens.slice(0, prompt_tokens), *prompt.reused_ids])
 
 
 def _owners(request: Request) -> frozenset[str]:

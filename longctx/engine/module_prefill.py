@@ -8,35 +8,35 @@ computed before. So a missing block makes an answer later, never different.
 import itertools
 
 from longctx.engine.ingestion import Ingestion
-from longctx.engine.input_processor import Intake
-from longctx.engine.request_state import Answers
+from longctx.engine.input_processor import InputProcessor
+from longctx.engine.request_state import RequestState
 from longctx.engine.scheduler import Scheduler
 from longctx.engine.sequence import Sequence
 from longctx.errors import LongctxError
 from longctx.kv.cache_manager import KVCacheManager
-from longctx.kv.layout import Source
+from longctx.kv.layout import CachedChain
 from longctx.kv.prefix_index import PrefixName
 from longctx.request import Request, SamplingParams, Segment
 
-MOST_FETCHES = 8  # of each thing that a prompt borrows, before it gives up
+MAX_MODULE_PREFILLS = 8  # of each thing that a prompt borrows, before it gives up
 
 
-class Fetches:
+class ModulePrefills:
     def __init__(
         self,
         cache: KVCacheManager,
-        intake: Intake,
+        inputs: InputProcessor,
         scheduler: Scheduler,
         ingestion: Ingestion | None,
     ) -> None:
         self._cache = cache
-        self._intake = intake
+        self._inputs = inputs
         self._scheduler = scheduler
         self._ingestion = ingestion
         self._running: dict[PrefixName, Sequence] = {}
         self._numbers = itertools.count()
 
-    def begin(self) -> dict[str, Answers]:
+    def begin(self) -> dict[str, RequestState]:
         """By id: requests, scheduled now, that compute what is wanted and not computed yet.
 
         What the first in rank wants may take the place of what nobody uses; what others want only
@@ -45,8 +45,8 @@ class Fetches:
         resident = self._cache.prefixes
         waiting = {sequence.blocks: sequence for sequence in self._scheduler.waiting}
         wanted = {
-            name: (source, waiting[blocks])
-            for name, (source, blocks) in self._cache.wanted.items()
+            name: (chain, waiting[blocks])
+            for name, (chain, blocks) in self._cache.wanted.items()
             if name not in resident and blocks in waiting  # else its request has ended meanwhile
         }
         self._cache.wanted = {}
@@ -59,39 +59,41 @@ class Fetches:
             sequence.blocks.full_blocks() - sequence.blocks.layout.blocks(sequence.blocks.computed)
             for sequence in self._running.values()
         )
-        for name, (source, asker) in urgent:
+        for name, (chain, asker) in urgent:
             running = self._running.get(name)
             if running is not None:
                 running.prioritize(asker.request.request_class)
-            elif asker is first or len(source.keys) <= room:
-                room -= len(source.keys)
-                sequence = self._fetch(source, asker)
+            elif asker is first or len(chain.keys) <= room:
+                room -= len(chain.keys)
+                sequence = self._prefill(chain, asker)
                 if sequence is not None:
                     self._running[name] = sequence
-                    answers = Answers(sequence.request, [sequence], hidden=True)
+                    answers = RequestState(sequence.request, [sequence], hidden=True)
                     begun[sequence.request.request_id] = answers
         return begun
 
-    def _fetch(self, source: Source, asker: Sequence) -> Sequence | None:
+    def _prefill(self, chain: CachedChain, asker: Sequence) -> Sequence | None:
         """A sequence, already scheduled; None if the asker has to give up instead."""
-        asker.blocks.tier.fetches += 1
-        if asker.blocks.tier.fetches > MOST_FETCHES * len(asker.blocks.layout.sources):
-            asker.blocks.tier.failure = (
+        asker.blocks.offload.module_prefills += 1
+        if asker.blocks.offload.module_prefills > MAX_MODULE_PREFILLS * len(
+            asker.blocks.layout.chains
+        ):
+            asker.blocks.offload.failure = (
                 "what this prompt borrows does not stay on the device until all of it is there; "
                 "raise --device-pool-gib or lower --max-sequences"
             )
             return None
         request = Request(
-            request_id=f"fetch {next(self._numbers)} of {source.owner}",
-            segments=(Segment(encodes=source.owner),),
+            request_id=f"fetch {next(self._numbers)} of {chain.owner}",
+            segments=(Segment(encodes=chain.owner),),
             sampling=SamplingParams(max_tokens=0),
             request_class=asker.request.request_class,
             salt=asker.request.salt,
         )
         try:
-            sequence = self._intake.encoding(source, request)
+            sequence = self._inputs.encoding(chain, request)
         except LongctxError as error:
-            asker.blocks.tier.failure = str(error)
+            asker.blocks.offload.failure = str(error)
             return None
         self._scheduler.waiting.append(sequence)  # however many wait: the asker was let in
         if self._ingestion is not None:
@@ -104,5 +106,5 @@ class Fetches:
         for name in ended:
             del self._running[name]
             for waiting in self._scheduler.waiting if error is not None else ():
-                if any(source.name == name for source in waiting.blocks.layout.sources):
-                    waiting.blocks.tier.failure = error
+                if any(chain.name == name for chain in waiting.blocks.layout.chains):
+                    waiting.blocks.offload.failure = error

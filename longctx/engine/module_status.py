@@ -34,9 +34,7 @@ def _state(
     module: Module, cache: KVCacheManager, store: KVStore | None, durable_tokens: int
 ) -> ModuleState:
     """Of the tenants that use it, the one that has it in the best tier counts."""
-    keys = [
-        source.keys for source in module.sources.values() if source.tokens == len(module.token_ids)
-    ]
+    keys = [chain.keys for chain in module.chains.values() if chain.tokens == len(module.token_ids)]
     tiers = [_tier(own, cache, store) for own in keys] or ["none"]
     blocks = module.layout.runs[-1].block
     pools = cache.memory.packed

@@ -3,7 +3,7 @@
 A module is a row of pieces, literal tokens at positions. It is encoded as a prompt of its own: a
 block ends with each piece, since what stands between two of them changes from prompt to prompt. Its
 blocks have the keys of an ordinary prompt of the same pieces, so they are found, stored and shared
-like any others. Nothing here holds a block: a `Source` says only what its blocks are called.
+like any others. Nothing here holds a block: a `CachedChain` says only what its blocks are called.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from compress.shape import BLOCK_TOKENS
 from longctx.engine.prompt import Prompt
 from longctx.engine.sequence import Sequence
 from longctx.errors import DocumentMissing, InvalidRequest
-from longctx.kv.layout import PLAIN, Layout, Run, Source
+from longctx.kv.layout import PLAIN, CachedChain, Layout, Run
 from longctx.kv.prefix_index import PrefixName, module_name, owner_of, tokens_before
 from longctx.kv.sequence_blocks import TokenIds
 from longctx.request import Piece, Segment
@@ -33,7 +33,7 @@ class Module:
     token_ids: NDArray[np.int32]
     ends: tuple[int, ...]
     layout: Layout
-    sources: dict[tuple[BlockKey, int], Source] = field(default_factory=dict)
+    chains: dict[tuple[BlockKey, int], CachedChain] = field(default_factory=dict)
     hits: int = 0  # assemblies that have borrowed of it
 
     @classmethod
@@ -65,10 +65,10 @@ class Module:
         layout = Layout(tuple(runs), closed=True)
         return cls(module_id, tuple(pieces), ids, tuple(ends), layout)
 
-    def source(self, salt: str, root: BlockKey, pieces: int) -> Source:
+    def chain(self, salt: str, root: BlockKey, pieces: int) -> CachedChain:
         """The first `pieces` pieces in the namespace `root`."""
-        source = self.sources.get((root, pieces))
-        if source is None:
+        chain = self.chains.get((root, pieces))
+        if chain is None:
             end = self.ends[pieces - 1]
             last = self.pieces[pieces - 1]
             block = self.layout.blocks(end)
@@ -76,9 +76,9 @@ class Module:
             layout = Layout((*self.layout.runs[:pieces], after), closed=True)
             keys = layout.keys(lambda first, stop: self.token_ids[first:stop], 0, block, root)
             name = (salt, module_name(self.module_id), keys[-1].hex())
-            source = Source(name, layout, tuple(keys), root)
-            self.sources[root, pieces] = source
-        return source
+            chain = CachedChain(name, layout, tuple(keys), root)
+            self.chains[root, pieces] = chain
+        return chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +98,9 @@ class Ingested:
         """Tokens before the document."""
         return tokens_before(self.ends)
 
-    def source(self, keys: tuple[BlockKey, ...]) -> Source:
+    def chain(self, keys: tuple[BlockKey, ...]) -> CachedChain:
         """`keys`: of the chain's blocks."""
-        return Source(self.name, PLAIN, keys, self.root)
+        return CachedChain(self.name, PLAIN, keys, self.root)
 
 
 class Modules:
@@ -155,30 +155,30 @@ class Modules:
             )
         return module, module.pieces[piece]
 
-    def source(self, module: Module, piece: int, salt: str, root: BlockKey) -> Source:
+    def chain(self, module: Module, piece: int, salt: str, root: BlockKey) -> CachedChain:
         """From which that piece is borrowed."""
-        return module.source(salt, root, piece + 1 if self._by_piece else len(module.pieces))
+        return module.chain(salt, root, piece + 1 if self._by_piece else len(module.pieces))
 
     def whole(self, module_id: str, salt: str, root: BlockKey) -> Prompt:
         """The prompt that encodes a module. Raises DocumentMissing."""
         module = self.get(module_id)
         first = 1 if self._by_piece else len(module.pieces)
         ends = [
-            (module.ends[count - 1], module.source(salt, root, count).name)
+            (module.ends[count - 1], module.chain(salt, root, count).name)
             for count in range(first, len(module.pieces) + 1)
         ]
         return Prompt(TokenIds(module.token_ids, []), module.layout, tuple(ends))
 
-    def upto(self, source: Source) -> Prompt:
+    def upto(self, chain: CachedChain) -> Prompt:
         """The prompt that computes a source. Raises DocumentMissing where its owner was closed."""
-        module = self._modules.get(source.owner)
-        if module is None or source not in module.sources.values():
+        module = self._modules.get(chain.owner)
+        if module is None or chain not in module.chains.values():
             raise DocumentMissing(
-                f"{source.owner} was closed while a request waited to borrow from it; open it again"
+                f"{chain.owner} was closed while a request waited to borrow from it; open it again"
             )
-        token_ids = module.token_ids[: source.tokens]
-        ends = ((len(token_ids), source.name),)
-        return Prompt(TokenIds(token_ids, []), source.layout, ends)
+        token_ids = module.token_ids[: chain.tokens]
+        ends = ((len(token_ids), chain.name),)
+        return Prompt(TokenIds(token_ids, []), chain.layout, ends)
 
     # -- documents --------------------------------------------------------------------------------
 

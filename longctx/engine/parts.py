@@ -17,7 +17,7 @@ from longctx.engine.scheduler import Scheduler
 from longctx.engine_info import CodecChoice, EngineInfo
 from longctx.kv.cache_manager import KVCacheManager
 from longctx.kv.memory import KVMemory, pool_bytes
-from longctx.kv.offloading import Migration
+from longctx.kv.offloading import KVOffloader
 from longctx.kv.open_store import open_store
 from longctx.model.loader import LoadedModel
 from longctx.text.tokenizer import Tokenizer
@@ -39,7 +39,7 @@ class EngineParts:
     info: EngineInfo
     memory: KVMemory
     store: KVStore | None  # None where nothing is kept below the device
-    migration: Migration | None  # the engine's side of the store
+    offloader: KVOffloader | None  # the engine's side of the store
     cache: KVCacheManager
     scheduler: Scheduler
     runner: Runner
@@ -66,14 +66,14 @@ def one_rank_parts(
         step_blocks=step_blocks(scheduler, batch_tokens),
     )
     store = open_store(cache, memory)
-    migration = None
+    offloader = None
     if store is not None:
-        migration = Migration(memory, store, staged=spec.device.type != "cpu")
-    manager = KVCacheManager(memory, migration)
+        offloader = KVOffloader(memory, store, staged=spec.device.type != "cpu")
+    manager = KVCacheManager(memory, offloader)
     attention = BACKENDS[backend](memory)
-    if migration is not None and manager.can_stream:
+    if offloader is not None and manager.can_stream:
         staging = memory.reserve(STAGING_BLOCKS)
-        attention = StreamedAttention(attention, memory, staging, migration.read_layer)
+        attention = StreamedAttention(attention, memory, staging, offloader.read_layer)
     if spec.relocation.shiftable:
         attention = RotatedAttention(attention, memory, spec.relocation.rotations)
     return EngineParts(
@@ -82,7 +82,7 @@ def one_rank_parts(
         info=engine_info(spec, memory, codec, store, backend=backend),
         memory=memory,
         store=store,
-        migration=migration,
+        offloader=offloader,
         cache=manager,
         scheduler=Scheduler(scheduler, manager, batch_tokens=batch_tokens),
         runner=ModelRunner(model, memory, attention),

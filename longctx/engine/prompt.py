@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from compress.shape import BLOCK_TOKENS
 from longctx.errors import InvalidRequest
-from longctx.kv.layout import PLAIN, Borrowed, Layout, Run, Source
+from longctx.kv.layout import PLAIN, CachedChain, Layout, ReusedSpan, Run
 from longctx.kv.prefix_index import PrefixName
 from longctx.kv.sequence_blocks import TokenIds
 
@@ -26,7 +26,7 @@ class Prompt:
     layout: Layout = PLAIN
     ends: tuple[tuple[int, PrefixName], ...] = ()  # of its documents, or of the pieces of a module
     linked_tokens: int = 0
-    borrowed_ids: tuple[NDArray[np.int32], ...] = ()
+    reused_ids: tuple[NDArray[np.int32], ...] = ()
 
 
 class PromptBuilder:
@@ -40,11 +40,11 @@ class PromptBuilder:
         self._ends = ends
         self._tail: list[int] = []
         self._runs = [Run()] if len(base) else []
-        self._borrowed: list[Borrowed] = []
+        self._reused: list[ReusedSpan] = []
         self._position = len(base)
         self._cut = not self._runs
         self._linked_tokens = 0
-        self._borrowed_ids: list[NDArray[np.int32]] = []
+        self._reused_ids: list[NDArray[np.int32]] = []
 
     @property
     def _own_tokens(self) -> int:
@@ -66,8 +66,8 @@ class PromptBuilder:
         self._tail += token_ids
         self._position = position + len(token_ids)
 
-    def borrow(
-        self, source: Source, begin: int, token_ids: NDArray[np.int32], position: int | None
+    def reuse(
+        self, chain: CachedChain, begin: int, token_ids: NDArray[np.int32], position: int | None
     ) -> None:
         """The tokens of a source from `begin` on, which say `token_ids`.
 
@@ -76,9 +76,9 @@ class PromptBuilder:
         position = self._check(position)
         end = begin + len(token_ids)
         if begin < end:
-            self._borrowed_ids.append(token_ids)
+            self._reused_ids.append(token_ids)
             _, entry = self._reached()
-            self._borrowed.append(Borrowed(source, begin, end, position, entry))
+            self._reused.append(ReusedSpan(chain, begin, end, position, entry))
             self._cut = True
             self._position = position + end - begin
 
@@ -87,27 +87,29 @@ class PromptBuilder:
         self._linked_tokens += tokens
 
     def prompt(self) -> Prompt:
-        if self._borrowed and (not self._runs or self._last_entry > self._runs[-1].entry):
-            last = self._borrowed.pop()
+        if self._reused and (not self._runs or self._last_entry > self._runs[-1].entry):
+            last = self._reused.pop()
             self._position -= 1
             if last.end - last.begin > 1:
-                shorter = Borrowed(last.source, last.begin, last.end - 1, last.position, last.entry)
-                self._borrowed.append(shorter)
+                shorter = ReusedSpan(
+                    last.chain, last.begin, last.end - 1, last.position, last.entry
+                )
+                self._reused.append(shorter)
             self._linked_tokens += 1
-            token_ids = self._borrowed_ids.pop()
-            self._borrowed_ids.append(token_ids[:-1])
+            token_ids = self._reused_ids.pop()
+            self._reused_ids.append(token_ids[:-1])
             self.compute(token_ids[-1:].tolist())
         return Prompt(
             TokenIds(self._base, self._tail),
-            Layout(tuple(self._runs) or (Run(),), tuple(self._borrowed)),
+            Layout(tuple(self._runs) or (Run(),), tuple(self._reused)),
             self._ends,
             self._linked_tokens,
-            tuple(self._borrowed_ids),
+            tuple(self._reused_ids),
         )
 
     @property
     def _last_entry(self) -> int:
-        return self._borrowed[-1].entry + len(self._borrowed[-1].blocks)
+        return self._reused[-1].entry + len(self._reused[-1].blocks)
 
     def _reached(self) -> tuple[int, int]:
         """Own blocks so far, where the last run ends here; and entries."""
@@ -116,7 +118,7 @@ class PromptBuilder:
             run = self._runs[-1]
             blocks = -(-(self._own_tokens - run.token) // BLOCK_TOKENS)
             block, entry = run.block + blocks, run.entry + blocks
-        if self._borrowed:
+        if self._reused:
             entry = max(entry, self._last_entry)
         return block, entry
 

@@ -68,7 +68,7 @@ class PromptResolver:
                 self._check(segment.token_ids)
                 builder.compute(segment.token_ids, segment.position)
         prompt = builder.prompt()
-        self.modules.count({source.owner for source in prompt.layout.sources})
+        self.modules.count({chain.owner for chain in prompt.layout.chains})
         return prompt
 
     def _add_piece(self, builder: PromptBuilder, segment: Segment, salt: str) -> None:
@@ -86,8 +86,8 @@ class PromptResolver:
         if computed < size:
             end = module.ends[segment.piece]
             begin = end - size + computed
-            source = self.modules.source(module, segment.piece, salt, self._root_of(salt))
-            builder.borrow(source, begin, module.token_ids[begin:end], position + computed)
+            chain = self.modules.chain(module, segment.piece, salt, self._root_of(salt))
+            builder.reuse(chain, begin, module.token_ids[begin:end], position + computed)
 
     def _add_document(
         self, builder: PromptBuilder, segment: Segment, salt: str, *, last: bool
@@ -106,9 +106,9 @@ class PromptResolver:
                 "it; upload it again, or leave reuse out",
                 param="reuse",
             )
-        source = ingested.source(self._keys(ingested, salt))
+        chain = ingested.chain(self._keys(ingested, salt))
         before = ingested.before_tokens
-        end = source.layout.tokens(len(source.keys)) - before
+        end = chain.layout.tokens(len(chain.keys)) - before
         link = max(0, min(end, segment.link_tokens))
         builder.cut()
         builder.compute(tokens[:link].tolist(), segment.position)
@@ -116,7 +116,7 @@ class PromptResolver:
         builder.link(link)
         if link < end:
             position = segment.position if link == 0 else None
-            builder.borrow(source, before + link, tokens[link:end], position)
+            builder.reuse(chain, before + link, tokens[link:end], position)
         rest = tokens[max(end, 0) :]
         builder.compute(rest.tolist(), None if end > 0 else segment.position)
         builder.link(len(rest))

@@ -9,7 +9,7 @@ from longctx.request import Progress, Request, RequestOutput, Usage
 
 
 @dataclass(slots=True)
-class Answers:
+class RequestState:
     request: Request
     sequences: list[Sequence]
     hidden: bool = False  # the engine's own: nobody hears of it
@@ -27,27 +27,27 @@ class Answers:
         if self.hidden or first.completion_tokens or done <= self.reported:
             return []
         self.reported = done
-        total = first.blocks.prompt_tokens + first.blocks.borrowed_tokens
+        total = first.blocks.prompt_tokens + first.blocks.reused_tokens
         admitted = first.cached_tokens is not None
-        borrowed = first.blocks.borrowed_tokens if admitted else 0  # or it still waits for that
+        reused = first.blocks.reused_tokens if admitted else 0  # or it still waits for that
         progress = Progress(
             total=total,
-            cache=(first.cached_tokens or 0) + borrowed,
-            processed=done + borrowed,
+            cache=(first.cached_tokens or 0) + reused,
+            processed=done + reused,
             time_ms=1000 * (time.monotonic() - first.arrival_seconds),
         )
         return [RequestOutput(request_id=self.request.request_id, progress=progress)]
 
     def usage(self) -> Usage:
         first = self.sequences[0]
-        borrowed = first.blocks.borrowed_tokens
-        found = None if first.cached_tokens is None else first.cached_tokens + borrowed
+        reused = first.blocks.reused_tokens
+        found = None if first.cached_tokens is None else first.cached_tokens + reused
         return Usage(
-            prompt_tokens=first.blocks.prompt_tokens + borrowed,
+            prompt_tokens=first.blocks.prompt_tokens + reused,
             cached_tokens=found or 0,
             completion_tokens=sum(sequence.completion_tokens for sequence in self.sequences),
             computed_tokens=sum(sequence.computed_tokens for sequence in self.sequences),
-            borrowed_tokens=borrowed if found is not None else 0,
+            reused_tokens=reused if found is not None else 0,
             linked_tokens=first.linked_tokens,
             explanation=None if first.blocks.trace is None else first.blocks.trace.explanation,
         )

@@ -156,7 +156,7 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[int | Sampli
     if rows == 0:
         return results
     peaks, likeliest = logits.max(dim=1)  # the first of equals; NaN wins
-    drawn = []
+    sampled = []
     for row, (peak, token) in enumerate(zip(peaks.tolist(), likeliest.tolist(), strict=True)):
         if row in refused:
             continue
@@ -168,11 +168,11 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[int | Sampli
         elif states[row].params.temperature == 0.0:
             results[row] = token
         else:
-            drawn.append(row)
-    if drawn:
-        chosen = logits if len(drawn) == rows else logits[drawn]
-        tokens = _draw(chosen, [states[row] for row in drawn])
-        for row, token in zip(drawn, tokens, strict=True):
+            sampled.append(row)
+    if sampled:
+        chosen = logits if len(sampled) == rows else logits[sampled]
+        tokens = _draw(chosen, [states[row] for row in sampled])
+        for row, token in zip(sampled, tokens, strict=True):
             results[row] = token
     return results
 

@@ -37,7 +37,7 @@ class Chunk:
     num_tokens: int
 
     @property
-    def draws(self) -> bool:
+    def samples(self) -> bool:
         """A token is drawn after this chunk: it computes all that the sequence has."""
         return (
             self.num_tokens == self.sequence.blocks.remaining
@@ -140,7 +140,7 @@ class Scheduler:
     def failed(self) -> list[tuple[Sequence, str]]:
         """Sequences that the lower tiers cannot serve, which are to be ended, and why."""
         everyone = (*self.running, *self.waiting)
-        failures = ((sequence, sequence.blocks.tier.failure) for sequence in everyone)
+        failures = ((sequence, sequence.blocks.offload.failure) for sequence in everyone)
         return [(sequence, failure) for sequence, failure in failures if failure is not None]
 
     def schedule(self) -> SchedulerOutput:

@@ -51,6 +51,6 @@ class Figures:
         for index in range(len(memory.packed)):
             numbers[f"group{index}_capacity_blocks"] = room[index]
             numbers[f"group{index}_blocks_held"] = held[index]
-        if cache.migration is not None:
-            numbers |= cache.migration.store.stats()
+        if cache.offloader is not None:
+            numbers |= cache.offloader.store.stats()
         return numbers

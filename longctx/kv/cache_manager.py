@@ -8,9 +8,9 @@ holds stay findable until their room is needed; so do whole prefixes that nobody
 
 from longctx.kv.block_entry import PAGE
 from longctx.kv.block_table import BlockTable
-from longctx.kv.layout import Source
+from longctx.kv.layout import CachedChain
 from longctx.kv.memory import KVMemory
-from longctx.kv.offloading import Migration
+from longctx.kv.offloading import KVOffloader
 from longctx.kv.prefix_index import PrefixIndex, PrefixName
 from longctx.kv.prefix_match import Available, deepest
 from longctx.kv.resident_prefixes import ResidentPrefixes
@@ -28,13 +28,13 @@ NO_ROOM_BELOW = (
 
 
 class KVCacheManager:
-    def __init__(self, memory: KVMemory, migration: Migration | None = None) -> None:
+    def __init__(self, memory: KVMemory, offloader: KVOffloader | None = None) -> None:
         self.memory = memory
-        self.migration = migration
+        self.offloader = offloader
         self.prefixes = PrefixIndex()
-        self.residents = ResidentPrefixes(memory, self.prefixes)
+        self.resident_prefixes = ResidentPrefixes(memory, self.prefixes)
         # What is not resident and somebody wants to borrow: it is to be computed first.
-        self.wanted: dict[PrefixName, tuple[Source, SequenceBlocks]] = {}
+        self.wanted: dict[PrefixName, tuple[CachedChain, SequenceBlocks]] = {}
         self._pending: dict[BlockKey, SequenceBlocks] = {}
         self._releases = 0
         self.hits = self.misses = 0  # blocks of prompts that the device had, or had not
@@ -42,12 +42,12 @@ class KVCacheManager:
     @property
     def _changes(self) -> int:
         """Grows whenever room may have become free."""
-        return self._releases + self.residents.freed
+        return self._releases + self.resident_prefixes.freed
 
     @property
     def can_stream(self) -> bool:
         """Whether contexts may be larger than the device: their old blocks are in a lower tier."""
-        return self.migration is not None and self.memory.can_stream
+        return self.offloader is not None and self.memory.can_stream
 
     # -- admission ------------------------------------------------------------------------------
 
@@ -57,28 +57,28 @@ class KVCacheManager:
         It waits for the blocks that another sequence is computing or a lower tier is reading, or
         until there is room for all of its tokens and `spare_blocks` more.
         """
-        load = sequence.tier.load
+        load = sequence.offload.load
         if (
             sequence.blocked_on in self._pending
             or sequence.refused_at == self._changes
             or (load is not None and not load.ended)
         ):
             return False
-        if not self._borrow(sequence):
+        if not self._acquire_prefixes(sequence):
             return False
-        if not sequence.tier.streams:
+        if not sequence.offload.streams:
             self._find_prefix(sequence)
         self.find_keys(sequence)
         limit = sequence.full_blocks()
         depth = self._depth(sequence, self._on_device(sequence))
         if sequence.trace is not None:
-            sequence.trace.note([self.place(sequence, 0, block) for block in range(limit)])
+            sequence.trace.note([self.tier_of(sequence, 0, block) for block in range(limit)])
         if self._wait_for_owner(sequence, depth):
             return False
         self._attach(sequence, depth)
         self.leave_load(sequence)
         wanted = range(depth, min(limit, depth + self._most_held(sequence)))
-        if not self.residents.make_room(self.memory.pages_needed(wanted, spare_blocks)):
+        if not self.resident_prefixes.make_room(self.memory.pages_needed(wanted, spare_blocks)):
             self._detach(sequence)
             sequence.refused_at = self._changes
             return False
@@ -86,24 +86,24 @@ class KVCacheManager:
             self._pending[sequence.key(block)] = sequence
         if self._restore(sequence, depth):
             return False
-        if self.migration is not None:
-            self.migration.admitted(sequence, depth)
-        self.residents.keep(sequence)
+        if self.offloader is not None:
+            self.offloader.on_admitted(sequence, depth)
+        self.resident_prefixes.keep(sequence)
         found = depth if load is None else load.begin
-        self.hits += found + sum(len(borrowed.blocks) for borrowed in sequence.layout.borrowed)
+        self.hits += found + sum(len(reused.blocks) for reused in sequence.layout.reused)
         self.misses += limit - found
         return True
 
-    def _borrow(self, sequence: SequenceBlocks) -> bool:
+    def _acquire_prefixes(self, sequence: SequenceBlocks) -> bool:
         """Whether all that the sequence borrows is resident, and it has got it now."""
-        sources = sequence.layout.sources
-        absent = [source for source in sources if source.name not in self.prefixes]
-        for source in absent:
-            wanted = self.wanted.setdefault(source.name, (source, sequence))
+        chains = sequence.layout.chains
+        absent = [chain for chain in chains if chain.name not in self.prefixes]
+        for chain in absent:
+            wanted = self.wanted.setdefault(chain.name, (chain, sequence))
             if sequence.preemption_key < wanted[1].preemption_key:
-                self.wanted[source.name] = (source, sequence)
+                self.wanted[chain.name] = (chain, sequence)
         if not absent:
-            sequence.lenders = tuple(self.prefixes.take(source.name) for source in sources)
+            sequence.reused_prefixes = tuple(self.prefixes.take(chain.name) for chain in chains)
         return not absent
 
     def _wait_for_owner(self, sequence: SequenceBlocks, depth: int) -> bool:
@@ -117,7 +117,7 @@ class KVCacheManager:
         while last + 1 < limit and self._pending.get(sequence.key(last + 1)) is owner:
             last += 1
         sequence.blocked_on = sequence.key(last)
-        self.residents.leave(sequence)
+        self.resident_prefixes.leave(sequence)
         return True
 
     def computed_by(self, sequence: SequenceBlocks) -> SequenceBlocks | None:
@@ -152,18 +152,18 @@ class KVCacheManager:
         windowed = [group.window is not None for group in self.memory.groups]
 
         def available(group: int, block: int) -> bool:
-            if sequence.tier.streams and not windowed[group]:
+            if sequence.offload.streams and not windowed[group]:
                 return self._is_stored(sequence, block)
             return self._page(sequence, group, block) is not None
 
         return available
 
     def _is_stored(self, sequence: SequenceBlocks, block: int) -> bool:
-        return self.migration is not None and self.migration.store.has(0, sequence.key(block))
+        return self.offloader is not None and self.offloader.store.has(0, sequence.key(block))
 
     def _most_held(self, sequence: SequenceBlocks) -> int:
         """Blocks that the sequence has to hold at once for as long as it is computed."""
-        return self.memory.step_blocks if sequence.tier.streams else self.memory.capacity_blocks
+        return self.memory.step_blocks if sequence.offload.streams else self.memory.capacity_blocks
 
     def _page(self, sequence: SequenceBlocks, group: int, block: int) -> int | None:
         """Where the device has a block of the sequence's prompt."""
@@ -172,20 +172,20 @@ class KVCacheManager:
             return int(prefix.tables[group][block, PAGE])
         return self.memory.packed[group].lookup(sequence.key(block))
 
-    def place(self, sequence: SequenceBlocks, group: int, block: int) -> TierName | None:
+    def tier_of(self, sequence: SequenceBlocks, group: int, block: int) -> TierName | None:
         """The best tier that has a block of the sequence's prompt."""
         if self._page(sequence, group, block) is not None:
             return "device"
         return (
             None
-            if self.migration is None
-            else self.migration.store.tier_of(group, sequence.key(block))
+            if self.offloader is None
+            else self.offloader.store.tier_of(group, sequence.key(block))
         )
 
     def _attach(self, sequence: SequenceBlocks, depth: int) -> None:
         """Make the first `depth` blocks the sequence's own past."""
         prefix, layout = sequence.prefix, sequence.layout
-        lenders = {lender.name: lender for lender in sequence.lenders}
+        reused_prefixes = {prefix.name: prefix for prefix in sequence.reused_prefixes}
         tables, live_from = [], []
         for index, group in enumerate(self.memory.groups):
             entries = layout.table(depth)
@@ -193,16 +193,16 @@ class KVCacheManager:
             if group.window is None and prefix is not None:
                 begin = min(prefix.blocks, depth)
                 entries[:begin] = prefix.tables[index][:begin]
-            if group.window is None and sequence.tier.streams:
-                begin = sequence.tier.absent = depth
+            if group.window is None and sequence.offload.streams:
+                begin = sequence.offload.absent = depth
             found = [self._page(sequence, index, block) for block in range(begin, depth)]
             held = [page for page in found if page is not None]
             assert len(held) == len(found)
             entries[layout.own(begin, depth), PAGE] = held
             self.memory.packed[index].acquire(held)
-            for borrowed in layout.borrowed:
-                rows = borrowed.entries(lenders[borrowed.source.name].tables[index])
-                entries[borrowed.entry : borrowed.entry + len(rows)] = rows
+            for reused in layout.reused:
+                rows = reused.entries(reused_prefixes[reused.chain.name].tables[index])
+                entries[reused.entry : reused.entry + len(rows)] = rows
             tables.append(BlockTable(layout, entries, depth))
             live_from.append(begin)
         sequence.tables, sequence.live_from = tuple(tables), live_from
@@ -211,9 +211,9 @@ class KVCacheManager:
 
     # -- lower tiers ------------------------------------------------------------------------------
 
-    def poll_migration(self) -> bool:
+    def poll_transfers(self) -> bool:
         """Take note of what has come up from the lower tiers; whether anything was transferred."""
-        changed = self.migration is not None and self.migration.poll()
+        changed = self.offloader is not None and self.offloader.poll()
         self._releases += changed
         return changed
 
@@ -223,26 +223,26 @@ class KVCacheManager:
         It was just attached at `depth`; if it waits it keeps only what the load holds for it, and
         its place as the one who provides its blocks.
         """
-        if self.migration is None or sequence.tier.loads == MAX_LOADS:
+        if self.offloader is None or sequence.offload.loads == MAX_LOADS:
             return False
         target = self._depth(sequence, self._anywhere(sequence))
-        if target == depth or not self.migration.load(sequence, depth, target, self._page):
+        if target == depth or not self.offloader.load(sequence, depth, target, self._page):
             return False
         self._let_go(sequence)
         return True
 
     def leave_load(self, sequence: SequenceBlocks) -> None:
         """The sequence has got what was on its way up for it, or goes: then others will find it."""
-        load = sequence.tier.load
-        if self.migration is not None and load is not None:
-            sequence.tier.load = None
+        load = sequence.offload.load
+        if self.offloader is not None and load is not None:
+            sequence.offload.load = None
             self._no_longer_pending(sequence, load.begin)
-            self.migration.leave(load)
+            self.offloader.leave(load)
             self._releases += 1
 
     def _anywhere(self, sequence: SequenceBlocks) -> Available:
-        assert self.migration is not None
-        store = self.migration.store
+        assert self.offloader is not None
+        store = self.offloader.store
 
         def available(group: int, block: int) -> bool:
             there = self._page(sequence, group, block) is not None
@@ -273,13 +273,13 @@ class KVCacheManager:
 
     def _make_room(self, sequence: SequenceBlocks, sealed: range) -> bool:
         needed = self.memory.pages_needed(sealed)
-        if not self.residents.make_room(needed) and sequence.tier.streams:
+        if not self.resident_prefixes.make_room(needed) and sequence.offload.streams:
             self._stream_out(sequence, len(sealed))
-        return self.residents.make_room(needed)
+        return self.resident_prefixes.make_room(needed)
 
     def _stream_out(self, sequence: SequenceBlocks, blocks: int) -> None:
         """Let go of the oldest blocks of a sequence that streams, as far as they are stored."""
-        tier = sequence.tier
+        tier = sequence.offload
         begin = tier.absent
         end = min(begin + blocks, tier.store_until, sequence.layout.blocks(sequence.computed))
         while tier.absent < end and self._is_stored(sequence, tier.absent):
@@ -287,8 +287,8 @@ class KVCacheManager:
         self.memory.packed[0].release(sequence.tables[0].pages(begin, tier.absent))
         sequence.live_from[0] = tier.absent
         if begin == tier.absent < end and not tier.writing:
-            assert self.migration is not None
-            self.migration.sealed(sequence, ends=True)  # its extent was not complete
+            assert self.offloader is not None
+            self.offloader.offer_all(sequence)  # its extent was not complete
             if not tier.writing:
                 tier.failure = NO_ROOM_BELOW
 
@@ -310,9 +310,9 @@ class KVCacheManager:
             self.memory.raw.release([sequence.own_pages.pop(block)])
             if self._pending.get(key) is sequence:
                 del self._pending[key]
-        self.residents.keep(sequence)
-        if self.migration is not None:
-            self.migration.computed(sequence, num_tokens, seconds)
+        self.resident_prefixes.keep(sequence)
+        if self.offloader is not None:
+            self.offloader.on_computed(sequence, num_tokens, seconds)
         self._slide_windows(sequence)
 
     def fork(self, parent: SequenceBlocks, child: SequenceBlocks) -> None:
@@ -321,15 +321,15 @@ class KVCacheManager:
         child.live_from = list(parent.live_from)
         child.base_keys, child.tail_keys = parent.base_keys, list(parent.tail_keys)
         child.computed = parent.computed
-        child.tier.streams, child.tier.absent = parent.tier.streams, parent.tier.absent
+        child.offload.streams, child.offload.absent = parent.offload.streams, parent.offload.absent
         for pool, held in zip(self.memory.packed, self._held(child), strict=True):
             pool.acquire(held)
         if parent.prefix is not None:
             self.prefixes.acquire(parent.prefix)
             child.prefix = parent.prefix
-        for lender in parent.lenders:
-            self.prefixes.acquire(lender)
-        child.lenders = parent.lenders
+        for prefix in parent.reused_prefixes:
+            self.prefixes.acquire(prefix)
+        child.reused_prefixes = parent.reused_prefixes
         for block, page in parent.own_pages.items():
             (copy,) = self.memory.raw.allocate(1)
             self.memory.copy_raw(block, page, copy)
@@ -337,9 +337,9 @@ class KVCacheManager:
 
     def release(self, sequence: SequenceBlocks) -> None:
         """Let go of all memory. Sealed blocks stay cached, so it may be admitted again."""
-        if self.migration is not None:
-            self.migration.sealed(sequence, ends=True)
-            sequence.tier.loads = 0
+        if self.offloader is not None:
+            self.offloader.offer_all(sequence)
+            sequence.offload.loads = 0
         self._detach(sequence)
         self._releases += 1
 
@@ -359,19 +359,19 @@ class KVCacheManager:
         self.memory.raw.release(list(sequence.own_pages.values()))
         sequence.own_pages.clear()
         sequence.tables = ()
-        sequence.computed = sequence.tier.absent = 0
+        sequence.computed = sequence.offload.absent = 0
         sequence.blocked_on = None
-        self.residents.leave(sequence)
+        self.resident_prefixes.leave(sequence)
 
     def close_document(self, document_id: str) -> None:
         """Free what only prompts with this document use; running ones keep it until they end."""
-        if self.migration is not None:
-            self.migration.close_document(document_id)
-        self.residents.close_document(document_id)
+        if self.offloader is not None:
+            self.offloader.close_document(document_id)
+        self.resident_prefixes.close_document(document_id)
 
     def clear(self) -> list[int]:
         """Let go of all that nobody uses; how many blocks that were, by group."""
-        self.residents.clear()
+        self.resident_prefixes.clear()
         return [pool.forget(range(1, pool.num_pages)) for pool in self.memory.packed]
 
     # -- windows --------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Source:
+class CachedChain:
     """A chain that others borrow from: its blocks up to the end of a piece or of a document.
 
     It borrows nothing itself. `name` is that of the `Prefix` which holds it while it is resident;
@@ -62,13 +62,13 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Borrowed:
+class ReusedSpan:
     """Own tokens `begin` to `end` of a source, at consecutive positions from `position` on.
 
     `entry`: of the block table, where its first one stands.
     """
 
-    source: Source
+    chain: CachedChain
     begin: int
     end: int
     position: int
@@ -76,17 +76,17 @@ class Borrowed:
 
     @property
     def rotation(self) -> int:
-        return self.position - self.source.layout.position(self.begin)
+        return self.position - self.chain.layout.position(self.begin)
 
     @property
     def blocks(self) -> range:
         """Of the source."""
-        layout = self.source.layout
+        layout = self.chain.layout
         return range(layout.blocks(self.begin), layout.blocks(self.end - 1) + 1)
 
     def entries(self, table: Entries) -> Entries:
         """From the source's table, as they stand here."""
-        layout, blocks = self.source.layout, self.blocks
+        layout, blocks = self.chain.layout, self.blocks
         entries = table[blocks.start : blocks.stop].copy()
         before = self.begin - layout.tokens(blocks.start)
         entries[0, ROW_BEGIN] += before
@@ -102,11 +102,11 @@ class Borrowed:
 
         What stands here as in the source, after all that stands before it there, is the source.
         """
-        source, blocks = self.source, self.blocks
-        last = source.keys[blocks.stop - 1]
-        parent = source.keys[blocks.start - 1] if blocks.start else source.root
-        whole = source.layout.tokens(blocks.start) == self.begin and (
-            source.layout.tokens(blocks.stop) == self.end
+        chain, blocks = self.chain, self.blocks
+        last = chain.keys[blocks.stop - 1]
+        parent = chain.keys[blocks.start - 1] if blocks.start else chain.root
+        whole = chain.layout.tokens(blocks.start) == self.begin and (
+            chain.layout.tokens(blocks.stop) == self.end
         )
         if whole and self.rotation == 0 and before == parent:
             return last
@@ -123,17 +123,17 @@ class Layout:
     0 on, an ordinary prompt.
     """
 
-    __slots__ = ("_blocks", "_positions", "_tokens", "borrowed", "closed", "plain", "runs")
+    __slots__ = ("_blocks", "_positions", "_tokens", "closed", "plain", "reused", "runs")
 
     def __init__(
         self,
         runs: tuple[Run, ...] = (Run(),),
-        borrowed: tuple[Borrowed, ...] = (),
+        reused: tuple[ReusedSpan, ...] = (),
         *,
         closed: bool = False,
     ) -> None:
         self.runs = runs
-        self.borrowed = borrowed
+        self.reused = reused
         self.closed = closed
         self.plain = runs == (Run(),)
         self._tokens = [run.token for run in runs]
@@ -141,9 +141,9 @@ class Layout:
         self._positions = [run.position for run in runs]
 
     @property
-    def sources(self) -> list[Source]:
+    def chains(self) -> list[CachedChain]:
         """All that it borrows from, each once."""
-        return list({borrowed.source.name: borrowed.source for borrowed in self.borrowed}.values())
+        return list({reused.chain.name: reused.chain for reused in self.reused}.values())
 
     # -- tokens, blocks, positions ----------------------------------------------------------------
 
@@ -224,8 +224,8 @@ class Layout:
     def table(self, blocks: int) -> Entries:
         """Entries of the first own blocks and of all that is borrowed, but without pages."""
         ends = [self.entry(blocks)]
-        if self.borrowed:
-            last = self.borrowed[-1]
+        if self.reused:
+            last = self.reused[-1]
             ends.append(last.entry + len(last.blocks))
         entries = np.zeros((max(ends), ENTRY_COLUMNS), dtype=np.int64)
         for index, run in enumerate(self.runs):
@@ -247,9 +247,9 @@ class Layout:
 
     def rotated(self, entries: int) -> int:
         """How many of the first entries there are up to the last one that is rotated."""
-        for borrowed in reversed(self.borrowed):
-            end = borrowed.entry + len(borrowed.blocks)
-            if end <= entries and borrowed.rotation:
+        for reused in reversed(self.reused):
+            end = reused.entry + len(reused.blocks)
+            if end <= entries and reused.rotation:
                 return end
         return 0
 
@@ -282,11 +282,11 @@ class Layout:
     def lineage(self, block: int, before: BlockKey) -> BlockKey:
         """The parent of a block, where `before` is the key of the block before it, or the root."""
         run = self.runs[self._run_of_block(block)]
-        if self.borrowed and run.block == block:
+        if self.reused and run.block == block:
             previous = 0 if block == 0 else self.entry(block - 1) + 1
-            for borrowed in self.borrowed:
-                if previous <= borrowed.entry < run.entry:
-                    before = borrowed.lineage(before)
+            for reused in self.reused:
+                if previous <= reused.entry < run.entry:
+                    before = reused.lineage(before)
         return before
 
     def _run_of_block(self, block: int) -> int:

@@ -7,7 +7,7 @@ from offload.tier_names import TierName
 
 
 @dataclass(slots=True)
-class Trace:
+class LookupTrace:
     """`first` and `last`: for each full block, where it was at the first and the latest look."""
 
     first: list[TierName | None] | None = None

@@ -68,7 +68,7 @@ class KVMemory:
     ) -> None:
         """`step_blocks`: the most blocks that grow at once; the raw pool holds as many.
 
-        `ranks`: whose books are kept for layers that see everything. `staging_blocks`: pages of
+        `ranks`: whose books are kept for global layers. `staging_blocks`: pages of
         theirs through which other ranks' blocks pass.
 
         Raises ModelRefused where the codec has no page layout for a layer's shape.
@@ -121,7 +121,7 @@ class KVMemory:
 
     @property
     def can_stream(self) -> bool:
-        """Whether blocks may be used that no page holds: those of layers that see everything."""
+        """Whether blocks may be used that no page holds: those of global layers."""
         return self.groups[0].window is None and self.packed[0].ranks == 1
 
     def reserve(self, blocks: int) -> list[int]:
@@ -132,7 +132,7 @@ class KVMemory:
 
     @property
     def block_bytes(self) -> int:
-        """One sealed block in all layers that see everything."""
+        """One sealed block in all global layers."""
         pairs = zip(self.groups, self.packed, strict=True)
         return sum(sum(pool.page_bytes) for group, pool in pairs if group.window is None)
 
@@ -196,10 +196,10 @@ class KVMemory:
         for pool in self.raw.pages:
             pool[pages] = 0
 
-    def copy_raw(self, block: int, source: int, target: int) -> None:
+    def copy_raw(self, block: int, chain: int, target: int) -> None:
         """Copy the raw page of a sequence's open block, which is number `block` in it."""
         for pool in self.raw.pages:
-            pool[target] = pool[source]
+            pool[target] = pool[chain]
 
 
 def _take(pool: Tensor, pages: PoolIndices) -> Tensor:

@@ -19,13 +19,13 @@ class Load:
 
 
 @dataclass(slots=True, eq=False)
-class TierState:
+class OffloadState:
     load: Load | None = None  # while waiting: blocks on their way up
     loads: int = 0  # how often it has waited for some since it last ran
-    fetches: int = 0  # how often something was computed for it to borrow
+    module_prefills: int = 0  # how often something was computed for it to borrow
     streams: bool = False  # its context is larger than the device: old blocks go and are not held
-    absent: int = 0  # blocks of layers that see everything, from the first on, that have gone
-    setbacks: int = 0  # how often absent blocks could not be read
+    absent: int = 0  # blocks of global layers, from the first on, that have gone
+    retries: int = 0  # how often absent blocks could not be read
     failure: str | None = None  # why the tiers cannot serve it, which ends it
     store_until: int = 0  # blocks that are worth storing
     stored: int = 0  # blocks that have been offered to the store

@@ -36,7 +36,7 @@ class _Write:
     retained: bool
 
 
-class Migration:
+class KVOffloader:
     def __init__(
         self,
         memory: KVMemory,
@@ -89,7 +89,7 @@ class Migration:
 
     # -- down -----------------------------------------------------------------------------------
 
-    def admitted(self, sequence: SequenceBlocks, depth: int) -> None:
+    def on_admitted(self, sequence: SequenceBlocks, depth: int) -> None:
         """Decide how much of the sequence is worth storing; `depth` blocks of it were found."""
         for owner in sequence.owners:
             self.store.use(owner)
@@ -99,50 +99,59 @@ class Migration:
         seen_again = prompt if own_tokens >= KEPT_PROMPT_TOKENS else min(depth, prompt)
         if sequence.in_memory:
             seen_again = 0
-        sequence.tier.store_until = max(sequence.blocks_until(documents), seen_again)
-        if sequence.tier.streams:
-            sequence.tier.store_until = prompt
+        sequence.offload.store_until = max(sequence.blocks_until(documents), seen_again)
+        if sequence.offload.streams:
+            sequence.offload.store_until = prompt
         ingests = sequence.prefill_only
         known = 0 if sequence.prefix is None or ingests else sequence.prefix.blocks
-        known = max(known, sequence.tier.absent)
-        sequence.tier.stored = min(known, sequence.tier.store_until)
-        sequence.tier.stored_seconds = self._clock()
+        known = max(known, sequence.offload.absent)
+        sequence.offload.stored = min(known, sequence.offload.store_until)
+        sequence.offload.stored_seconds = self._clock()
 
-    def computed(self, sequence: SequenceBlocks, num_tokens: int, seconds: float) -> None:
+    def on_computed(self, sequence: SequenceBlocks, num_tokens: int, seconds: float) -> None:
         """Its next tokens took so long; to be called while the windows before them are held."""
-        sequence.tier.prefill_seconds += seconds
+        sequence.offload.prefill_seconds += seconds
         if num_tokens >= BLOCK_TOKENS and seconds:
             before, now = self._seconds_per_token, seconds / num_tokens
             self._seconds_per_token = now if before is None else 0.8 * before + 0.2 * now
-        self.sealed(sequence)
+        self._offer_sealed(sequence, all_of_it=False)
 
-    def sealed(self, sequence: SequenceBlocks, *, ends: bool = False) -> None:
-        """Offer the extents that are complete; with `ends`, whatever there is."""
-        limit = min(sequence.tier.store_until, sequence.layout.blocks(sequence.computed))
-        if sequence.tier.stored >= limit:
+    def offer_all(self, sequence: SequenceBlocks) -> None:
+        """Offer every sealed block that is worth storing, complete extent or not."""
+        self._offer_sealed(sequence, all_of_it=True)
+
+    def _offer_sealed(self, sequence: SequenceBlocks, *, all_of_it: bool) -> None:
+        """Offer complete extents, and others where a document ends or too much would wait.
+
+        Say a document ends with block 40 and 37 blocks are sealed, 16 of them stored before:
+        blocks 16 to 31 are offered, 32 to 36 wait until block 39 is sealed, for two seconds at
+        most. With `all_of_it` 32 to 36 are offered too.
+        """
+        limit = min(sequence.offload.store_until, sequence.layout.blocks(sequence.computed))
+        if sequence.offload.stored >= limit:
             return
         marks = {sequence.blocks_until(end) for end, _ in sequence.document_ends} | {
-            sequence.tier.store_until
+            sequence.offload.store_until
         }
-        overdue = self._clock() - sequence.tier.stored_seconds > OVERDUE_SECONDS
-        while sequence.tier.stored < limit:
-            begin = sequence.tier.stored
+        overdue = self._clock() - sequence.offload.stored_seconds > OVERDUE_SECONDS
+        while sequence.offload.stored < limit:
+            begin = sequence.offload.stored
             extent_end = (begin // EXTENT_BLOCKS + 1) * EXTENT_BLOCKS
             end = min([limit, extent_end, *(mark for mark in marks if mark > begin)])
-            if end != extent_end and end not in marks and not overdue and not ends:
+            if end != extent_end and end not in marks and not overdue and not all_of_it:
                 return
             self._offer_blocks(sequence, begin, end)
-            at_mark = end in marks or (ends and end == limit)
+            at_mark = end in marks or (all_of_it and end == limit)
             self._offer_windows(sequence, end, always=at_mark)
-            sequence.tier.stored = end
-            sequence.tier.stored_seconds = self._clock()
+            sequence.offload.stored = end
+            sequence.offload.stored_seconds = self._clock()
 
     def _offer_blocks(self, sequence: SequenceBlocks, begin: int, end: int) -> None:
         for index, group in enumerate(self._memory.groups):
             if group.window is None:
                 pages = sequence.tables[index].pages(begin, end)
                 self._offer(sequence, index, begin, pages)
-        sequence.tier.window_budget += WINDOW_SHARE * self._block_bytes() * (end - begin)
+        sequence.offload.window_budget += WINDOW_SHARE * self._block_bytes() * (end - begin)
 
     def _block_bytes(self) -> int:
         """What one block costs all in all: the measure of what windows may add."""
@@ -161,8 +170,8 @@ class Migration:
             pages = sequence.tables[index].pages(begin, end)
             size_bytes += len(pages) * sum(self._memory.packed[index].page_bytes)
             checkpoint.append((index, begin, pages))
-        if always or size_bytes <= sequence.tier.window_budget:
-            sequence.tier.window_budget = max(0.0, sequence.tier.window_budget - size_bytes)
+        if always or size_bytes <= sequence.offload.window_budget:
+            sequence.offload.window_budget = max(0.0, sequence.offload.window_budget - size_bytes)
             for index, begin, pages in checkpoint:
                 self._offer(sequence, index, begin, pages)
 
@@ -179,9 +188,9 @@ class Migration:
         )
         self._memory.packed[group].acquire(pages)
         slots, ready = self._transfers[group].outgoing(pages)
-        cost, sequence.tier.prefill_seconds = sequence.tier.prefill_seconds, 0.0
+        cost, sequence.offload.prefill_seconds = sequence.offload.prefill_seconds, 0.0
         retained = bool(sequence.document_ends)
-        sequence.tier.writing += 1
+        sequence.offload.writing += 1
         self._copying.append(_Write(sequence, run, pages, slots, ready, cost, retained))
         self._offer_copied()
 
@@ -196,7 +205,7 @@ class Migration:
     def _written(self, write: _Write) -> None:
         pool = self._memory.packed[write.run.group]
         pool.release(write.pages)
-        write.sequence.tier.writing -= 1
+        write.sequence.offload.writing -= 1
         if not self._closed.isdisjoint(write.sequence.owners):
             pool.forget(write.pages)
         if not self._writes and not self._copying:
@@ -225,7 +234,7 @@ class Migration:
         held: list[list[int]] = []
         for index, group in enumerate(self._memory.groups):
             begin = sequence.layout.first_needed(group.window, target)
-            if group.window is None and sequence.tier.streams:
+            if group.window is None and sequence.offload.streams:
                 begin = target
             elif group.window is None and sequence.prefix is not None:
                 begin = min(sequence.prefix.blocks, target)
@@ -244,8 +253,8 @@ class Migration:
                 slots = self._transfers[index].incoming(fresh)
                 keys = tuple(sequence.key(block) for block in missing)
                 parts.append((index, keys, fresh, slots))
-        load = sequence.tier.load = Load(depth, held, parts)
-        sequence.tier.loads += 1
+        load = sequence.offload.load = Load(depth, held, parts)
+        sequence.offload.loads += 1
         ticket = self.store.load([(group, keys, slots) for group, keys, _, slots in parts])
         self._loads[ticket] = load
         return True
@@ -260,7 +269,7 @@ class Migration:
         return read_seconds < blocks * BLOCK_TOKENS * self._seconds_per_token
 
     def read_layer(self, layer: int, keys: Items[BlockKey], pages: Items[int]) -> bool:
-        """Fill packed pages of one layer that sees everything; blocks. Whether all were there."""
+        """Fill packed pages of one global layer; blocks. Whether all were there."""
         (slot,) = [i for i, own in enumerate(self._memory.groups[0].layers) if own == layer]
         return self._transfers[0].fetch(
             slot, pages, lambda slots: all(self.store.read(0, keys, slots))

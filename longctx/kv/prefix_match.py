@@ -18,7 +18,7 @@ def deepest(
 ) -> int:
     """The largest depth in blocks, at most `limit`, at which everything needed is there.
 
-    The first `begin` blocks of layers that see everything are known to be there.
+    The first `begin` blocks of global layers are known to be there.
     """
     depth = min(begin, limit)
     if groups[0].window is None:

@@ -22,7 +22,7 @@ class ResidentPrefixes:
 
     def keep(self, sequence: SequenceBlocks) -> None:
         """Hold everything up to the end of each document that has been computed."""
-        if sequence.tier.absent:
+        if sequence.offload.absent:
             return
         for end_tokens, name in sequence.document_ends:
             blocks = sequence.blocks_until(end_tokens)
@@ -32,9 +32,11 @@ class ResidentPrefixes:
 
     def leave(self, sequence: SequenceBlocks) -> None:
         held = (
-            [*sequence.lenders] if sequence.prefix is None else [sequence.prefix, *sequence.lenders]
+            [*sequence.reused_prefixes]
+            if sequence.prefix is None
+            else [sequence.prefix, *sequence.reused_prefixes]
         )
-        sequence.prefix, sequence.lenders = None, ()
+        sequence.prefix, sequence.reused_prefixes = None, ()
         for prefix in held:
             prefix.users -= 1
             if prefix.closed and prefix.users == 0:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from compress.shape import BLOCK_TOKENS
 from longctx.kv.block_table import BlockTable
 from longctx.kv.layout import PLAIN, Layout
-from longctx.kv.lookup_trace import Trace
-from longctx.kv.offload_state import TierState
+from longctx.kv.lookup_trace import LookupTrace
+from longctx.kv.offload_state import OffloadState
 from longctx.kv.prefix_index import Prefix, PrefixName, contains
 from offload.key import BlockKey
 
@@ -66,14 +66,14 @@ class SequenceBlocks:
     tail_keys: list[BlockKey] = field(default_factory=list)  # those that follow
     computed: int = 0
     prefix: Prefix | None = None  # acquired: holds the first `prefix.blocks` global blocks
-    lenders: tuple[Prefix, ...] = ()  # acquired: hold what it borrows
+    reused_prefixes: tuple[Prefix, ...] = ()  # acquired: hold what it borrows
     tables: tuple[BlockTable, ...] = ()  # one per layer group, while it has memory
     live_from: list[int] = field(default_factory=list)  # per group: first block held on its own
     own_pages: dict[int, int] = field(default_factory=dict)  # block index -> raw page, still open
     blocked_on: BlockKey | None = None  # while waiting: the last block that another computes for it
     refused_at: int | None = None  # while waiting for room: the state of the pools at that time
-    tier: TierState = field(default_factory=TierState)
-    trace: Trace | None = None  # where its blocks were, if the request asks
+    offload: OffloadState = field(default_factory=OffloadState)
+    trace: LookupTrace | None = None  # where its blocks were, if the request asks
 
     @property
     def remaining(self) -> int:
@@ -81,8 +81,8 @@ class SequenceBlocks:
         return len(self.tokens) - self.computed
 
     @property
-    def borrowed_tokens(self) -> int:
-        return sum(borrowed.end - borrowed.begin for borrowed in self.layout.borrowed)
+    def reused_tokens(self) -> int:
+        return sum(reused.end - reused.begin for reused in self.layout.reused)
 
     def key(self, block: int) -> BlockKey:
         base = len(self.base_keys)

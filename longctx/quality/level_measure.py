@@ -169,11 +169,11 @@ class _Watched:
                 self._run(Segment(encodes=names[-1]), salt=salt)
         segments.append(Segment(token_ids=(*prompt.tail, *answer)))
         self._runner.watch(tail_rows + len(answer) + sampling.max_tokens)
-        drawn = self._run(*segments, salt=salt, sampling=sampling)
+        sampled = self._run(*segments, salt=salt, sampling=sampling)
         for name in names:
             self._engine.close_module(name)
-        rows = tail_rows + len(answer) + len(drawn) - 1
-        return torch.cat(self._runner.seen)[-rows:], drawn
+        rows = tail_rows + len(answer) + len(sampled) - 1
+        return torch.cat(self._runner.seen)[-rows:], sampled
 
     def _run(
         self,
@@ -186,13 +186,13 @@ class _Watched:
                 request_id=f"watched-{self._asked}", segments=segments, salt=salt, sampling=sampling
             )
         )
-        drawn: list[int] = []
+        sampled: list[int] = []
         while self._engine.has_work:
             for output in self._engine.step():
                 if output.finish_reason is FinishReason.ERROR:
                     raise LongctxError(output.error)
-                drawn += output.token_ids
-        return drawn
+                sampled += output.token_ids
+        return sampled
 
 
 class _WatchedRunner(ModelRunner):

@@ -201,8 +201,8 @@ class _Race:
             if not lanes or (enough and late()):
                 break
             exact = torch.cat([lane.last[EXACT] for lane in lanes])
-            drawn = sample(exact, [lane.exact.sampling for lane in lanes])
-            tokens = [_token(draw) for draw in drawn]
+            sampled = sample(exact, [lane.exact.sampling for lane in lanes])
+            tokens = [_token(draw) for draw in sampled]
             for codec in self._coded:
                 coded = torch.cat([lane.last[codec] for lane in lanes])
                 rows = _compare(exact, coded, tokens)

@@ -8,7 +8,7 @@ from longctx.engine.scheduler import Scheduler
 from longctx.engine_info import CodecChoice
 from longctx.kv.cache_manager import KVCacheManager
 from longctx.kv.memory import pool_bytes
-from longctx.kv.offloading import Migration
+from longctx.kv.offloading import KVOffloader
 from longctx.kv.open_store import open_store
 from longctx.model.loader import LoadedModel
 from longctx.ring.leader_memory import LeaderMemory
@@ -45,20 +45,20 @@ def many_rank_parts(
     runner = RingRunner(model, memory, ranks)
     pages = [LocalPages(memory), *map(ranks.pages, range(1, ranks.size))]
     store = open_store(cache, memory, extents=RingExtents(memory, pages))
-    migration = None
+    offloader = None
     if store is not None:
         transfers = [
             RingTransfer(group, sum(pool.page_bytes)) for group, pool in enumerate(memory.packed)
         ]
-        migration = Migration(memory, store, staged=False, transfers=transfers)
-    manager = KVCacheManager(memory, migration)
+        offloader = KVOffloader(memory, store, staged=False, transfers=transfers)
+    manager = KVCacheManager(memory, offloader)
     return EngineParts(
         model=model,
         tokenizer=tokenizer,
         info=engine_info(spec, memory, codec, store, backend=backend),
         memory=memory,
         store=store,
-        migration=migration,
+        offloader=offloader,
         cache=manager,
         scheduler=Scheduler(scheduler, manager, batch_tokens=batch_tokens),
         runner=runner,

@@ -104,7 +104,7 @@ class StepPlanner:
             raw_pages = as_indices([blocks.own_pages[block] for block in part.touched_blocks])
             token_ids = blocks.tokens.slice(part.begin, part.end)
             spans.append(step.builders[part.rank].add_rows(part, raw_pages, token_ids))
-        wanted = [spans[-1].last_row()] if chunk.draws else []
+        wanted = [spans[-1].last_row()] if chunk.samples else []
         for span in wanted:
             step.want_logits(span)
         return _PlannedChunk(chunk, spans, wanted)

@@ -13,10 +13,10 @@ from tests.support.assembled import (
     MODULES,
     DenseModel,
     assert_means,
-    borrowed,
     encode,
     literal,
     prompt,
+    reused,
     with_modules,
 )
 from tests.support.recorded_engine import (
@@ -50,7 +50,7 @@ def test_fifty_requests_at_different_places_hold_one_copy(
     with_modules(engine, modules)
     engine.finish(encode("m"))
     requests = [
-        prompt(f"{i}", literal(3, i), borrowed("m", position=7 * i + 3), literal(2, i))
+        prompt(f"{i}", literal(3, i), reused("m", position=7 * i + 3), literal(2, i))
         for i in range(50)
     ]
     for request in requests:
@@ -67,7 +67,7 @@ def test_fifty_requests_at_different_places_hold_one_copy(
 
 def test_requests_that_need_the_same_module_wait_for_one_computation(llama: Path) -> None:
     engine = with_modules(build_engine(llama, max_batch_tokens=40), MODULES)
-    requests = [prompt(f"{i}", borrowed("d"), literal(1, i), max_tokens=1) for i in range(6)]
+    requests = [prompt(f"{i}", reused("d"), literal(1, i), max_tokens=1) for i in range(6)]
     engine.finish(*requests)
     assert engine.runner.computed_tokens == 128 + 6
     assert_means(engine, DenseModel(llama), MODULES, *requests)
@@ -76,7 +76,7 @@ def test_requests_that_need_the_same_module_wait_for_one_computation(llama: Path
 
 def test_the_choices_of_a_request_share_what_it_borrows(llama: Path) -> None:
     engine = with_modules(build_engine(llama), MODULES)
-    request = prompt("p", borrowed("a"), literal(5, 1), borrowed("d"), literal(3, 2), n=3)
+    request = prompt("p", reused("a"), literal(5, 1), reused("d"), literal(3, 2), n=3)
     (answered,) = engine.finish(request)
     assert answered.tokens[0] == answered.tokens[1] == answered.tokens[2]
     assert_means(engine, DenseModel(llama), MODULES, request)
@@ -93,17 +93,17 @@ def test_pieces_stand_in_any_order_and_place(
 ) -> None:
     folder = model_folders(architecture)
     requests = [
-        prompt("moved", literal(9, 1), borrowed("a", position=9), literal(4, 2)),
+        prompt("moved", literal(9, 1), reused("a", position=9), literal(4, 2)),
         prompt(
             "turned round",
-            borrowed("d", position=0),
-            borrowed("a", position=128, link=5),
+            reused("d", position=0),
+            reused("a", position=128, link=5),
             literal(4, 3, 300),
-            borrowed("b", 1, position=310),
+            reused("b", 1, position=310),
             literal(66, 4),
         ),
-        prompt("twice", borrowed("a"), borrowed("a", position=100), literal(4, 5)),
-        prompt("far", borrowed("c", position=1500), literal(2, 5)),
+        prompt("twice", reused("a"), reused("a", position=100), literal(4, 5)),
+        prompt("far", reused("c", position=1500), literal(2, 5)),
     ]
     for backend in ("torch", "auto"):
         engine = build_engine(folder, codec=codec, backend=backend, max_batch_tokens=64)
@@ -119,11 +119,11 @@ def test_a_model_whose_keys_cannot_be_turned_uses_modules_where_they_were_encode
 ) -> None:
     folder = model_folders("gpt2")
     engine = with_modules(build_engine(folder), MODULES)
-    request = prompt("q", borrowed("a"), borrowed("b", link=9), literal(5, 1, 300))
+    request = prompt("q", reused("a"), reused("b", link=9), literal(5, 1, 300))
     engine.finish(request)
     assert_means(engine, DenseModel(folder), MODULES, request)
     with pytest.raises(InvalidRequest, match="elsewhere than it was encoded"):
-        engine.submit(prompt("moved", borrowed("a", position=1), literal(5, 1)))
+        engine.submit(prompt("moved", reused("a", position=1), literal(5, 1)))
     engine.assert_idle()
 
 
@@ -144,8 +144,8 @@ def test_documents_are_reused_after_any_text_and_in_any_order(
     request = prompt("q", system, *reused, question, max_tokens=1)
     (answered,) = engine.finish(request)
     # Rows of the blocks that the documents filled, after the 7 tokens before them.
-    assert answered.counts.borrowed_tokens == (192 - 7) + (256 - 7) + 0
-    assert engine.runner.computed_tokens - before == 556 - answered.counts.borrowed_tokens
+    assert answered.counts.reused_tokens == (192 - 7) + (256 - 7) + 0
+    assert engine.runner.computed_tokens - before == 556 - answered.counts.reused_tokens
     documents = {name: (opening, token_ids) for name, token_ids in texts.items()}
     assert_means(engine, DenseModel(folder), {}, request, documents=documents)
     linked = [Segment(document_id=name, link_tokens=16) for name in ("z", "y")]
@@ -175,11 +175,11 @@ def test_modules_come_back_from_disk(
     folder = model_folders(architecture)
     request = prompt(
         "q",
-        borrowed("a"),
-        borrowed("b", 0),
+        reused("a"),
+        reused("b", 0),
         literal(4, 1, 170),
-        borrowed("b", 1),
-        borrowed("d", position=300),
+        reused("b", 1),
+        reused("d", position=300),
         literal(5, 2),
     )
     first = with_modules(durable_engine(folder, tmp_path), MODULES)
@@ -211,14 +211,14 @@ def test_evicted_modules_are_encoded_again(architecture: str, model_folders: Mod
     requests = [
         prompt(
             f"{i}",
-            borrowed(f"m{i % 6}"),
-            borrowed(f"m{(2 * i + 1) % 6}", position=150),
+            reused(f"m{i % 6}"),
+            reused(f"m{(2 * i + 1) % 6}", position=150),
             literal(5, i),
         )
         for i in range(12)
     ]
     engine.finish(*requests)
-    assert engine.cache.residents.freed > 0, "the pool is too large to show anything"
+    assert engine.cache.resident_prefixes.freed > 0, "the pool is too large to show anything"
     assert_means(engine, DenseModel(folder), modules, *requests)
     engine.assert_idle()
 
@@ -233,7 +233,7 @@ def test_preemption_changes_nothing(architecture: str, model_folders: ModelFolde
         prompt(
             f"{i}",
             literal(10 * i + 1, i),
-            borrowed("a", position=10 * i + 1),
+            reused("a", position=10 * i + 1),
             literal(70, 5),
             max_tokens=200,
         )
@@ -259,8 +259,8 @@ def test_modules_that_do_not_fit_together_come_from_disk_by_turns(
     requests = [
         prompt(
             f"{i}",
-            borrowed(f"m{i % 6}", link=16 * (i % 2)),
-            borrowed(f"m{(i + 2) % 6}", position=190),
+            reused(f"m{i % 6}", link=16 * (i % 2)),
+            reused(f"m{(i + 2) % 6}", position=190),
             literal(5, i),
             max_tokens=1,
         )
@@ -288,7 +288,7 @@ def test_a_module_whose_file_is_gone_is_encoded_again(
     for file in list(tmp_path.glob("*.kv"))[::2]:
         file.unlink()
     second = with_modules(durable_engine(folder, tmp_path), MODULES)
-    request = prompt("q", borrowed("a"), borrowed("d"), literal(5, 2))
+    request = prompt("q", reused("a"), reused("d"), literal(5, 2))
     second.finish(encode("a"), request)
     assert_means(second, DenseModel(folder), MODULES, request)
     second.close(flush_seconds=10)
@@ -299,8 +299,8 @@ def test_a_module_whose_file_is_gone_is_encoded_again(
 
 def test_aborts_leave_nothing_behind(llama: Path) -> None:
     requests = [
-        prompt("one", borrowed("a"), literal(80, 1), borrowed("d"), literal(80, 2)),
-        prompt("two", borrowed("d"), literal(80, 1), borrowed("d", position=500), literal(9, 2)),
+        prompt("one", reused("a"), literal(80, 1), reused("d"), literal(80, 2)),
+        prompt("two", reused("d"), literal(80, 1), reused("d", position=500), literal(9, 2)),
     ]
     for steps in range(8):
         engine = with_modules(build_engine(llama, max_batch_tokens=40), MODULES)
@@ -317,13 +317,13 @@ def test_aborts_leave_nothing_behind(llama: Path) -> None:
 
 def test_a_module_that_is_closed_serves_those_who_have_it(llama: Path) -> None:
     engine = with_modules(build_engine(llama), MODULES)
-    request = prompt("q", borrowed("a"), literal(5, 1), max_tokens=20)
+    request = prompt("q", reused("a"), literal(5, 1), max_tokens=20)
     engine.submit(request)
     while not engine.answered["q"].answer:
         engine.take_step()
     engine.close_module("a")
     with pytest.raises(DocumentMissing, match="module a is not open"):
-        engine.submit(prompt("late", borrowed("a"), literal(5, 1)))
+        engine.submit(prompt("late", reused("a"), literal(5, 1)))
     engine.finish()
     assert_means(engine, DenseModel(llama), MODULES, request)
     engine.assert_idle()
@@ -331,7 +331,7 @@ def test_a_module_that_is_closed_serves_those_who_have_it(llama: Path) -> None:
 
 def test_who_waits_for_a_module_that_is_closed_hears_of_it(llama: Path) -> None:
     engine = with_modules(build_engine(llama, max_batch_tokens=40), MODULES)
-    engine.submit(prompt("q", borrowed("d"), literal(5, 1)))
+    engine.submit(prompt("q", reused("d"), literal(5, 1)))
     engine.take_step()
     engine.close_module("d")
     (answered,) = engine.finish(prompt("other", literal(3, 1)))
@@ -345,10 +345,10 @@ def test_a_module_that_says_something_else_now_is_not_confused_with_the_old_one(
     llama: Path,
 ) -> None:
     engine = with_modules(build_engine(llama), MODULES)
-    engine.finish(prompt("old", borrowed("a"), literal(5, 1)))
+    engine.finish(prompt("old", reused("a"), literal(5, 1)))
     new = {"a": [Piece(token_ids=some_ids(100, 99), position=0)]}
     with_modules(engine, new)
-    request = prompt("new", borrowed("a"), literal(5, 1))
+    request = prompt("new", reused("a"), literal(5, 1))
     engine.finish(request)
     assert_means(engine, DenseModel(llama), new, request)
     engine.assert_idle()
@@ -361,12 +361,12 @@ def test_what_cannot_be_is_refused(llama: Path) -> None:
     engine = with_modules(build_engine(llama, pool_gib=gib_of_blocks(20)), MODULES)
     too_much = [Piece(token_ids=some_ids(21 * 64, 1), position=0)]
     cases: list[tuple[type[Exception], str, Request]] = [
-        (DocumentMissing, "module nobody is not open", prompt("q", borrowed("nobody"))),
-        (InvalidRequest, "pieces 0 to 1, not 2", prompt("q", borrowed("b", 2), literal(1, 1))),
+        (DocumentMissing, "module nobody is not open", prompt("q", reused("nobody"))),
+        (InvalidRequest, "pieces 0 to 1, not 2", prompt("q", reused("b", 2), literal(1, 1))),
         (
             InvalidRequest,
             "stand at position 100, but what stands before it ends at 213",
-            prompt("q", borrowed("c"), borrowed("b"), literal(1, 1)),
+            prompt("q", reused("c"), reused("b"), literal(1, 1)),
         ),
         (InvalidRequest, "alone", prompt("q", Segment(encodes="a"), literal(1, 1))),
         (ContextTooLong, "limit", prompt("q", literal(9, 1, 2047))),
@@ -390,7 +390,7 @@ def test_many_who_want_different_modules_do_not_take_them_from_each_other(llama:
     modules = {f"m{i}": [Piece(token_ids=some_ids(180, i), position=0)] for i in range(10)}
     with_modules(engine, modules)
     requests = [
-        prompt(f"{i}", borrowed(f"m{i}"), borrowed(f"m{(i + 5) % 10}", position=180), literal(3, i))
+        prompt(f"{i}", reused(f"m{i}"), reused(f"m{(i + 5) % 10}", position=180), literal(3, i))
         for i in range(10)
     ]
     answered = engine.finish(*requests)

@@ -15,10 +15,10 @@ from tests.support.assembled import (
     MODULES,
     DenseModel,
     assert_means,
-    borrowed,
     encode,
     literal,
     prompt,
+    reused,
     with_modules,
 )
 from tests.support.recorded_engine import RecordedEngine, build_engine, some_ids
@@ -61,27 +61,27 @@ def test_assembled_prompts_equal_a_dense_pass(
     folder = model_folders(architecture)
     model = DenseModel(folder)
     requests = [
-        prompt("one", borrowed("a"), literal(9, 1)),
-        prompt("alone", borrowed("d")),
-        prompt("argument", borrowed("b", 0), literal(7, 2, 165), borrowed("b", 1), literal(5, 3)),
+        prompt("one", reused("a"), literal(9, 1)),
+        prompt("alone", reused("d")),
+        prompt("argument", reused("b", 0), literal(7, 2, 165), reused("b", 1), literal(5, 3)),
         prompt(
             "all",
-            *(borrowed(m, p) for m, p in (("a", 0), ("b", 0), ("b", 1), ("c", 0))),
-            borrowed("d", 0),
+            *(reused(m, p) for m, p in (("a", 0), ("b", 0), ("b", 1), ("c", 0))),
+            reused("d", 0),
             literal(70, 4),
         ),
         prompt(
             "linked",
-            borrowed("a", link=16),
-            borrowed("b", 0, link=16),
+            reused("a", link=16),
+            reused("b", 0, link=16),
             literal(3, 5, 170),
-            borrowed("b", 1),
-            borrowed("d", link=64),
+            reused("b", 1),
+            reused("d", link=64),
             literal(4, 6, 400),
         ),
-        prompt("opening", literal(30, 7), borrowed("b", 0, link=100), borrowed("b", 1, link=3)),
-        prompt("exact", borrowed("a", link=None), borrowed("c", link=None), literal(6, 8)),
-        prompt("few", literal(1, 9), borrowed("c", 0), literal(1, 9)),
+        prompt("opening", literal(30, 7), reused("b", 0, link=100), reused("b", 1, link=3)),
+        prompt("exact", reused("a", link=None), reused("c", link=None), literal(6, 8)),
+        prompt("few", literal(1, 9), reused("c", 0), literal(1, 9)),
     ]
     for max_batch_tokens in (40, 512):
         engine = with_modules(build_engine(folder, max_batch_tokens=max_batch_tokens), MODULES)
@@ -126,17 +126,17 @@ def test_levels_meet_where_they_say_the_same(
     question = literal(11, 3)
     modular, exact, linked, both, all_linked = logits_of(
         engine,
-        prompt("modular", borrowed("first"), question),
-        prompt("exact", borrowed("first", link=None), question, salt="apart"),
-        prompt("linked", borrowed("first", link=150), question, salt="again"),
-        prompt("both", *(borrowed(m, link=None) for m in modules), question, salt="apart"),
-        prompt("all linked", *(borrowed(m, link=1000) for m in modules), question),
+        prompt("modular", reused("first"), question),
+        prompt("exact", reused("first", link=None), question, salt="apart"),
+        prompt("linked", reused("first", link=150), question, salt="again"),
+        prompt("both", *(reused(m, link=None) for m in modules), question, salt="apart"),
+        prompt("all linked", *(reused(m, link=1000) for m in modules), question),
     )
     assert_equal_rows(modular, exact, 1e-4)
     assert_equal_rows(linked, exact, 1e-4)
     assert_equal_rows(all_linked, both, 1e-4)
-    assert engine.answered["modular"].counts.borrowed_tokens == 150
-    assert engine.answered["exact"].counts.borrowed_tokens == 0
+    assert engine.answered["modular"].counts.reused_tokens == 150
+    assert engine.answered["exact"].counts.reused_tokens == 0
     assert engine.answered["exact"].counts.cached_tokens == 0
     engine.assert_idle()
 
@@ -156,10 +156,10 @@ def test_a_scaffold_is_its_members_encoded_together(
     question = literal(11, 4)
     borrowing, computing = logits_of(
         engine,
-        prompt("borrowing", *(borrowed("scaffold", i) for i in range(3)), question),
+        prompt("borrowing", *(reused("scaffold", i) for i in range(3)), question),
         prompt(
             "computing",
-            *(borrowed("scaffold", i, link=None) for i in range(3)),
+            *(reused("scaffold", i, link=None) for i in range(3)),
             question,
             salt="apart",
         ),
@@ -173,11 +173,11 @@ def test_borrowing_computes_only_what_is_new(llama: Path) -> None:
     engine.finish(encode("a"), encode("b"))
     before = engine.runner.computed_tokens
     (answered,) = engine.finish(
-        prompt("p", borrowed("a"), borrowed("b", link=16), literal(7, 1), max_tokens=1)
+        prompt("p", reused("a"), reused("b", link=16), literal(7, 1), max_tokens=1)
     )
     assert engine.runner.computed_tokens - before == 16 + 7
     assert answered.counts.prompt_tokens == 100 + 65 + 7
-    assert answered.counts.cached_tokens == answered.counts.borrowed_tokens == 100 + 65 - 16
+    assert answered.counts.cached_tokens == answered.counts.reused_tokens == 100 + 65 - 16
     assert answered.counts.linked_tokens == 16
     assert answered.counts.computed_tokens == 23
     assert answered.progress[-1].processed == answered.progress[-1].total == 172
@@ -185,14 +185,14 @@ def test_borrowing_computes_only_what_is_new(llama: Path) -> None:
 
 def test_an_explanation_tells_what_is_borrowed_from_what_is_computed(llama: Path) -> None:
     engine = with_modules(build_engine(llama), MODULES)
-    segments = borrowed("a", link=16), borrowed("d"), literal(70, 1)
+    segments = reused("a", link=16), reused("d"), literal(70, 1)
     explanations = []
     for name in ("first", "again"):
         request = replace(prompt(name, *segments), explain=True)
         (answered,) = engine.finish(request)
         told = answered.counts.explanation
         assert told is not None
-        assert (told.prompt_tokens, told.borrowed_tokens, told.linked_tokens) == (298, 212, 16)
+        assert (told.prompt_tokens, told.reused_tokens, told.linked_tokens) == (298, 212, 16)
         assert told.found_tokens["device"] + 212 == answered.counts.cached_tokens
         explanations.append(told)
     first, again = explanations
@@ -208,7 +208,7 @@ def test_an_explanation_tells_what_is_borrowed_from_what_is_computed(llama: Path
 
 def test_a_module_that_was_never_encoded_is_encoded_when_it_is_needed(llama: Path) -> None:
     engine = with_modules(build_engine(llama), MODULES)
-    request = prompt("p", borrowed("a"), borrowed("d"), literal(7, 1))
+    request = prompt("p", reused("a"), reused("d"), literal(7, 1))
     engine.finish(request)
     assert_means(engine, DenseModel(llama), MODULES, request)
     assert set(engine.answered) == {"p"}, "the engine's own requests are nobody's business"
@@ -243,7 +243,7 @@ def schemas(draw: st.DrawFn) -> tuple[dict[str, list[Piece]], list[Segment]]:
             if piece.position >= position and draw(st.booleans()):
                 at = piece.position
             link = draw(st.sampled_from([None, 0, 0, 1, 16, 64, 100]))
-            segments.append(borrowed(module_id, number, link=link, position=at))
+            segments.append(reused(module_id, number, link=link, position=at))
             position = at + len(piece.token_ids)
     return modules, segments
 
@@ -286,22 +286,22 @@ def test_what_follows_equal_modules_is_shared_only_after_equal_beginnings(llama:
     engine = with_modules(build_engine(llama), MODULES)
     tail = literal(130, 1)
     requests = [
-        prompt("after a", borrowed("a"), borrowed("d"), tail),
-        prompt("after c", borrowed("c"), borrowed("d"), tail),
-        prompt("linked", borrowed("a"), borrowed("d", link=8), tail),
-        prompt("text", literal(4, 9), borrowed("d"), tail),
-        prompt("other text", literal(4, 8), borrowed("d"), tail),
-        prompt("alone", borrowed("d"), tail),
+        prompt("after a", reused("a"), reused("d"), tail),
+        prompt("after c", reused("c"), reused("d"), tail),
+        prompt("linked", reused("a"), reused("d", link=8), tail),
+        prompt("text", literal(4, 9), reused("d"), tail),
+        prompt("other text", literal(4, 8), reused("d"), tail),
+        prompt("alone", reused("d"), tail),
     ]
     model = DenseModel(llama)
     for request in requests:
         (answered,) = engine.finish(request)
-        assert answered.counts.cached_tokens == answered.counts.borrowed_tokens, request.request_id
+        assert answered.counts.cached_tokens == answered.counts.reused_tokens, request.request_id
     assert_means(engine, model, MODULES, *requests)
     engine.logits.clear()
     again = [prompt(f"{request.request_id} again", *request.segments) for request in requests]
     for request, answered in zip(again, engine.finish(*again), strict=True):
-        found = answered.counts.cached_tokens - answered.counts.borrowed_tokens
+        found = answered.counts.cached_tokens - answered.counts.reused_tokens
         assert found >= 128, request.request_id
     assert_means(engine, model, MODULES, *again)
     engine.assert_idle()
@@ -316,8 +316,8 @@ def test_a_plain_hash_chain_would_have_served_wrong_blocks(
     )
     engine = with_modules(build_engine(llama), MODULES)
     tail = literal(130, 1)
-    engine.finish(prompt("after a", borrowed("a"), borrowed("d"), tail))
-    wrong = prompt("after c", borrowed("c"), borrowed("d"), tail)
+    engine.finish(prompt("after a", reused("a"), reused("d"), tail))
+    wrong = prompt("after c", reused("c"), reused("d"), tail)
     engine.finish(wrong)
     with pytest.raises(AssertionError):
         assert_means(engine, DenseModel(llama), MODULES, wrong)
@@ -326,14 +326,14 @@ def test_a_plain_hash_chain_would_have_served_wrong_blocks(
 def test_what_a_module_leaves_is_the_ordinary_prefix_where_nothing_differs(llama: Path) -> None:
     engine = with_modules(build_engine(llama), MODULES)
     tail = literal(130, 1)
-    engine.finish(prompt("borrowed", borrowed("a"), tail))
-    (exact,) = engine.finish(prompt("exact", borrowed("a", link=None), tail))
+    engine.finish(prompt("borrowed", reused("a"), tail))
+    (exact,) = engine.finish(prompt("exact", reused("a", link=None), tail))
     assert exact.counts.cached_tokens == 100 + 128
 
 
 def test_another_tenant_shares_nothing(llama: Path) -> None:
     engine = with_modules(build_engine(llama), MODULES)
-    segments = borrowed("a"), literal(70, 1)
+    segments = reused("a"), literal(70, 1)
     engine.finish(prompt("mine", *segments, salt="one"))
     before = engine.runner.computed_tokens
     engine.finish(prompt("yours", *segments, salt="two", max_tokens=1))

@@ -13,24 +13,24 @@ from longctx.engine.prompt import Prompt, PromptBuilder
 from longctx.errors import InvalidRequest
 from longctx.kv.block_entry import FIRST_POSITION, PAGE, ROTATION, ROW_BEGIN, ROWS
 from longctx.kv.block_table import BlockTable
-from longctx.kv.layout import PLAIN, Layout, Run, Source
+from longctx.kv.layout import PLAIN, CachedChain, Layout, Run
 from longctx.kv.prefix_index import module_name
 from offload.key import BlockKey
 
 ROOT = BlockKey(bytes(32))
-SOURCE_TOKENS = 200
+CHAIN_TOKENS = 200
 
 
-def source() -> Source:
+def chain() -> CachedChain:
     """One piece of 200 tokens at position 10."""
-    blocks = -(-SOURCE_TOKENS // BLOCK_TOKENS)
-    closing = Run(SOURCE_TOKENS, blocks, 10 + SOURCE_TOKENS, blocks)
+    blocks = -(-CHAIN_TOKENS // BLOCK_TOKENS)
+    closing = Run(CHAIN_TOKENS, blocks, 10 + CHAIN_TOKENS, blocks)
     layout = Layout((Run(position=10), closing), closed=True)
     keys = layout.keys(lambda a, b: np.arange(a, b, dtype=np.int32), 0, blocks, ROOT)
-    return Source(("", module_name("m"), keys[-1].hex()), layout, tuple(keys), ROOT)
+    return CachedChain(("", module_name("m"), keys[-1].hex()), layout, tuple(keys), ROOT)
 
 
-SOURCE = source()
+CHAIN = chain()
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class Row:
 class Case:
     prompt: Prompt
     rows: list[Row]
-    borrowed: list[tuple[int, int, int]]  # entry, position, tokens
+    reused: list[tuple[int, int, int]]  # entry, position, tokens
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     builder = PromptBuilder(np.empty(0, dtype=np.int32))
     rows: list[Row] = []
-    borrowed: list[tuple[int, int, int]] = []
+    reused: list[tuple[int, int, int]] = []
     position, block, entry, room = 0, -1, -1, 0
     for _ in range(draw(st.integers(1, 6))):
         if draw(st.booleans()):
@@ -67,15 +67,15 @@ def cases(draw: st.DrawFn) -> Case:
                 room -= 1
             position += gap + tokens
         else:
-            begin = draw(st.integers(0, SOURCE_TOKENS - 1))
-            end = draw(st.integers(begin + 1, SOURCE_TOKENS))
-            builder.borrow(SOURCE, begin, np.arange(begin, end, dtype=np.int32), position)
-            borrowed.append((entry + 1, position, end - begin))
+            begin = draw(st.integers(0, CHAIN_TOKENS - 1))
+            end = draw(st.integers(begin + 1, CHAIN_TOKENS))
+            builder.reuse(CHAIN, begin, np.arange(begin, end, dtype=np.int32), position)
+            reused.append((entry + 1, position, end - begin))
             entry += (end - 1) // BLOCK_TOKENS - begin // BLOCK_TOKENS + 1
             position, room = position + end - begin, 0
     builder.compute([1], position + 7)
     rows.append(Row(position + 7, block + 1, entry + 1))
-    return Case(builder.prompt(), rows, borrowed)
+    return Case(builder.prompt(), rows, reused)
 
 
 @given(case=cases())
@@ -88,7 +88,7 @@ def test_tokens_blocks_positions_and_entries(case: Case) -> None:
         assert layout.entry(row.block) == row.entry
         first = next(t for t, other in enumerate(case.rows) if other.block == row.block)
         assert layout.tokens(row.block) == first
-    assert [(b.entry, b.position, b.end - b.begin) for b in layout.borrowed] == case.borrowed
+    assert [(b.entry, b.position, b.end - b.begin) for b in layout.reused] == case.reused
 
 
 @given(case=cases(), begin=st.integers(0, 500), length=st.integers(1, 500))
@@ -134,15 +134,15 @@ def test_a_table_shows_own_blocks_and_all_that_is_borrowed(case: Case, tokens: i
     entries = layout.table(depth)
     pages = np.arange(100, 100 + depth)
     entries[layout.own(0, depth), PAGE] = pages
-    blocks = len(SOURCE.keys)
-    lent = Layout((Run(position=10), Run(SOURCE_TOKENS, blocks, 210, blocks))).table(blocks)
+    blocks = len(CHAIN.keys)
+    lent = Layout((Run(position=10), Run(CHAIN_TOKENS, blocks, 210, blocks))).table(blocks)
     lent[:, PAGE] = np.arange(1, 1 + blocks)
-    for borrowed in layout.borrowed:
-        part = borrowed.entries(lent)
-        assert int(part[:, ROWS].sum()) == borrowed.end - borrowed.begin
+    for reused in layout.reused:
+        part = reused.entries(lent)
+        assert int(part[:, ROWS].sum()) == reused.end - reused.begin
         assert (part[:, ROWS] > 0).all()
         ends = part[:, FIRST_POSITION] + part[:, ROWS]
-        assert part[0, FIRST_POSITION] == borrowed.position
+        assert part[0, FIRST_POSITION] == reused.position
         assert (ends[:-1] == part[1:, FIRST_POSITION]).all()
         encoded = part[:, FIRST_POSITION] - part[:, ROTATION]
         in_source = (part[:, PAGE] - 1) * BLOCK_TOKENS + part[:, ROW_BEGIN]
@@ -163,11 +163,11 @@ def test_what_stands_as_it_was_encoded_leaves_the_ordinary_chain() -> None:
     def after(*parts: tuple[int, int, int]) -> BlockKey:
         builder = PromptBuilder(np.empty(0, dtype=np.int32))
         for begin, end, position in parts:
-            builder.borrow(SOURCE, begin, np.arange(begin, end, dtype=np.int32), position)
+            builder.reuse(CHAIN, begin, np.arange(begin, end, dtype=np.int32), position)
         builder.compute([1])
         return builder.prompt().layout.lineage(0, ROOT)
 
-    last = SOURCE.keys[-1]
+    last = CHAIN.keys[-1]
     assert after((0, 200, 10)) == last
     assert after((0, 64, 10), (64, 200, 74)) == last
     others = [

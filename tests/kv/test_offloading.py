@@ -12,7 +12,7 @@ from compress.shape import BLOCK_TOKENS
 from longctx.engine.scheduler import SchedulerOutput
 from longctx.engine.sequence import Sequence
 from longctx.kv.cache_manager import KVCacheManager
-from longctx.kv.offloading import Migration
+from longctx.kv.offloading import KVOffloader
 from longctx.model.spec import LayerSpec
 from longctx.text.tokenizer import Tokenizer
 from offload.eviction import LRU
@@ -57,16 +57,16 @@ class TieredBench(Bench):
         return sequence
 
     def settle(self) -> None:
-        assert self.cache.migration is not None
+        assert self.cache.offloader is not None
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while self.scheduler.running or self.scheduler.waiting or self.cache.migration.busy:
-            self.cache.poll_migration()
+        while self.scheduler.running or self.scheduler.waiting or self.cache.offloader.busy:
+            self.cache.poll_transfers()
             self.step()
             assert time.monotonic() < deadline, "it does not come to an end"
 
     def empty_device(self) -> None:
         """Let go of all that nobody holds, as other prompts would make it."""
-        self.cache.residents.clear()
+        self.cache.resident_prefixes.clear()
         for pool in self.cache.memory.packed:
             pool.forget(range(1, pool.num_pages))
 
@@ -87,15 +87,15 @@ def tiered(
     page_bytes = [size for pool in memory.packed for size in pool.page_bytes]
     host = HostTier(capacity_bytes=host_bytes, page_bytes=page_bytes, policy=LRU())
     store = KVStore([host], read_deadline_seconds=5.0)
-    return TieredBench(tokenizer, KVCacheManager(memory, Migration(memory, store, staged=staged)))
+    return TieredBench(tokenizer, KVCacheManager(memory, KVOffloader(memory, store, staged=staged)))
 
 
 @pytest.fixture
 def bench(tokenizer: Tokenizer) -> Iterator[TieredBench]:
     bench = tiered(tokenizer)
     yield bench
-    assert bench.cache.migration is not None
-    bench.cache.migration.close(0.0)
+    assert bench.cache.offloader is not None
+    bench.cache.offloader.close(0.0)
 
 
 def assert_marked(bench: TieredBench, token_ids: list[int]) -> int:
@@ -115,7 +115,7 @@ def assert_marked(bench: TieredBench, token_ids: list[int]) -> int:
 
 
 def assert_nothing_is_pinned(bench: TieredBench) -> None:
-    assert bench.cache.migration is not None and not bench.cache.migration.busy
+    assert bench.cache.offloader is not None and not bench.cache.offloader.busy
     assert bench.cache.memory.raw.held == 0
     for pool in bench.cache.memory.packed:
         assert pool.held == 0
@@ -148,7 +148,7 @@ def test_others_are_answered_while_a_document_is_on_its_way(bench: TieredBench) 
     waiting = bench.add([*text, 1], document=("report", len(text)), max_tokens=2)
     other = bench.add(numbers(50, 90_000), max_tokens=2)
     bench.step()
-    assert waiting.blocks.tier.load is not None and waiting.blocks.computed == 0
+    assert waiting.blocks.offload.load is not None and waiting.blocks.computed == 0
     assert other.blocks.computed == 50
     bench.settle()
     assert waiting.cached_tokens == len(text)
@@ -161,10 +161,10 @@ def test_two_questions_on_a_document_that_left_read_it_once(bench: TieredBench) 
     first = bench.add([*text, 1], document=("report", len(text)))
     second = bench.add([*text, 2], document=("report", len(text)))
     bench.step()
-    assert first.blocks.tier.load is not None and second.blocks.tier.load is None
+    assert first.blocks.offload.load is not None and second.blocks.offload.load is None
     bench.settle()
     assert first.cached_tokens == second.cached_tokens == len(text)
-    assert second.blocks.tier.loads == 0
+    assert second.blocks.offload.loads == 0
 
 
 def test_a_question_that_is_withdrawn_while_it_loads_leaves_nothing_pinned(
@@ -175,7 +175,7 @@ def test_a_question_that_is_withdrawn_while_it_loads_leaves_nothing_pinned(
     bench.empty_device()
     sequence = bench.add([*text, 1], document=("report", len(text)))
     bench.step()
-    assert sequence.blocks.tier.load is not None
+    assert sequence.blocks.offload.load is not None
     bench.scheduler.remove(sequence)
     bench.settle()
     assert_nothing_is_pinned(bench)
@@ -183,23 +183,23 @@ def test_a_question_that_is_withdrawn_while_it_loads_leaves_nothing_pinned(
 
 
 def test_short_prompts_are_stored_when_they_are_seen_again(bench: TieredBench) -> None:
-    assert bench.cache.migration is not None
+    assert bench.cache.offloader is not None
     short, long = numbers(300), numbers(1100, 5000)
     bench.run(short)
-    assert bench.cache.migration.store.stats()["host_bytes"] == 0
+    assert bench.cache.offloader.store.stats()["host_bytes"] == 0
     bench.run(long)
-    stored = bench.cache.migration.store.stats()["host_bytes"]
+    stored = bench.cache.offloader.store.stats()["host_bytes"]
     page_bytes = bench.cache.memory.packed[0].page_bytes[0]
     assert stored == 1100 // BLOCK_TOKENS * page_bytes
     bench.run(short)
-    assert bench.cache.migration.store.stats()["host_bytes"] == stored + 4 * page_bytes
+    assert bench.cache.offloader.store.stats()["host_bytes"] == stored + 4 * page_bytes
 
 
 def test_answers_are_not_stored(bench: TieredBench) -> None:
-    assert bench.cache.migration is not None
+    assert bench.cache.offloader is not None
     bench.run(numbers(1024), max_tokens=200)
     page_bytes = bench.cache.memory.packed[0].page_bytes[0]
-    assert bench.cache.migration.store.stats()["host_bytes"] == 16 * page_bytes
+    assert bench.cache.offloader.store.stats()["host_bytes"] == 16 * page_bytes
 
 
 def test_a_cancelled_prefill_goes_on_where_it_stood(bench: TieredBench) -> None:
@@ -221,9 +221,9 @@ def test_windows_take_a_bounded_share_of_what_is_stored(tokenizer: Tokenizer) ->
     )
     text = blocks(480)
     bench.run(text, document=("report", len(text)))
-    assert bench.cache.migration is not None
+    assert bench.cache.offloader is not None
     page_bytes = bench.cache.memory.packed[0].page_bytes[0]
-    stored = bench.cache.migration.store.stats()["host_bytes"]
+    stored = bench.cache.offloader.store.stats()["host_bytes"]
     assert 480 * page_bytes < stored <= 1.1 * 480 * page_bytes
 
 
@@ -240,14 +240,14 @@ def test_whatever_is_left_of_a_prompt_serves_another(
 ) -> None:
     layers = (GLOBAL,) if window is None else (GLOBAL, window_of(window))
     bench = tiered(tokenizer, layers=layers, blocks=120)
-    assert bench.cache.migration is not None
+    assert bench.cache.offloader is not None
     text = numbers(first)
     stored = bench.run(text, document=("report", len(text)))
     bench.empty_device()
     keys = [stored.blocks.key(block) for block in lost if block < stored.blocks.known_keys]
-    bench.cache.migration.store.retain("lost", keys)
-    bench.cache.migration.store.delete("lost")
-    bench.cache.migration.store.flush(PATIENCE_SECONDS)
+    bench.cache.offloader.store.retain("lost", keys)
+    bench.cache.offloader.store.delete("lost")
+    bench.cache.offloader.store.flush(PATIENCE_SECONDS)
 
     prompt = [*text[:shared], *numbers(second, 50_000)]
     before = bench.computed_blocks
@@ -259,18 +259,18 @@ def test_whatever_is_left_of_a_prompt_serves_another(
     assert_marked(bench, prompt)
     bench.empty_device()
     assert_nothing_is_pinned(bench)
-    bench.cache.migration.close(0.0)
+    bench.cache.offloader.close(0.0)
 
 
 def test_pages_of_a_deleted_document_leave_every_tier(bench: TieredBench) -> None:
-    assert bench.cache.migration is not None
+    assert bench.cache.offloader is not None
     text = blocks(32)
     sequence = bench.run(text, document=("report", len(text)))
     keys = sequence.blocks.base_keys + tuple(sequence.blocks.tail_keys)
-    bench.cache.migration.store.retain("report", keys)
+    bench.cache.offloader.store.retain("report", keys)
     bench.cache.close_document("report")
-    bench.cache.migration.store.flush(PATIENCE_SECONDS)
+    bench.cache.offloader.store.flush(PATIENCE_SECONDS)
     bench.settle()
-    assert bench.cache.migration.store.stats()["host_bytes"] == 0
+    assert bench.cache.offloader.store.stats()["host_bytes"] == 0
     assert bench.cache.memory.packed[0].available == bench.cache.memory.packed[0].capacity
     assert bench.run(text, document=("report", len(text))).cached_tokens == 0

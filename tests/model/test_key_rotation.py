@@ -17,9 +17,9 @@ from tests.support.assembled import (
     MODULES,
     DenseModel,
     assert_means,
-    borrowed,
     literal,
     prompt,
+    reused,
     with_modules,
 )
 from tests.support.plain_attention import load, some_tokens
@@ -148,12 +148,12 @@ def test_modules_that_moved_far_equal_a_dense_pass(tmp_path: Path, name: str) ->
         prompt(
             "far",
             literal(70, 1),
-            borrowed("a", position=9_000),
+            reused("a", position=9_000),
             literal(30, 2),
-            borrowed("d", position=9_300, link=5),
+            reused("d", position=9_300, link=5),
             literal(4, 3),
         ),
-        prompt("near", borrowed("d"), borrowed("a", position=400), literal(9, 4)),
+        prompt("near", reused("d"), reused("a", position=400), literal(9, 4)),
     ]
     engine = build_engine(tmp_path, codec="raw", max_batch_tokens=64)
     with_modules(engine, MODULES)

@@ -20,7 +20,7 @@ from longctx.process.client import EngineClient
 from longctx.process.launcher import Child
 from longctx.request import FinishReason, Piece, Request, RequestOutput
 from prompt_cache.level import EXACT, MODULAR
-from tests.support.assembled import MODULES, borrowed, encode, literal, prompt, with_modules
+from tests.support.assembled import MODULES, encode, literal, prompt, reused, with_modules
 from tests.support.recorded_engine import ask, build_engine, engine_config, some_ids
 
 PATIENCE_SECONDS = 120.0
@@ -142,7 +142,7 @@ def test_modules_are_opened_encoded_borrowed_and_closed(
     run: Run, client: EngineClient, llama: Path
 ) -> None:
     engine = with_modules(build_engine(llama, max_batch_tokens=64, max_sequences=4), MODULES)
-    request = prompt("q", borrowed("a"), literal(7, 1), borrowed("d"), literal(5, 2))
+    request = prompt("q", reused("a"), literal(7, 1), reused("d"), literal(5, 2))
     (expected,) = engine.finish(request)
 
     async def test() -> None:

@@ -168,7 +168,7 @@ def literal(length: int, seed: int, position: int | None = None, *, cut: bool = 
     return Segment(token_ids=some_ids(length, seed), position=position, cut=cut)
 
 
-def borrowed(
+def reused(
     module_id: str, piece: int = 0, *, link: int | None = 0, position: int | None = None
 ) -> Segment:
     return Segment(module_id=module_id, piece=piece, link_tokens=link, position=position)
@@ -215,8 +215,8 @@ def assert_means(
         assert not engine.answered[request.request_id].errors
         twin = assembled(request.segments, modules, answer, documents)
         rows = model.logits(twin.rows)[twin.own]
-        drawn = engine.logits[request.request_id, 0]
-        assert drawn, "nothing was drawn"
-        for own_tokens, row in drawn.items():
+        sampled = engine.logits[request.request_id, 0]
+        assert sampled, "nothing was drawn"
+        for own_tokens, row in sampled.items():
             difference = float((row - rows[own_tokens - 1]).abs().max())
             assert difference < tolerance, (request.request_id, own_tokens, difference)

@@ -119,9 +119,9 @@ class Bench:
         output = self.scheduler.schedule()
         seconds = self.seconds_of(output)
         self.now += seconds
-        drawing = [chunk.sequence for chunk in output.chunks if chunk.draws]
+        sampling_sequences = [chunk.sequence for chunk in output.chunks if chunk.samples]
         self.scheduler.update(output, seconds)
-        for sequence in drawing:
+        for sequence in sampling_sequences:
             sequence.blocks.tokens.append(7)
         for chunk in output.chunks:
             sequence = chunk.sequence

@@ -104,7 +104,7 @@ class RecordingRunner:
         if self.failures:
             raise self.failures.pop()
         logits = self.inner.run_chunks(chunks)
-        sampled = [chunk.sequence for chunk in chunks if chunk.draws]
+        sampled = [chunk.sequence for chunk in chunks if chunk.samples]
         for sequence, row in zip(sampled, logits, strict=True):
             name = (sequence.request.request_id, sequence.index)
             self.logits[name][len(sequence.blocks.tokens)] = row.clone()
@@ -160,7 +160,7 @@ class RecordedEngine(Engine):
         assert not self.scheduler.running and not self.scheduler.waiting
         assert self.memory.raw.held == 0
         assert not self.cache._pending
-        self.cache.residents.clear()
+        self.cache.resident_prefixes.clear()
         assert len(self.cache.prefixes) == 0, "a prefix is in use"
         for pool in self.memory.packed:
             assert pool.held == 0
@@ -263,10 +263,10 @@ class Eager:
 def assert_equals_eager(engine: RecordedEngine, eager: Eager, tolerance: float = 1e-4) -> None:
     """All logits that the engine drew from, and each greedy token unless two are as good."""
     assert engine.logits
-    for name, drawn in engine.logits.items():
+    for name, sampled in engine.logits.items():
         tokens = engine.tokens_of(name)
         rows = eager.rows(tokens)
-        for length, row in drawn.items():
+        for length, row in sampled.items():
             difference = float((row - rows[length - 1]).abs().max())
             assert difference < tolerance, (name, length, difference)
             if length < len(tokens):
