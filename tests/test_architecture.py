@@ -30,7 +30,7 @@ LADDER = (
     ("api.status",),
     ("api.cache_routes", "api.completions", "api.services"),
     ("api.metrics", "api.stored_prompts"),
-    ("api.files",),
+    ("api.engine_metrics", "api.files"),
     ("api.background",),
     ("api.http", "longctx.bench"),
     ("api.config", "longctx", "api"),
