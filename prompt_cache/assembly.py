@@ -3,6 +3,16 @@
 An `AssembledPrompt` says, in reading order, what is reused of a module's computed state and what is
 literal text. A module that stands inside others brings them along; a scaffold is reused as a whole
 where all of its members were chosen. The request's own text follows the last token.
+
+With the schema of `layout.py`, modules ["mountains"] and the argument days="a week" of 2 tokens:
+
+    "#1"         positions   0 ..   6    literal: 7 tokens are fewer than SHORT_TOKENS
+    "trip"                   7 ..  11    literal; "mountains" has brought it along
+    days                    12 ..  13    literal, the argument; 14 .. 19 stay empty
+    "trip"                  20           literal
+    "mountains"             21 ..  80    reused: its piece 0, of 60 tokens
+    "trip"                 121 .. 123    literal
+    question               124 ..
 """
 
 import difflib
@@ -22,13 +32,13 @@ from prompt_cache.layout import (
     SchemaLayout,
 )
 
-# A shorter piece is computed in its context: that costs next to nothing, and it sees more.
+# A shorter piece is computed in the prompt: that costs next to nothing, and it sees what is before
 SHORT_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class ReusedPiece:
-    """Piece number `piece` of what `Layout.encoded` calls `module`."""
+    """Piece number `piece` of what `SchemaLayout.encoded` calls `module`, at its position."""
 
     module: str
     piece: int
@@ -38,6 +48,8 @@ class ReusedPiece:
 
 @dataclass(frozen=True, slots=True)
 class LiteralTokens:
+    """Tokens that are computed in the prompt: an argument, or a short piece."""
+
     token_ids: tuple[int, ...]
     position: int
 
@@ -47,17 +59,19 @@ PromptPart: TypeAlias = ReusedPiece | LiteralTokens
 
 @dataclass(frozen=True, slots=True)
 class AssembledPrompt:
+    """The beginning of a prompt: its parts in reading order, at ascending positions with gaps."""
+
     parts: tuple[PromptPart, ...]
 
     @property
     def end(self) -> int:
-        """The position of what follows."""
+        """The position of what follows the last part."""
         last = self.parts[-1]
         return last.position + len(last.token_ids)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """The same prompt as plain text, without gaps."""
+        """The tokens of the same prompt as plain text, without gaps."""
         return tuple(token for part in self.parts for token in part.token_ids)
 
 
@@ -67,8 +81,11 @@ def assemble(
     arguments: Mapping[str, str],
     encode: Encode,
 ) -> AssembledPrompt:
-    """Raises SchemaError for a module that is not there, two members of a union, and an argument
-    that is missing, too long, or of no chosen module."""
+    """Make a prompt of the chosen modules. `encode` returns the tokens of an argument.
+
+    Raises SchemaError for a module that is not there, two members of one union, and an argument
+    that is missing, too long, or of no chosen module.
+    """
     choice = _Choice(layout, encode, arguments)
     for name in modules:
         choice.take(name)
@@ -84,23 +101,26 @@ def assemble(
 
 @dataclass(slots=True)
 class _Choice:
+    """The modules chosen from a schema. `take` them all, then ask for the `parts` once."""
+
     layout: SchemaLayout
     encode: Encode
     arguments: Mapping[str, str]
     _enclosing: dict[str, tuple[PlacedModule | PlacedUnion, ...]] = field(default_factory=dict)
     _taken: dict[str, str] = field(default_factory=dict)  # module -> the name that brought it
-    _of_union: dict[int, tuple[str, str]] = field(default_factory=dict)  # member, and who chose it
+    # By id of the union: the member that was chosen, and the name that chose it
+    _of_union: dict[int, tuple[str, str]] = field(default_factory=dict)
     _used: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._enter(self.layout.parts, ())
 
     def take(self, name: str) -> None:
-        """The module, and all that it stands in."""
+        """Choose a module, and all that it stands in. Raises SchemaError."""
         enclosing = self._enclosing.get(name)
         if enclosing is None:
             raise self._unknown(name)
-        # From the module outwards: which member of each union it is, or is inside of
+        # From the module outwards, `member` is what each union has it in: itself or an outer module
         member = name
         self._taken.setdefault(name, name)
         for outer in reversed(enclosing):
@@ -117,9 +137,11 @@ class _Choice:
                 )
 
     def parts(self) -> Iterator[PromptPart]:
+        """Yield the parts of the prompt. Raises SchemaError for an argument that does not fit."""
         return self._parts(self.layout.parts, None)
 
     def check_arguments_used(self) -> None:
+        """Raise SchemaError for an argument that no part of the prompt has asked for."""
         for name in self.arguments:
             if name in self._used:
                 continue
@@ -150,7 +172,10 @@ class _Choice:
     def _parts(
         self, parts: Sequence[PlacedPart], encoded: tuple[str, Iterator[int]] | None
     ) -> Iterator[PromptPart]:
-        """`encoded`: the name that these parts' pieces are computed under, and their numbers."""
+        """Yield what is in the prompt of these parts.
+
+        `encoded` has the name that their pieces are computed under, and the numbers of these.
+        """
         for part in parts:
             match part:
                 case PlacedTokens(token_ids, position):

@@ -4,7 +4,7 @@
 class SchemaError(ValueError):
     """A schema that cannot be used, or a choice of modules and arguments that it does not offer.
 
-    The message says where, what, and the cure. `param`: the field of a request that is at fault.
+    The message says where, what, and the cure. `param` is the request's field that is at fault.
     """
 
     def __init__(self, message: str, *, param: str = "schema") -> None:

@@ -1,12 +1,26 @@
-"""Where each module of a schema stands: positions are given out when the schema is read.
+"""Which positions each module of a schema takes: they are given out when the schema is read.
 
 In reading order, each text takes as many positions as it has tokens and each parameter as many as
 its `length`. Members of a union begin at the same position, and the union ends where the longest
-of them does. Text that is always present, and what the chat template puts around messages, is
-joined to anonymous modules, "#1", "#2", ...
+of them does. Text that is always present, and what the chat template puts before each message (a
+frame), is joined to anonymous modules, "#1", "#2", ...
+
+                                              tokens    positions
+    (frame)                                   3           0 ..   2     "#1"
+    Be brief.                                 4           3 ..   6     "#1"
+    <module name="trip">
+      Plan a trip of                          5           7 ..  11     "trip", piece 0
+      <parameter name="days" length="8"/>     at most 8  12 ..  19     "trip", a gap of 8
+      .                                       1          20            "trip", piece 1
+      <union>
+        <module name="harbour">...            100        21 .. 120     "harbour"
+        <module name="mountains">...          60         21 ..  80     "mountains"
+      </union>
+      Come back.                              3         121 .. 123     "trip", piece 2
+    </module>                                                          the schema ends at 124
 
 A module's *own* pieces are its text without the modules inside it. They are computed together, each
-at its positions; a parameter and a module inside leave a gap.
+at its positions: "trip" is computed once, as 9 tokens with gaps.
 
 Source: Prompt Cache, https://arxiv.org/abs/2311.04934, section 3.3.
 """
@@ -43,7 +57,7 @@ class PlacedTokens:
 
 @dataclass(frozen=True, slots=True)
 class PlacedParameter:
-    """The positions of an argument."""
+    """The positions that are reserved for an argument, and the tokens of its default."""
 
     name: str
     position: int
@@ -57,30 +71,34 @@ class PlacedParameter:
 
 @dataclass(frozen=True, slots=True)
 class PlacedModule:
+    """A module at its positions; an anonymous one is in every prompt."""
+
     name: str
     position: int
-    end: int  # of the last of its parts
+    end: int  # where the last of its parts ends
     parts: tuple["PlacedPart", ...]  # in reading order
     anonymous: bool = False
 
     @property
     def pieces(self) -> tuple[PlacedTokens, ...]:
-        """Its own."""
+        """Its own texts, without those of the modules inside it."""
         return tuple(part for part in self.parts if isinstance(part, PlacedTokens))
 
     @property
     def parameters(self) -> tuple[PlacedParameter, ...]:
-        """Its own."""
+        """Its own parameters, without those of the modules inside it."""
         return tuple(part for part in self.parts if isinstance(part, PlacedParameter))
 
     @property
     def tokens(self) -> int:
-        """Of its own pieces."""
+        """The number of tokens of its own pieces."""
         return sum(len(piece.token_ids) for piece in self.pieces)
 
 
 @dataclass(frozen=True, slots=True)
 class PlacedUnion:
+    """Modules that all begin at `position`; a prompt has at most one of them."""
+
     position: int
     end: int
     members: tuple[PlacedModule, ...]
@@ -88,21 +106,25 @@ class PlacedUnion:
 
 @dataclass(frozen=True, slots=True)
 class PlacedScaffold:
+    """Modules one after another, which are also computed together as one module."""
+
     position: int
     end: int
     members: tuple[PlacedModule, ...]
 
     @property
     def name(self) -> str:
-        """Of the module that its members are when they are computed together."""
+        """The name of the module that its members form when they are computed together."""
         return "+".join(member.name for member in self.members)
 
     @property
     def pieces(self) -> tuple[PlacedTokens, ...]:
+        """The pieces of all members."""
         return tuple(piece for member in self.members for piece in member.pieces)
 
     @property
     def tokens(self) -> int:
+        """The number of tokens of all members."""
         return sum(member.tokens for member in self.members)
 
 
@@ -111,10 +133,11 @@ PlacedPart: TypeAlias = PlacedTokens | PlacedParameter | PlacedModule | PlacedUn
 
 @dataclass(frozen=True, slots=True)
 class SchemaLayout:
-    """A schema in tokens. `parts` are modules (also anonymous ones), unions and scaffolds.
+    """A schema in a model's tokens, at positions from 0 to before `end`.
 
-    `ends_in_role`: its last text is a whole message; otherwise the request's own text goes on in
-    the same message.
+    `parts` are modules (also anonymous ones), unions and scaffolds, in reading order. With
+    `ends_in_role` the schema's last text is a whole message; otherwise the request's own text goes
+    on in the same message.
     """
 
     name: str
@@ -123,14 +146,15 @@ class SchemaLayout:
     ends_in_role: bool
 
     def modules(self) -> Iterator[PlacedModule]:
-        """All of them, anonymous ones too, in reading order."""
+        """Yield all modules, anonymous and inner ones too, in reading order."""
         return _modules(self.parts)
 
     def scaffolds(self) -> Iterator[PlacedScaffold]:
+        """Yield all scaffolds, in reading order."""
         return (part for part in _walk(self.parts) if isinstance(part, PlacedScaffold))
 
     def encoded(self) -> Iterator[tuple[str, tuple[PlacedTokens, ...]]]:
-        """What is computed once: the name and the pieces of each module and scaffold."""
+        """Yield what is computed once: the name and the pieces of each module and scaffold."""
         for part in _walk(self.parts):
             if isinstance(part, PlacedModule | PlacedScaffold) and part.pieces:
                 yield part.name, part.pieces
@@ -143,11 +167,12 @@ def lay_out(
     *,
     max_positions: int,
 ) -> SchemaLayout:
-    """`frames`: what the chat template puts before each message, and before the message that the
-    schema's last content begins, if there is any.
+    """Give every text and parameter of a schema its positions.
 
-    `encode`: tokens of text that stands after other text. Raises SchemaError for a default longer
-    than its slot, and when the schema is longer than `max_positions`.
+    `encode` returns the tokens of text that follows other text. `frames` are the tokens that the
+    chat template puts before each message, and before the message that the schema's last content
+    begins, if there is any. Raises SchemaError for a default that is longer than its parameter, and
+    when the schema takes `max_positions` or more.
     """
     messages = [role.content for role in schema.roles]
     if schema.content:
@@ -182,6 +207,8 @@ def _too_long(schema: Schema, builder: "_LayoutBuilder", max_positions: int) -> 
 
 @dataclass(slots=True)
 class _LayoutBuilder:
+    """Gives out positions in reading order; `position` is the next one."""
+
     encode: Encode
     position: int = 0
     parts: list[PlacedPart] = field(default_factory=list)
@@ -190,6 +217,7 @@ class _LayoutBuilder:
     _runs: int = 0
 
     def anonymous_tokens(self, token_ids: Sequence[int]) -> None:
+        """Add tokens to the anonymous module; they join those just before them to one piece."""
         if not token_ids:
             return
         if self._run and isinstance(last := self._run[-1], PlacedTokens):
@@ -199,6 +227,7 @@ class _LayoutBuilder:
         self.position += len(token_ids)
 
     def anonymous_node(self, node: Node) -> None:
+        """Add what stands outside of modules, or a module, union or scaffold."""
         match node:
             case TextNode(text):
                 self.anonymous_tokens(self.encode(text))
@@ -209,6 +238,7 @@ class _LayoutBuilder:
                 self.parts.append(self._part(node))
 
     def end_anonymous(self) -> None:
+        """Close the anonymous module, if it has anything."""
         if self._run:
             self._runs += 1
             run = tuple(self._run)
@@ -243,7 +273,7 @@ class _LayoutBuilder:
     def _module(self, module: ModuleNode) -> PlacedModule:
         begin = self.position
         parts = tuple(self._part(node) for node in module.content)
-        # A text may have no tokens at all: some tokenizers drop white space
+        # A text may have no tokens at all, since some tokenizers drop white space
         kept = tuple(p for p in parts if not isinstance(p, PlacedTokens) or p.token_ids)
         return PlacedModule(module.name, begin, self.position, kept)
 
@@ -263,6 +293,7 @@ class _LayoutBuilder:
 
 
 def _walk(parts: Iterable[PlacedPart]) -> Iterator[PlacedPart]:
+    """Yield all parts, those inside others too, in reading order."""
     for part in parts:
         yield part
         match part:

@@ -1,8 +1,8 @@
-"""How exactly a prompt made of modules is computed: what is borrowed, and what is computed again.
+"""How exactly a prompt made of modules is computed: what is reused, and what is computed again.
 
-    exact     nothing is borrowed: the prompt is computed as plain text, but for ordinary prefixes
-    link:16   the first 16 tokens of each module are computed in the prompt, the rest is borrowed
-    modular   modules are borrowed whole, as each was computed alone
+    exact     no module is reused: the prompt is computed as plain text, but for ordinary prefixes
+    link:16   the first 16 tokens of each module are computed in the prompt, the rest is reused
+    modular   modules are reused whole, as each was computed alone
 
 Source: EPIC (LegoLink), https://arxiv.org/abs/2410.15332, for `link`; Prompt Cache,
 https://arxiv.org/abs/2311.04934, for `modular`.
@@ -18,12 +18,13 @@ _LINK = re.compile(r"link:([1-9][0-9]{0,6})")
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """`link_tokens`: how many tokens of each module are computed in the prompt; None: all."""
+    """How many tokens of each module are computed in the prompt, or None for all of them."""
 
     link_tokens: int | None
 
     @property
     def name(self) -> str:
+        """The level as requests and options write it."""
         match self.link_tokens:
             case None:
                 return "exact"
@@ -38,7 +39,10 @@ MODULAR = Level(0)
 
 
 def parse_level(text: str, *, param: str) -> Level:
-    """Raises SchemaError for what is no level; `param` is the field or option that said it."""
+    """Return the level of that name. Raises SchemaError for any other text.
+
+    `param` is the field or option that the text comes from.
+    """
     if text == EXACT.name:
         return EXACT
     if text == MODULAR.name:

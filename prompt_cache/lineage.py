@@ -1,9 +1,10 @@
-"""The name of what stands before a block, where not all of it was computed in one piece.
+"""The parent key of a block that follows a reused piece.
 
-After an ordinary block comes its key. After a borrowed piece comes a hash of everything that the
-keys and values of later rows depend on: what stands before the piece, which rows of which chain it
-is, and where they stand. So two prompts that end in the same module never share what follows, and
-two that are made of the same pieces do.
+An ordinary block is named after the key of the block before it. A block after a reused piece is
+named after a hash of everything that its keys and values depend on: what is before the piece, which
+rows of which chain the piece is, and at which positions they are here. So two prompts that end in
+the same module after different beginnings share nothing of what follows, and two that are made of
+the same pieces share it all.
 """
 
 import hashlib
@@ -17,10 +18,10 @@ _RANGE = struct.Struct("<QQQ")
 def after_reused(
     before: BlockKey, *, last: BlockKey, begin: int, end: int, position: int
 ) -> BlockKey:
-    """The parent of what follows a piece.
+    """Return the parent key of what follows a reused piece; `before` is that of the piece itself.
 
-    `last` is the key of the last block that the piece has rows of, in the chain that it is borrowed
-    from; `begin` and `end` are its tokens there; its first row stands at `position` here.
+    `last` is the key of the last block that the piece has rows of, in the chain that it is taken
+    from. Its tokens are [begin, end) of that chain, and its first one is at `position` here.
     """
     digest = hashlib.blake2b(digest_size=32, person=b"longctx-borrows")
     digest.update(before + last + _RANGE.pack(begin, end, position))

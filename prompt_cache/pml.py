@@ -1,7 +1,7 @@
-"""PML, the markup of Prompt Cache: a schema as XML, read safely.
+"""Reads PML, the markup of Prompt Cache: a schema as XML, from a source that is not trusted.
 
-There is no DOCTYPE, so no entity can be declared and nothing outside is ever referred to; no
-processing instruction either. Size, depth and number of elements are bounded.
+A DOCTYPE is refused, so no entity can be declared and nothing outside is ever referred to; so is a
+processing instruction. Size, depth and number of elements are bounded.
 
 White space is layout: the indentation of lines is dropped, text between modules is trimmed, and
 ends with a line break, so that each module begins on a line of its own. `xml:space="preserve"` on
@@ -29,13 +29,13 @@ _LINE_BREAK = re.compile(r"[ \t]*\n[ \t]*")
 
 
 def read_pml(text: str) -> Schema:
-    """Raises SchemaError for what is no well-formed XML, and for what is no schema."""
+    """Return the schema. Raises SchemaError for what is no well-formed XML, or no schema."""
     return schema_of(_Parser().parse(text))
 
 
 @dataclass(slots=True)
 class _Open:
-    """An element that has not ended yet."""
+    """An element that has not ended yet. `preserve`: its white space is kept."""
 
     element: Element
     preserve: bool
@@ -43,6 +43,8 @@ class _Open:
 
 
 class _Parser:
+    """Turns one text into elements; for one call of `parse`."""
+
     def __init__(self) -> None:
         self._expat = expat.ParserCreate("utf-8")
         self._expat.buffer_text = True
@@ -56,6 +58,7 @@ class _Parser:
         self._elements = 0
 
     def parse(self, text: str) -> Element:
+        """Return the root element. Raises SchemaError."""
         try:
             data = text.encode()
         except UnicodeEncodeError as error:
@@ -122,13 +125,14 @@ class _Parser:
 
 
 def _take_text(opened: _Open) -> None:
+    """Make what was read since the last child into a child: expat gives text in parts."""
     if opened.text:
         opened.element.children.append("".join(opened.text))
         opened.text.clear()
 
 
 def _trim(element: Element) -> None:
-    """Drops the layout from the text that stands directly in the element.
+    """Drop the layout from the text directly in the element.
 
     "\\n  Go for <parameter/> days.\\n  <module/>\\n" is "Go for <parameter/> days.\\n<module/>".
     """
@@ -141,7 +145,7 @@ def _trim(element: Element) -> None:
         if run and isinstance(run[-1], str):
             run[-1] = run[-1].rstrip()
         kept = [child for child in run if child != ""]
-        # What follows a message's last text is the chat template's business
+        # What comes after a message's last text is up to the chat template
         ends_line = bool(kept) and not (last and element.tag in ROLES)
         trimmed.extend([*kept, "\n"] if ends_line else kept)
         run.clear()

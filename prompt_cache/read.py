@@ -1,4 +1,4 @@
-"""A schema in either of its written forms."""
+"""Reads a schema in either of its written forms."""
 
 from prompt_cache.pml import read_pml
 from prompt_cache.schema import Schema
@@ -6,6 +6,9 @@ from prompt_cache.schema_json import read_json
 
 
 def read_schema(text: str) -> Schema:
-    """PML if it begins as markup does, else JSON. Raises SchemaError."""
+    """Return the schema that the text says: PML if it begins as markup, else JSON.
+
+    Raises SchemaError.
+    """
     text = text.removeprefix("\ufeff")
     return read_pml(text) if text.lstrip().startswith("<") else read_json(text)

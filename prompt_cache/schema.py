@@ -11,10 +11,9 @@
       </union>
     </schema>
 
-A prompt takes text outside of modules always, modules by name, and at most one member of a union.
-Both written forms, PML (`pml.py`) and JSON (`schema_json.py`), are read into `Element`s and from
-these, by the one set of rules below, into the frozen types. Where the text stands, in tokens, is
-`layout.py`'s.
+A prompt always has the text outside of modules. It has modules by name, and at most one member of a
+union. Both written forms, PML (`pml.py`) and JSON (`schema_json.py`), are read into `Element`s and
+from these, by the one set of rules below, into the frozen types. Positions follow in `layout.py`.
 
 Source: Prompt Cache, https://arxiv.org/abs/2311.04934, section 3.
 """
@@ -44,12 +43,14 @@ RoleName = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True, slots=True)
 class TextNode:
+    """Text that is taken as it is."""
+
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterNode:
-    """A place for an argument of at most `length` tokens. The same name, the same argument."""
+    """Room for an argument of at most `length` tokens. Equal names get the same argument."""
 
     name: str
     length: int
@@ -68,7 +69,7 @@ class ModuleNode:
 
 @dataclass(frozen=True, slots=True)
 class UnionNode:
-    """Modules of which a prompt has at most one: they stand at the same positions."""
+    """Modules of which a prompt has at most one, since they take the same positions."""
 
     members: tuple[ModuleNode, ...]
     where: str = field(default="", compare=False)
@@ -76,7 +77,7 @@ class UnionNode:
 
 @dataclass(frozen=True, slots=True)
 class ScaffoldNode:
-    """Modules that are also computed together, for prompts that have all of them."""
+    """Modules that are also computed together, as one, for prompts that have all of them."""
 
     members: tuple[ModuleNode, ...]
     where: str = field(default="", compare=False)
@@ -87,7 +88,7 @@ Node: TypeAlias = TextNode | ParameterNode | ModuleNode | UnionNode | ScaffoldNo
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """One message of the conversation that every prompt begins with."""
+    """One of the messages that every prompt begins with."""
 
     role: RoleName
     content: tuple[Node, ...]
@@ -96,7 +97,7 @@ class Role:
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """Messages, then what stands at the beginning of the request's own first message."""
+    """The messages of `roles`, then `content`, with which the request's first message begins."""
 
     name: str
     roles: tuple[Role, ...]
@@ -104,7 +105,7 @@ class Schema:
     where: str = field(default="", compare=False)
 
     def modules(self) -> Iterator[ModuleNode]:
-        """All of them, in reading order."""
+        """Yield all modules, those inside others too, in reading order."""
         for role in self.roles:
             yield from _modules(role.content)
         yield from _modules(self.content)
@@ -112,7 +113,7 @@ class Schema:
 
 @dataclass(slots=True)
 class Element:
-    """One element of either written form, before any rule was applied to it."""
+    """One element of either written form, to which no rule has been applied yet."""
 
     tag: str
     attributes: dict[str, object]
@@ -121,20 +122,24 @@ class Element:
 
     @property
     def label(self) -> str:
+        """The element as errors name it: `line 3, module "trip"`."""
         name = self.attributes.get("name")
         return f"{self.where}, {self.tag}" + (f' "{name}"' if isinstance(name, str) else "")
 
     def fault(self, what: str) -> SchemaError:
+        """Return an error that says where and what; the caller raises it."""
         return SchemaError(f"{self.label}: {what}")
 
 
 def schema_of(root: Element) -> Schema:
-    """Raises SchemaError for the first rule that the elements break."""
+    """Return the schema of a root element. Raises SchemaError for the first rule it breaks."""
     return _Reader().schema(root)
 
 
 @dataclass(slots=True)
 class _Reader:
+    """Applies the rules to the elements of one schema; `named` has its modules so far."""
+
     named: dict[str, Element] = field(default_factory=dict)
 
     def schema(self, root: Element) -> Schema:

@@ -1,4 +1,4 @@
-"""Schemas as JSON: what PML says, with text taken as it is.
+"""Reads and writes schemas as JSON, which says what PML says, with text taken as it is.
 
     {"name": "travel", "content": [
       {"system": "You are a travel agent."},
@@ -8,8 +8,8 @@
                  {"module": "mountains", "content": "..."}]}
     ]}
 
-An object is what its first field of ELEMENTS says; `content` is a text or a list of texts and
-objects.
+An object has one field of ELEMENTS, which says what it is. `content` is a text, or a list of texts
+and objects.
 """
 
 import json
@@ -33,13 +33,13 @@ from prompt_cache.schema import (
     schema_of,
 )
 
-NAMED = ("module", "parameter")  # the field has the element's name
-FIELDS = {"module": ("content",), "parameter": ("length", "default")}  # beside the first
-ELEMENTS = (*NAMED, "union", "scaffold", *ROLES)  # of the others, the field has the content
+NAMED = ("module", "parameter")  # the field of that name has the element's name
+ELEMENTS = (*NAMED, "union", "scaffold", *ROLES)  # the field of the others has the content
+FIELDS = {"module": ("content",), "parameter": ("length", "default")}  # further ones
 
 
 def read_json(text: str) -> Schema:
-    """Raises SchemaError for what is no JSON, and for what is no schema."""
+    """Return the schema. Raises SchemaError for what is no JSON, or no schema."""
     if len(text) > MAX_BYTES:
         raise SchemaError(
             f"the JSON has {len(text):,} characters, the limit is {MAX_BYTES:,}; upload long text "
@@ -57,19 +57,21 @@ def read_json(text: str) -> Schema:
 
 
 def schema_from(value: object) -> Schema:
-    """A schema from JSON that was read already. Raises SchemaError."""
+    """Return the schema of JSON that was read already. Raises SchemaError."""
     if not isinstance(value, dict):
         raise SchemaError('a schema is an object such as {"name": "travel", "content": [...]}')
     return schema_of(_Elements().root(value))
 
 
 def schema_object(schema: Schema) -> dict[str, Any]:
-    """JSON that reads back as the same schema."""
-    content = [*({role.role: _content(role.content)} for role in schema.roles)]
-    return {"name": schema.name, "content": [*content, *map(_object, schema.content)]}
+    """Return an object that reads back as the same schema."""
+    roles = [{role.role: _content(role.content)} for role in schema.roles]
+    return {"name": schema.name, "content": [*roles, *map(_object, schema.content)]}
 
 
 class _Elements:
+    """Turns the objects of one schema into elements, and counts them."""
+
     def __init__(self) -> None:
         self._count = 0
 

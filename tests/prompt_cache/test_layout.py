@@ -42,14 +42,52 @@ def test_members_of_a_union_share_their_start_and_parameters_reserve_positions(
     by_name = {module.name: module for module in travel.modules()}
     trip, harbour, mountains = (by_name[name] for name in ("trip", "harbour", "mountains"))
     assert harbour.position == mountains.position
-    (slot,) = trip.parameters
+    (duration,) = trip.parameters
     before, dot, back = trip.pieces
-    assert (before.position, slot.position) == (trip.position, before.end)
-    assert dot.position == slot.end == slot.position + 40
+    assert (before.position, duration.position) == (trip.position, before.end)
+    assert dot.position == duration.end == duration.position + 40
     assert harbour.position == dot.end
     assert back.position == max(harbour.end, mountains.end)
     assert by_name["hotel"].position == trip.end
     assert travel.end == by_name["prices"].end
+
+
+def test_the_example_in_the_docstrings_is_true() -> None:
+    schema = schema_from(
+        {
+            "name": "travel",
+            "content": [
+                "a" * 4,
+                {
+                    "module": "trip",
+                    "content": [
+                        "b" * 5,
+                        {"parameter": "days", "length": 8},
+                        "c",
+                        {
+                            "union": [
+                                {"module": "harbour", "content": "h" * 100},
+                                {"module": "mountains", "content": "m" * 60},
+                            ]
+                        },
+                        "d" * 3,
+                    ],
+                },
+            ],
+        }
+    )
+    layout = lay_out(schema, encode, [encode("(f)")], max_positions=1000)
+    always, trip, harbour, mountains = layout.modules()
+    assert (always.position, always.end) == (0, 7)
+    assert [(piece.position, piece.end) for piece in trip.pieces] == [(7, 12), (20, 21), (121, 124)]
+    assert [(days.position, days.end) for days in trip.parameters] == [(12, 20)]
+    assert [(part.position, part.end) for part in (harbour, mountains)] == [(21, 121), (21, 81)]
+    assert (trip.tokens, layout.end) == (9, 124)
+    made = prompt(layout, "mountains", days="ab")
+    spans = [(part.position, part.position + len(part.token_ids)) for part in made.parts]
+    assert spans == [(0, 7), (7, 12), (12, 14), (20, 21), (21, 81), (121, 124)]
+    assert [type(part).__name__ for part in made.parts].index("ReusedPiece") == 4
+    assert made.end == 124
 
 
 def test_text_that_is_always_there_is_joined_with_the_template_to_modules(
@@ -69,9 +107,8 @@ def test_a_prompt_has_the_chosen_modules_with_their_arguments_in_place(
     assert text(made.token_ids).partition("line.\n")[2] == (
         "Plan a trip of a week.\nThe mountain village.\nIt has a lift.\nCome back at night.\n"
     )
-    assert [(p.module, p.piece) for p in made.parts if isinstance(p, ReusedPiece)] == [
-        *(("#1", 0), ("mountains", 0), ("trip", 2))
-    ]
+    reused = [(part.module, part.piece) for part in made.parts if isinstance(part, ReusedPiece)]
+    assert reused == [("#1", 0), ("mountains", 0), ("trip", 2)]
     assert made.end == {module.name: module for module in travel.modules()}["trip"].end
 
 
@@ -79,7 +116,7 @@ def test_the_default_stands_where_no_argument_was_given(travel: SchemaLayout) ->
     assert "a trip of three days.\n" in text(prompt(travel, "trip").token_ids)
 
 
-def test_a_scaffold_is_borrowed_whole_only_where_all_of_it_was_chosen(travel: SchemaLayout) -> None:
+def test_a_scaffold_is_reused_whole_only_where_all_of_it_was_chosen(travel: SchemaLayout) -> None:
     alone = prompt(travel, "hotel")
     both = prompt(travel, "prices", "hotel", price="80")
     assert [p.module for p in alone.parts if isinstance(p, ReusedPiece)] == ["#1", "hotel"]
