@@ -1,1 +1,1 @@
-"""What KV bytes look like: shapes, page layouts and codecs. The lowest rung of the ladder."""
+"""What KV bytes look like: shapes, page layouts and codecs. It imports no other package of ours."""

@@ -1,12 +1,14 @@
-"""How a sealed block is stored: `Codec` turns the rows of a page into bytes and back.
+"""How a sealed block is stored: a `Codec` turns the rows of a page into bytes and back.
 
-A name and version stand for one page layout, the same in every pool, backend and file; a changed
-layout is a new version. Sealing is `encode`; attention reads `decode` of the same bytes, so what a
+A name and version mean one page layout, the same in every pool, backend and file; a changed layout
+is a new version. Sealing is `encode`, and attention reads `decode` of the same bytes, so what a
 codec loses is lost in the same way for every reader (the block-causal rule).
 
-Rows that no number can stand for come back as such: where a row holds NaN or infinity, a codec
-with scales gives NaN for that token and head and leaves the others alone. A model that broke is
-then seen to be broken, as it is with raw rows.
+Where a row holds NaN or infinity, a codec with scales gives NaN for that token and head, and leaves
+the others alone. So a model that broke is seen to be broken, as it is with raw rows.
+
+To add a codec, write a class and add a line to `CODECS`. The torch backend and the conformance
+suite take it from there; the CPU backend needs kernels of its own (`CONTRIBUTING.md`).
 """
 
 from collections.abc import Callable
@@ -21,7 +23,10 @@ from compress.unscaled import BF16, Raw
 
 
 class Codec(Protocol):
-    """One codec, bound to one page shape. Its maker raises ShapeRefused."""
+    """One codec, bound to one page shape. `CODECS[name](shape)` makes it; raises ShapeRefused.
+
+    It holds no state but its layout, so any thread may call it.
+    """
 
     name: str
     version: int
@@ -31,11 +36,17 @@ class Codec(Protocol):
     in_place: bool  # a page is its rows: decode gives a view
 
     def encode(self, rows: Tensor) -> Tensor:
-        """[blocks, block_tokens, 2, kv_heads, head_dim] -> uint8 [blocks, page_bytes]."""
+        """Turn rows [blocks, block_tokens, 2, kv_heads, head_dim] into uint8 [blocks, page_bytes].
+
+        The pages are on the device of the rows.
+        """
         ...
 
     def decode(self, pages: Tensor) -> Tensor:
-        """uint8 [blocks, page_bytes] -> [blocks, block_tokens, 2, kv_heads, head_dim]."""
+        """Turn uint8 [blocks, page_bytes] into rows [blocks, block_tokens, 2, kv_heads, head_dim].
+
+        The rows are of the model's compute type.
+        """
         ...
 
 

@@ -22,13 +22,13 @@ TOKEN_AXIS, DIM_AXIS = 1, 3  # of [blocks, tokens, kv_heads, dims]
 
 
 def group_dims(head_dim: int) -> int:
-    """Dims that share a scale: the largest divisor of head_dim up to 64, a multiple of 8."""
+    """Return the dims that share a scale: the largest divisor up to 64 that is a multiple of 8."""
     groups = range(LARGEST_GROUP, 0, -DIM_MULTIPLE)
     return next(dims for dims in groups if head_dim % dims == 0)
 
 
 class Int4:
-    """Asymmetric: a value is scale * code + minimum; the error is at most half the stored scale.
+    """Asymmetric 4-bit codes: a value is scale * code + minimum, to within half the stored scale.
 
     Keys are rounded after a Hadamard transform (`compress.hadamard`), so for keys the bound is on
     the transformed ones; `decode` transforms them back, a kernel transforms the query instead.
@@ -91,13 +91,18 @@ class Int4:
         )
 
     def _rounded(self, wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes uint8 as `wide` [..., head_dim]; scales and minimums bfloat16 [..., groups]."""
+        """Round `wide` [..., head_dim]: codes uint8 of its shape, and for each group of dims
+        scales and minimums, bfloat16 [..., groups].
+
+        A group from -1 to 2 has minimum -1 and scale 0.2, about. In it 0.45 is 7.25 steps above the
+        minimum, so its code is 7, and it comes back as 0.4.
+        """
         groups = torch.unflatten(wide, -1, (-1, self._group))
         minimums = _rounded_down(groups.amin(-1))
         spans = groups.amax(-1) - minimums + 0.0  # which turns -0.0 into 0.0
         scales = (spans * (1 / LARGEST_CODE)).to(torch.bfloat16)
         finite = spans.isfinite() & scales.isfinite()
-        # Equal values that bfloat16 holds have scale 0; any divisor gives them codes of 0.
+        # Equal values that bfloat16 holds have scale 0; any divisor gives them codes of 0
         steps = torch.where(finite & (scales > 0), scales, 1.0).float()
         codes = ((groups - minimums[..., None]) / steps[..., None]).round_()
         codes = torch.where(finite[..., None], codes.clamp_(0, LARGEST_CODE), 0.0)
@@ -108,27 +113,38 @@ class Int4:
         )
 
     def _restored(self, codes: Tensor, scales: Tensor, minimums: Tensor) -> Tensor:
-        """Values float32, token-major, from codes like them and [blocks, heads, groups, tokens]."""
+        """Return the values, float32, of codes [blocks, tokens, heads, head_dim].
+
+        `scales` and `minimums` are as they are stored: [blocks, heads, groups, tokens].
+        """
         groups = torch.unflatten(codes, -1, (-1, self._group)).float()
-        by_row = (number.float().permute(0, 3, 1, 2)[..., None] for number in (scales, minimums))
-        scale, minimum = by_row
+        scale, minimum = _by_row(scales), _by_row(minimums)
         return (groups * scale + minimum).flatten(-2)
 
 
+def _by_row(numbers: Tensor) -> Tensor:
+    """[blocks, heads, groups, tokens] -> float32 [blocks, tokens, heads, groups, 1]."""
+    return numbers.float().permute(0, 3, 1, 2)[..., None]
+
+
 def _rounded_down(wide: Tensor) -> Tensor:
-    """The next bfloat16 that is not above each float32, as float32; never -0.0."""
+    """Return, as float32, the largest bfloat16 that is not above each float32; never -0.0.
+
+    bfloat16 is the upper half of float32. Cutting off the lower half moves towards zero, which is
+    down for a positive number; a negative one is first moved away from zero, past any lower half.
+    """
     bits = (wide + 0.0).view(torch.int32)
     away = torch.where(wide < 0, bits + 0xFFFF, bits)
     return (away & ~0xFFFF).view(torch.float32)
 
 
 def _halves_joined(codes: Tensor, axis: int) -> Tensor:
-    """Two codes to a byte: of each eight along `axis`, 0 to 3 in low halves, 4 to 7 in high."""
+    """Put two codes into a byte: of each eight along `axis`, code j is low and 4 + j high."""
     low, high = torch.unflatten(codes, axis, (-1, 2, 4)).unbind(axis + 1)
     return (low | high << 4).flatten(axis, axis + 1)
 
 
 def _halves_apart(pairs: Tensor, axis: int) -> Tensor:
-    """The codes of `_halves_joined`."""
+    """Undo `_halves_joined`."""
     quads = torch.unflatten(pairs, axis, (-1, 4))
     return torch.stack((quads & 15, quads >> 4), dim=axis + 1).flatten(axis, axis + 2)

@@ -18,7 +18,7 @@ LARGEST_CODE = 127
 
 
 class Int8:
-    """Symmetric: a value is scale * code; the error is at most half the scale that is stored.
+    """Symmetric 8-bit codes: a value is scale * code, to within half the scale that is stored.
 
     The scale is the row's largest magnitude over 127, rounded to bfloat16 *before* the codes are
     computed. The bound holds for the largest value too, which is at most 127 * (1 + 2^-8) steps,
@@ -53,7 +53,7 @@ class Int8:
         wide = rows.float()
         scales = (wide.abs().amax(-1) * (1 / LARGEST_CODE)).to(torch.bfloat16)
         finite = scales.isfinite()  # [blocks, tokens, 2, kv_heads]
-        # A row of zeros has scale 0; any divisor gives it codes of 0.
+        # A row of zeros has scale 0; any divisor gives it codes of 0
         steps = torch.where(finite & (scales > 0), scales, 1.0).float()
         codes = (wide / steps[..., None]).round_().clamp_(-LARGEST_CODE, LARGEST_CODE)
         codes = torch.where(finite[..., None], codes, 0.0).to(torch.int8)

@@ -1,11 +1,15 @@
-"""The page layout that all packed codecs share: one record per key head, made for vector units.
+"""The page layout that all packed codecs share: one record for each KV head, for vector units.
 
 A page is `kv_heads` equal records, one after another, so that a kernel reads one head as one run
-of bytes. A record holds the keys, then the values, then their scales. Within it numbers stand in
-the order in which dot products use them, `width` of them to a 32-bit lane:
+of bytes. A record holds the keys, then the values, then their scales. Within it numbers are in the
+order in which dot products use them, `width` of them to a 32-bit lane:
 
     keys    [head_dim / width, block_tokens, width]   a lane has some dims of one token
     values  [block_tokens / width, head_dim, width]   a lane has one dim of some tokens
+
+With bytes (`width` 4) and head_dim 128, the first lane of the keys is dims 0 to 3 of token 0, the
+next one the same dims of token 1; the first lane of the values is dim 0 of tokens 0 to 3, the next
+one dim 1 of these.
 """
 
 from collections.abc import Sequence
@@ -22,7 +26,7 @@ LARGEST_DIM = 256
 
 
 def check_head_dim(codec: str, shape: KVShape) -> None:
-    """Raises ShapeRefused for head_dims that records are not laid out for."""
+    """Raise ShapeRefused for a head_dim that records are not laid out for."""
     dim = shape.head_dim
     if dim % DIM_MULTIPLE or not 0 < dim <= LARGEST_DIM:
         raise ShapeRefused(
@@ -32,10 +36,10 @@ def check_head_dim(codec: str, shape: KVShape) -> None:
 
 
 class Records:
-    """The parts of one codec's records; gives views of them in a tensor of pages."""
+    """The parts of one codec's records, by type and sizes; it gives views of them in pages."""
 
     def __init__(self, kv_heads: int, parts: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        """`parts`: type and sizes of each, in order."""
+        """Lay out `parts`, the type and the sizes of each, in order and without gaps."""
         self._kv_heads = kv_heads
         self._parts = tuple(parts)
         ends = accumulate(kind.itemsize * prod(sizes) for kind, sizes in parts)
@@ -43,11 +47,11 @@ class Records:
         self.page_bytes = kv_heads * self._offsets[-1]
 
     def empty(self, blocks: int, device: torch.device) -> Tensor:
-        """uint8 [blocks, page_bytes]"""
+        """Return pages to be filled, uint8 [blocks, page_bytes]."""
         return torch.empty(blocks, self.page_bytes, dtype=torch.uint8, device=device)
 
     def views(self, pages: Tensor) -> tuple[Tensor, ...]:
-        """Each part of the pages, in place: [blocks, kv_heads, *sizes]."""
+        """Return each part of the pages, in place: [blocks, kv_heads, *sizes]."""
         records = pages.view(-1, self._kv_heads, self._offsets[-1])
         bounds = zip(self._offsets, self._offsets[1:], self._parts, strict=False)
         return tuple(
@@ -59,7 +63,7 @@ class Records:
 def key_lanes(keys: Tensor) -> Tensor:
     """[blocks, tokens, kv_heads, dims] -> int32 [blocks, kv_heads, dims / width, tokens].
 
-    The width is what makes 32 bits: 2 numbers of bfloat16, 4 bytes.
+    The width is as many numbers as make 32 bits: 2 of bfloat16, 4 of a byte.
     """
     lanes = keys.flatten().view(torch.int32).view(*keys.shape[:-1], -1)
     return lanes.permute(0, 2, 3, 1)
@@ -71,17 +75,17 @@ def value_lanes(values: Tensor) -> Tensor:
 
 
 def keys_of(lanes: Tensor, kind: torch.dtype) -> Tensor:
-    """The keys of `key_lanes`, numbers of this kind."""
+    """Undo `key_lanes`, for numbers of this type."""
     rows = lanes.permute(0, 3, 1, 2)
     return rows.flatten().view(kind).view(*rows.shape[:-1], -1)
 
 
 def values_of(lanes: Tensor) -> Tensor:
-    """The values of `value_lanes`."""
+    """Undo `value_lanes`."""
     return lanes.permute(0, 2, 4, 1, 3).flatten(1, 2)
 
 
 def joined_rows(keys: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
-    """[blocks, tokens, 2, kv_heads, dims] in the model's type; what it cannot hold saturates."""
+    """Return rows [blocks, tokens, 2, kv_heads, dims] in `dtype`; what it cannot hold saturates."""
     limit = torch.finfo(dtype).max
     return torch.stack((keys, values), dim=2).clamp_(-limit, limit).to(dtype)

@@ -1,9 +1,9 @@
 """The shape of one page: one block of tokens in one layer, keys and values together.
 
 Everywhere in longctx a tensor of KV rows is token-major with keys and values side by side,
-`[..., block_tokens, 2, kv_heads, head_dim]`, index 0 keys and 1 values. Pages that follow each
-other in a pool of raw rows are then one uniformly strided tensor, which attention reads without a
-copy.
+`[..., block_tokens, 2, kv_heads, head_dim]`; index 0 is the keys, 1 the values. So pages that
+follow each other in a pool of raw rows are one uniformly strided tensor, which attention reads
+without a copy.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-BLOCK_TOKENS = 64  # tokens of one block; part of every key, so it is not an option
+BLOCK_TOKENS = 64  # tokens of one block; every key depends on it, so it is not an option
 
 
 class ShapeRefused(ValueError):
@@ -20,6 +20,8 @@ class ShapeRefused(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVShape:
+    """The shape of one page: 8 KV heads of 128 dims are 131,072 values, in bfloat16 256 KiB."""
+
     kv_heads: int
     head_dim: int
     dtype: torch.dtype  # the model's compute type
@@ -27,7 +29,7 @@ class KVShape:
 
     @property
     def rows(self) -> tuple[int, int, int, int]:
-        """[block_tokens, 2, kv_heads, head_dim]"""
+        """The sizes [block_tokens, 2, kv_heads, head_dim] of a page's rows."""
         return (self.block_tokens, 2, self.kv_heads, self.head_dim)
 
     @property

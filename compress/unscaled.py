@@ -1,4 +1,4 @@
-"""Codecs without scales: `raw` keeps the model's own type, `bf16` takes half of float32."""
+"""Codecs without scales: `raw` keeps the model's own type, `bf16` has half the size of float32."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from compress.shape import KVShape
 
 
 class Raw:
-    """The rows themselves, in the model's own type: exact.
+    """The rows themselves, in the model's own type; nothing is lost.
 
     Page layout, version 1: [block_tokens, 2, kv_heads, head_dim].
     """
@@ -37,7 +37,7 @@ class Raw:
 
 
 class BF16:
-    """bfloat16: relative error at most 2^-8 per value, to the nearest, ties to even.
+    """Rounds to bfloat16, to the nearest, ties to even: the relative error is at most 2^-8.
 
     Below bfloat16's smallest normal number the error is at most half its smallest step, 2^-134.
     What is beyond its range becomes infinite.
