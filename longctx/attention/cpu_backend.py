@@ -1,6 +1,6 @@
-"""Attention on x86-64 CPUs by our own kernels, which read block tables and pages as they lie.
+"""Attention on x86-64 CPUs by our own kernels, which read block tables and pages in place.
 
-One call per layer does the whole batch; see csrc/tile.h for what it does with a page.
+One call per layer attends the whole batch; `kernels/csrc/tile.h` has what it does with a page.
 """
 
 from collections.abc import Sequence
@@ -26,6 +26,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class CPUAttention:
+    """An `AttentionBackend` of compiled kernels; the addresses of each layer are looked up once."""
+
     def __init__(self, memory: KVMemory, instruction_set: str | None = None) -> None:
         """Bind the kernels of one of `_kernels.instruction_sets()`, the fastest if none is named.
 

@@ -8,7 +8,9 @@ from torch import Tensor
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two disjoint key sets; either may be empty (lse -inf).
+    """Merge attention over two disjoint key sets into that over their union.
+
+    Either set may be empty (lse -inf).
 
     `out_*` [..., head_dim] and `lse_*` [...], float32, natural log. An empty side's out is ignored,
     whatever it holds.
@@ -25,7 +27,7 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
 
 
 def merge_parts(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of many disjoint key sets, any of which may be empty (lse -inf).
+    """Merge attention over many disjoint key sets, any of which may be empty (lse -inf).
 
     `outs` [rows, parts, heads, head_dim] and `lses` [rows, parts, heads], float32.
     """
@@ -35,7 +37,7 @@ def merge_parts(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merge_sink(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge with a key of value zero whose logit is learned per head.
+    """Merge with a key of value zero, whose logit is learned per head.
 
     `out` [tokens, heads, head_dim], `lse` [tokens, heads], `sinks` [heads].
     """

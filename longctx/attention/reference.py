@@ -1,4 +1,4 @@
-"""Attention as its definition says, one row block at a time in float32: what others must equal."""
+"""Attention by its definition, one row at a time in float32: every other backend must equal it."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -15,6 +15,8 @@ from longctx.model.layer_attention import AttentionCall
 
 
 class ReferenceAttention:
+    """An `AttentionBackend` that is plain and slow, for tests."""
+
     def __init__(self, memory: KVMemory) -> None:
         self._memory = memory
 
@@ -45,7 +47,7 @@ class ReferenceAttention:
         return out, lse
 
     def _visible(self, layer: int, chunk: ChunkRows) -> tuple[Tensor, Tensor]:
-        """All keys and values that the one row of `chunk` sees, in order."""
+        """Collect all keys and values that the one row of `chunk` sees, in order."""
         memory = self._memory
         group = memory.group_of[layer]
         window = memory.groups[group].window

@@ -24,7 +24,7 @@ else:
 
 
 def backend_for(name: str, device: torch.device) -> str:
-    """The backend that a name stands for; `auto` is the fastest that this installation has.
+    """Resolve the name of a backend; `auto` is the fastest that this installation has.
 
     Raises ModelRefused for one that does not work on the device, or is not installed.
     """

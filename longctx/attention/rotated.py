@@ -1,10 +1,16 @@
-"""Keys that stand elsewhere than they were encoded: any backend, and queries turned to suit.
+"""Lets any backend attend to keys that serve at other positions than they were encoded at.
 
-An entry whose `ROTATION` is d holds keys that were encoded d positions before where they stand
-now; for them a query is turned back by d. So the rows of a chunk are repeated once for each
-rotation among its entries, as further rows of a wider batch that see those entries and nothing
-else. One call of the backend computes them all, and what the copies of a row saw is merged.
-A step without such entries goes to the backend as it is. Read `plan`, then `attend`.
+An entry whose `ROTATION` is d holds keys that were encoded d positions before their present one;
+for them a query is turned back by d. So the rows of a chunk are repeated once for each rotation
+among its entries, as further rows of a wider batch that see those entries and nothing else. One
+call of the backend attends them all, and the results of a row and its copies are merged. A step
+without such entries goes to the backend as it is.
+
+Worked example: a chunk of 3 rows sees entries with rotations 0, 500, 500 and -90. The wide batch
+has rows 0 to 2, which see the entry of rotation 0 and their own blocks; rows 3 to 5, turned by
+-500, which see the two entries of 500; rows 6 to 8, turned by 90, which see the last entry; and row
+9, which sees nothing. The merged parts are [[0, 3, 6], [1, 4, 7], [2, 5, 8]]. Had another chunk of
+the step a single rotation, its parts would be filled up with row 9. Read `plan`, then `attend`.
 """
 
 from collections.abc import Sequence
@@ -26,12 +32,12 @@ from longctx.model.spec import Rotation
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """`wide`: a batch of the step's `rows`, in order, then their copies, then one empty row.
+    """A step as a `wide` batch: its `rows`, in order, then their copies, then one empty row.
 
-    Its row i is the step's row `source[i]`. Rows `parted` [n] of it have copies: `parts`
-    [n, most parts] are each of them and its copies, filled up with the empty row. `turns` has
-    cosines and sines for all copies, for each way in which a layer of the group turns its keys.
-    `plain` is the step as it is, for layers whose keys do not turn.
+    Row i of the wide batch is the step's row `source[i]`. Its rows `parted` [n] have copies:
+    `parts` [n, most parts] lists each of them and its copies, filled up with the empty row. `turns`
+    has the cosines and sines of all copies, for each way in which a layer of the group turns its
+    keys. `plain` is the step as it is, for layers whose keys do not turn.
     """
 
     wide: AttentionPlan
@@ -44,10 +50,12 @@ class _Plan:
 
 
 class RotatedAttention:
+    """An `AttentionBackend` around another one, which turns queries where entries are rotated."""
+
     def __init__(
         self, inner: AttentionBackend, memory: KVMemory, rotations: Sequence[Rotation | None]
     ) -> None:
-        """`rotations`: how each layer turns its keys, see `rotation.py`."""
+        """Wrap `inner`; `rotations` has for each layer how it turns its keys."""
         self._inner = inner
         self._rotations = tuple(rotations)
         self._device = memory.device
@@ -63,7 +71,7 @@ class RotatedAttention:
         if not any(part.moved for part in parted):
             return self._inner.plan(
                 [
-                    _seeing(chunk, group, part.unmoved, chunk.row_begin, chunk.own_pages)
+                    _with_table(chunk, group, part.unmoved, chunk.row_begin, chunk.own_pages)
                     for chunk, part in zip(chunks, parted, strict=True)
                 ],
                 group,
@@ -78,14 +86,14 @@ class RotatedAttention:
         for chunk, part in zip(chunks, parted, strict=True):
             step_rows = np.arange(chunk.row_begin, chunk.row_begin + chunk.rows)
             source[begin : begin + chunk.rows] = step_rows
-            base.append(_seeing(chunk, group, part.unmoved, begin, chunk.own_pages))
+            base.append(_with_table(chunk, group, part.unmoved, begin, chunk.own_pages))
             members = np.full((chunk.rows if part.moved else 0, most), empty, dtype=np.int64)
             members[:, 0] = begin + np.arange(len(members))
             for number, (offset, entries) in enumerate(part.moved, 1):
                 end = copy_begin + chunk.rows
                 source[copy_begin:end] = step_rows
                 offsets[copy_begin - rows : end - rows] = offset
-                copies.append(_seeing(chunk, group, entries, copy_begin, chunk.own_pages[:0]))
+                copies.append(_with_table(chunk, group, entries, copy_begin, chunk.own_pages[:0]))
                 members[:, number] = np.arange(copy_begin, end)
                 copy_begin = end
             parts.append(members)
@@ -105,7 +113,7 @@ class RotatedAttention:
         self._inner.seal(layer, raw, packed)
 
     def attend(self, call: AttentionCall, query: Tensor, plan: object) -> tuple[Tensor, Tensor]:
-        """As any backend's."""
+        """Attend as any backend does, with copies of rows for rotated entries."""
         rotation = self._rotations[call.layer]
         if not isinstance(plan, _Plan) or rotation is None:
             inner_plan = plan.plain if isinstance(plan, _Plan) else plan
@@ -130,14 +138,14 @@ class RotatedAttention:
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """A chunk's table: the entries that did not move, and those of each rotation."""
+    """A chunk's table, split into the entries that did not move and those of each rotation."""
 
     unmoved: NDArray[np.int64]
     moved: list[tuple[int, NDArray[np.int64]]]
 
 
 def _part(chunk: ChunkRows, group: int, window: int | None) -> _Parts:
-    """Moved entries that no row of the chunk sees are left out."""
+    """Split a chunk's table by rotation, without moved entries that no row of it sees."""
     table = chunk.entries[group][: None if len(chunk.own_pages) else chunk.past_entries]
     count = chunk.rotated_entries
     if not count:
@@ -153,15 +161,15 @@ def _part(chunk: ChunkRows, group: int, window: int | None) -> _Parts:
     return _Parts(unmoved, [(each, past[offsets == each]) for each in distinct if each])
 
 
-def _seeing(
+def _with_table(
     chunk: ChunkRows,
     group: int,
     entries: NDArray[np.int64],
     row_begin: int,
     own_pages: NDArray[np.int64],
 ) -> ChunkRows:
-    """The chunk's rows, from `row_begin` of another batch on, with another table."""
-    # Entries that are not past are of own blocks, and rows without own blocks see none of them
+    """Place the chunk's rows at `row_begin` of another batch, with another table."""
+    # Entries that are not past are of own blocks; rows without own blocks see none of them.
     own_entries = len(chunk.entries[group]) - chunk.past_entries if len(own_pages) else 0
     tables = tuple(entries if i == group else table for i, table in enumerate(chunk.entries))
     return replace(

@@ -1,9 +1,14 @@
-"""Contexts larger than the device: any backend, and past blocks that pass through a few pages.
+"""Lets any backend attend to contexts larger than the device, a few staging pages at a time.
 
 A chunk's oldest blocks may be absent (`ChunkRows.absent_keys`). They are attended tile by tile:
 while one tile is attended in its half of the staging pages, a thread reads the next one into the
 other half. `merge` makes the union of all exact, so the answer is the one that a device large
-enough would give. Every step reads every absent block of every layer once: the price is the disk's.
+enough would give. Every step reads every absent block of every layer once: the disk's speed limits
+it.
+
+Worked example: with 8 staging pages and 10 absent blocks the tiles are blocks 0 to 3 in the first
+half, 4 to 7 in the second and 8 to 9 in the first. Tile 0 is read while the present blocks are
+attended, tile 1 while tile 0 is attended, and tile 2 while tile 1 is.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +29,10 @@ from longctx.model.layer_attention import AttentionCall
 from offload.key import BlockKey
 
 ReadPages = Callable[[int, Sequence[BlockKey], Sequence[int]], bool]
-"""(layer, keys, pages): fill these packed pages of the layer; called from a thread."""
+"""Called as (layer, keys, pages), from a thread: fill these packed pages of the layer.
+
+Returns whether all blocks could be read.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +49,15 @@ class _Plan:
 
 
 class StreamedAttention:
+    """An `AttentionBackend` around another one, which reads absent blocks through staging pages.
+
+    It owns one thread for reading; its methods are called from the engine's thread alone.
+    """
+
     def __init__(
         self, inner: AttentionBackend, memory: KVMemory, staging: Sequence[int], read: ReadPages
     ) -> None:
-        """`staging`: pages of the first group's packed pool that nothing else uses."""
+        """Wrap `inner`; `staging` are pages of the first group's packed pool for its own use."""
         self._inner = inner
         self._memory = memory
         self._read = read
@@ -69,7 +82,7 @@ class StreamedAttention:
         self._inner.seal(layer, raw, packed)
 
     def attend(self, call: AttentionCall, query: Tensor, plan: object) -> tuple[Tensor, Tensor]:
-        """As any backend's. Raises BlocksLost where an absent block cannot be read."""
+        """Attend as any backend does; raises BlocksLost where an absent block cannot be read."""
         if not isinstance(plan, _Plan):
             return self._inner.attend(call, query, plan)
         reading = self._begin(call.layer, plan.tiles[0])
@@ -83,7 +96,7 @@ class StreamedAttention:
                 tile_out, tile_lse = self._inner.attend(call, query, tile.plan)
                 out, lse = merge(out, lse, tile_out, tile_lse)
         finally:
-            reading.exception()  # nothing is read into pages that somebody else is given
+            reading.exception()  # wait: no read may go into pages that others have by then
         return out, lse
 
     def _begin(self, layer: int, tile: _Tile) -> "Future[bool]":
@@ -91,7 +104,7 @@ class StreamedAttention:
 
 
 def _present(chunk: ChunkRows, group: int) -> ChunkRows:
-    """The chunk without its absent blocks."""
+    """Leave out the chunk's absent blocks."""
     absent = len(chunk.absent_keys)
     entries = tuple(
         table[absent:] if index == group else table for index, table in enumerate(chunk.entries)
@@ -100,7 +113,7 @@ def _present(chunk: ChunkRows, group: int) -> ChunkRows:
 
 
 def _tile(chunk: ChunkRows, group: int, begin: int, pages: list[int]) -> ChunkRows:
-    """The chunk's rows against absent blocks alone, which stand in `pages`."""
+    """Let the chunk's rows see absent blocks alone, which are in `pages` from block `begin` on."""
     entries = np.zeros((len(pages), ENTRY_COLUMNS), dtype=np.int64)
     entries[:, PAGE] = pages
     entries[:, ROWS] = BLOCK_TOKENS

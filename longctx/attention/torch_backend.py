@@ -16,13 +16,15 @@ from longctx.kv.pool_indices import PoolIndices
 from longctx.model.layer_attention import AttentionCall
 
 PRODUCT_ROWS = 4  # 2 or 3 rows take twice as long in a product as 4: they are padded with zeros
-# On a CPU a softmax of one's own beats flash where few query rows share a key head and many keys
-# are read; below that, one call beats many.
+# On a CPU an explicit softmax beats flash where few query rows share a key head and many keys are
+# read; with fewer keys, one call beats many.
 FEW_ROWS = 16
 MANY_KEYS = 1024
 
 
 class TorchAttention:
+    """An `AttentionBackend` of plain torch, for GPUs and for CPUs without compiled kernels."""
+
     def __init__(self, memory: KVMemory) -> None:
         self._memory = memory
 
@@ -56,7 +58,7 @@ class TorchAttention:
         return out, lse
 
     def _attend(self, call: AttentionCall, query: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-        """One tile: out [rows, heads, head_dim] and lse [rows, heads] of its real rows."""
+        """Attend one tile: out [rows, heads, head_dim] and lse [rows, heads] of its real rows."""
         parts = self._rows(call.layer, tile)
         tile_query = query[tile.rows]
         out, lse = attend_tile(
@@ -71,7 +73,7 @@ class TorchAttention:
         return (out, lse) if tile.picked is None else (out[tile.picked], lse[tile.picked])
 
     def _rows(self, layer: int, tile: Tile) -> list[Tensor]:
-        """The tile's keys and values, packed and own: each [B, keys, 2, kv_heads, head_dim]."""
+        """Load the tile's rows, packed and own: each [B, keys, 2, kv_heads, head_dim]."""
         parts: list[Tensor] = []
         if tile.packed is not None:
             blocks = self._memory.decoded(layer, tile.packed)
@@ -92,7 +94,7 @@ def attend_tile(
     bias: Tensor | None,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Dense attention of some queries on one tile of keys, which may come in parts.
+    """Attend densely to one tile of keys, which may come in parts.
 
     `query` [B, rows, heads, head_dim]; `keys`, `values`: parts [B, keys, kv_heads, head_dim];
     `bias` [B, 1, rows, keys]; `causal`: row i sees keys 0 to i. Returns out [B, rows, heads,
@@ -112,7 +114,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 def _flash(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, bias: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """torch's tiled kernel for CPUs, which never holds all scores at once and returns the lse."""
+    """Call torch's tiled kernel for CPUs, which never holds all scores and returns the lse."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -171,7 +173,7 @@ def _explicit(
 
 
 def _mix(weights: Tensor, values: Sequence[Tensor]) -> Tensor:
-    """`weights` [kv_heads, rows, keys] times parts of values [kv_heads, keys, head_dim], summed."""
+    """Sum `weights` [kv_heads, rows, keys] times parts of values [kv_heads, keys, head_dim]."""
     weights = weights.to(values[0].dtype)
     if len(values) == 1:
         return torch.bmm(weights, values[0]).float()

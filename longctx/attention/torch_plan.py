@@ -1,4 +1,4 @@
-"""Which tiles the torch backend computes: rectangles of rows by keys, cut once per step.
+"""Plans the tiles that the torch backend attends: rectangles of rows by keys, cut once per step.
 
 A tile is a batch of equal rectangles, `B` times `R` query rows by `N` pages, so that many short
 sequences cost one call, as do the row blocks of a prefill under a sliding window. Three cases:
@@ -23,25 +23,26 @@ from longctx.attention.backend import ChunkRows
 from longctx.kv.block_entry import ENTRY_COLUMNS, FIRST_POSITION, PAGE, ROW_BEGIN, ROWS, Entries
 from longctx.kv.pool_indices import PoolIndices, pool_indices, to_device
 
-TILE_SCORES = 1 << 21  # rows x keys of one tile of the past: what its scores may take
-COPIED_BLOCKS = 128  # pages of one tile that have to be gathered or decoded
-SHORT_BLOCKS = 8  # contexts up to here are copied, so that many sequences cost one call
+TILE_SCORES = 1 << 21  # the most scores (rows x keys) of one tile of the past
+COPIED_BLOCKS = 128  # the most pages of one tile that have to be gathered or decoded
+SHORT_BLOCKS = 8  # shorter contexts are copied, so that many sequences cost one call
 RUN_BLOCKS = 16  # a run this long is worth a tile, and a merge, of its own
-NARROW_WINDOW_TOKENS = 1024  # up to here a prefill computes one rectangle per row block
+NARROW_WINDOW_TOKENS = 1024  # up to this window a prefill computes one rectangle per row block
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
     """Rows of the batch by `packed` and then `own` pages.
 
-    `rows` [B, R], or one slice of the batch. Pages are [B * n], or a slice of the pool where they
-    follow each other.
+    `rows` are [B, R], or one slice of the batch. Pages are [B * n], or a slice of the pool where
+    they follow each other.
 
-    `bias` [B, 1, R, keys] is 0 where a row sees a key and -inf elsewhere, None where all is seen.
-    `causal`: row i of the tile sees keys 0 to i. The first `skip` packed rows are left out, and of
-    the own ones those before `own_skip` and from `own_rows` on. `first`: no earlier tile has a part
-    of these rows' attention. Of the flattened [B * R] results, `picked` are real and belong to the
-    batch's rows `targets`; what is not picked is padding. None where `rows` is a slice.
+    `bias` [B, 1, R, keys] is 0 where a row sees a key and -inf elsewhere, or None where all rows
+    see all keys. If `causal`, row i of the tile sees keys 0 to i. The first `skip` packed rows are
+    left out, and of the own ones those before `own_skip` and from `own_rows` on. A `first` tile has
+    no earlier one with a part of these rows' attention. Of the flattened [B * R] results, `picked`
+    are real and belong to the batch's rows `targets`, and the others are padding; both are None
+    where `rows` is a slice.
     """
 
     rows: Tensor | slice
@@ -67,10 +68,11 @@ def plan_tiles(
     in_place: bool,
     device: torch.device,
 ) -> tuple[Tile, ...]:
-    """Tiles that together show every row of `chunks` what it may see, each key once.
+    """Plan tiles that together show every row of `chunks` all keys that it may see, each once.
 
-    `lossless`: sealed rows equal raw ones, so a chunk may read its own sealed blocks raw.
-    `in_place`: runs of pages are read where they lie; others are decoded, tile by tile.
+    With a `lossless` codec sealed rows equal raw ones, so a chunk may read its own sealed blocks
+    raw. With an `in_place` codec runs of pages are read where they are; other pages are decoded,
+    tile by tile.
     """
     planner = _Planner(group, window, lossless, in_place, device)
     return tuple(planner.tiles(chunks))
@@ -78,13 +80,13 @@ def plan_tiles(
 
 @dataclass(frozen=True, slots=True)
 class _Rectangle:
-    """Rows of one chunk by entries, and by own pages."""
+    """Rows of one chunk, the past entries that they see, and their own block."""
 
     chunk: ChunkRows
     row_begin: int  # within the chunk
     rows: int
     entries: Entries
-    own_block: int  # which of the chunk's own pages
+    own_block: int  # an index into the chunk's own pages
 
 
 class _Planner:
@@ -101,7 +103,7 @@ class _Planner:
         self._lossless = lossless
         self._in_place = in_place
         self._device = device
-        self._begun: set[int] = set()  # chunks, by their first row, of which a tile was planned
+        self._begun: set[int] = set()  # first rows of the chunks that have a tile
 
     def tiles(self, chunks: Sequence[ChunkRows]) -> Iterator[Tile]:
         padded: dict[tuple[int, int], list[_Rectangle]] = defaultdict(list)
@@ -136,7 +138,7 @@ class _Planner:
                 yield self._padded(rectangles[begin : begin + limit], rows, blocks)
 
     def _visible(self, chunk: ChunkRows, row: int, end: int) -> Entries:
-        """Entries before `end` that row `row` of the chunk, or a later one, may see some of."""
+        """Select entries before `end` that row `row` of the chunk, or a later one, sees."""
         entries = chunk.entries[self._group]
         if self._window is None:
             return entries[:end]
@@ -145,7 +147,7 @@ class _Planner:
         return entries[int(np.searchsorted(last_positions, oldest)) : end]
 
     def _past(self, chunk: ChunkRows, entries: Entries) -> Iterator[Tile]:
-        """All rows of the chunk against entries that stand before it."""
+        """Yield tiles of all rows of the chunk against past entries."""
         for part in self._past_parts(chunk, entries):
             yield self._one(chunk, part, self._sees(chunk, np.arange(chunk.rows), part))
 
@@ -155,7 +157,7 @@ class _Planner:
         return _cut(entries, viewed if self._in_place else copied, copied)
 
     def _one_row(self, chunk: ChunkRows, entries: Entries) -> Iterator[Tile]:
-        """One row against all that it sees, cut to exactly that: nothing is copied.
+        """Yield tiles of one row, cut to exactly the keys that it sees: nothing is copied.
 
         Nothing is masked either, but for tiles with parts of blocks.
         """
@@ -187,7 +189,7 @@ class _Planner:
         )
 
     def _chunk_sealed(self, chunk: ChunkRows) -> Tile:
-        """The chunk's rows against its own sealed blocks, each row those before its block."""
+        """Plan the chunk's rows against its own sealed blocks, each row those before its block."""
         end = chunk.past_entries + len(chunk.own_pages) - 1
         entries = chunk.entries[self._group][chunk.past_entries : end]
         rows = np.arange(chunk.rows)
@@ -198,7 +200,7 @@ class _Planner:
         return self._one(chunk, entries, earlier if seen is None else earlier & seen)
 
     def _chunk_raw(self, chunk: ChunkRows) -> Tile:
-        """The chunk's rows against all its own blocks, raw."""
+        """Plan the chunk's rows against all its own blocks, raw."""
         causal = chunk.own_row == 0 and self._window is None
         bias = None
         if not causal:
@@ -219,7 +221,7 @@ class _Planner:
         )
 
     def _row_blocks(self, chunk: ChunkRows, *, with_past: bool) -> Iterator[_Rectangle]:
-        """One rectangle for each own block of the chunk."""
+        """Yield one rectangle for each own block of the chunk."""
         for block in range(len(chunk.own_pages)):
             begin = max(0, block * BLOCK_TOKENS - chunk.own_row)
             end = min(chunk.rows, (block + 1) * BLOCK_TOKENS - chunk.own_row)
@@ -243,7 +245,10 @@ class _Planner:
     def _sees(
         self, chunk: ChunkRows, rows: NDArray[np.int64], entries: Entries
     ) -> NDArray[np.bool_] | None:
-        """[rows, keys]: window and rows of an entry; None if all are seen."""
+        """Compute which rows see which keys [rows, keys]; None if all rows see all keys.
+
+        A key may be outside of a row's window, or in a row of the page that the entry lacks.
+        """
         if self._window is None and _whole(entries):
             return None
         exists, positions = _entry_keys(entries)
@@ -254,7 +259,7 @@ class _Planner:
         return seen
 
     def _padded(self, rectangles: Sequence[_Rectangle], rows: int, blocks: int) -> Tile:
-        """Rectangles of different size in one tile; what is padding is masked."""
+        """Put rectangles of different sizes into one tile, with the padding masked."""
         batch = len(rectangles)
         row_index = np.zeros((batch, rows), dtype=np.int64)
         real = np.zeros((batch, rows), dtype=bool)
@@ -303,7 +308,7 @@ class _Planner:
         )
 
     def _begin(self, chunks: Sequence[ChunkRows]) -> bool:
-        """Note that a tile has rows of these chunks; whether it is the first for all of them."""
+        """Note that a tile has rows of these chunks; return whether it is the first of them all."""
         begins = {chunk.row_begin for chunk in chunks}
         first = self._begun.isdisjoint(begins)
         self._begun |= begins
@@ -318,36 +323,53 @@ class _Planner:
 
 
 def _whole(entries: Entries) -> bool:
-    """Whether each entry is all of its block."""
+    """Whether each entry has all rows of its page."""
     return bool((entries[:, ROWS] == BLOCK_TOKENS).all())
 
 
 def _cut(entries: Entries, run_blocks: int, other_blocks: int) -> Iterator[Entries]:
-    """Tiles of the past: long runs of pages, which are read in place, and what lies between them.
+    """Cut the past into tiles: long runs of pages, which are read in place, and the rest.
 
-    One stray page would otherwise make a whole tile be gathered, in each layer of each step.
+    Runs of at least RUN_BLOCKS pages become tiles of at most `run_blocks`, the entries between
+    them tiles of at most `other_blocks`. One stray page would otherwise make a whole tile be
+    gathered, in each layer of each step.
+
+    Worked example with RUN_BLOCKS = 16, run_blocks = 32 and other_blocks = 128: pages 5, 9, 20 to
+    59 and 7 become the tiles (5, 9), (20 to 51), (52 to 59) and (7).
     """
-    if len(entries) == 0:
-        return
-    breaks = np.flatnonzero(np.diff(entries[:, PAGE]) != 1) + 1
-    begins, ends = np.r_[0, breaks], np.r_[breaks, len(entries)]
-    done = 0
-    for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
-        if end - begin >= RUN_BLOCKS or end == len(entries):
-            between = begin if end - begin >= RUN_BLOCKS else end
-            for low, high, most in ((done, between, other_blocks), (between, end, run_blocks)):
-                for first in range(low, high, most):
-                    yield entries[first : min(high, first + most)]
+    done = 0  # entries before this one are in tiles
+    for begin, end in _runs(entries[:, PAGE]):
+        if end - begin >= RUN_BLOCKS:
+            yield from _pieces(entries[done:begin], other_blocks)
+            yield from _pieces(entries[begin:end], run_blocks)
             done = end
+    yield from _pieces(entries[done:], other_blocks)
+
+
+def _runs(pages: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Yield begin and end of each run of pages that follow each other, such as 20, 21, 22."""
+    if len(pages) == 0:
+        return
+    breaks = np.flatnonzero(np.diff(pages) != 1) + 1
+    begins, ends = np.r_[0, breaks], np.r_[breaks, len(pages)]
+    yield from zip(begins.tolist(), ends.tolist(), strict=True)
+
+
+def _pieces(entries: Entries, most: int) -> Iterator[Entries]:
+    for begin in range(0, len(entries), most):
+        yield entries[begin : begin + most]
 
 
 def _bucket(blocks: int) -> int:
-    """Padded width: a power of two, so that few shapes occur."""
+    """Round up to a power of two, so that few shapes of padded tiles occur."""
     return 0 if blocks == 0 else 1 << (blocks - 1).bit_length()
 
 
 def _entry_keys(entries: Entries) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """For entries [..., n, columns]: which of the n * block_tokens rows exist, and where."""
+    """Tell which of the n * block_tokens rows of entries [..., n, columns] exist, and where.
+
+    Returns `exists` and `positions`, both [..., n * block_tokens].
+    """
     row = np.arange(BLOCK_TOKENS)
     begin, rows = entries[..., ROW_BEGIN, None], entries[..., ROWS, None]
     exists = (row >= begin) & (row < begin + rows)
