@@ -96,6 +96,7 @@ class RankAttention:
         self._last_group = self._group(step.last_layer, memory.group_of[self._last_layer])
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """As `LayerAttention.attend`: write and seal the rows' KV, then attend over all ranks."""
         self._memory.write(call.layer, self._slots, key, value)
         if self._seals:
             packed = self._sealed_packed[self._memory.group_of[call.layer]]
@@ -111,7 +112,6 @@ class RankAttention:
         self._over_ranks(recorded.call, recorded.query[:0])
 
     def _over_ranks(self, call: AttentionCall, query: Tensor) -> tuple[Tensor, Tensor]:
-        layer = call.layer
         """Attend the rows to all keys, wherever they are.
 
         `query` [rows, heads, head_dim] -> out and lse as `AttentionBackend.attend` returns them.
@@ -123,6 +123,7 @@ class RankAttention:
             wait for round 1               attend own rows to its pages
             wait for own rows' results     merge them
         """
+        layer = call.layer
         group = self._groups[self._memory.group_of[layer]]
         if layer == self._last_layer:
             group = self._last_group

@@ -1,4 +1,4 @@
-"""How the parts of an engine are put together over many ranks."""
+"""How the leader's parts of an engine are put together, over many ranks."""
 
 from compress.shape import BLOCK_TOKENS
 from longctx.config import CacheConfig, SchedulerConfig
@@ -29,7 +29,11 @@ def many_rank_parts(
     cache: CacheConfig,
     scheduler: SchedulerConfig,
 ) -> EngineParts:
-    """The leader's parts, as `one_rank_parts`; the other ranks are told what they need."""
+    """Open the other ranks and return the leader's parts, as `one_rank_parts` does for one rank.
+
+    `codec` and `backend` are those chosen for all ranks. There is no streaming and no relocation.
+    Raises ModelRefused where a rank has other weights or no block fits, PeerLost where one is lost.
+    """
     spec = model.spec
     batch_tokens = scheduler.batch_tokens(spec.device.type, ranks=ranks.size)
     ring = RingMemorySpec.of(

@@ -12,12 +12,12 @@ from longctx.ring.runner import RingRunner
 from longctx.ring.virtual import VirtualRanks
 from tests.support.recorded_engine import RecordedEngine, build_engine
 
-# Only bytes count: what is passed does not depend on the machine that runs the test.
+# Only bytes count: the choice between pass-KV and pass-Q does not depend on the machine.
 LINK = Link(latency_seconds=0.0, bytes_per_second=1e9)
 
 
 def ringed_engine(folder: Path, ranks: int, **options: Any) -> RecordedEngine:
-    """An engine over so many ranks, threads of this process; one is the ordinary engine."""
+    """Build an engine over ranks that are threads; with one rank, the ordinary engine."""
     if ranks == 1:
         return build_engine(folder, **options)
     engine = build_engine(folder, ranks=VirtualRanks(ranks), **options)
@@ -33,15 +33,18 @@ def runner_of(engine: RecordedEngine) -> RingRunner:
 
 
 class SideBySide:
-    """Two engines that are asked the same."""
+    """Two engines, one rank and many, that get the same requests."""
 
     def __init__(self, folder: Path, ranks: int, *, one: dict[str, Any], **options: Any) -> None:
-        """`options` of both; `one` replaces some for the one rank."""
+        """`options` are those of both engines; `one` replaces some for the single rank."""
         self.one = ringed_engine(folder, 1, **{**options, **one})
         self.many = ringed_engine(folder, ranks, **options)
 
     def finish(self, *requests: Request) -> float:
-        """The largest divergence of all draws, in nats, while the same tokens were drawn before."""
+        """Run the requests on both; return the largest KL divergence of their logits, in nats.
+
+        Compared are all samples up to the first that differs.
+        """
         for engine in (self.one, self.many):
             engine.logits.clear()
             engine.finish(*requests)
@@ -61,7 +64,7 @@ class SideBySide:
 
 
 def bytes_sent(engine: RecordedEngine) -> int:
-    """By all ranks, ever."""
+    """Return the bytes that all ranks have sent so far."""
     ranks = runner_of(engine).ranks
     assert isinstance(ranks, VirtualRanks)
     return sum(transport.bytes_sent for transport in ranks.transports)

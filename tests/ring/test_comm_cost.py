@@ -1,4 +1,4 @@
-"""What is passed, keys or queries: a function of bytes and of the link; and the bytes are exact."""
+"""The choice between pass-KV and pass-Q, and that the engine sends exactly the predicted bytes."""
 
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def test_the_longer_the_past_the_sooner_queries_are_passed() -> None:
 
 
 def test_latency_counts_where_there_is_little_to_send() -> None:
-    """Keys come in one message, queries go there and back."""
+    """Keys arrive in one message, queries go out and results come back."""
     rows, pages = [0, 2], [1, 0]
     assert choice(rows, pages, Link(latency_seconds=0.0, bytes_per_second=1e8)) == "queries"
     assert choice(rows, pages, Link(latency_seconds=0.05, bytes_per_second=1e8)) == "keys"
@@ -60,7 +60,7 @@ def test_tiles_that_follow_each_other_cost_their_latency() -> None:
 
 
 def test_queries_are_not_passed_to_a_rank_that_would_work_alone() -> None:
-    """One rank has all the past: its wires are fast, but the other would wait for its attention."""
+    """One rank owns all past pages: links are fast, but the other would wait for its attention."""
     keys = pass_kv_cost([256, 256], [16, 0], page_bytes=PAGE_BYTES, tile_pages=64)
     queries = pass_q_cost([256, 256], [16, 0], row_bytes=RowBytes(100, 100))
     assert prefers_pass_q(keys, queries, LINK)
@@ -80,7 +80,7 @@ def test_traffic_is_the_sum_over_pairs_of_ranks(rows: list[int], pages: list[int
     assert sum(queries.bytes_sent) == sum(31 * rows[r] * (pages[h] > 0) for r, h in pairs)
 
 
-# -- the engine sends exactly so much -----------------------------------------------------------
+# -- the engine sends exactly that -----------------------------------------------------------
 
 
 def row_bytes(engine: RecordedEngine) -> int:
@@ -99,7 +99,7 @@ def test_prefill_sends_what_the_formula_says(llama: Path, codec: str, ranks: int
     engine.finish(ask("first", some_ids(first, 1), max_tokens=0))
     new = new_pages_sent(placement.split_chunk(0, first, ranks), ranks)
     moved = blocks_moved(0, first, ranks)
-    # The last layer's rows are not wanted: its pages only go where they stay.
+    # In the last layer no row's logits are wanted: blocks are only sent to their owners.
     assert bytes_sent(engine) - before == ((layers - 1) * new + moved) * page_bytes
 
 
@@ -120,7 +120,7 @@ def test_decode_sends_what_the_formula_says(llama: Path, ranks: int) -> None:
 
 
 def blocks_moved(begin: int, end: int, ranks: int) -> int:
-    """Blocks that are computed on one rank and stay on another."""
+    """Count the blocks that one rank computes and another one owns."""
     return sum(
         placement.owner(block, ranks) != part.rank
         for part in placement.split_chunk(begin, end, ranks)

@@ -110,7 +110,7 @@ def test_any_batch_equals_one_rank(
 def test_preemption_changes_nothing(
     architecture: str, ranks: int, model_folders: ModelFolders
 ) -> None:
-    """What is so short lies on rank 0, whose pool is as small as that of a single rank."""
+    """Short sequences are on rank 0 alone, whose pool is as small as that of a single rank."""
     layers = 3 if architecture == "llama" else 4
     small = {"pool_gib": gib_of_blocks(12, layers)}
     both = SideBySide(model_folders(architecture), ranks, one={}, max_batch_tokens=96, **small)

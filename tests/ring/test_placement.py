@@ -1,4 +1,4 @@
-"""Who keeps what and who computes what: each rank a fair share, nothing twice."""
+"""Who owns what and who computes what: each rank a fair share, nothing twice."""
 
 from itertools import pairwise
 
@@ -9,17 +9,18 @@ from hypothesis import strategies as st
 
 from compress.shape import BLOCK_TOKENS
 from longctx.ring import placement
+from longctx.ring.comm_cost import new_pages_sent
 from offload.block_run import EXTENT_BLOCKS
 
 RANKS = st.integers(2, 8)
 
 
 @given(ranks=RANKS, blocks=st.integers(0, 2000))
-def test_each_rank_keeps_its_share_within_one_extent(ranks: int, blocks: int) -> None:
-    kept = placement.count_owned(0, blocks, ranks)
-    assert sum(kept) == blocks
-    assert all(abs(own - blocks / ranks) <= EXTENT_BLOCKS for own in kept)
-    assert kept == [
+def test_each_rank_owns_its_share_within_one_extent(ranks: int, blocks: int) -> None:
+    owned = placement.count_owned(0, blocks, ranks)
+    assert sum(owned) == blocks
+    assert all(abs(own - blocks / ranks) <= EXTENT_BLOCKS for own in owned)
+    assert owned == [
         sum(placement.owner(block, ranks) == rank for block in range(blocks))
         for rank in range(ranks)
     ]
@@ -33,7 +34,7 @@ def test_the_longest_sequence_fills_one_rank_and_no_more(ranks: int, blocks_per_
 
 
 @given(ranks=RANKS, begin=st.integers(0, 5000), rows=st.integers(1, 5000))
-def test_every_row_is_computed_once_and_open_blocks_where_they_stay(
+def test_every_row_is_computed_once_and_incomplete_blocks_by_their_owner(
     ranks: int, begin: int, rows: int
 ) -> None:
     cut = placement.split_chunk(begin, begin + rows, ranks)
@@ -71,7 +72,7 @@ def test_enough_blocks_give_every_rank_an_early_and_a_late_run(
 @pytest.mark.parametrize("chunk_blocks", [512, 64, 63, 33, 17, 16])
 @pytest.mark.parametrize("passed", ["keys", "queries"])
 def test_ranks_work_alike_over_32k_tokens(ranks: int, chunk_blocks: int, passed: str) -> None:
-    """Rows times keys of each rank are within 5% of the mean, whatever is passed."""
+    """Rows times keys of each rank are within 5% of the mean, with pass-KV and with pass-Q."""
     blocks = 32 * 1024 // BLOCK_TOKENS
     work = np.zeros(ranks)
     for first in range(0, blocks, chunk_blocks):
@@ -86,3 +87,20 @@ def test_ranks_work_alike_over_32k_tokens(ranks: int, chunk_blocks: int, passed:
         if passed == "queries":
             work += rows * BLOCK_TOKENS * np.array(past)
     assert np.abs(work / work.mean() - 1).max() <= 0.05, work / work.mean()
+
+
+def test_three_ranks_split_twenty_blocks_as_the_example_says() -> None:
+    """The example of `placement.py`, `exchange.py` and `comm_cost.py`."""
+    parts = placement.split_chunk(0, 20 * BLOCK_TOKENS, 3)
+    assert [(part.rank, part.sealed_blocks) for part in parts] == [
+        (0, range(0, 3)),
+        (1, range(3, 6)),
+        (2, range(6, 10)),
+        (2, range(10, 13)),
+        (1, range(13, 16)),
+        (0, range(16, 20)),
+    ]
+    assert placement.count_owned(0, 20, 3) == [16, 4, 0]
+    assert placement.count_owned(0, 70, 3) == [16, 22, 32]
+    assert placement.capacity_blocks(40, 3) == 104
+    assert new_pages_sent(parts, 3) == 13 + 14 + 6

@@ -42,7 +42,7 @@ class HeartbeatMonitor:
             for name, channel in self._peers.items():
                 silent_seconds = now - channel.received_at
                 if silent_seconds > self.silence_seconds:
-                    self._lost(f"{name} has not been heard of for {silent_seconds:.0f} s")
+                    self._lost(f"{name} has sent nothing for {silent_seconds:.0f} s")
 
 
 def send_heartbeats(channels: Sequence[Channel], body: bytes) -> None:

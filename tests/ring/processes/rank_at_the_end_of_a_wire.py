@@ -38,7 +38,7 @@ def main(rank: int, store: str) -> None:
             torch.mm(matrix, matrix)
 
     transfer_seconds = min(transfer(lambda: None) for _ in range(3))
-    # Only one works: the wire is a process too, and wants a core.
+    # Only one works: the wire is a process too, and needs a core.
     both = min(transfer(work if rank == 0 else lambda: None) for _ in range(3))
     transport.close()
     if rank == 0:

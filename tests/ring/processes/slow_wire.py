@@ -1,8 +1,8 @@
-"""A slow network between two machines that are none: a namespace, and a wire into it.
+"""A slow network between two machines that one machine imitates: a namespace and a wire into it.
 
-The wire is a process that carries packets between two TUN devices, each a while later and no more
-of them than the rate allows: what `tc netem` does, for kernels that have none. Packets are large,
-so that Python keeps up with 1 Gbit/s.
+The wire is a process that carries packets between two TUN devices, with a delay and at a limited
+rate: what `tc netem` does, for kernels that lack it. Packets are large, so that Python keeps up
+with 1 Gbit/s.
 """
 
 import fcntl
@@ -30,15 +30,15 @@ NEAR_DEVICE, FAR_DEVICE = "longctx-near", "longctx-far"
 
 @contextmanager
 def slow_network(*, delay_seconds: float, bits_per_second: float) -> Iterator[None]:
-    """This namespace has the address NEAR, the other one FAR. Skips the test without the rights."""
+    """Connect this namespace (address NEAR) to another one (FAR); skip the test if we may not."""
     if os.geteuid() != 0 or not os.path.exists("/dev/net/tun"):
         pytest.skip("needs root and /dev/net/tun to make a namespace with a slow wire")
     _ip("netns", "del", NAMESPACE)  # of a run that was killed
     if _ip("netns", "add", NAMESPACE):
         pytest.skip("cannot make a network namespace here")
     try:
-        words = [sys.executable, __file__, str(delay_seconds), str(bits_per_second)]
-        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as wire:
+        argv = [sys.executable, __file__, str(delay_seconds), str(bits_per_second)]
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as wire:
             assert wire.stdout is not None
             try:
                 assert wire.stdout.readline() == "ready\n"
@@ -58,12 +58,12 @@ def _up(prefix: tuple[str, ...], device: str, own: str, other: str) -> None:
     _must(*prefix, "link", "set", device, "mtu", str(MTU), "up")
 
 
-def _ip(*words: str) -> int:
-    return subprocess.run(["ip", *words], capture_output=True, check=False).returncode
+def _ip(*arguments: str) -> int:
+    return subprocess.run(["ip", *arguments], capture_output=True, check=False).returncode
 
 
-def _must(*words: str) -> None:
-    assert _ip(*words) == 0, words
+def _must(*arguments: str) -> None:
+    assert _ip(*arguments) == 0, arguments
 
 
 class _Direction:
@@ -83,7 +83,7 @@ class _Direction:
         self._queued_bytes += len(packet)
 
     def deliver(self) -> float:
-        """What is due; seconds until more is."""
+        """Write the packets that are due; return the seconds until the next one is."""
         while self._queue:
             rest = self._queue[0][0] - time.monotonic()
             if rest > 0:
@@ -98,7 +98,7 @@ class _Direction:
 
 
 def main(delay_seconds: float, bits_per_second: float) -> None:
-    os.nice(-10)  # a wire does not wait for those who use it
+    os.nice(-10)  # a wire does not wait for the ranks that use it
     near, far = _tun(NEAR_DEVICE), _tun(FAR_DEVICE)
     print("ready", flush=True)
     ways = [

@@ -1,4 +1,4 @@
-"""How ranks come together while some are late, and strangers call too."""
+"""How ranks gather while some are late, and while strangers connect, too."""
 
 import asyncio
 import contextlib
@@ -44,7 +44,7 @@ def following_rank(head: Head) -> FollowerRendezvous:
 
 
 def dribble(connection: socket.socket) -> None:
-    """A byte now and then, until nobody listens."""
+    """Send a byte now and then, until nobody listens."""
     with contextlib.suppress(OSError):
         while True:
             connection.sendall(b"x")
@@ -58,15 +58,15 @@ def test_the_head_hears_of_rank_0_while_it_waits_for_others(head: Head) -> None:
             await asyncio.sleep(0)
             leading = threads.submit(leading_rank, head)
             connection, _ = await calling
-            heard = Channel(connection)
+            at_the_head = Channel(connection)
             for _ in range(2):
-                body = await asyncio.to_thread(heard.receive)
+                body = await asyncio.to_thread(at_the_head.receive)
                 assert body is not None and isinstance(decode_event(body), Heartbeat)
             assert not leading.done()
             follower = await asyncio.to_thread(following_rank, head)
             leader = await asyncio.wrap_future(leading)
             assert list(leader.followers) == [1]
-            for end in (follower.channel, leader.channel, leader.followers[1], heard):
+            for end in (follower.channel, leader.channel, leader.followers[1], at_the_head):
                 end.close()
 
     asyncio.run(test())

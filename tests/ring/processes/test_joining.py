@@ -1,4 +1,4 @@
-"""Who may join a group, who finds whom, and who is missed."""
+"""Who may join the ranks, how they find each other, and whose silence is noticed."""
 
 import asyncio
 import errno
@@ -129,12 +129,12 @@ def test_who_says_nothing_is_lost_and_who_beats_is_not(monkeypatch: pytest.Monke
     silence_seconds = 0.5 * patience()
     silent, silent_end = socket.socketpair()
     beating, beating_end = socket.socketpair()
-    heard = Channel(beating)
-    listening = threading.Thread(target=lambda: list(iter(heard.receive, None)), daemon=True)
+    receiver = Channel(beating)
+    listening = threading.Thread(target=lambda: list(iter(receiver.receive, None)), daemon=True)
     listening.start()
     began = time.monotonic()
     monitor = HeartbeatMonitor(
-        {"rank 1": Channel(silent), "rank 2": heard},
+        {"rank 1": Channel(silent), "rank 2": receiver},
         lambda reason: lost.append((time.monotonic() - began, reason)),
     )
     monitor.silence_seconds = silence_seconds
@@ -142,7 +142,7 @@ def test_who_says_nothing_is_lost_and_who_beats_is_not(monkeypatch: pytest.Monke
     wait_for(lambda: lost)
     seconds, reason = lost[0]
     assert 0.8 * silence_seconds < seconds < silence_seconds + patient(4.5)
-    assert reason.startswith("rank 1 has not been heard of")
+    assert reason.startswith("rank 1 has sent nothing for")
     assert not any("rank 2" in reason for _, reason in lost)
     for end in (silent, silent_end, beating, beating_end):
         end.close()

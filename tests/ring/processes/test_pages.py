@@ -1,4 +1,4 @@
-"""What any number of ranks has written is read by any other number, wherever its pages lie."""
+"""What any number of ranks has written is read by any other number, wherever its pages are."""
 
 import errno
 from pathlib import Path
@@ -32,7 +32,7 @@ BLOCKS = 8
 
 
 class Ranks:
-    """So many pools side by side, and the disk tier of their leader."""
+    """The pools of several ranks, and the disk tier of their leader."""
 
     def __init__(self, size: int, folder: Path) -> None:
         window = LayerSpec(heads=1, kv_heads=1, head_dim=16, window=BLOCK_TOKENS)
@@ -48,16 +48,16 @@ class Ranks:
             )
             for _ in range(size)
         ]
-        books: Any = self.memories[0]
+        leader: Any = self.memories[0]
         self.disk = DiskTier(
             DiskTierConfig(folder=folder),
             LRU(),
-            extents=RingExtents(books, [LocalPages(memory) for memory in self.memories]),
+            extents=RingExtents(leader, [LocalPages(memory) for memory in self.memories]),
         )
-        self.transfers = [RingTransfer(g, sum(p.page_bytes)) for g, p in enumerate(books.packed)]
+        self.transfers = [RingTransfer(g, sum(p.page_bytes)) for g, p in enumerate(leader.packed)]
 
     def number(self, rank: int, page: int) -> int:
-        """A page of a rank, as the leader calls it."""
+        """Return the leader's number of a rank's page."""
         return rank * self.memories[0].packed[0].pages_per_rank + page
 
     def put(self, group: int, rank: int, page: int, seed: int) -> None:
@@ -80,7 +80,7 @@ class Ranks:
 
 
 def errors_of(*modules: ModuleType) -> list[type[Exception]]:
-    """Every kind of error that is defined there."""
+    """Return every type of error that these modules define."""
     found = (kind for module in modules for kind in vars(module).values())
     kinds = {kind for kind in found if isinstance(kind, type) and issubclass(kind, Exception)}
     assert OtherVersion in kinds and LayoutDiffers in kinds
@@ -109,9 +109,9 @@ def test_blocks_of_one_chain_may_lie_on_several_ranks(tmp_path: Path) -> None:
     where = [(block % 3, 20 - block) for block in range(BLOCKS)]
     for seed, (rank, page) in enumerate(where):
         ranks.put(0, rank, page, seed)
-    assert ranks.write("a", 0, [ranks.number(*place) for place in where])
+    assert ranks.write("a", 0, [ranks.number(*page) for page in where])
     elsewhere = [((block + 1) % 3, 30 + block) for block in range(BLOCKS)]
-    assert all(ranks.read("a", 0, [ranks.number(*place) for place in elsewhere]))
+    assert all(ranks.read("a", 0, [ranks.number(*page) for page in elsewhere]))
     for seed, (rank, page) in enumerate(elsewhere):
         assert ranks.holds(0, rank, page, seed)
     ranks.disk.close()
@@ -145,7 +145,7 @@ def test_a_full_disk_of_another_rank_turns_writing_off(
 ) -> None:
     ranks = Ranks(2, tmp_path)
 
-    def full(*words: object) -> None:
+    def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "no space left")
 
     far = SimpleNamespace(write=full)
@@ -172,8 +172,8 @@ def test_what_goes_wrong_on_a_rank_is_raised_at_the_leader(error: Exception) -> 
     assert getattr(raised.value, "errno", None) == getattr(error, "errno", None)
 
 
-def test_orders_travel_whole() -> None:
+def test_requests_are_decoded_as_they_were_encoded() -> None:
     run = run_of("a", 3, 2)
     meta = ExtentMeta(run=run, cost_seconds=1.5, created_at=2.5, retained=True)
-    orders = (WritePages(1, "/x", meta, [4, 5]), ReadPages(2, "/x", run, [0], [7]))
-    assert tuple(decode_from_leader(encode(order)) for order in orders) == orders
+    requests = (WritePages(1, "/x", meta, [4, 5]), ReadPages(2, "/x", run, [0], [7]))
+    assert tuple(decode_from_leader(encode(request)) for request in requests) == requests

@@ -15,15 +15,15 @@ from longctx.errors import PeerLost
 from longctx.ring.link import measure_link
 from longctx.ring.process_group import ProcessGroupTransport
 from longctx.ring.transport import Transport, VirtualLinks, VirtualTransport
+from tests.support.waiting import patient
 
-PATIENCE_SECONDS = 120
 CPU = torch.device("cpu")
 
 Work = Callable[[Transport], Any]
 
 
 def exchange(transport: Transport) -> tuple[list[bytes], int]:
-    """Everybody to everybody: several types and sizes, two rounds under way at once, in order."""
+    """Send from all to all: several types and sizes, many transfers at once, in order."""
     rank, size = transport.rank, transport.size
     others = [other for other in range(size) if other != rank]
     received: list[Tensor] = []
@@ -44,13 +44,13 @@ def exchange(transport: Transport) -> tuple[list[bytes], int]:
 
 
 def message(source: int, target: int, turn: int, dtype: torch.dtype) -> Tensor:
-    """None of some, and much of others."""
+    """Make a tensor that some pairs of ranks have much of, and some nothing."""
     rows = (source + target + turn) % 3 * 7000
     return (torch.arange(rows * 3).view(rows, 3) + source * 100 + target * 10 + turn).to(dtype)
 
 
 def lose(transport: Transport) -> str:
-    """Rank 1 goes without a word while rank 0 waits for it."""
+    """Let rank 1 end without a message while rank 0 waits for one."""
     if transport.rank == 1:
         return ""
     try:
@@ -70,7 +70,7 @@ def virtual(work: Work, size: int) -> list[Any]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(PATIENCE_SECONDS)
+        thread.join(patient())
     return results
 
 
@@ -85,7 +85,7 @@ def real(work: Work, size: int, folder: Path) -> list[Any]:
         process.start()
     found = dict(results.get() for _ in processes)
     for process in processes:
-        process.join(PATIENCE_SECONDS)
+        process.join(patient())
         assert process.exitcode == 0
     return [found[rank] for rank in range(size)]
 

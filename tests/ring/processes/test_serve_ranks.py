@@ -15,17 +15,21 @@ import httpx
 import pytest
 
 from tests.ring.processes.ring_server import RingServer, body, document
+from tests.support.waiting import patient, wait_for
 
-NOTICED_SECONDS = 10.0
+NOTICED_SECONDS = 10.0  # until requests end, on an idle machine
 BACK_SECONDS = 60.0
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 
 
 def lose_while_answering(server: RingServer, file_id: str, rank: int, how: int) -> dict[str, Any]:
-    """Signal a rank in the middle of a stream; how the stream ends, and after how long."""
+    """Signal a rank in the middle of a stream; return how it ends, and after how long."""
     options = {"stream": True, "max_tokens": 4000, "ignore_eos": True}
     with httpx.stream(
-        "POST", f"{server.url}/v1/chat/completions", json=body(file_id, **options), timeout=60
+        "POST",
+        f"{server.url}/v1/chat/completions",
+        json=body(file_id, **options),
+        timeout=patient(60),
     ) as answer:
         lines = (line[6:] for line in answer.iter_lines() if line.startswith("data: "))
         for _ in range(5):
@@ -40,20 +44,19 @@ def lose_while_answering(server: RingServer, file_id: str, rank: int, how: int) 
 
 
 def lose_while_reading(server: RingServer, rank: int, how: int) -> dict[str, Any]:
-    """Signal a rank while a long prompt is computed; the answer, and how long it took."""
+    """Signal a rank while a long prompt is computed; return the answer, and how long it took."""
     found: dict[str, Any] = {}
 
     def ask() -> None:
         message = {"role": "user", "content": document(1500)}
         body = {"messages": [message], "max_tokens": 4}
-        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=patient(60))
         found.update(status=answer.status_code, body=answer.json(), ended=time.monotonic())
 
     asking = threading.Thread(target=ask)
     computed = server.metric("longctx_computed_tokens_total")
     asking.start()
-    while server.metric("longctx_computed_tokens_total") < computed + 2000:
-        time.sleep(0.02)
+    wait_for(lambda: server.metric("longctx_computed_tokens_total") >= computed + 2000)
     os.kill(server.rank(rank), how)
     began = time.monotonic()
     asking.join()
@@ -61,9 +64,9 @@ def lose_while_reading(server: RingServer, rank: int, how: int) -> dict[str, Any
 
 
 def check_is_back(server: RingServer, file_id: str, expected: str) -> None:
-    """On the same port, with what was stored."""
-    text, computed, seconds = server.until_answered(file_id, BACK_SECONDS)
-    assert seconds < BACK_SECONDS and text == expected and computed < 200, (seconds, text, computed)
+    """Ask on the same port until it is answered, and check that nothing was computed again."""
+    text, computed = server.ask_until_answered(file_id, BACK_SECONDS)
+    assert text == expected and computed < 200, (text, computed)
 
 
 def test_two_ranks_answer_as_one_and_outlive_a_rank(tmp_path: Path) -> None:
@@ -73,7 +76,7 @@ def test_two_ranks_answer_as_one_and_outlive_a_rank(tmp_path: Path) -> None:
         assert "4711" in expected
 
         ended = lose_while_answering(server, file_id, rank=1, how=KILL)
-        assert ended["seconds"] < NOTICED_SECONDS and "error" in ended["last"], ended
+        assert ended["seconds"] < patient(NOTICED_SECONDS) and "error" in ended["last"], ended
         assert server.client.get("/health").json()["engine"] == "restarting"
         refused = server.client.post("/v1/chat/completions", json=body(file_id))
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "engine_died"
@@ -98,11 +101,13 @@ def test_any_rank_may_be_lost_at_any_time(tmp_path: Path, rank: int, how: int) -
         expected, _ = server.ask(file_id)
 
         decoding = lose_while_answering(server, file_id, rank, how)
-        assert decoding["seconds"] < NOTICED_SECONDS and "error" in decoding["last"], decoding
+        assert decoding["seconds"] < patient(NOTICED_SECONDS) and "error" in decoding["last"], (
+            decoding
+        )
         check_is_back(server, file_id, expected)
 
         reading = lose_while_reading(server, rank, how)
-        assert reading["seconds"] < NOTICED_SECONDS and reading["status"] == 503, reading
+        assert reading["seconds"] < patient(NOTICED_SECONDS) and reading["status"] == 503, reading
         check_is_back(server, file_id, expected)
         server.end()
 
