@@ -27,6 +27,21 @@ def curl_commands(page: str) -> list[str]:
     return re.findall(r"^\$ (curl (?:[^'\n]|'[^']*')+)$", shown, re.M)
 
 
+@pytest.mark.parametrize(
+    "page",
+    sorted(
+        str(file.relative_to(ROOT)) for file in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))
+    ),
+)
+def test_what_a_page_links_to_and_names_exists(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
+    files = re.findall(r"`((?:longctx|api|offload|compress|prompt_cache|tests)/[\w/.-]+)`", text)
+    absent = [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
+    absent += [file for file in files if not (ROOT / file).exists()]
+    assert not absent
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
 def test_the_curl_commands_of_a_page_work_in_their_order(tmp_path: Path, page: str) -> None:
