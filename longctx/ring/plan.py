@@ -207,65 +207,71 @@ class StepPlanner:
 
     def _finish(self, step: _UnfinishedStep) -> list[RankStep]:
         """Build every rank's step."""
-        ranks, groups = self._ring.ranks, range(len(self._memory.groups))
-        all_gathers = [self._all_gather(step, group) for group in groups]
-        no_queries = [RemoteQueries((NO_INDICES,) * ranks, (0,) * ranks, ())] * ranks
-        no_rounds: list[list[Round]] = [[] for _ in range(ranks)]
-        queries, rounds = [no_queries] * len(groups), [no_rounds] * len(groups)
-        last_queries, last_rounds = no_queries, no_rounds
-        if self._has_global_layers:
-            queries[0], rounds[0] = step.exchange.remote_queries(), step.exchange.rounds()
-            if self._last_group == 0:
-                last_queries = step.last_layer_exchange.remote_queries()
-                last_rounds = step.last_layer_exchange.rounds()
+        transfers = [
+            _global_transfers(step.exchange)
+            if layers.window is None
+            else _window_transfers([builder.sealed_packed[group] for builder in step.builders])
+            for group, layers in enumerate(self._memory.groups)
+        ]
+        last_transfers = transfers[self._last_group]
+        if self._memory.groups[self._last_group].window is None:
+            last_transfers = _global_transfers(step.last_layer_exchange)
         steps = []
         for rank, builder in enumerate(step.builders):
-            group_steps = tuple(
-                GroupStep(
-                    all_gather=tuple(all_gathers[group][rank]),
-                    local=tuple(builder.local[group]),
-                    remote_queries=queries[group][rank],
-                    rounds=tuple(rounds[group][rank]),
-                )
-                for group in groups
+            groups = tuple(
+                each.group_step(rank, local)
+                for each, local in zip(transfers, builder.local, strict=True)
             )
-            last_layer = GroupStep(
-                all_gather=group_steps[self._last_group].all_gather,
-                local=tuple(builder.last_layer_local[self._last_group]),
-                remote_queries=last_queries[rank],
-                rounds=tuple(last_rounds[rank]),
-            )
+            last_layer = last_transfers.group_step(rank, builder.last_layer_local[self._last_group])
             result_rows = tuple(map(as_indices, step.result_rows)) if rank == LEADER else ()
-            steps.append(builder.build(group_steps, last_layer, result_rows))
+            steps.append(builder.build(groups, last_layer, result_rows))
         return steps
 
-    def _all_gather(self, step: _UnfinishedStep, group: int) -> list[list[Round]]:
-        """List, by rank, the rounds after which every rank has all window pages that were sealed.
 
-        With 3 ranks, rank 0 first sends to 1 and receives from 2, then sends to 2 and receives
-        from 1. A page has the same number everywhere, so it arrives where it stays.
-        """
-        if self._memory.groups[group].window is None:
-            return [[] for _ in step.builders]
-        sealed = [
-            np.concatenate([NO_INDICES, *builder.sealed_packed[group]]) for builder in step.builders
-        ]
-        ranks = len(sealed)
-        return [
-            [
-                _window_round((rank + distance) % ranks, (rank - distance) % ranks, rank, sealed)
-                for distance in range(1, ranks)
-            ]
-            for rank in range(ranks)
-        ]
+@dataclass(frozen=True, slots=True)
+class _Transfers:
+    """What every rank sends and receives in the layers of one group, by rank."""
+
+    all_gather: list[list[Round]]
+    remote_queries: list[RemoteQueries]
+    rounds: list[list[Round]]
+
+    def group_step(self, rank: int, local: list[GroupRows]) -> GroupStep:
+        return GroupStep(
+            all_gather=tuple(self.all_gather[rank]),
+            local=tuple(local),
+            remote_queries=self.remote_queries[rank],
+            rounds=tuple(self.rounds[rank]),
+        )
 
 
-def _window_round(target: int, source: int, rank: int, sealed: list[NDArray[np.int64]]) -> Round:
-    return Round(
-        target=target,
-        sends=sealed[rank],
-        source=source,
-        receives=sealed[source],
-        staged_to_owned=NO_INDICES.reshape(0, 2),
-        rows=(),
-    )
+def _global_transfers(exchange: Exchange) -> _Transfers:
+    queries, rounds = exchange.remote_queries(), exchange.rounds()
+    return _Transfers([[] for _ in queries], queries, rounds)
+
+
+def _window_transfers(sealed_pages: list[list[NDArray[np.int64]]]) -> _Transfers:
+    """List the rounds after which every rank has all window pages that were sealed.
+
+    `sealed_pages[r]`: those that rank r seals. With 3 ranks, rank 0 first sends to 1 and receives
+    from 2, then sends to 2 and receives from 1. A page has the same number everywhere, so it
+    arrives where it stays.
+    """
+    ranks = len(sealed_pages)
+    sealed = [np.concatenate([NO_INDICES, *pages]) for pages in sealed_pages]
+    all_gather: list[list[Round]] = [[] for _ in sealed]
+    for distance in range(1, ranks):
+        for rank in range(ranks):
+            target, source = (rank + distance) % ranks, (rank - distance) % ranks
+            all_gather[rank].append(
+                Round(
+                    target=target,
+                    sends=sealed[rank],
+                    source=source,
+                    receives=sealed[source],
+                    staged_to_owned=NO_INDICES.reshape(0, 2),
+                    rows=(),
+                )
+            )
+    no_queries = RemoteQueries((NO_INDICES,) * ranks, (0,) * ranks, ())
+    return _Transfers(all_gather, [no_queries] * ranks, [[] for _ in sealed])
