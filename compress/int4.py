@@ -91,9 +91,9 @@ class Int4:
         )
 
     def _rounded(self, wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Round `wide` [..., head_dim]: codes uint8 of its shape, and for each group of dims
-        scales and minimums, bfloat16 [..., groups].
+        """Round `wide` [..., head_dim] to codes, scales and minimums.
 
+        Codes are uint8 of its shape; scales and minimums are bfloat16 [..., groups].
         A group from -1 to 2 has minimum -1 and scale 0.2, about. In it 0.45 is 7.25 steps above the
         minimum, so its code is 7, and it comes back as 0.4.
         """

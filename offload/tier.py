@@ -25,6 +25,8 @@ class Cleared(NamedTuple):
 
 
 class Tier(Protocol):
+    """A place for blocks below the device. Each tier of a stack has a name of its own."""
+
     @property
     def name(self) -> TierName: ...
 
@@ -66,13 +68,20 @@ class Tier(Protocol):
         ...
 
     def stats(self) -> dict[str, float]:
-        """Return figures by name, without the name of the tier; counters end in `_total`."""
+        """Return figures by name, without the name of the tier; counters end in `_total`.
+
+        `/v1/cache` needs `bytes`, `blocks`, `capacity_bytes` (where there is a bound), `hits_total`
+        and `misses_total`; it shows `evictions_REASON_total` too. A figure of another name becomes a
+        metric by a line in `api/engine_metrics.py`.
+        """
         ...
 
     def close(self) -> None: ...
 
 
 class MemoryTier(Tier, Protocol):
+    """A tier that pages are copied into, also when they were read from below."""
+
     @property
     def durable(self) -> Literal[False]: ...
 
@@ -99,6 +108,8 @@ class MemoryTier(Tier, Protocol):
 
 
 class DurableTier(Tier, Protocol):
+    """A tier that outlives the process."""
+
     @property
     def durable(self) -> Literal[True]: ...
 

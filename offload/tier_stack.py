@@ -67,12 +67,14 @@ class TierStack:
         return None
 
     def in_memory(self, group: int, key: BlockKey) -> bool:
+        """Return whether a read of this key copies memory: then it cannot be late."""
         for tier in self._memory:  # noqa: SIM110
             if tier.has(group, key):
                 return True
         return False
 
     def is_durable(self, group: int, key: BlockKey) -> bool:
+        """Return whether the key is on stable storage."""
         for tier in self._durable:  # noqa: SIM110
             if tier.has(group, key):
                 return True
@@ -244,7 +246,7 @@ class TierStack:
 
 
 def _stretches(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """[begin, end) of each run of consecutive numbers: 3 4 5 9 gives (3, 6) and (9, 10)."""
+    """Yield [begin, end) of each run of consecutive numbers: 3 4 5 9 give (3, 6) and (9, 10)."""
     begin = 0
     for i in range(1, len(rows) + 1):
         if i == len(rows) or rows[i] != rows[i - 1] + 1:

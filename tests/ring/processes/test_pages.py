@@ -2,7 +2,7 @@
 
 import errno
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -148,8 +148,7 @@ def test_a_full_disk_of_another_rank_turns_writing_off(
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "no space left")
 
-    far = SimpleNamespace(write=full)
-    monkeypatch.setattr(ranks.disk._extents, "_ranks", [far, far])
+    monkeypatch.setattr(LocalPages, "write", full)
     assert not ranks.write("a", 0, [ranks.number(1, 1)])
     assert ranks.disk.stats()["full_disks_total"] == 1 and ranks.disk.stats()["writes_off"] == 1
     ranks.disk.close()
