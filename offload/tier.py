@@ -71,8 +71,8 @@ class Tier(Protocol):
         """Return figures by name, without the name of the tier; counters end in `_total`.
 
         `/v1/cache` needs `bytes`, `blocks`, `capacity_bytes` (where there is a bound), `hits_total`
-        and `misses_total`; it shows `evictions_REASON_total` too. A figure of another name becomes a
-        metric by a line in `api/engine_metrics.py`.
+        and `misses_total`; it shows `evictions_REASON_total` too. A figure of another name becomes
+        a metric by a line in `api/engine_metrics.py`.
         """
         ...
 
