@@ -137,8 +137,10 @@ class Exchange:
                         holder,
                         receiver,
                         [span for span in spans if span.rank == receiver],
-                        begin=past if pass_q_past else 0,
-                        end=past if pass_q_new else shards.count(holder),
+                        passed=range(
+                            past if pass_q_past else 0,
+                            past if pass_q_new else shards.count(holder),
+                        ),
                     )
                     if len(message.entries):
                         self._messages.setdefault((holder, receiver), []).append(message)
@@ -150,13 +152,13 @@ class Exchange:
         receiver: int,
         spans: list[RowSpan],
         *,
-        begin: int,
-        end: int,
+        passed: range,
     ) -> _PageMessage:
         """Choose which of the holder's blocks the receiver gets; maybe none.
 
-        Those of [begin, end) that a span there attends to, and new ones that the receiver owns.
-        Of past blocks all are sent, since every row attends to all of them. In the example, where
+        `passed`: those of the holder's blocks whose keys are passed, not queries to them. The
+        receiver gets the passed blocks that a span there attends to, and new ones that it owns. Of
+        past blocks it gets all, since every row attends to all of them. In the example, where
         nothing is past and keys are passed:
 
             holder  receiver  attended to by its spans      owned by it    sent
@@ -170,7 +172,7 @@ class Exchange:
         past, count = shards.past_counts[holder], shards.count(holder)
         seen = [shards.count_before(holder, span.part.sealed_blocks.start) for span in spans]
         is_attended = np.zeros(count, dtype=bool)
-        is_attended[begin : min(end, max(seen, default=0))] = True
+        is_attended[passed.start : min(passed.stop, max(seen, default=0))] = True
         owner_pages = np.full(count, NOT_OWNED)
         owner_pages[past:] = np.where(
             shards.owners[holder] == receiver, shards.owner_pages[holder], NOT_OWNED
