@@ -16,9 +16,10 @@ from api.engine_metrics import Sample, samples, values
 from api.files.document import Document
 from api.files.document_library import DocumentLibrary
 from api.http.auth import tenant_of
-from api.http.bodies import ClearRequest, read_json
+from api.http.bodies import ClearRequest
 from api.http.errors import ApiError
 from api.http.openapi import JSON, Body
+from api.http.read_body import read_json
 from longctx.process.client import EngineClient
 from offload.tier_names import MEMORY_TIERS, TIERS, TierName
 

@@ -1,4 +1,4 @@
-"""What the server says of itself: `/health`, `/v1/models`, and `/tokenize`."""
+"""`/health`, `/v1/models` and `/tokenize`: what the server says of itself and its model."""
 
 import asyncio
 import time
@@ -9,7 +9,8 @@ from starlette.responses import JSONResponse, Response
 
 from api.completions.chat import ChatRoutes
 from api.completions.generation import Generation
-from api.http.bodies import TokenizeRequest, read_json
+from api.http.bodies import TokenizeRequest
+from api.http.read_body import read_json
 from longctx.engine_info import CodecChoice
 from longctx.text.tokenizer import Tokenizer
 
@@ -77,7 +78,7 @@ class StatusRoutes:
 
 
 def _quality(choice: CodecChoice) -> dict[str, dict[str, float]] | None:
-    """What the codec costs the model, part by part; None where that was not measured."""
+    """Tells what the codec costs the model, for each text measured; None where nothing was."""
     if choice.verdict is None:
         return None
     measured = choice.verdict.measured

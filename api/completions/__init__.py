@@ -1,1 +1,1 @@
-"""Questions: from the body of a chat or a completion to the answer on the wire."""
+"""Chats and completions: from the body of a request to its answer."""

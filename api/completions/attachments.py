@@ -1,7 +1,7 @@
-"""Files as messages name them: by id, or carried along as base64.
+"""Finds the files that messages refer to: by id, or inside the message as base64.
 
-A file that is carried along is kept like an upload, so the next message that carries the same one
-finds it computed.
+A file inside a message is kept like an upload, so the next message with the same one finds it
+computed.
 """
 
 import asyncio
@@ -18,6 +18,8 @@ from api.http.errors import ApiError
 
 
 class Attachments:
+    """Finds documents in the library, and adds those that came inside a message."""
+
     def __init__(
         self, library: DocumentLibrary, folder: StoreDir, *, max_upload_bytes: int
     ) -> None:
@@ -26,7 +28,7 @@ class Attachments:
         self.max_upload_bytes = max_upload_bytes
 
     async def find(self, tenant: str, reference: FileReference) -> Document:
-        """Raises ApiError: 404 for an unknown id, 400 for data that is no text."""
+        """Raises ApiError: 404 for an unknown id, 400 for data that is not text."""
         if reference.file_id is not None:
             return self.library.find(tenant, reference.file_id, param="messages")
         assert reference.file_data is not None
@@ -45,7 +47,7 @@ class Attachments:
 
 
 def _decode(file_data: str) -> bytes:
-    """A data URL's bytes, or those of plain base64."""
+    """Returns the bytes of a data URL or of plain base64. Raises ApiError for other text."""
     head, comma, rest = file_data.partition(",")
     encoded = rest if comma and head.startswith("data:") else file_data
     try:

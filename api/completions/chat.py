@@ -1,8 +1,8 @@
 """`POST /v1/chat/completions`: a conversation, with files in it by reference.
 
 A question never tokenizes or resends its documents: the chat template is rendered around them, and
-the engine is told their names. A document that is still being read is waited for; one that is read
-but not yet computed is joined by the engine.
+the engine is told their names. A document that is still being tokenized is waited for; the question
+joins the computation of one that is tokenized but not yet computed.
 """
 
 import asyncio
@@ -16,11 +16,13 @@ from api.completions.attachments import Attachments
 from api.completions.conversation import Conversation
 from api.completions.generation import Generation
 from api.completions.preamble_resolver import PreambleResolver
-from api.completions.reply import Choice, JSONObject, Reply
+from api.completions.reply import Choice, Reply
 from api.files.document import Document
 from api.files.document_library import DocumentLibrary
 from api.http.auth import SINGLE_TENANT, tenant_of
-from api.http.bodies import ChatRequest, Message, TextPart, read_json
+from api.http.bodies import ChatRequest, Message, TextPart
+from api.http.read_body import read_json
+from api.http.sse import JSONObject
 from api.stored_prompts.retention import Retention
 from longctx.errors import InvalidRequest
 from longctx.request import Segment
@@ -105,7 +107,7 @@ class ChatRoutes:
     async def read(
         self, messages: list[Message], tenant: str
     ) -> tuple[list[chat_template.Message], list[Document]]:
-        """The messages and the files in them.
+        """Returns the messages for the chat template, and the files in them.
 
         Raises ApiError: 404 for an unknown file, 400 for one that came along and is no text.
         """
@@ -126,7 +128,7 @@ class ChatRoutes:
         return read, list(files.values())
 
     async def tokens(self, messages: list[Message]) -> list[int]:
-        """The prompt of a conversation without files, as the template makes it."""
+        """Returns the tokens of a conversation without files. Raises InvalidRequest for files."""
         for number, message in enumerate(messages):
             if not all(isinstance(part, TextPart) for part in message.parts):
                 raise InvalidRequest(

@@ -1,15 +1,16 @@
-"""`POST /v1/completions`: a prompt as text or token ids, continued without a chat template."""
+"""`POST /v1/completions`: continues prompts of text or token ids, without a chat template."""
 
 import asyncio
-from collections.abc import AsyncGenerator
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from api.completions.generation import EnginePrompt, Generation
-from api.completions.reply import Choice, JSONObject, Reply
+from api.completions.reply import Choice, PromptSource, Reply
 from api.http.auth import tenant_of
-from api.http.bodies import CompletionRequest, read_json
+from api.http.bodies import CompletionRequest
+from api.http.read_body import read_json
+from api.http.sse import JSONObject
 from longctx.errors import InvalidRequest
 from longctx.request import Segment
 from longctx.text.tokenizer import Tokenizer
@@ -56,27 +57,17 @@ class CompletionRoutes:
         return await reply.respond(request, ping_seconds=self.ping_seconds)
 
 
-class LiteralPrompts:
-    """Prompts that wait for nothing."""
-
-    is_ready = True
+class LiteralPrompts(PromptSource):
+    """The prompts of a completion, which stand in its body and wait for nothing."""
 
     def __init__(self, wanted: CompletionRequest, tokenizer: Tokenizer, vocab_size: int) -> None:
-        self.notes: JSONObject = {}
-        self.prompt_cache: JSONObject = {}
+        super().__init__()
         self.wanted = wanted
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
 
-    async def waiting(self) -> AsyncGenerator[JSONObject, None]:
-        return
-        yield
-
     async def prompts(self) -> list[EnginePrompt]:
         return await asyncio.to_thread(lambda: [self._prompt(one) for one in self.wanted.prompts])
-
-    async def on_answered(self) -> None:
-        """Nothing more is to be done."""
 
     def _prompt(self, prompt: str | list[int]) -> EnginePrompt:
         if isinstance(prompt, str):

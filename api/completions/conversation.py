@@ -1,13 +1,14 @@
-"""Messages whose files have been found, on their way to be a prompt."""
+"""Makes the prompt of a chat from messages whose files have been found."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
 from api.completions.generation import EnginePrompt
 from api.completions.preamble import REPORT_SECONDS, Preamble
-from api.completions.reply import JSONObject
+from api.completions.reply import PromptSource
 from api.files.document import Document
 from api.files.document_library import DocumentLibrary
+from api.http.sse import JSONObject
 from longctx.request import Segment
 from longctx.text import chat_template
 from longctx.text.chat_template import ChatPrompts, FilePart, PromptPiece
@@ -18,7 +19,9 @@ from prompt_cache.level import Level
 SHORT_CHARACTERS = 4096
 
 
-class Conversation:
+class Conversation(PromptSource):
+    """The prompt of a chat: messages with a preamble and files, which may still be waited for."""
+
     def __init__(
         self,
         messages: list[chat_template.Message],
@@ -30,12 +33,12 @@ class Conversation:
         check: Callable[[Sequence[Segment], int], None],
         keep: Callable[[Sequence[Segment]], Awaitable[None]],
     ) -> None:
-        """`check`: raises for what may not be answered, a prompt of so many tokens. `keep`: what is
-        to be done with it when it has been answered.
+        """`check` is called with the prompt's segments and tokens before it is answered, and raises
+        for a prompt that may not be; `keep` with its segments afterwards.
 
-        Raises ApiError where the messages do not go together with what they begin with.
+        Raises ApiError where the messages do not go together with the preamble.
         """
-        self.notes: JSONObject = {}
+        super().__init__()
         self._messages = preamble.messages(messages)
         self._files = files
         self._prompts = prompts
@@ -110,7 +113,7 @@ class Conversation:
         return await asyncio.to_thread(self._prompts.pieces, self._messages, date=date)
 
     def _note_prefixes(self, preamble: Sequence[Segment], segments: Sequence[Segment]) -> None:
-        """Says which files stand after something else than they were computed after."""
+        """Notes which files stand after other text than they were computed after, and why."""
         by_id = {document.id: document for document in self._files}
         before: tuple[int, ...] = preamble[0].token_ids if preamble else ()
         seen: list[str] = []

@@ -1,6 +1,6 @@
-"""From checked prompts to the engine's outputs, for one HTTP request.
+"""Asks the engine: from the prompts of one HTTP request to the outputs of all of them.
 
-Read `Generation.outputs` first. `reply.py` puts them on the wire.
+Read `Generation.outputs` first. `reply.py` makes the answer of them.
 """
 
 import asyncio
@@ -21,8 +21,8 @@ from longctx.request import FinishReason, Request, RequestOutput, SamplingParams
 class EnginePrompt:
     """A prompt as the engine takes it.
 
-    `tokens` counts its documents and modules too, `gap_tokens` the positions between modules that
-    it leaves out.
+    `tokens` counts those of its documents and modules too, `gap_tokens` the positions between
+    modules that it leaves out.
     """
 
     segments: tuple[Segment, ...]
@@ -31,6 +31,8 @@ class EnginePrompt:
 
 
 class Generation:
+    """Makes requests for the engine and merges their outputs. It has no state of a request."""
+
     def __init__(
         self,
         engine: EngineClient,
@@ -56,7 +58,7 @@ class Generation:
     def requests(
         self, prompts: Sequence[EnginePrompt], wanted: GenerationRequest, salt: str
     ) -> list[Request]:
-        """One for each prompt. An answer of no stated length gets what the prompt leaves.
+        """Makes one request for each prompt. An answer of no stated length gets what is left.
 
         Raises ContextTooLong when a prompt, or it and its answer, do not fit, and InvalidRequest
         for a value out of range.
@@ -75,7 +77,8 @@ class Generation:
         ]
 
     async def outputs(self, requests: Sequence[Request]) -> AsyncGenerator[RequestOutput, None]:
-        """Events of all requests as they come; choice numbers run on from one to the next.
+        """Yields the outputs of all requests as they come, with choices numbered over all of them:
+        with n = 2, those of the second request are 2 and 3.
 
         Closing it aborts all of them. Raises what the engine raises, and ApiError or EngineDied
         when it fails during an answer.
@@ -136,7 +139,7 @@ class Generation:
 async def _merge(
     streams: Sequence[AsyncGenerator[RequestOutput, None]],
 ) -> AsyncGenerator[RequestOutput, None]:
-    """The events of all streams as they come. The first exception ends all of them."""
+    """Yields the outputs of all streams as they come. The first exception ends all of them."""
     queue: asyncio.Queue[RequestOutput | BaseException | None] = asyncio.Queue()
 
     async def pump(stream: AsyncGenerator[RequestOutput, None]) -> None:

@@ -1,11 +1,11 @@
 """What a conversation begins with before its own messages: nothing, a named prompt, a schema."""
 
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
-from api.completions.reply import JSONObject
+from api.completions.waiting import Waitable
 from api.http.errors import ApiError
+from api.http.sse import JSONObject
 from api.stored_prompts.module_keeper import StoredModules
 from api.stored_prompts.prompt_library import StoredPrompt
 from api.stored_prompts.schema_library import SchemaLibrary, StoredSchema, segments_of
@@ -15,12 +15,12 @@ from longctx.text.chat_template import FilePart, Message, PromptPiece, frames_of
 from prompt_cache.errors import SchemaError
 from prompt_cache.level import Level
 
-REPORT_SECONDS = 1.0
+REPORT_SECONDS = 1.0  # a stream that waits tells so this often
 
 
 @dataclass(frozen=True, slots=True)
 class SplitPrompt:
-    """Segments that a prompt begins with, what of it was rendered and follows them."""
+    """A rendered conversation: what the preamble says as segments, and the pieces that follow."""
 
     segments: tuple[Segment, ...]
     rest: tuple[PromptPiece, ...]
@@ -28,72 +28,48 @@ class SplitPrompt:
     gap_tokens: int = 0  # positions left out among them
 
 
-class Preamble(Protocol):
+class Preamble(Waitable):
+    """What a conversation begins with: nothing, unless a subclass says otherwise.
+
+    It is used in this order: `messages`, `waiting`, `split`.
+    """
+
     @property
     def date(self) -> str | None:
-        """The template's today; None: the files', or today."""
-        ...
+        """The date that the template takes for today; None leaves it to the files, or is today."""
+        return None
 
     @property
     def prompt_cache(self) -> JSONObject:
-        """For the answer."""
-        ...
-
-    @property
-    def is_ready(self) -> bool: ...
-
-    def waiting(self) -> AsyncGenerator[JSONObject, None]:
-        """What is waited for, now and then."""
-        ...
+        """The answer's object `prompt_cache`: how the preamble was used. Without one, empty."""
+        return {}
 
     def messages(self, messages: Sequence[Message]) -> list[Message]:
-        """With what the conversation begins with. Raises ApiError where they do not go together."""
-        ...
-
-    async def split(self, pieces: tuple[PromptPiece, ...]) -> SplitPrompt:
-        """`pieces`: of those messages, rendered. Raises ApiError and InvalidRequest."""
-        ...
-
-
-@dataclass(slots=True)
-class NoPreamble:
-    date: str | None = None
-    prompt_cache: JSONObject = field(default_factory=dict)
-    is_ready: bool = True
-
-    async def waiting(self) -> AsyncGenerator[JSONObject, None]:
-        return
-        yield
-
-    def messages(self, messages: Sequence[Message]) -> list[Message]:
+        """Puts the preamble before the messages. Raises ApiError where they do not go together."""
         return list(messages)
 
     async def split(self, pieces: tuple[PromptPiece, ...]) -> SplitPrompt:
+        """Splits those messages, rendered as `pieces`. Raises ApiError and InvalidRequest."""
         return SplitPrompt((), pieces)
 
 
 @dataclass(slots=True)
-class PromptPreamble:
-    """The named prompt's text as messages: its blocks are found like those of any prefix."""
+class PromptPreamble(Preamble):
+    """A named prompt, as messages: its blocks are found like those of any prefix."""
 
-    entry: StoredPrompt
+    stored: StoredPrompt
     files: tuple[FilePart, ...]
-    is_ready: bool = True
 
     @property
     def date(self) -> str | None:
-        return self.entry.record.date
+        return self.stored.record.date
 
     @property
     def prompt_cache(self) -> JSONObject:
-        return {"prompt": self.entry.record.name}
-
-    async def waiting(self) -> AsyncGenerator[JSONObject, None]:
-        return
-        yield
+        return {"prompt": self.stored.record.name}
 
     def messages(self, messages: Sequence[Message]) -> list[Message]:
-        record = self.entry.record
+        record = self.stored.record
         first, *others = messages
         if first.role != "user":
             raise _begins_otherwise(f"prompt {record.name!r}", first.role, "its text")
@@ -101,14 +77,16 @@ class PromptPreamble:
         return [*system, Message("user", (*self.files, *first.content)), *others]
 
     async def split(self, pieces: tuple[PromptPiece, ...]) -> SplitPrompt:
-        self.entry.uses += 1
+        self.stored.uses += 1
         return SplitPrompt((), pieces)
 
 
 @dataclass(slots=True)
-class SchemaPreamble:
+class SchemaPreamble(Preamble):
+    """Modules of a schema, with arguments, at a level of exactness."""
+
     library: SchemaLibrary
-    entry: StoredSchema
+    stored: StoredSchema
     modules: tuple[str, ...]
     arguments: dict[str, str]
     level: Level
@@ -116,12 +94,12 @@ class SchemaPreamble:
 
     @property
     def date(self) -> str | None:
-        return self.entry.record.date
+        return self.stored.record.date
 
     @property
     def prompt_cache(self) -> JSONObject:
         return {
-            "schema": self.entry.record.name,
+            "schema": self.stored.record.name,
             "modules": list(self.modules),
             "level": self.level.name,
             "level_reason": self.reason,
@@ -135,43 +113,44 @@ class SchemaPreamble:
     async def waiting(self) -> AsyncGenerator[JSONObject, None]:
         while (modules := self._modules) is not None and not modules.opened.is_set():
             if not await modules.wait_opened(timeout_seconds=REPORT_SECONDS):
-                yield {"waiting_for": {"schema": self.entry.record.name}}
+                yield {"waiting_for": {"schema": self.stored.record.name}}
 
     def messages(self, messages: Sequence[Message]) -> list[Message]:
-        name = f"schema {self.entry.record.name!r}"
+        name = f"schema {self.stored.record.name!r}"
         first, *others = messages
         if first.role == "system":
             raise _begins_otherwise(name, first.role, "the schema, as <system>")
-        place = self.entry.goes_on
-        if place is None:
-            return [*self.entry.preamble(), *messages]
+        text = self.stored.last_text
+        if text is None:
+            return [*self.stored.preamble(), *messages]
         if first.role != "user":
             raise _begins_otherwise(name, first.role, "a role of the schema")
-        return [*self.entry.preamble(), Message("user", (place, *first.content)), *others]
+        return [*self.stored.preamble(), Message("user", (text, *first.content)), *others]
 
     async def split(self, pieces: tuple[PromptPiece, ...]) -> SplitPrompt:
-        record = self.entry.record  # may have been deleted or replaced while it was waited for
-        entry = self.library.find(record.tenant, record.name, param="prompt_cache.schema")
-        self.entry = entry
+        # The schema may have been deleted or replaced while it was waited for.
+        record = self.stored.record
+        stored = self.library.find(record.tenant, record.name, param="prompt_cache.schema")
+        self.stored = stored
         try:
-            assembly = await self.library.assemble(entry, self.modules, self.arguments)
+            assembly = await self.library.assemble(stored, self.modules, self.arguments)
         except SchemaError as error:
             raise InvalidRequest(str(error), param=f"prompt_cache.{error.param}") from error
         frames, rest = frames_of(pieces)
-        if frames != entry.frames:
+        if frames != stored.frames:
             raise InvalidRequest(
                 "the model's chat template writes something else around this conversation than "
-                f"around the schema {entry.record.name!r} alone, so its modules do not fit; use "
+                f"around the schema {stored.record.name!r} alone, so its modules do not fit; use "
                 "messages that the template takes as they are",
                 param="messages",
             )
         tokens = len(assembly.token_ids)
         gaps = assembly.end - tokens if self.level.link_tokens is not None else 0
-        return SplitPrompt(segments_of(entry, assembly, self.level), rest, tokens, gaps)
+        return SplitPrompt(segments_of(stored, assembly, self.level), rest, tokens, gaps)
 
     @property
     def _modules(self) -> StoredModules | None:
-        return self.entry.modules
+        return self.stored.modules
 
 
 def _begins_otherwise(what: str, role: str, where: str) -> ApiError:

@@ -1,4 +1,4 @@
-"""From the fields `prompt_cache` and `reuse` of a request to what a conversation begins with.
+"""Resolves the fields `prompt_cache` and `reuse` of a request to what a conversation begins with.
 
 A level of exactness is refused where the gate found that it costs this model too much
 (`longctx/quality/level_gate.py`), unless the server was told to force it.
@@ -6,7 +6,7 @@ A level of exactness is refused where the gate found that it costs this model to
 
 import asyncio
 
-from api.completions.preamble import NoPreamble, Preamble, PromptPreamble, SchemaPreamble
+from api.completions.preamble import Preamble, PromptPreamble, SchemaPreamble
 from api.files.document import Document
 from api.files.document_library import DocumentLibrary
 from api.http.bodies import PromptCache
@@ -20,6 +20,8 @@ from prompt_cache.level import EXACT, Level, parse_level
 
 
 class PreambleResolver:
+    """Finds schemas, prompts and files, and asks the gate about levels, once for each level."""
+
     def __init__(
         self,
         schemas: SchemaLibrary,
@@ -43,19 +45,22 @@ class PreambleResolver:
     async def resolve(
         self, wanted: PromptCache | None, tenant: str
     ) -> tuple[Preamble, list[Document]]:
-        """And the files in it. Raises ApiError: 404 for an unknown prompt, schema or file, 400 for
-        a schema that cannot be used; and SchemaError for what is no level."""
+        """Returns the preamble that a request asks for, and the files in it.
+
+        Raises ApiError: 404 for an unknown prompt, schema or file, 400 for a schema that cannot be
+        used; and SchemaError for what is no level.
+        """
         if wanted is None:
-            return NoPreamble(), []
+            return Preamble(), []
         if wanted.prompt is not None:
             return self._prompt(wanted.prompt, tenant)
         assert wanted.schema_name is not None
-        entry = self._schemas.find(tenant, wanted.schema_name, param="prompt_cache.schema")
-        self._schemas.check(entry)
+        stored = self._schemas.find(tenant, wanted.schema_name, param="prompt_cache.schema")
+        self._schemas.check(stored)
         level, reason = await self._chosen(wanted.level)
         preamble = SchemaPreamble(
             self._schemas,
-            entry,
+            stored,
             tuple(wanted.modules or ()),
             dict(wanted.parameters or {}),
             level,
@@ -64,7 +69,8 @@ class PreambleResolver:
         return preamble, []
 
     async def reuse(self, text: str | None) -> Level:
-        """Of a file. Raises SchemaError for what is no level, ApiError where it cannot be had."""
+        """Returns the level at which a file is reused. Raises SchemaError for what is no level, and
+        ApiError where this model cannot have it."""
         if text is None:
             return EXACT
         level = parse_level(text, param="reuse")
@@ -81,7 +87,7 @@ class PreambleResolver:
         return level
 
     async def _chosen(self, text: str | None) -> tuple[Level, str]:
-        """The level of a schema's modules, and why that one."""
+        """Returns the level at which a schema's modules are used, and why that one."""
         if text is not None:
             level = parse_level(text, param="prompt_cache.level")
             return level, await self._allowed(level, "prompt_cache.level")
@@ -91,7 +97,7 @@ class PreambleResolver:
         return EXACT, f"the server's default, {self._level.name}, is not used: {verdict.reason}"
 
     async def _allowed(self, level: Level, param: str) -> str:
-        """What the gate says of it; ApiError where that is no."""
+        """Returns the gate's reason to allow the level. Raises ApiError where it is refused."""
         verdict = await self._verdict(level)
         if not verdict.passed:
             raise ApiError(
@@ -114,10 +120,10 @@ class PreambleResolver:
         return self._verdicts[level]
 
     def _prompt(self, name: str, tenant: str) -> tuple[Preamble, list[Document]]:
-        entry = self._prompts.find(tenant, name, param="prompt_cache.prompt")
+        stored = self._prompts.find(tenant, name, param="prompt_cache.prompt")
         files = [
             self._library.find(tenant, file_id, param="prompt_cache.prompt")
-            for file_id in entry.record.file_ids
+            for file_id in stored.record.file_ids
         ]
         parts = tuple(FilePart(file.id, file.record.filename) for file in files)
-        return PromptPreamble(entry, parts), files
+        return PromptPreamble(stored, parts), files

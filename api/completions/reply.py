@@ -1,4 +1,4 @@
-"""An answer on the wire: one JSON body, or server-sent events, in the shape of either endpoint.
+"""Answers one request: with one JSON body or server-sent events, in the format of its endpoint.
 
 Beside OpenAI's fields an answer has an object `longctx`: `computed_tokens`, those the model really
 computed for it, and what else is worth saying, such as why a document was computed again.
@@ -15,13 +15,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from api.completions.generation import EnginePrompt, Generation
+from api.completions.waiting import Waitable
 from api.http.bodies import GenerationRequest
 from api.http.errors import logger
-from api.http.sse import EventStream, while_connected
+from api.http.sse import EventStream, JSONObject, while_connected
 from longctx.request import CacheExplanation, Progress, RequestOutput, Usage
 from longctx.request import Request as EngineRequest
-
-JSONObject = dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -39,7 +38,11 @@ class Choice:
 
 
 class ResponseFormat(Protocol):
-    """What chat and completions call things; each method makes one element of `choices`."""
+    """What chat and completions call things; each method makes one element of `choices`.
+
+    `whole` is an element of an answer that is not streamed. A stream has, for each choice,
+    `first_delta` unless that is None, a `delta` for each text, and `finish`.
+    """
 
     id_prefix: str
     whole_object: str
@@ -51,32 +54,27 @@ class ResponseFormat(Protocol):
     def finish(self, choice: Choice) -> JSONObject: ...
 
 
-class PromptSource(Protocol):
-    """Makes the prompts of one request, which may mean to wait for documents.
+class PromptSource(Waitable):
+    """Makes the prompts of one request, which may have to wait for documents.
 
-    `notes` are for the answer's object `longctx`; `prompt_cache` is an object of the answer, unless
-    it is empty: how what it begins with was used.
+    It is used in this order: `waiting`, `prompts`, and `on_answered` once the answer is complete.
     """
 
-    notes: JSONObject
+    def __init__(self) -> None:
+        self.notes: JSONObject = {}  # for the answer's object `longctx`
 
     @property
-    def prompt_cache(self) -> JSONObject: ...
+    def prompt_cache(self) -> JSONObject:
+        """The answer's object `prompt_cache`, which is left out when it is empty: how what the
+        conversation begins with was used."""
+        return {}
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether the prompts can be made without waiting."""
-        ...
-
-    def waiting(self) -> AsyncGenerator[JSONObject, None]:
-        """What is waited for, now and then, until the prompts can be made."""
-        ...
-
-    async def prompts(self) -> list[EnginePrompt]: ...
+    async def prompts(self) -> list[EnginePrompt]:
+        """Returns the prompts. Raises what the client is told."""
+        raise NotImplementedError
 
     async def on_answered(self) -> None:
-        """The prompts were read, and answered. What this raises is logged."""
-        ...
+        """Is called when all prompts have been answered. What it raises is logged."""
 
 
 @dataclass(slots=True)
@@ -111,7 +109,7 @@ class UsageTotals:
 
 @dataclass(slots=True)
 class Reply:
-    """One HTTP request on its way from prompts to the wire."""
+    """One HTTP request on its way from its prompts to the answer. `respond` is called once."""
 
     generation: Generation
     response_format: ResponseFormat
@@ -127,6 +125,7 @@ class Reply:
         self.id = f"{self.response_format.id_prefix}-{uuid.uuid4().hex}"
 
     async def respond(self, request: Request, *, ping_seconds: float) -> Response:
+        """Returns the answer, whole or as a stream that has yet to begin."""
         self.wanted.sampling(0)  # a value out of range is refused before anything is waited for
         if not self.wanted.stream:
             return JSONResponse(await while_connected(request, self._whole()))
@@ -166,8 +165,8 @@ class Reply:
                     yield self._progress(output.index, output.progress)
                 if output.index not in opened and (output.text or output.finish_reason):
                     opened.add(output.index)
-                    if (opening := self.response_format.first_delta(output.index)) is not None:
-                        yield self._chunk([opening])
+                    if (first := self.response_format.first_delta(output.index)) is not None:
+                        yield self._chunk([first])
                 choice = _collect(choices, output)
                 if output.text:
                     yield self._chunk([self.response_format.delta(output.index, output.text)])
@@ -239,7 +238,7 @@ class Reply:
         return {"prompt_cache": {**told, **counts}}
 
     def _explanation(self) -> JSONObject:
-        """Why the cache had what it had, where that was asked for."""
+        """The object that says why the cache had what it had, where that was asked for."""
         told = self.totals.explanation
         if told is None:
             return {}

@@ -1,1 +1,1 @@
-"""Files: the path of an upload, and what is known of each document."""
+"""Uploaded files: how they are received, tokenized and computed, and what is known of each."""

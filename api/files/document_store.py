@@ -1,7 +1,6 @@
-"""What is known about each uploaded file, in SQLite, so that it outlives the process.
+"""Stores what is known about each uploaded file in SQLite, so that it outlives the process.
 
-Only what cannot be had again stands here; how far a document has come in this process is the
-`DocumentLibrary`'s (`library.py`).
+Only what cannot be had again is here; `Document` has how far one has come in this process.
 """
 
 import sqlite3
@@ -34,8 +33,8 @@ CREATE TABLE IF NOT EXISTS deleted (id TEXT PRIMARY KEY) STRICT;
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DocumentRecord:
-    """`date` is the template's today, frozen at upload. `tokens` is the count for the model whose
-    `fingerprint` stands beside it."""
+    """What is stored of one file. `date` is the chat template's today, frozen at upload. `tokens`
+    counts the file's tokens for the model whose `fingerprint` is beside it."""
 
     id: str
     tenant: str
@@ -82,7 +81,7 @@ class DocumentStore:
         )
 
     async def delete(self, document_id: str) -> None:
-        """It is `deleted` from now on, and nothing else."""
+        """Moves it from `all` and `page` to `deleted`; durable when this returns."""
         await self._database.run(
             lambda connection: connection.execute(
                 "INSERT OR IGNORE INTO deleted (id) VALUES (?)", (document_id,)
@@ -90,7 +89,7 @@ class DocumentStore:
         )
 
     async def remove(self, document_id: str) -> None:
-        """Nothing is known about it any more."""
+        """Forgets all that is known about it, its deletion too."""
 
         def remove(connection: sqlite3.Connection) -> None:
             for table in ("documents", "deleted"):
@@ -99,12 +98,12 @@ class DocumentStore:
         await self._database.run(remove)
 
     async def all(self) -> list[DocumentRecord]:
-        """Oldest first."""
+        """Returns the records that were not deleted, oldest first."""
         clause = f"WHERE id NOT IN ({DELETED}) ORDER BY number"
         return await self._database.run(lambda connection: _select(connection, clause))
 
     async def deleted(self) -> list[DocumentRecord]:
-        """Those of which something may still be stored elsewhere."""
+        """Returns the deleted ones, of which something may still be stored elsewhere."""
         clause = f"WHERE id IN ({DELETED}) ORDER BY number"
         return await self._database.run(lambda connection: _select(connection, clause))
 
@@ -117,7 +116,7 @@ class DocumentStore:
         after: str | None,
         limit: int,
     ) -> list[DocumentRecord]:
-        """At most `limit` documents of the tenant that come after the one with id `after`."""
+        """Returns at most `limit` records of the tenant that come after the one with id `after`."""
         conditions, values = ["tenant = ?", f"id NOT IN ({DELETED})"], [tenant]
         if purpose is not None:
             conditions.append("purpose = ?")

@@ -1,4 +1,4 @@
-"""Reads a multipart upload as it streams in: text fields to memory, the file to its upload."""
+"""Reads a multipart form as it streams in: text fields to memory, the file to an `Upload`."""
 
 import asyncio
 from pathlib import PurePosixPath
@@ -7,18 +7,18 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from api.files.upload import Upload
-from api.http.bodies import discard
 from api.http.errors import ApiError
+from api.http.read_body import discard
 
 MAX_FIELD_BYTES = 1 << 20
 WRITE_BYTES = 1 << 20
 
 
 class MultipartReader:
-    """`fields` and `filename` are there after `receive`, the file's content is in the upload."""
+    """Reads one form: after `receive`, `fields` and `filename` are set, the upload is finished."""
 
     def __init__(self, upload: Upload, *, allowed: frozenset[str]) -> None:
-        """`allowed`: names of the text fields."""
+        """`allowed`: the names of text fields that the form may have."""
         self.fields: dict[str, str] = {}
         self.filename: str | None = None
         self._upload = upload
@@ -32,7 +32,7 @@ class MultipartReader:
         self._unwritten = bytearray()
 
     async def receive(self, request: Request) -> None:
-        """Raises ApiError for a body that is no such form, and what the upload raises."""
+        """Raises ApiError for a body that is no such form, and for a file that is refused."""
         kind, options = parse_options_header(request.headers.get("content-type", ""))
         boundary = options.get(b"boundary")
         if kind != b"multipart/form-data" or boundary is None:

@@ -1,7 +1,7 @@
-"""`/v1/files`: OpenAI's file API; an object `longctx` in each file says how far it has come.
+"""`/v1/files`: OpenAI's file API; an object `longctx` in each says how far the file is.
 
-A file is read and computed in the background as soon as it is uploaded, under the system prompt
-given with it, so that the first question already finds it.
+A file is tokenized and computed in the background as soon as it is uploaded, under the system
+prompt given with it, so that the first question already finds it.
 """
 
 import datetime
@@ -40,7 +40,7 @@ UPLOAD_BODY = Body(
         }
     }
 )
-# What the rest of OpenAI's API expects of a file's state.
+# The words that clients of OpenAI's API know for a file's state.
 STATUS = {"queued": "uploaded", "processing": "uploaded", "ready": "processed", "error": "error"}
 
 
@@ -60,7 +60,7 @@ class FileRoutes:
         *,
         max_upload_bytes: int,
     ) -> None:
-        """`forget`: what else is to be told the id of a file that was deleted."""
+        """Each of `forget` is called with the id of a file that was deleted."""
         self.library = library
         self.folder = folder
         self.forget = forget
@@ -170,7 +170,7 @@ class FileRoutes:
 def new_record(
     upload: Upload, *, tenant: str, filename: str, purpose: str, system: str | None
 ) -> DocumentRecord:
-    """What is known of a file that has just been received."""
+    """Makes the record of a file that has just been received."""
     return DocumentRecord(
         id=f"file-{uuid.uuid4().hex}",
         tenant=tenant,

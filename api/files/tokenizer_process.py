@@ -1,10 +1,13 @@
 """Turns uploaded text into token ids in a process that may be slow, run wild or be killed.
 
-A zygote is forked from the server while that has one thread: it holds the loaded tokenizer and
+A zygote is forked from the server while that has one thread. It holds the loaded tokenizer and
 forks one child per document, so a document starts at once, with limits of its own, and costs the
-others nothing: lowest priority, one thread, killed when cancelled or over its limits.
+others nothing: a child has the lowest priority and one thread, and is killed when it is cancelled
+or over its limits.
 
-Messages between the processes are lines of JSON.
+The processes exchange lines of JSON. For each job the server sends its paths and limits; it
+receives `pid`, then `read` (bytes so far) as often as there is progress, `count` (tokens) or
+`error`, and last `exit` (the status of the child).
 """
 
 import array
@@ -40,7 +43,7 @@ PATIENCE = 60
 
 
 class TokenizationFailed(LongctxError):
-    """The document has no tokens; the message says why."""
+    """Raised when a document cannot be tokenized; the message says why."""
 
 
 @dataclass(slots=True)
@@ -56,8 +59,10 @@ class _Child:
 
 
 class TokenizerProcess:
+    """The server's end of it: made before there are threads, used and closed on the event loop."""
+
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Forks; call it before there are threads."""
+        """Forks the zygote, so it must be called before there are threads."""
         ours, theirs = socket.socketpair()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -78,11 +83,11 @@ class TokenizerProcess:
         continues: bool,
         on_progress: Callable[[int], None] = lambda read_bytes: None,
     ) -> int:
-        """Writes the token ids of UTF-8 `text` to `tokens`, little-endian int32; returns how many.
+        """Writes the token ids of UTF-8 `text` to `tokens`, little-endian int32; returns the count.
 
         One document at a time; cancelling kills the process at work. Once this has returned or
-        raised, nothing writes `tokens`, or any other file, any more. `continues`: other text
-        stands before the document in its prompt. Raises TokenizationFailed.
+        raised, nothing writes `tokens`, or any other file, any more. `continues` says
+        that other text precedes the document in its prompt. Raises TokenizationFailed.
         """
         child = _Child()
         # The child writes a partial file, and only this process names it `tokens`: a child that is
@@ -97,7 +102,7 @@ class TokenizerProcess:
         return count
 
     async def close(self) -> None:
-        """Ends the zygote; what it still works on is abandoned."""
+        """Kills the zygote and abandons what it works on."""
         if self._streams is not None:
             self._streams[1].close()
         self._socket.close()
@@ -177,7 +182,8 @@ def _cause_of_death(status: int, cpu_seconds: int, late: bool) -> str:
 
 
 def _run_zygote(tokenizer: Tokenizer, connection: socket.socket) -> None:
-    """Never returns. Ends when the server does: its end of the connection is then closed."""
+    """Forks a child for each job. Never returns: the process ends when the server has ended and its
+    end of the connection is closed."""
     try:
         # What the server has open (its port, its locks) must be free when the server is gone.
         keep = connection.fileno()
@@ -212,7 +218,7 @@ def leave_processors_to_others() -> None:
 
 
 def _run_child(tokenizer: Tokenizer, job: dict[str, Any], lines: TextIOWrapper) -> None:
-    """Never returns."""
+    """Does one job and reports on it. Never returns: the process ends."""
     try:
         seconds = job["cpu_seconds"]
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
@@ -268,7 +274,7 @@ def _write_tokens(
 
 
 def _pieces(path: Path) -> Iterator[tuple[str, int]]:
-    """The text in pieces, each with the number of bytes read until then; a BOM is left out."""
+    """Yields the text in pieces, each with the bytes read until then, without a byte order mark."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     text = ""
     with path.open("rb") as file:
@@ -283,9 +289,9 @@ def _pieces(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def cut(text: str) -> int:
-    """Where the first piece of a long text ends: after a line, else before a space.
+    """Returns where the first piece of a long text ends: after a line, else before a space.
 
-    Tokenizers end a token there anyway, so pieces give the tokens that the whole would.
+    Tokenizers end a token there anyway, so the pieces have the tokens that the whole would have.
     """
     end = text.rfind("\n", 1, PIECE_CHARACTERS)
     while end > PIECE_CHARACTERS // 2 and text[end + 1].isspace():

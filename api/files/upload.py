@@ -1,4 +1,4 @@
-"""A file while it is received: written to disk, and checked to be text on its way.
+"""Receives a file: writes it to disk, and checks on its way that it is text.
 
 Accepted is UTF-8 text of any kind, Markdown among it, with or without a byte order mark.
 """
@@ -14,7 +14,7 @@ from api.http.errors import ApiError
 
 ACCEPTED = "accepted are UTF-8 text and Markdown"
 
-# What people try, by its first bytes.
+# What people send although it is no text, by its first bytes.
 FORMATS = {
     b"%PDF-": "a PDF file",
     b"PK\x03\x04": "a ZIP archive or an Office document",
@@ -29,7 +29,11 @@ FORMATS = {
 
 
 class Upload:
-    """A file that is being received. Used as a context, which removes what was not moved away."""
+    """A file that is being received: `write` as often as needed, then `finish`.
+
+    It is used as a context, which in the end removes the file unless it was moved away. `write` and
+    `finish` wait for the disk, so on a server a thread calls them, one call at a time.
+    """
 
     def __init__(self, path: Path, *, limit_bytes: int) -> None:
         self.path = path
@@ -57,7 +61,7 @@ class Upload:
         return self._hash.hexdigest()
 
     def write(self, data: bytes) -> None:
-        """Raises ApiError for what is not text, or too much of it."""
+        """Appends `data`. Raises ApiError for what is not text, or too much of it."""
         if self.size_bytes == 0:
             for magic, name in FORMATS.items():
                 if data.startswith(magic):
@@ -83,7 +87,9 @@ class Upload:
         os.fsync(self._file.fileno())
 
     def _check(self, data: bytes, *, final: bool) -> None:
-        held, _ = self._decoder.getstate()  # the beginning of a character that data continues
+        held, _ = (
+            self._decoder.getstate()
+        )  # the first bytes of a character that `data` goes on with
         try:
             text = self._decoder.decode(data, final)
         except UnicodeDecodeError as error:

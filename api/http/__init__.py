@@ -1,1 +1,1 @@
-"""What every route uses: who asks, how bodies are read, how answers and errors are written."""
+"""What every route uses: authentication, bodies, errors, streams and the route table's entries."""

@@ -1,12 +1,12 @@
-"""What clients may send, as strict types: nothing that would change an answer is ignored.
+"""The JSON bodies that clients may send, as strict types: nothing that would change an answer is
+ignored.
 
 A parameter is either served, or harmless (accepted, without effect on the answer by its nature),
 or listed here as `neutral`: known from OpenAI's API, not served, and accepted only with a value
 that asks for nothing. Every other name is unknown and refused.
 """
 
-from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -17,57 +17,17 @@ from pydantic import (
     Tag,
     model_validator,
 )
-from starlette.requests import Request
 
-from api.http.errors import ApiError
 from longctx.request import SamplingParams
 from offload.tier_names import MemoryTierName
 
-# JSON is parsed in one go on the event loop, at about 300 MB/s.
-MAX_JSON_BYTES = 16 << 20
-# Of a refused body this much is still read: a client that is busy sending sees no answer.
-MAX_DISCARDED_BYTES = 256 << 20
 MAX_PROMPTS = 2048
 DAY_SECONDS = 86_400
 HALF_HOUR_SECONDS = 1800
 
-BodyType = TypeVar("BodyType", bound="RequestBody")
-
-
-async def read_json(
-    request: Request, body_type: type[BodyType], *, if_empty: bytes = b""
-) -> BodyType:
-    """The body as `body_type`; ApiError 413 above MAX_JSON_BYTES, ValidationError when wrong."""
-    return body_type.model_validate_json(await read_body(request) or if_empty)
-
-
-async def read_body(request: Request) -> bytes:
-    """ApiError 413 above MAX_JSON_BYTES."""
-    body = bytearray()
-    stream = request.stream()
-    async for chunk in stream:
-        body += chunk
-        if len(body) > MAX_JSON_BYTES:
-            await discard(stream)
-            raise ApiError(
-                413,
-                f"the body is larger than {MAX_JSON_BYTES >> 20} MiB; "
-                "upload long text to /v1/files and refer to it by file_id",
-            )
-    return bytes(body)
-
-
-async def discard(stream: AsyncIterator[bytes]) -> None:
-    """Reads the rest of a body that is refused, within reason."""
-    discarded = 0
-    async for chunk in stream:
-        discarded += len(chunk)
-        if discarded > MAX_DISCARDED_BYTES:
-            return
-
 
 def neutral(*values: Any) -> AfterValidator:
-    """For a parameter that is not served: only these values are accepted."""
+    """Marks a parameter that is not served: only these values of it are accepted."""
 
     def check(value: Any) -> Any:
         if not any(type(value) is type(accepted) and value == accepted for accepted in values):
@@ -77,7 +37,7 @@ def neutral(*values: Any) -> AfterValidator:
     return AfterValidator(check)
 
 
-# Which branch of a union to read a value as; the errors of that one branch are then reported.
+# These choose the branch of a union that a value is read as; only its errors are then reported.
 # Tags have spaces, so that an error's path tells them from fields.
 
 
@@ -114,15 +74,24 @@ class StreamOptions(RequestBody):
     include_obfuscation: bool | None = None  # harmless: padding that changes no answer
 
 
-# What `SamplingParams` takes by the same name, with its own default when absent.
+# `SamplingParams` takes these by the same name, and has its own default for each that is absent.
 AS_GIVEN = (
-    *("n", "temperature", "top_p", "top_k", "min_p", "seed", "logit_bias", "ignore_eos"),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "logit_bias",
+    "ignore_eos",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
 )
 
 
 class GenerationRequest(RequestBody):
-    """What chat and completions share. Ranges are checked by `SamplingParams`."""
+    """Has what chat and completions share. `SamplingParams` checks the ranges."""
 
     model: str | None = None
     stream: bool | None = False
@@ -156,11 +125,12 @@ class GenerationRequest(RequestBody):
 
     @property
     def answer_tokens(self) -> int | None:
-        """How many tokens the answer may have; None leaves it to the context."""
+        """The most tokens that the answer may have; None leaves that to the context."""
         return self.max_tokens
 
     @property
     def in_memory(self) -> bool:
+        """Whether the prompt may not be written to disk."""
         return False
 
     @property
@@ -168,7 +138,7 @@ class GenerationRequest(RequestBody):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self, max_tokens: int) -> SamplingParams:
-        """Raises InvalidRequest for a value out of range."""
+        """Returns the parameters for the engine. Raises InvalidRequest for a value out of range."""
         given = {name: value for name in AS_GIVEN if (value := getattr(self, name)) is not None}
         return SamplingParams(
             max_tokens=max_tokens,
@@ -296,7 +266,7 @@ class ChatRequest(GenerationRequest):
 
     @property
     def keep_seconds(self) -> int | None:
-        """How long the prompt is to be kept at least."""
+        """How long the prompt is to be retained at least; None when that is not asked for."""
         if self.prompt_cache_retention == "24h":
             return DAY_SECONDS
         asked = self.prompt_cache_options is not None and self.prompt_cache_options.ttl is not None

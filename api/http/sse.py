@@ -1,14 +1,14 @@
-"""Answers while the client is there: server-sent events with pings, and work that ends with it.
+"""Answers a client for as long as it is there: server-sent events with pings, and whole answers.
 
-Both kinds of answer watch the connection. When the client goes away the work is cancelled, which
-closes the engine's iterator, which aborts the request.
+Both kinds watch the connection. When the client goes away the work is cancelled, which closes the
+engine's iterator, which aborts the request.
 """
 
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing, suppress
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -17,18 +17,19 @@ from starlette.types import Receive, Scope, Send
 from api.http.errors import api_error, logger
 
 Result = TypeVar("Result")
+JSONObject: TypeAlias = dict[str, Any]
 
 PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
 
 
-def encode_event(data: dict[str, Any]) -> bytes:
+def encode_event(data: JSONObject) -> bytes:
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return b"data: " + text.encode() + b"\n\n"
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """What `work` returns. Raises ClientDisconnect, and cancels `work`, when the client leaves.
+    """Returns what `work` returns. When the client leaves, cancels it and raises ClientDisconnect.
 
     The request's body must have been read.
     """
@@ -44,7 +45,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
 
 
 class EventStream(Response):
-    """Server-sent events from a generator of dicts, then `[DONE]`; comments while it is silent.
+    """Sends each dict of a generator as an event, pings while there is none, and `[DONE]` last.
 
     Headers go out with the first event or ping, so a request that fails at once is still answered
     with a status; a later failure is an event with the error's body.
@@ -52,9 +53,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, events: AsyncGenerator[dict[str, Any], None], *, ping_seconds: float
-    ) -> None:
+    def __init__(self, events: AsyncGenerator[JSONObject, None], *, ping_seconds: float) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self.events = events

@@ -1,1 +1,1 @@
-"""Prompt schemas, named prompts and retained prompts: what is kept computed for later."""
+"""Schemas, named prompts and retained prompts: what is kept computed for later requests."""

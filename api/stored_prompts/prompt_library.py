@@ -1,8 +1,8 @@
 """Prompts that tenants have named: what conversations begin with, computed before anybody asks.
 
-The beginning, system text and files in the chat template, is one module at position 0: kept on
-disk, and found through its block keys by every conversation that begins with it, whether it names
-the prompt or says the same by itself. When the prompt expires nothing keeps it any more.
+The beginning, system text and files in the chat template, is one module at position 0: it is kept
+on disk, and found through its block keys by every conversation that begins with it, whether that
+names the prompt or says the same by itself. When the prompt expires nothing keeps it any more.
 """
 
 import asyncio
@@ -14,31 +14,34 @@ from dataclasses import dataclass
 import numpy as np
 
 from api.background.expiry import Expiry
-from api.background.name_locks import NameLocks
 from api.background.store_dir import StoreDir
 from api.files.document_library import DocumentLibrary
 from api.http.errors import ApiError
 from api.stored_prompts.module_keeper import ModuleKeeper, Modules, StoredModules
+from api.stored_prompts.named_library import NamedLibrary, until_opened
 from api.stored_prompts.records import PromptRecord, PromptRecords
 from longctx.errors import InvalidRequest
 from longctx.request import Piece
 from longctx.text.chat_template import ChatPrompts, FilePart, Message, Placeholder
 
-SETTLE_SECONDS = 60.0
+WAIT_SECONDS = 60.0  # at a time, for a file to be tokenized
 
 
 @dataclass(slots=True, eq=False)
 class StoredPrompt:
+    """A prompt of a tenant, with its beginning as one module."""
+
     record: PromptRecord
     modules: StoredModules
-    tokens: int | None = None  # once its files are read
+    tokens: int | None = None  # once its files are tokenized
     uses: int = 0
 
-    def expired(self, now: float) -> bool:
-        return self.record.expires_at is not None and self.record.expires_at <= now
 
+class PromptLibrary(NamedLibrary[StoredPrompt]):
+    """All named prompts of all tenants. `open` comes first, `close` last; see `NamedLibrary`."""
 
-class PromptLibrary:
+    kind = "prompt"
+
     def __init__(
         self,
         records: PromptRecords,
@@ -47,28 +50,24 @@ class PromptLibrary:
         prompts: ChatPrompts,
         keeper: ModuleKeeper,
     ) -> None:
+        super().__init__(keeper)
         self._records = records
         self._documents = documents
         self._folder = folder
         self._prompts = prompts
-        self._keeper = keeper
-        self._entries: dict[tuple[str, str], StoredPrompt] = {}
-        self._locks = NameLocks()
-        self._expiry = Expiry(self._moments, self._expire)
+        self._expiry = Expiry(self._deadlines, self._expire)
 
     async def open(self) -> None:
         """Takes up every prompt that has not expired meanwhile."""
         for record in await self._records.prompts():
-            entry = self._entry(record)
-            self._entries[record.tenant, record.name] = entry
-            self._keeper.keep(entry.modules)
+            self._take_up(self._stored(record))
         self._expiry.start()
 
     async def close(self) -> None:
         await self._expiry.close()
 
     async def add(self, record: PromptRecord) -> StoredPrompt:
-        """In place of the tenant's prompt of that name, once it is stored.
+        """Puts the prompt in the place of the tenant's prompt of that name.
 
         Raises InvalidRequest where the model's chat template has no place for it, or its text is
         too long; how long files are is known later, and said by the prompt's state.
@@ -76,101 +75,70 @@ class PromptLibrary:
         async with self._locks.of(record.tenant, record.name):
             files = [FilePart(name, self._title(record, name)) for name in record.file_ids]
             await asyncio.to_thread(self._pieces, record, files)
-            entry = self._entry(record)
-            self._keeper.keep(entry.modules)
-            try:
+            stored = self._stored(record)
+
+            async def save() -> None:
                 if not files:
-                    await entry.modules.opened.wait()
-                    if entry.modules.error is not None:
-                        raise InvalidRequest(entry.modules.error, param="system")
+                    await until_opened(stored.modules, param="system")
                 await self._records.save_prompt(record)
-            except BaseException:
-                await self._keeper.drop(entry.modules)
-                raise
-            known = self._entries.pop((record.tenant, record.name), None)
-            self._entries[record.tenant, record.name] = entry  # the youngest
+
+            await self._put(stored, stored.modules, save)
             self._expiry.reschedule()
             for file in files:
                 if not self._folder.text_path(file.document_id).exists():  # deleted meanwhile
                     await self.forget_file(file.document_id)
-            if known is not None:
-                await self._keeper.replace(known.modules, entry.modules)
-            return entry
-
-    async def remove(self, tenant: str, name: str) -> None:
-        """Whatever the tenant has under that name now."""
-        async with self._locks.of(tenant, name):
-            if (entry := self._entries.get((tenant, name))) is not None:
-                await self._forget(entry)
+            return stored
 
     async def forget_file(self, file_id: str) -> None:
-        """A file was deleted: what was computed of its text goes, and the prompts have an error."""
-        for entry in list(self._entries.values()):
-            if file_id in entry.record.file_ids:
-                await self._keeper.drop(entry.modules)
-                entry.modules.module_ids = ()
-                entry.modules.error = (
+        """Drops what was computed of a deleted file's text; the prompts with it have an error."""
+        for stored in list(self._items.values()):
+            if file_id in stored.record.file_ids:
+                await self._keeper.drop(stored.modules)
+                stored.modules.module_ids = ()
+                stored.modules.error = (
                     f"there is no file {file_id!r} any more; store the prompt again"
                 )
 
-    def find(self, tenant: str, name: str, *, param: str | None = None) -> StoredPrompt:
-        """Raises ApiError 404 when the tenant has no such prompt, or no more."""
-        entry = self._entries.get((tenant, name))
-        if entry is None or entry.expired(time.time()):
-            raise ApiError(
-                404,
-                f"there is no prompt {name!r}; GET /v1/prompt_cache/prompts lists those there are",
-                param=param,
-                code="prompt_not_found",
-            )
-        return entry
+    async def _remove_record(self, item: StoredPrompt) -> None:
+        await self._records.remove_prompt(item.record.tenant, item.record.name)
 
-    def of_tenant(self, tenant: str) -> Iterator[StoredPrompt]:
-        """Oldest first."""
-        now = time.time()
-        return (
-            entry
-            for (owner, _), entry in self._entries.items()
-            if owner == tenant and not entry.expired(now)
-        )
+    def _is_expired(self, item: StoredPrompt) -> bool:
+        return item.record.expires_at is not None and item.record.expires_at <= time.time()
 
-    def _moments(self) -> Iterator[tuple[float, StoredPrompt]]:
-        for entry in self._entries.values():
-            if entry.record.expires_at is not None:
-                yield entry.record.expires_at, entry
+    def _deadlines(self) -> Iterator[tuple[float, StoredPrompt]]:
+        for stored in self._items.values():
+            if stored.record.expires_at is not None:
+                yield stored.record.expires_at, stored
 
-    async def _expire(self, entry: StoredPrompt) -> None:
-        record = entry.record
+    async def _expire(self, stored: StoredPrompt) -> None:
+        record = stored.record
         async with self._locks.of(record.tenant, record.name):
-            if self._entries.get((record.tenant, record.name)) is entry:
-                await self._forget(entry)
+            if self._items.get((record.tenant, record.name)) is stored:  # not replaced meanwhile
+                await self._forget(stored)
 
-    async def _forget(self, entry: StoredPrompt) -> None:
-        record = entry.record
-        await self._records.remove_prompt(record.tenant, record.name)
-        del self._entries[record.tenant, record.name]
-        await self._keeper.drop(entry.modules)
+    def _stored(self, record: PromptRecord) -> StoredPrompt:
+        """The prompt with its module, which is not kept yet."""
 
-    def _entry(self, record: PromptRecord) -> StoredPrompt:
         async def prepare() -> Modules:
             token_ids = await self._token_ids(record)
-            entry.tokens = len(token_ids)
+            stored.tokens = len(token_ids)
             return [(modules.id, (Piece(token_ids=token_ids, position=0),))]
 
         modules = StoredModules(
             id=f"prompt-{secrets.token_hex(12)}", salt=record.tenant, prepare=prepare
         )
-        entry = StoredPrompt(record, modules)
-        return entry
+        stored = StoredPrompt(record, modules)
+        return stored
 
     async def _token_ids(self, record: PromptRecord) -> tuple[int, ...]:
-        """Of everything before the user's own text. Waits for files that are still being read."""
+        """The tokens of everything before the user's own text. Waits for files that are still being
+        tokenized. Raises InvalidRequest for a file that has failed or is gone."""
         files = []
         for file_id in record.file_ids:
             try:
                 document = self._documents.find(record.tenant, file_id)
                 while not await self._documents.wait_tokenized(
-                    document, timeout_seconds=SETTLE_SECONDS
+                    document, timeout_seconds=WAIT_SECONDS
                 ):
                     pass
                 self._documents.check(document)
@@ -190,10 +158,10 @@ class PromptLibrary:
     def _pieces(
         self, record: PromptRecord, files: Sequence[FilePart]
     ) -> list[tuple[int, ...] | FilePart]:
-        """What stands before the user's text."""
+        """The template's tokens and the files, in order, up to where the user's text begins."""
         system = [] if record.system is None else [Message("system", (record.system,))]
-        opening: tuple[FilePart | Placeholder, ...] = tuple(files) or (Placeholder(0),)
-        question = Message("user", (*opening, "?"))
+        begin: tuple[FilePart | Placeholder, ...] = tuple(files) or (Placeholder(0),)
+        question = Message("user", (*begin, "?"))
         pieces = self._prompts.pieces([*system, question], date=record.date)
         last = max(i for i, piece in enumerate(pieces) if not isinstance(piece, tuple))
         return [piece for piece in pieces[: last + 1] if not isinstance(piece, Placeholder)]

@@ -1,5 +1,5 @@
-"""`/v1/prompt_cache/prompts`: named prompts, what conversations begin with, computed at once and
-kept until they expire."""
+"""`/v1/prompt_cache/prompts`: named prompts that conversations begin with, computed when they are
+stored and kept until they expire."""
 
 import datetime
 import re
@@ -12,7 +12,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from api.http.auth import tenant_of
-from api.http.bodies import RequestBody, read_json
+from api.http.bodies import RequestBody
+from api.http.read_body import read_json
 from api.stored_prompts.module_keeper import ModuleKeeper
 from api.stored_prompts.prompt_library import PromptLibrary, StoredPrompt
 from api.stored_prompts.records import PromptRecord
@@ -41,7 +42,7 @@ def _seconds(value: Any) -> Any:
 
 
 class PromptRequest(RequestBody):
-    """A prompt to be stored: what conversations begin with."""
+    """A prompt to be stored, which conversations can begin with."""
 
     name: Annotated[str, AfterValidator(_prompt_name)]
     system: str | None = None
@@ -67,7 +68,7 @@ class PromptRoutes:
         """Stores a system prompt with files under a name, and has it computed."""
         wanted = await read_json(request, PromptRequest)
         now = int(time.time())
-        entry = await self.library.add(
+        stored = await self.library.add(
             PromptRecord(
                 tenant=tenant_of(request),
                 name=wanted.name,
@@ -78,34 +79,34 @@ class PromptRoutes:
                 file_ids=tuple(wanted.file_ids),
             )
         )
-        return JSONResponse(self._described(entry, await self._states((entry,))))
+        return JSONResponse(self._described(stored, await self._states((stored,))))
 
     async def list(self, request: Request) -> Response:
         """Lists the caller's stored prompts."""
-        entries = tuple(self.library.of_tenant(tenant_of(request)))
-        states = await self._states(entries)
+        found = tuple(self.library.of_tenant(tenant_of(request)))
+        states = await self._states(found)
         return JSONResponse(
-            {"object": "list", "data": [self._described(entry, states) for entry in entries]}
+            {"object": "list", "data": [self._described(stored, states) for stored in found]}
         )
 
     async def retrieve(self, request: Request) -> Response:
         """Returns a stored prompt, with the state of its computation."""
-        entry = self.library.find(tenant_of(request), request.path_params["name"])
-        return JSONResponse(self._described(entry, await self._states((entry,))))
+        stored = self.library.find(tenant_of(request), request.path_params["name"])
+        return JSONResponse(self._described(stored, await self._states((stored,))))
 
     async def delete(self, request: Request) -> Response:
         """Deletes a stored prompt; its files stay."""
-        entry = self.library.find(tenant_of(request), request.path_params["name"])
-        await self.library.remove(entry.record.tenant, entry.record.name)
+        stored = self.library.find(tenant_of(request), request.path_params["name"])
+        await self.library.remove(stored.record.tenant, stored.record.name)
         return JSONResponse(
-            {"name": entry.record.name, "object": "prompt_cache.prompt.deleted", "deleted": True}
+            {"name": stored.record.name, "object": "prompt_cache.prompt.deleted", "deleted": True}
         )
 
-    async def _states(self, entries: Iterable[StoredPrompt]) -> dict[str, ModuleState]:
-        return await self.engine.module_states([entry.modules.id for entry in entries])
+    async def _states(self, found: Iterable[StoredPrompt]) -> dict[str, ModuleState]:
+        return await self.engine.module_states([stored.modules.id for stored in found])
 
-    def _described(self, entry: StoredPrompt, states: dict[str, ModuleState]) -> dict[str, Any]:
-        record, modules = entry.record, entry.modules
+    def _described(self, stored: StoredPrompt, states: dict[str, ModuleState]) -> dict[str, Any]:
+        record, modules = stored.record, stored.modules
         state = states.get(modules.id)
         return {
             "object": "prompt_cache.prompt",
@@ -116,9 +117,9 @@ class PromptRoutes:
             "file_ids": list(record.file_ids),
             "state": self.keeper.state(modules),
             "error": modules.error,
-            "tokens": entry.tokens,
+            "tokens": stored.tokens,
             "bytes": 0 if state is None else state.kv_bytes,
             "tier": "none" if state is None else state.tier,
-            "hits": entry.uses,
+            "hits": stored.uses,
             "durable_tokens": 0 if state is None else state.durable_tokens,
         }

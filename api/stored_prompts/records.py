@@ -1,7 +1,7 @@
-"""What tenants want kept, in SQLite, so that it outlives the process: schemas and prompts.
+"""Stores schemas, named prompts and retained prompts in SQLite, so that they outlive the process.
 
-Names are a tenant's own. How far a schema or prompt is computed in this process is told by
-`schema_library.py` and `prompt_library.py`.
+Each tenant has names of its own. `schema_library.py`, `prompt_library.py` and `retention.py` know
+how far each is computed in this process.
 """
 
 import json
@@ -50,7 +50,7 @@ CREATE TABLE IF NOT EXISTS retained_files (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchemaRecord:
-    """`date` is the template's today, frozen when it was stored."""
+    """A schema. `date` is the chat template's today, frozen when it was stored."""
 
     tenant: str
     name: str
@@ -61,7 +61,7 @@ class SchemaRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptRecord:
-    """A system text and files, in the order in which they stand at a conversation's beginning."""
+    """A system text, then files, in the order in which a conversation begins with them."""
 
     tenant: str
     name: str
@@ -74,7 +74,7 @@ class PromptRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetainedRecord:
-    """A prompt that was asked to be kept, in tokens: little-endian int32."""
+    """A prompt that is to be retained. `token_ids` are little-endian int32."""
 
     id: str
     tenant: str
@@ -95,7 +95,7 @@ class PromptRecords:
         await self._database.close()
 
     async def save_schema(self, record: SchemaRecord) -> None:
-        """In place of one of the same name; durable when this returns."""
+        """Stores it in the place of one of the same name; durable when this returns."""
         source = json.dumps(schema_object(record.schema))
         await self._execute(
             "INSERT OR REPLACE INTO schemas VALUES (?, ?, ?, ?, ?)",
@@ -106,7 +106,7 @@ class PromptRecords:
         await self._execute("DELETE FROM schemas WHERE tenant = ? AND name = ?", (tenant, name))
 
     async def schemas(self) -> list[SchemaRecord]:
-        """Oldest first."""
+        """Returns all schemas, oldest first."""
         rows = await self._select(
             "SELECT tenant, name, created_at, date, source FROM schemas ORDER BY created_at, rowid"
         )
@@ -118,12 +118,17 @@ class PromptRecords:
         ]
 
     async def save_prompt(self, record: PromptRecord) -> None:
-        """In place of one of the same name; durable when this returns."""
+        """Stores it in the place of one of the same name; durable when this returns."""
         await self._execute(
             "INSERT OR REPLACE INTO prompts VALUES (?, ?, ?, ?, ?, ?, ?)",
             (
-                *(record.tenant, record.name, record.created_at, record.expires_at),
-                *(record.date, record.system, json.dumps(record.file_ids)),
+                record.tenant,
+                record.name,
+                record.created_at,
+                record.expires_at,
+                record.date,
+                record.system,
+                json.dumps(record.file_ids),
             ),
         )
 
@@ -131,7 +136,7 @@ class PromptRecords:
         await self._execute("DELETE FROM prompts WHERE tenant = ? AND name = ?", (tenant, name))
 
     async def prompts(self) -> list[PromptRecord]:
-        """Oldest first."""
+        """Returns all named prompts, oldest first."""
         rows = await self._select(
             "SELECT tenant, name, created_at, expires_at, date, system, files FROM prompts "
             "ORDER BY created_at, rowid"
@@ -150,7 +155,7 @@ class PromptRecords:
         ]
 
     async def save_retained(self, record: RetainedRecord) -> None:
-        """In place of what was known of it; durable when this returns."""
+        """Stores it in the place of what was known of it; durable when this returns."""
         files = [(record.id, file_id) for file_id in record.file_ids]
 
         def save(connection: sqlite3.Connection) -> None:

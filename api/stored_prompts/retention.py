@@ -1,9 +1,9 @@
-"""Prompts that were asked to be kept: OpenAI's `prompt_cache_retention` and `prompt_cache_options`.
+"""Retains prompts for OpenAI's fields `prompt_cache_retention` and `prompt_cache_options`.
 
-The prompt of a conversation is found again through its block keys as long as its blocks are
-somewhere. What is retained is, besides, a module at position 0: on disk whatever its length, and
-kept until its time is over, through restarts. Asking for it again begins its time anew. A prompt
-that goes on where a retained one ends, as each turn of a conversation does, takes its place.
+The prompt of a conversation is found again through its block keys as long as some tier has its
+blocks. A retained one is also a module at position 0: it is on disk whatever its length, and stays
+until its time is over, through restarts. Asking for it again begins its time anew. A prompt that
+goes on where a retained one ends, as each turn of a conversation does, takes its place.
 """
 
 import asyncio
@@ -22,10 +22,15 @@ from longctx.errors import ContextTooLong, InvalidRequest
 from longctx.process.client import EngineClient
 from longctx.request import Piece, Segment
 
-BLOCK_BYTES = 4 * BLOCK_TOKENS  # of token ids; less fills no block, and is not found again
+BLOCK_BYTES = (
+    4 * BLOCK_TOKENS
+)  # of token ids; a prompt of less fills no block, and is not found again
 
 
 class Retention:
+    """The retained prompts of all tenants. `open` comes first, `close` last; all methods are called
+    on the event loop, which makes one change at a time."""
+
     def __init__(
         self, records: PromptRecords, folder: StoreDir, engine: EngineClient, keeper: ModuleKeeper
     ) -> None:
@@ -41,7 +46,7 @@ class Retention:
         )
 
     async def open(self) -> None:
-        """Takes up what was retained before, but for text of files that are gone."""
+        """Takes up what was retained before; forgets what has the text of files that are gone."""
         for record in await self._records.retained():
             if all(self._folder.text_path(file_id).exists() for file_id in record.file_ids):
                 self._keep(record)
@@ -53,7 +58,7 @@ class Retention:
         await self._expiry.close()
 
     def check(self, segments: Sequence[Segment], tokens: int) -> None:
-        """Raises InvalidRequest where a prompt of so many tokens cannot be retained."""
+        """Raises InvalidRequest when a prompt of so many tokens cannot be retained."""
         if not _plain(segments):
             return
         if self._engine.config.ring.ranks > 1:
@@ -73,7 +78,7 @@ class Retention:
             )
 
     async def retain(self, tenant: str, segments: Sequence[Segment], seconds: int) -> None:
-        """Keep a prompt of literal text and documents; of others, the modules are kept anyway."""
+        """Retains a prompt of literal text and documents; modules of others are kept anyway."""
         if not _plain(segments):
             return
         async with self._changing:
@@ -94,7 +99,7 @@ class Retention:
             await self._retain(record)
 
     async def forget_file(self, file_id: str) -> None:
-        """A file was deleted: nothing with its text is retained any more."""
+        """Drops all that is retained with the text of a file, which was deleted."""
         async with self._changing:
             for name, (record, _) in list(self._retained.items()):
                 if file_id in record.file_ids:
@@ -136,7 +141,7 @@ class Retention:
         await self._keeper.drop(modules)
 
     def _token_ids(self, segments: Sequence[Segment]) -> bytes:
-        """Little-endian int32, as documents have them."""
+        """Returns the tokens as little-endian int32, as the files of documents have them."""
         return b"".join(
             self._folder.tokens_path(segment.document_id).read_bytes()
             if segment.document_id is not None

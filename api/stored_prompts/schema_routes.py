@@ -1,5 +1,8 @@
 """`/v1/prompt_cache/schemas`: prompt schemas, stored once, for conversations that begin with their
-modules. The body that stores one is the schema itself, as PML or as JSON."""
+modules.
+
+The body that stores one is the schema itself, as PML or as JSON.
+"""
 
 from typing import Any
 
@@ -7,9 +10,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from api.http.auth import tenant_of
-from api.http.bodies import read_body
 from api.http.errors import ApiError
 from api.http.openapi import JSON, Body
+from api.http.read_body import read_body
 from api.stored_prompts.module_keeper import ModuleKeeper
 from api.stored_prompts.schema_library import SchemaLibrary, StoredSchema
 from longctx.process.client import EngineClient
@@ -38,63 +41,63 @@ class SchemaRoutes:
             ) from error
         if not text.strip():
             raise ApiError(400, "the body is empty; send the schema itself, as PML (XML) or JSON")
-        entry = await self.library.add(tenant_of(request), read_schema(text))
-        return JSONResponse(await self._described(entry))
+        stored = await self.library.add(tenant_of(request), read_schema(text))
+        return JSONResponse(await self._described(stored))
 
     async def list(self, request: Request) -> Response:
         """Lists the caller's schemas."""
-        entries = self.library.of_tenant(tenant_of(request))
-        return JSONResponse({"object": "list", "data": [self._summary(entry) for entry in entries]})
+        found = self.library.of_tenant(tenant_of(request))
+        return JSONResponse({"object": "list", "data": [self._summary(stored) for stored in found]})
 
     async def retrieve(self, request: Request) -> Response:
         """Returns a schema, with each module's place, tokens and state."""
-        entry = self.library.find(tenant_of(request), request.path_params["name"])
-        return JSONResponse(await self._described(entry))
+        stored = self.library.find(tenant_of(request), request.path_params["name"])
+        return JSONResponse(await self._described(stored))
 
     async def delete(self, request: Request) -> Response:
         """Deletes a schema, with what was computed of its modules."""
-        entry = self.library.find(tenant_of(request), request.path_params["name"])
-        await self.library.remove(entry.record.tenant, entry.record.name)
+        stored = self.library.find(tenant_of(request), request.path_params["name"])
+        await self.library.remove(stored.record.tenant, stored.record.name)
         return JSONResponse(
             {
-                "name": entry.record.name,
+                "name": stored.record.name,
                 "object": "prompt_cache.schema.deleted",
                 "deleted": True,
             }
         )
 
-    def _summary(self, entry: StoredSchema) -> dict[str, Any]:
-        modules_of, layout = entry.modules, entry.layout
+    def _summary(self, stored: StoredSchema) -> dict[str, Any]:
+        kept, layout = stored.modules, stored.layout
         tokens = 0 if layout is None else sum(part.tokens for part in _parts(layout))
         return {
             "object": "prompt_cache.schema",
-            "name": entry.record.name,
-            "created_at": entry.record.created_at,
-            "state": "error" if modules_of is None else self.keeper.state(modules_of),
-            "error": entry.error or (modules_of and modules_of.error),
+            "name": stored.record.name,
+            "created_at": stored.record.created_at,
+            "state": "error" if kept is None else self.keeper.state(kept),
+            "error": stored.error or (kept and kept.error),
             "positions": 0 if layout is None else layout.end,
             "tokens": tokens,
         }
 
-    async def _described(self, entry: StoredSchema) -> dict[str, Any]:
-        described = self._summary(entry)
-        layout, modules_of = entry.layout, entry.modules
+    async def _described(self, stored: StoredSchema) -> dict[str, Any]:
+        described = self._summary(stored)
+        layout, kept = stored.layout, stored.modules
         modules = []
-        if layout is not None and modules_of is not None:
-            states = await self.engine.module_states(modules_of.module_ids)
+        if layout is not None and kept is not None:
+            states = await self.engine.module_states(kept.module_ids)
             modules = [
-                _module(part, states.get(entry.module_id(part.name))) for part in _parts(layout)
+                _module(part, states.get(stored.module_id(part.name))) for part in _parts(layout)
             ]
         return {
             **described,
             "bytes": sum(module["bytes"] for module in modules),
             "modules": modules,
-            "schema": schema_object(entry.record.schema),
+            "schema": schema_object(stored.record.schema),
         }
 
 
 def _parts(layout: SchemaLayout) -> list[PlacedModule | PlacedScaffold]:
-    """What is computed once."""
+    """Returns the parts of a schema that are computed once."""
     return [*layout.modules(), *layout.scaffolds()]
 
 
