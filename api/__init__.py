@@ -1,5 +1,5 @@
-"""HTTP in front of the engine: an OpenAI-compatible server with files that are read once.
+"""The HTTP server in front of the engine: OpenAI-compatible, with files that are read only once.
 
-Read `app.py` first (what there is), then `chat.py` (how a question is answered) and `ingest.py`
-(how a document becomes ready).
+Read `routes.py` first (what there is), then `completions/chat.py` (how a question is answered) and
+`files/document_jobs.py` (how a document becomes ready).
 """

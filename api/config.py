@@ -1,4 +1,4 @@
-"""What the HTTP server lets its user choose. Each field is an option of `longctx serve`."""
+"""The settings of the HTTP server. Each field is an option of `longctx serve`."""
 
 from dataclasses import dataclass
 from pathlib import Path

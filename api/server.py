@@ -28,11 +28,11 @@ from longctx.text.tokenizer import Tokenizer
 
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections: they close them, not we
-FLUSH_SECONDS = 5  # for the last bytes of answers that the engine has ended
+LAST_BYTES_SECONDS = 5  # to send what is left of answers that the engine has ended
 
 
 def serve(engine_config: EngineConfig, model_folder: Path, config: ServerConfig) -> None:
-    """Returns after SIGTERM or Ctrl-C. Raises LongctxError when it cannot start."""
+    """Serves until SIGTERM or Ctrl-C. Raises LongctxError when it cannot start."""
     keys = read_keys(config)
     with (
         contextlib.closing(listen(config)) as listener,
@@ -92,7 +92,7 @@ async def _serve(
 
 
 def startup_line(info: EngineInfo) -> str:
-    """What is served, and how many tokens each tier has room for."""
+    """Says what is served, and how many tokens each tier has room for."""
     line = (
         f"longctx serves {info.model_name} on {info.device} in {info.dtype}: "
         f"{info.capacity_tokens:,} tokens of {info.kv_codec} KV fit the device"
@@ -122,7 +122,7 @@ class Server(uvicorn.Server):
                 ws="none",
                 backlog=BACKLOG,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=int(config.drain_seconds) + FLUSH_SECONDS,
+                timeout_graceful_shutdown=int(config.drain_seconds) + LAST_BYTES_SECONDS,
             )
         )
         self.application = application
@@ -147,7 +147,7 @@ class Server(uvicorn.Server):
 
 
 def listen(config: ServerConfig) -> socket.socket:
-    """A listening socket: clients that come while the model loads wait. Raises LongctxError."""
+    """Opens the listening socket, where clients wait while the model loads. Raises LongctxError."""
     try:
         family, _, _, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

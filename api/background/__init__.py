@@ -1,1 +1,1 @@
-"""Work that no request waits for: queues, deadlines, ingestion, and where state is kept."""
+"""What works without a request: queues, deadlines, ingestion, and where state is stored."""

@@ -1,5 +1,7 @@
-"""An SQLite file of ours, opened with care. One thread does all the work, so the event loop never
-waits for a disk and nothing needs a lock."""
+"""Opens an SQLite file of ours and runs work on it.
+
+One thread does all the work, so the event loop never waits for a disk and nothing needs a lock.
+"""
 
 import asyncio
 import sqlite3
@@ -16,7 +18,7 @@ Result = TypeVar("Result")
 
 @contextmanager
 def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """All that is executed in it happens, or nothing of it."""
+    """Makes what is executed in it one transaction: all of it is stored, or nothing."""
     connection.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -27,8 +29,10 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 class Database:
+    """One database file. `open` comes first, `close` last; all methods run on the event loop."""
+
     def __init__(self, path: Path, *, tables: str, version: int) -> None:
-        """`tables`: SQL that makes those which are not there. `version`: of their form."""
+        """`tables` is SQL that creates missing tables; `version` grows with their format."""
         self._path = path
         self._tables = tables
         self._version = version
@@ -45,7 +49,7 @@ class Database:
         self._thread.shutdown()
 
     async def run(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
-        """On the database's thread; what it writes is durable when this returns."""
+        """Calls `work` on the database's thread; what it writes is durable when this returns."""
         connection = self._connection
         assert connection is not None, "not open"
         return await asyncio.get_running_loop().run_in_executor(

@@ -1,4 +1,4 @@
-"""What has a last deadline is let go of when that comes."""
+"""Expires each of many items at its deadline."""
 
 import asyncio
 import time
@@ -10,17 +10,22 @@ from api.http.errors import logger
 
 Item = TypeVar("Item")
 
-CHECK_SECONDS = 60.0  # how often the clock is looked at, at least: it may be set
+CHECK_SECONDS = 60.0  # the clock is looked at this often at least: it may be set
 
 
 class Expiry(Generic[Item]):
+    """Calls `expire(item)` when the item's deadline has come, in a task on the event loop.
+
+    `start` begins, `reschedule` follows each new deadline, `close` ends it.
+    """
+
     def __init__(
         self,
         deadlines: Callable[[], Iterable[tuple[float, Item]]],
         expire: Callable[[Item], Awaitable[None]],
     ) -> None:
-        """`deadlines`: all that there is, each with its last deadline, as of `time.time`. What
-        `expire` fails on is logged, and tried again when the clock is looked at next."""
+        """`deadlines` lists all items, each with its deadline on the clock of `time.time`. Where
+        `expire` fails, that is logged and tried again when the clock is looked at next."""
         self._deadlines = deadlines
         self._expire = expire
         self._changed = asyncio.Event()
@@ -30,7 +35,7 @@ class Expiry(Generic[Item]):
         self._task = asyncio.create_task(self._run())
 
     def reschedule(self) -> None:
-        """There is something new, perhaps the next to go."""
+        """Looks at the deadlines again: there is a new one, perhaps the next to come."""
         self._changed.set()
 
     async def close(self) -> None:
@@ -54,4 +59,4 @@ class Expiry(Generic[Item]):
         try:
             await self._expire(item)
         except Exception as error:  # a full disk, say, must not keep the others for ever
-            logger.error("letting go of what has expired failed", exc_info=error)
+            logger.error("expiring an item failed; it is tried again", exc_info=error)

@@ -1,4 +1,4 @@
-"""Text that is computed to be kept: one ingest request, seen through what may befall the engine."""
+"""Has the engine compute a text that is to be kept, and tries again when the engine dies of it."""
 
 import asyncio
 from collections.abc import Callable
@@ -16,20 +16,20 @@ from longctx.request import (
     Segment,
 )
 
-ATTEMPTS = 3  # what ends the engine this often is left alone
+ATTEMPTS = 3  # a text that ends the engine this often is given up
 RETRY_SECONDS = 0.5
 
 
 @dataclass(slots=True)
 class Failures:
-    """How often the engine failed at something since that was last computed. Outlives `ingest`,
-    which begins anew with each engine."""
+    """Counts how often the engine failed at a text since that was last computed. It outlives a call
+    of `ingest`, which is made anew for each engine."""
 
     count: int = 0
 
 
 def ingest_request(name: str, segments: tuple[Segment, ...], *, salt: str) -> Request:
-    """The request that computes a prompt to be kept."""
+    """Makes the request that computes a prompt to be kept and answers nothing."""
     return Request(
         request_id=name,
         segments=segments,
@@ -46,11 +46,12 @@ async def ingest(
     failures: Failures,
     on_progress: Callable[[Progress], None],
 ) -> bool:
-    """True when it is computed and stored; False when the server is going down, or the engine does
-    not know (any more) what is to be computed: whoever opens it there begins again.
+    """Sees an ingest request through; returns whether it is computed and stored.
 
-    Raises LongctxError where it can never be computed, or the engine failed at it ATTEMPTS times.
-    The ids of what is asked begin with the request's.
+    False means that the server is going down, or that the engine does not know (any more) the
+    document or module to be computed: whoever opens that in the engine begins again. Raises
+    LongctxError where it can never be computed, or the engine failed at it ATTEMPTS times. Each
+    attempt has an id of its own, which begins with the request's.
     """
     while True:
         while engine.state in ("starting", "restarting"):
@@ -76,7 +77,7 @@ async def ingest(
 async def _once(
     engine: EngineClient, request: Request, on_progress: Callable[[Progress], None]
 ) -> bool:
-    """Whether it reached its end."""
+    """Asks once; returns whether the request reached its end."""
     ended = False
     async with aclosing(engine.generate(request)) as outputs:
         async for output in outputs:

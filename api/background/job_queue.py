@@ -1,7 +1,4 @@
-"""A queue of jobs by name, some at a time, first come first served.
-
-A waiting job can be prioritized to the front, and any job cancelled.
-"""
+"""Runs jobs by name, some at a time, first come first served."""
 
 import asyncio
 from collections import OrderedDict
@@ -14,19 +11,25 @@ from api.http.errors import logger
 
 
 class JobQueue:
+    """A queue of names, with one job for all of them. All methods are called on the event loop.
+
+    A name that waits can be moved to the front, and any name cancelled.
+    """
+
     def __init__(self, job: Callable[[str], Coroutine[Any, Any, None]], *, width: int) -> None:
-        """`job` is called with the name and must not raise."""
+        """`job` is called with a name and should not raise. `width`: how many run at a time."""
         self._job = job
         self._width = width
         self._waiting: OrderedDict[str, None] = OrderedDict()
         self._running: dict[str, asyncio.Future[None]] = {}
 
     def add(self, name: str) -> None:
-        """A name that waits already keeps its place; one that runs will run again."""
+        """Queues a name. One that waits already keeps its place; one that runs will run again."""
         self._waiting.setdefault(name)
         self._start()
 
     def prioritize(self, name: str) -> None:
+        """Moves a name that waits to the front; does nothing to others."""
         if name in self._waiting:
             self._waiting.move_to_end(name, last=False)
 
@@ -34,7 +37,7 @@ class JobQueue:
         return name in self._running
 
     async def cancel(self, name: str) -> None:
-        """When this returns the job neither waits nor runs."""
+        """Takes the name from the queue, cancels its job and waits for the job's end."""
         self._waiting.pop(name, None)
         if (task := self._running.get(name)) is not None:
             task.cancel()
@@ -42,6 +45,7 @@ class JobQueue:
                 await task
 
     async def close(self) -> None:
+        """Cancels all jobs, and waits for their end."""
         self._waiting.clear()
         for name in list(self._running):
             await self.cancel(name)

@@ -1,11 +1,11 @@
-"""One change at a time to what a tenant has given a name."""
+"""Locks for names, so that what a tenant has given a name is changed by one request at a time."""
 
 import asyncio
 from weakref import WeakValueDictionary
 
 
 class NameLocks:
-    """A lock for each name, for as long as somebody holds it or waits for it."""
+    """Has a lock for each name, for as long as somebody holds it or waits for it."""
 
     def __init__(self) -> None:
         self._locks: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()

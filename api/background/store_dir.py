@@ -1,10 +1,11 @@
 """The folder of everything durable, owned by one server at a time.
 
 secret               what tenants are derived from; private
-documents.sqlite     what is known about each file (`documents.py`)
-prompts.sqlite       the schemas and prompts that were named (`prompt_records.py`)
+documents.sqlite     what is known about each file (`files/document_store.py`)
+prompts.sqlite       schemas, named and retained prompts (`stored_prompts/records.py`)
 documents/ID.txt     a file's text, as uploaded
 documents/ID.tokens  its token ids, little-endian int32
+documents/*.partial  one of the two while it is written
 models               checksums of models, and what codecs cost them
 """
 
@@ -17,6 +18,8 @@ from longctx.errors import LongctxError
 
 
 class StoreDir:
+    """Names the paths in the folder, and holds its lock until `close`."""
+
     def __init__(self, path: Path) -> None:
         """Raises LongctxError when the folder cannot be used or another server has it."""
         self.path = path
@@ -58,11 +61,11 @@ class StoreDir:
         return self.path / "documents" / f"{document_id}.tokens"
 
     def new_upload_path(self) -> Path:
-        """Where a file is written until it is complete; on the same file system."""
+        """A new path for an upload until it is complete, on the same file system."""
         return self.path / "documents" / f"{secrets.token_hex(16)}.partial"
 
     def secret(self) -> bytes:
-        """32 random bytes, made on first use."""
+        """Returns the 32 random bytes of this store, which are made on first use."""
         path = self.path / "secret"
         if not path.exists():
             partial = self.path / "secret.new"

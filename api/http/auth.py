@@ -1,4 +1,4 @@
-"""Who is asking: API keys, and the tenant that each one stands for.
+"""Finds out who is asking: API keys, and the tenant that each one stands for.
 
 A tenant is HMAC(server secret, key): it salts the block keys, so nobody learns from timing what
 another tenant has cached, and it owns files. Without keys there is one tenant, the empty string.
@@ -19,7 +19,7 @@ SINGLE_TENANT = ""
 
 
 def read_keys(config: ServerConfig) -> tuple[str, ...]:
-    """The accepted keys; none at all means that the server is open.
+    """Returns the accepted keys; none at all means that the server is open to everybody.
 
     Raises LongctxError for a key file that cannot be read or has no key in it.
     """
@@ -72,7 +72,7 @@ class Authentication:
 
 
 def tenant_of(connection: HTTPConnection) -> str:
-    """The tenant that `Authentication` found."""
+    """Returns the tenant that `Authentication` found."""
     tenant = connection.scope["longctx.tenant"]
     assert isinstance(tenant, str)
     return tenant

@@ -1,4 +1,4 @@
-"""Every refusal in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
+"""Gives every refusal OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
 
 `api_error` turns whatever was raised into an `ApiError`; the status and the words are chosen here
 and nowhere else, for plain answers and for streams alike.
@@ -30,7 +30,7 @@ CLIENT_CLOSED_REQUEST = 499  # nobody reads it; it keeps logs truthful
 
 
 class ApiError(Exception):
-    """An answer other than success, with the words the client gets."""
+    """Raised for an answer other than success, with the words that the client gets."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class ApiError(Exception):
 
 
 def api_error(error: Exception) -> ApiError:
-    """What the client is told about `error`. Surprises become a bare 500: details go to the log."""
+    """Returns what the client is told. A surprise is a bare 500; its details are logged."""
     match error:
         case ApiError():
             return error
