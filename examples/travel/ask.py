@@ -47,7 +47,7 @@ def main(address: str = "http://127.0.0.1:8000") -> None:
             used = answer.prompt_cache
             print(
                 f"  {level:8} {answer.choices[0].message.content!r:12} "
-                f"{used['borrowed_tokens']:4} of {answer.usage.prompt_tokens} tokens borrowed, "
+                f"{used['borrowed_tokens']:4} of {answer.usage.prompt_tokens} tokens reused, "
                 f"{answer.longctx['computed_tokens']} computed"
             )
 
