@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from longctx.errors import PeerLost
+from longctx.errors import LongctxError, PeerLost
 from longctx.ipc import handshake
 from longctx.ipc.channel import Channel, connect
 from longctx.ipc.protocol import Heartbeat, decode_event
@@ -134,3 +134,8 @@ def test_where_the_group_meets_is_open_at_one_address(monkeypatch: pytest.Monkey
 
     asyncio.run(test())
     head.close()
+
+
+def test_a_process_that_torchrun_did_not_start_is_no_rank() -> None:
+    with pytest.raises(LongctxError, match="RANK is not set; ranks are started by torchrun"):
+        RankCoordinates.of({})
