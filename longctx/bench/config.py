@@ -18,6 +18,8 @@ class BenchConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundsConfig:
+    """How often benchmarks of speed repeat what they measure."""
+
     rounds: Annotated[int, "times that each figure is taken; the median counts"] = 3
 
     def __post_init__(self) -> None:
@@ -26,6 +28,8 @@ class RoundsConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NiahConfig:
+    """Options of `longctx bench niah`: the grid of lengths and depths, and what is asked."""
+
     lengths: Annotated[str, "document lengths in tokens"] = "4096,16384,32768,65536"
     depths: Annotated[str, "where needles lie, percent of the document"] = "0,25,50,75,100"
     questions: Annotated[int, "questions per length and depth"] = 20
@@ -58,6 +62,8 @@ class NiahConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DocumentConfig:
+    """Document lengths, for `longctx bench document` and `restart`."""
+
     document_lengths: Annotated[str, "document lengths in tokens"] = "4096,32768,262144"
 
     def __post_init__(self) -> None:
@@ -73,6 +79,8 @@ class DocumentConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestartConfig:
+    """Options of `longctx bench restart` alone."""
+
     random_model: Annotated[
         Literal["100m", "213m"] | None, "a model of random weights of that size; else as told"
     ] = None
@@ -80,6 +88,8 @@ class RestartConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModulesConfig:
+    """Options of `longctx bench modules`."""
+
     parts: Annotated[str, "what is measured: quality, retrieval, speed"] = "quality,retrieval,speed"
     levels: Annotated[str, "levels of exactness besides exact"] = "link:16,modular"
     modules: Annotated[int, "modules in a prompt"] = 6
@@ -114,6 +124,8 @@ class ModulesConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QualityConfig:
+    """Options of `longctx bench quality`."""
+
     # The defaults are those of the gate at a start, so that the verdicts are the same
     text_tokens: Annotated[int, "tokens read of each text"] = 320
     own_tokens: Annotated[int, "tokens that the model goes on to say after each question"] = 32
@@ -126,6 +138,8 @@ class QualityConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelsConfig:
+    """Options of `longctx bench kernels`: the shapes that are measured."""
+
     head_dims: Annotated[str, "values per head"] = "64,128"
     groups: Annotated[str, "query heads per key head"] = "4,8"
     kv_heads: Annotated[int, "key heads"] = 4
@@ -150,6 +164,8 @@ class KernelsConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeConfig:
+    """Options of `longctx bench decode`."""
+
     against: Annotated[
         Literal["nothing", "transformers"],
         "transformers: its generate answers the same prompts, by turns with longctx",
@@ -181,6 +197,8 @@ class DecodeConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RanksConfig:
+    """Options of `longctx bench ring`."""
+
     rank_counts: Annotated[str, "numbers of ranks that share a prompt"] = "1,2,4"
     prompt_tokens: Annotated[int, "length of the prompt; whole chunks of it are read"] = 8192
     model_size: Annotated[Literal["100m", "213m"], "parameters of the random model"] = "100m"
@@ -205,6 +223,8 @@ class RanksConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvictionConfig:
+    """Options of `longctx bench eviction`: how its traces are drawn, and what an extent costs."""
+
     trace_requests: Annotated[int, "questions in a trace; the first half only fills the tier"] = (
         3000
     )

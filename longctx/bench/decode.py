@@ -56,6 +56,7 @@ def run(
     *,
     say: Callable[[str], None],
 ) -> Report:
+    """Measures every codec at every depth, or longctx against transformers."""
     with _model_folder(engine, decode, bench.seed) as folder:
         if decode.against == "transformers":
             exact = "raw" if engine.cache.kv_codec == "auto" else engine.cache.kv_codec

@@ -81,6 +81,7 @@ def run(
     *,
     say: Callable[[str], None],
 ) -> Report:
+    """Measures a document of each length on one engine. Raises LongctxError."""
     llm = LLM(config=engine)
     asker = Asker(llm)
     # The first answer of an engine is always slow: no document should pay for it

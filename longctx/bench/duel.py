@@ -123,6 +123,8 @@ def duel(
 
 
 class Ours:
+    """longctx's side of a duel."""
+
     def __init__(self, llm: LLM) -> None:
         self._stopwatch = Stopwatch(llm.engine)
 
@@ -138,6 +140,8 @@ class Ours:
 
 
 class Theirs:
+    """`transformers.generate`, as it comes, on the same folder."""
+
     def __init__(self, folder: Path, *, dtype: str, device: str) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), local_files_only=True

@@ -119,6 +119,7 @@ def run(
     *,
     say: Callable[[str], None],
 ) -> Report:
+    """Replays generated traces against every policy; no engine is started."""
     rows = list(measure(eviction, rounds=rounds.rounds, seed=bench.seed, say=say))
     subtitle = (
         f"{eviction.trace_requests:,} questions on {eviction.documents} documents, "

@@ -92,6 +92,7 @@ def run(
     *,
     say: Callable[[str], None],
 ) -> Report:
+    """Measures every backend on pages of every codec, by turns with the machine's own rates."""
     if engine.model.threads is not None:
         torch.set_num_threads(engine.model.threads)
     dtype = _dtype(engine.model.dtype)

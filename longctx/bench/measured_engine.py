@@ -1,4 +1,4 @@
-"""An engine with random KV at hand, that can tell where the time of its steps went."""
+"""An engine that finds random KV for any prompt and can tell where the time of its steps went."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ SAMPLE_TIMES = 9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shares:
-    """Of the time of some steps, together 1; `rest` is Python and the small operations."""
+    """Shares of the time of some steps, together 1; `rest` is Python and the small operations."""
 
     attention: float
     linears: float
@@ -56,10 +56,10 @@ class Shares:
 
 @dataclass(slots=True)
 class Profile:
-    """Seconds of the steps so far, and what of them went where."""
+    """The seconds of the steps so far, and where they went."""
 
     decode_only: bool
-    sampling_seconds: float  # of one step
+    sampling_seconds: float  # of a step that samples one token
     steps: int = 0
     seconds: float = 0.0
     attention_seconds: float = 0.0
@@ -75,7 +75,11 @@ class Profile:
 
 
 class MeasuredEngine:
-    """An engine for one sequence at a time that nobody else uses."""
+    """An engine for one sequence at a time, used from one thread and by nobody else.
+
+    `plant` a context, `submit` a request that begins with it, and `step` until nothing is left;
+    `profile` tells where the time of the steps within it went.
+    """
 
     def __init__(self, config: EngineConfig, model_folder: Path) -> None:
         parts = engine_parts(config, model_folder)
@@ -94,7 +98,7 @@ class MeasuredEngine:
         self._engine.submit(request)
 
     def plant(self, token_ids: Sequence[int]) -> None:
-        """Make a prompt that begins with these tokens find all of their blocks; they are random.
+        """Fills blocks with random KV that a prompt which begins with these tokens finds.
 
         Raises ContextTooLong where the pool cannot hold them.
         """
@@ -135,7 +139,7 @@ class MeasuredEngine:
 
     @contextmanager
     def profile(self, *, decode_only: bool = False) -> Iterator[Profile]:
-        """What the steps within took; `decode_only`: those that compute one token."""
+        """Yields a profile of the steps within; of `decode_only`, those that compute one token."""
         self._profile = Profile(decode_only, self._sampling_seconds())
         try:
             yield self._profile
@@ -143,7 +147,7 @@ class MeasuredEngine:
             self._profile = None
 
     def _sampling_seconds(self) -> float:
-        """Of one greedy choice, by itself."""
+        """Times one greedy choice by itself."""
         spec = self._parts.model.spec
         logits = torch.randn(1, spec.vocab_size, device=spec.device)
         state = SamplingState(
@@ -185,7 +189,7 @@ class _TimedAttention:
 
 @contextmanager
 def _timed_calls(linear: type[nn.Module], profile: Profile) -> Iterator[None]:
-    """Count the seconds of all calls of modules of this class, in this process."""
+    """Counts the seconds of all calls of modules of this class, in this process."""
     call, inherited = linear.__call__, "__call__" not in vars(linear)
 
     def timed(module: nn.Module, *inputs: Any, **options: Any) -> Any:

@@ -56,6 +56,7 @@ def run(
     *,
     say: Say,
 ) -> Report:
+    """Measures the chosen parts, each on a model that it makes sense on."""
     found = Found()
     if "quality" in modules.every_part:
         _quality(_of(engine, model_path("probe")), modules, bench.seed, found, say)

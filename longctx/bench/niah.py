@@ -90,6 +90,7 @@ def matches(given: str, value: str, match: str) -> bool:
 def run(
     engine: EngineConfig, bench: BenchConfig, niah: NiahConfig, *, say: Callable[[str], None]
 ) -> Report:
+    """Asks every question of the grid on one engine. Raises LongctxError."""
     llm = LLM(config=engine)
     grid = measure(llm, niah, seed=bench.seed, say=say)
     model = llm.engine.info.model_name

@@ -36,6 +36,7 @@ def run(
     *,
     say: Callable[[str], None],
 ) -> Report:
+    """Measures the named codec, or every one that can hold the model's heads, against `raw`."""
     if engine.model.threads is not None:
         torch.set_num_threads(engine.model.threads)
     folder = engine.model.model or model_path("probe")

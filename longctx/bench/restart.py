@@ -65,6 +65,7 @@ def run(
     *,
     say: Callable[[str], None],
 ) -> Report:
+    """Measures a document of each length over engines that are opened one after another."""
     # Beside the user's folder if one is named: another disk is another measurement
     with TemporaryDirectory(dir=engine.cache.kv_dir) as scratch:
         folder = engine.model.model or model_path()

@@ -57,6 +57,7 @@ class Processes:
 def run(
     engine: EngineConfig, bench: BenchConfig, ranks: RanksConfig, *, say: Callable[[str], None]
 ) -> Report:
+    """Measures virtual ranks, then ranks that are processes, and projects to many GPUs."""
     chance = random.Random(bench.seed)
     cores = engine.model.threads or os.cpu_count() or 1
     prompt = tuple(chance.randrange(VOCABULARY) for _ in range(ranks.tokens))

@@ -16,7 +16,7 @@ POOL_GIB = 4.0  # of one engine; each of many ranks has its share
 async def started_engine(
     folder: Path, codec: KVCodec, *, ranks: int, cores: int
 ) -> AsyncGenerator[EngineClient, None]:
-    """An engine over so many processes, which share so many cores."""
+    """Yields an engine over so many processes, which share so many cores."""
     config = EngineConfig(
         model=ModelConfig(model=folder, device="cpu", threads=max(1, cores // ranks)),
         cache=CacheConfig(kv_codec=codec, force_codec=True, device_pool_gib=POOL_GIB / ranks),
@@ -31,7 +31,7 @@ async def started_engine(
 
 
 async def read_prompt(engine: EngineClient, prompt: list[int]) -> float:
-    """Seconds until the first token of an answer."""
+    """Returns the seconds until the first token of an answer."""
     request = Request(
         request_id=f"{len(prompt)}-{time.monotonic_ns()}",
         segments=(Segment(token_ids=tuple(prompt)),),

@@ -25,7 +25,7 @@ from longctx.ring.virtual import VirtualRanks
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """`balance`: rows times keys in one layer of the rank that has most, by the mean."""
+    """One chunk. `balance` is rows times keys of the busiest rank in one layer, by the mean."""
 
     end: int
     seconds: float
@@ -50,7 +50,7 @@ def chunks(
 
 
 class _WatchedPrefill:
-    """An engine that reads one prompt, and what each step of it sent."""
+    """An engine that reads one prompt and notes what each of its steps sent."""
 
     def __init__(self, parts: EngineParts) -> None:
         self.engine = Engine(parts)
@@ -90,7 +90,7 @@ class _WatchedPrefill:
         return sum(transport.bytes_sent for transport in runner.ranks.transports)
 
     def _expected(self, begin: int, end: int) -> tuple[int, float]:
-        """Bytes by the formulas of `longctx.ring.comm_cost`, and the balance of the cut."""
+        """Returns the bytes by the formulas of `longctx.ring.comm_cost`, and the cut's balance."""
         runner = self._runner
         if not isinstance(runner, RingRunner):
             return 0, 1.0
