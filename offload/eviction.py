@@ -14,9 +14,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from offload.key import BlockKey
+from offload.key import GroupKey
 
-Block = tuple[int, BlockKey]  # layer group, key
 Name = TypeVar("Name", bound=Hashable)
 
 _STALE_SHARE = 2  # the heap is rebuilt when it is this many times larger than the entries
@@ -33,8 +32,8 @@ class Evictable(Generic[Name]):
     name: Name
     size_bytes: int
     cost_seconds: float
-    blocks: tuple[Block, ...]
-    parent: Block | None
+    blocks: tuple[GroupKey, ...]
+    parent: GroupKey | None
     retained: bool = False
 
 
@@ -91,8 +90,8 @@ class _LeafHeap(ABC, Generic[Name]):
 
     def __init__(self) -> None:
         self._held: dict[Name, _Held[Name]] = {}
-        self._holders: dict[Block, list[Name]] = {}  # overlapping window checkpoints: several
-        self._children: dict[Block, int] = {}  # by parent block, which may not be held (yet)
+        self._holders: dict[GroupKey, list[Name]] = {}  # overlapping window checkpoints: several
+        self._children: dict[GroupKey, int] = {}  # by parent block, which may not be held (yet)
         self._heap: list[tuple[bool, float, int, Name]] = []
         self._stamp = 0  # unique, so the heap never compares names
 

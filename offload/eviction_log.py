@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 
-from offload.eviction import Block
+from offload.key import GroupKey
 
 _REMEMBERED = 10_000  # blocks
 
@@ -14,19 +14,19 @@ class EvictionLog:
     """
 
     def __init__(self) -> None:
-        self._reasons: OrderedDict[Block, str] = OrderedDict()
+        self._reasons: OrderedDict[GroupKey, str] = OrderedDict()
 
-    def record(self, block: Block, reason: str) -> None:
+    def record(self, block: GroupKey, reason: str) -> None:
         """Note that the block left: evicted, expired, corrupt, deleted or flushed."""
         self._reasons.pop(block, None)
         self._reasons[block] = reason
         if len(self._reasons) > _REMEMBERED:
             self._reasons.popitem(last=False)
 
-    def forget(self, block: Block) -> None:
+    def forget(self, block: GroupKey) -> None:
         """Note that the block is there again."""
         self._reasons.pop(block, None)
 
-    def reason(self, block: Block) -> str | None:
+    def reason(self, block: GroupKey) -> str | None:
         """Return why the block left last; None where that is not known."""
         return self._reasons.get(block)

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offload.block_run import PageSlots, Slots
-from offload.eviction import Block, Evictable, EvictionPolicy
+from offload.eviction import Evictable, EvictionPolicy
 from offload.eviction_log import EvictionLog
-from offload.key import BlockKey
+from offload.key import BlockKey, GroupKey
 from offload.tier import Cleared
 from offload.tier_names import TierName
 
@@ -45,7 +45,7 @@ class HostTier:
         *,
         capacity_bytes: int,
         page_bytes: Iterable[int],
-        policy: EvictionPolicy[Block],
+        policy: EvictionPolicy[GroupKey],
         allocate: Callable[[int], NDArray[np.uint8]] = _paged,
     ) -> None:
         """Allocate the arena: at most `capacity_bytes`, rounded down to whole units.
@@ -63,7 +63,7 @@ class HostTier:
         self._arena = arena.reshape(self._num_units, self._unit_bytes)
         self._policy = policy
         self._lock = threading.Lock()
-        self._units: dict[Block, list[int]] = {}  # a block's units: layer by layer, in order
+        self._units: dict[GroupKey, list[int]] = {}  # a block's units: layer by layer, in order
         self._free: list[int] = []
         self._never_used = 0  # units from here on were never given out
         self._groups: dict[int, tuple[int, ...]] = {}  # page sizes of the layers of each
@@ -189,18 +189,18 @@ class HostTier:
     def close(self) -> None:
         """Do nothing: nothing outlives the process."""
 
-    def _held(self, keys: Iterable[BlockKey]) -> list[Block]:
+    def _held(self, keys: Iterable[BlockKey]) -> list[GroupKey]:
         """Return the blocks of these keys that are here, in any group."""
         blocks = ((group, key) for key in keys for group in self._groups)
         return [block for block in blocks if block in self._units]
 
     def _store(
         self,
-        block: Block,
+        block: GroupKey,
         slots: PageSlots,
         row: int,
         *,
-        parent: Block | None,
+        parent: GroupKey | None,
         cost_seconds: float,
         retained: bool,
     ) -> bool:
@@ -230,7 +230,7 @@ class HostTier:
         self._never_used += fresh
         return units
 
-    def _remove(self, block: Block, reason: str) -> None:
+    def _remove(self, block: GroupKey, reason: str) -> None:
         self._free.extend(self._units.pop(block))
         self._policy.removed(block)
         self._log.record(block, reason)

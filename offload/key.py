@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BlockKey = NewType("BlockKey", bytes)  # 32 bytes
+GroupKey = tuple[int, BlockKey]  # a layer group has blocks of its own: (group, key) names one
 
 
 def namespace(

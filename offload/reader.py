@@ -16,8 +16,7 @@ from dataclasses import dataclass
 
 from offload.block_run import EXTENT_BLOCKS, Slots
 from offload.events import Late, Loaded, Mailbox
-from offload.eviction import Block
-from offload.key import BlockKey
+from offload.key import BlockKey, GroupKey
 from offload.tier_stack import TierStack
 
 log = logging.getLogger(__name__)
@@ -76,7 +75,7 @@ class Reader:
         self._jobs: deque[_Job] = deque()
         self._running: set[_Job] = set()
         self._loads: dict[int, _Load] = {}
-        self._avoided: dict[Block, float] = {}  # until when
+        self._avoided: dict[GroupKey, float] = {}  # until when
         self._closed = False
         self.late = 0
         self.failures = 0
@@ -107,7 +106,7 @@ class Reader:
             self._jobs.extend(jobs)
             self._wanted.notify(len(jobs))
 
-    def avoids(self, block: Block) -> bool:
+    def avoids(self, block: GroupKey) -> bool:
         """Return whether the block failed or was late within the last minute."""
         until = self._avoided.get(block)
         return until is not None and self._clock() < until
@@ -217,7 +216,7 @@ class Reader:
     def _allowed_seconds(self, load: _Load) -> float:
         return self._deadline_seconds + load.size_bytes / SLOWEST_BYTES_PER_SECOND
 
-    def _avoid(self, blocks: Iterable[Block], now: float) -> None:
+    def _avoid(self, blocks: Iterable[GroupKey], now: float) -> None:
         kept = {block: until for block, until in self._avoided.items() if until > now}
         self._avoided = kept | dict.fromkeys(blocks, now + AVOIDED_SECONDS)
 

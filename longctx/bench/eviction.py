@@ -21,8 +21,8 @@ from longctx.bench.config import BenchConfig, EvictionConfig, RoundsConfig
 from longctx.bench.picture import Series, draw_bars
 from longctx.bench.report import Parameter, Report, Result
 from offload.block_run import EXTENT_BLOCKS
-from offload.eviction import POLICIES, Block, Evictable, EvictionPolicy
-from offload.key import BlockKey
+from offload.eviction import POLICIES, Evictable, EvictionPolicy
+from offload.key import BlockKey, GroupKey
 from offload.units import GIB
 
 EXTENT_TOKENS = EXTENT_BLOCKS * BLOCK_TOKENS
@@ -199,7 +199,7 @@ def _entry(trace: Trace, extent: Extent) -> Evictable[Extent]:
     )
 
 
-def _block(document: int, index: int) -> Block:
+def _block(document: int, index: int) -> GroupKey:
     return (0, BlockKey(b"%d-%d" % (document, index)))
 
 

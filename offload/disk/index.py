@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from offload.disk.extent_header import ExtentMeta
-from offload.eviction import Block, Evictable, EvictionPolicy
+from offload.eviction import Evictable, EvictionPolicy
 from offload.eviction_log import EvictionLog
-from offload.key import BlockKey
+from offload.key import BlockKey, GroupKey
 
 
 @dataclass(slots=True, eq=False)
@@ -23,7 +23,7 @@ class Extent:
     file_bytes: int
     used_at: float
     name: str = field(init=False)
-    blocks: tuple[Block, ...] = field(init=False)
+    blocks: tuple[GroupKey, ...] = field(init=False)
     dropped: set[BlockKey] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
@@ -31,7 +31,7 @@ class Extent:
         self.name = self.meta.file_name
         self.blocks = tuple([(run.group, key) for key in run.keys])
 
-    def live(self) -> Iterable[Block]:
+    def live(self) -> Iterable[GroupKey]:
         """The blocks that were not dropped."""
         if not self.dropped:
             return self.blocks
@@ -78,8 +78,8 @@ class DiskIndex:
         self.lock = threading.Lock()
         self._policy = policy
         self._by_name: dict[str, Extent] = {}
-        self._by_block: dict[Block, Extent] = {}
-        self._copies: dict[Block, list[Extent]] = {}  # where a block is in several files: all
+        self._by_block: dict[GroupKey, Extent] = {}
+        self._copies: dict[GroupKey, list[Extent]] = {}  # where a block is in several files: all
         self._groups: dict[int, int] = {}  # the number of extents of each layer group
         self._retained: set[BlockKey] = set()
         self._log = EvictionLog()
@@ -102,7 +102,7 @@ class DiskIndex:
         """Return the extent of that file name."""
         return self._by_name.get(name)
 
-    def holder(self, block: Block) -> Extent | None:
+    def holder(self, block: GroupKey) -> Extent | None:
         """Return the extent to read a block from."""
         return self._by_block.get(block)
 
@@ -231,7 +231,7 @@ class DiskIndex:
             extent.dropped.remove(key)
             self._point((extent.meta.run.group, key), extent)
 
-    def explain(self, block: Block) -> str | None:
+    def explain(self, block: GroupKey) -> str | None:
         """Return why a block left; None for one that is here, or that nobody remembers."""
         return None if block in self._by_block else self._log.reason(block)
 
@@ -247,7 +247,7 @@ class DiskIndex:
     def _is_held(self, key: BlockKey) -> bool:
         return any((group, key) in self._by_block for group in self._groups)
 
-    def _point(self, block: Block, extent: Extent) -> None:
+    def _point(self, block: GroupKey, extent: Extent) -> None:
         """Let a block be found in the extent."""
         before = self._by_block.get(block)
         if before is not None:
@@ -255,7 +255,7 @@ class DiskIndex:
         self._by_block[block] = extent
         self._log.forget(block)
 
-    def _unpoint(self, block: Block, extent: Extent, reason: str) -> None:
+    def _unpoint(self, block: GroupKey, extent: Extent, reason: str) -> None:
         """Let a block no longer be found in the extent, but in another one that has it."""
         copies = self._copies.pop(block, [extent])
         copies.remove(extent)

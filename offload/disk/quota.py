@@ -16,7 +16,7 @@ from offload.disk.filesystem import FileSystem
 from offload.disk.folder import DiskFolder
 from offload.disk.incidents import Incidents
 from offload.disk.index import DiskIndex, Extent
-from offload.eviction import Block
+from offload.key import GroupKey
 
 _REFUSALS = 1000  # remembered
 
@@ -61,7 +61,8 @@ class DiskQuota:
         self._bounds = bounds
         self._index = index
         self._folder, self._files, self._incidents = folder, files, incidents
-        self._refused: OrderedDict[Block, None] = OrderedDict()  # the last blocks of refused runs
+        # The last blocks of runs that were refused; the oldest are forgotten first
+        self._refused: OrderedDict[GroupKey, None] = OrderedDict()
         self.evicted_for_cap = self.evicted_for_space = self.expired = 0
 
     @property

@@ -1,4 +1,4 @@
-"""Pages hold what their codec's docstring says where it says, read here number by number."""
+"""Pages hold what their codec's docstring says; here they are read number by number."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ KEYS, VALUES = 0, 1
 
 @dataclass(frozen=True)
 class Record:
-    """One key head of one page, as bytes."""
+    """The bytes of one KV head of one page."""
 
     content: NDArray[np.uint8]
     head_dim: int
@@ -29,7 +29,7 @@ class Record:
         return float(np.array([(low | high << 8) << 16], dtype=np.uint32).view(np.float32)[0])
 
     def place(self, side: int, token: int, dim: int, width: int) -> int:
-        """Index of a number among those of its side."""
+        """Return the index of a number among those of its side, keys or values."""
         if side == KEYS:
             return (dim // width * BLOCK_TOKENS + token) * width + dim % width
         return (token // width * self.head_dim + dim) * width + token % width
@@ -48,7 +48,7 @@ def read_int8(record: Record, side: int, token: int, dim: int) -> float:
 
 
 def read_int4(record: Record, side: int, token: int, dim: int) -> float:
-    """A value, or a transformed key."""
+    """Return one number: a value, or a key after its transform."""
     packed = BLOCK_TOKENS * record.head_dim // 2
     split = dim if side == KEYS else token
     high, paired = split // 4 % 2, split // 8 * 4 + split % 4

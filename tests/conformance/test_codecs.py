@@ -1,5 +1,7 @@
 """What every codec promises: pages of stated length, and a bound on what they lose."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,7 +23,7 @@ ODDITIES = ["zeros", "negative zeros", "constant", "outlier", "offset", "denorma
 
 
 def rows(shape: KVShape, seed: int, *oddities: str) -> Tensor:
-    """Two blocks of random rows, every fifth row (of one token, side and head) an odd one."""
+    """Return two blocks of random rows; every fifth (of one token, side and head) is odd."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(2, *shape.rows, generator=generator)
     flat = values.view(-1, shape.head_dim)
@@ -63,27 +65,41 @@ def kinds() -> st.SearchStrategy[list[str]]:
 
 
 def compared(name: str, content: Tensor) -> Tensor:
-    """What the codec's bound is about: int4 rounds keys after a transform."""
+    """Return what the codec's bound is about: int4 rounds keys after a transform."""
     wide = content.float()
     if name == "int4":
         wide = torch.stack((hadamard(wide[:, :, 0]), wide[:, :, 1]), dim=2)
     return wide
 
 
-def error_bound(name: str, wide: Tensor) -> Tensor:
-    """The largest error that the codec allows itself, value by value, before it is stored."""
-    if name == "raw":
-        return torch.zeros_like(wide)
-    if name == "bf16":
-        return BF16_ROUNDING * wide.abs() + SMALLEST_NORMAL
-    if name == "int8":
-        step = wide.abs().amax(-1, keepdim=True) / 127 * (1 + BF16_ROUNDING)
-        return (step / 2).expand_as(wide)
+def bf16_bound(wide: Tensor) -> Tensor:
+    return BF16_ROUNDING * wide.abs() + SMALLEST_NORMAL
+
+
+def int8_bound(wide: Tensor) -> Tensor:
+    step = wide.abs().amax(-1, keepdim=True) / 127 * (1 + BF16_ROUNDING)
+    return (step / 2).expand_as(wide)
+
+
+def int4_bound(wide: Tensor) -> Tensor:
     groups = wide.unflatten(-1, (-1, group_dims(wide.shape[-1])))
     low, high = groups.aminmax(dim=-1, keepdim=True)
     span = high - low + 2 * BF16_ROUNDING * low.abs()
     step = (span / 15 * (1 + BF16_ROUNDING)).expand_as(groups).flatten(-2)
     return step / 2
+
+
+# The largest error that a codec may make, value by value, before the values are stored as rows
+ERROR_BOUNDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "raw": torch.zeros_like,
+    "bf16": bf16_bound,
+    "int8": int8_bound,
+    "int4": int4_bound,
+}
+
+
+def test_every_codec_states_a_bound() -> None:
+    assert ERROR_BOUNDS.keys() == CODECS.keys()
 
 
 @pytest.mark.parametrize("name", sorted(CODECS))
@@ -101,8 +117,8 @@ def test_a_page_loses_no_more_than_the_codec_states(
     # Beside it: float32's own rounding, and that of the type in which decode gives the rows.
     largest = shape.head_dim**0.5 * original.float().abs().amax(-1, keepdim=True)
     storing = 0.0 if codec.lossless else 2 * torch.finfo(shape.dtype).eps
-    slack = (1e-5 if name != "raw" else 0.0) * error_bound(name, wide) + storing * largest
-    bound = error_bound(name, wide) + slack
+    slack = (1e-5 if name != "raw" else 0.0) * ERROR_BOUNDS[name](wide) + storing * largest
+    bound = ERROR_BOUNDS[name](wide) + slack
     assert (error <= bound + 2 * SMALLEST_NORMAL * (not codec.lossless)).all()
 
 

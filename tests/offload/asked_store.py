@@ -12,7 +12,7 @@ def offer(store: KVStore, run: BlockRun, slots: PageSlots | None = None) -> int:
 
 
 def ended(store: KVStore, ticket: int) -> Event:
-    """The last event of a ticket, other tickets' events left aside."""
+    """Wait for a ticket's last event and return it; the events of other tickets are lost."""
     end = time.monotonic() + 10
     while time.monotonic() < end:
         for event in store.poll():

@@ -27,7 +27,7 @@ def keys_of(chain: str, first: int, count: int) -> tuple[BlockKey, ...]:
 
 
 def run_of(chain: str, first: int, count: int, *, group: int = 0) -> BlockRun:
-    """Blocks `first`... of the chain of that name."""
+    """Return `count` blocks of the chain of that name, from block `first` on."""
     root = namespace(chain)
     parent = keys_of(chain, first - 1, 1)[0] if first else root
     return BlockRun(root, group, first, parent, keys_of(chain, first, count))
@@ -43,7 +43,7 @@ def page_of(key: BlockKey, group: int, layer: int, num_bytes: int) -> NDArray[np
 
 
 def blank(count: int, page_bytes: tuple[int, ...] = PAGE_BYTES) -> PageSlots:
-    """Every other row from the end, so that none lie side by side."""
+    """Return empty slots: every other row from the end, so that none lie side by side."""
     arrays = tuple(np.zeros((2 * count + 1, size), np.uint8) for size in page_bytes)
     return PageSlots(arrays, tuple(range(2 * count, 0, -2)))
 
@@ -57,7 +57,7 @@ def filled(run: BlockRun, page_bytes: tuple[int, ...] = PAGE_BYTES) -> PageSlots
 
 
 def is_right(group: int, keys: tuple[BlockKey, ...], slots: PageSlots) -> list[bool]:
-    """Which rows hold exactly the pages of these keys."""
+    """Return which rows hold exactly the pages of these keys."""
     return [
         all(
             np.array_equal(array[row], page_of(key, group, layer, array.shape[1]))
@@ -72,7 +72,7 @@ def store(tier: DiskTier, run: BlockRun, *, retained: bool = False) -> bool:
 
 
 def served(tier: DiskTier, run: BlockRun) -> list[bool]:
-    """Which blocks of the run the tier serves; a wrong page fails."""
+    """Return which blocks of the run the tier serves. A wrong page fails the test."""
     slots = blank(len(run.keys))
     found = tier.read(run.group, run.keys, slots)
     right = is_right(run.group, run.keys, slots)

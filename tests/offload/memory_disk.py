@@ -18,19 +18,19 @@ def key(number: int) -> BlockKey:
 
 
 def chain(first: int, count: int, *, group: int = 0) -> BlockRun:
-    """Blocks `first`... of one chain, whose root is key 0."""
+    """Return `count` blocks of one chain, from block `first` on. Its root is key 0."""
     keys = tuple(key(number) for number in range(first, first + count))
     return BlockRun(key(0), group, first - 1, key(first - 1), keys)
 
 
 def blank_slots(count: int) -> PageSlots:
-    """Rows in no particular order."""
+    """Return empty slots, in descending order of their rows."""
     arrays = tuple(np.zeros((count + 3, size), dtype=np.uint8) for size in PAGE_BYTES)
     return PageSlots(arrays, tuple(range(count, 0, -1)))
 
 
 def filled_slots(run: BlockRun, *, seed: int = 0) -> PageSlots:
-    """Pages whose bytes follow from key, group and seed."""
+    """Return slots with pages whose bytes follow from key, group and seed."""
     slots = blank_slots(len(run.keys))
     for name, row in zip(run.keys, slots.pages, strict=True):
         random = np.random.default_rng([*name[-4:], run.group, seed])
@@ -40,11 +40,13 @@ def filled_slots(run: BlockRun, *, seed: int = 0) -> PageSlots:
 
 
 def pages(slots: PageSlots) -> list[bytes]:
-    """What each block of the slots holds, layers one after another."""
+    """Return what each block of the slots holds, its layers one after another."""
     return [b"".join(array[row].tobytes() for array in slots.arrays) for row in slots.pages]
 
 
 class MemoryDisk:
+    """A `DurableTier` for tests, which remembers the calls that were made."""
+
     durable: Final[Literal[True]] = True
 
     def __init__(self, name: TierName = "disk") -> None:

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload.eviction import GDSF, LRU, POLICIES, Block, Evictable, EvictionPolicy
+from offload.eviction import GDSF, LRU, POLICIES, Evictable, EvictionPolicy
+from offload.key import GroupKey
 from tests.offload.memory_disk import key
 
 
-def block(number: int) -> Block:
+def block(number: int) -> GroupKey:
     return (0, key(number))
 
 

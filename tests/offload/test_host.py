@@ -10,16 +10,18 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from offload.block_run import BlockRun, PageSlots
-from offload.eviction import LRU, POLICIES, Block
+from offload.eviction import LRU, POLICIES
 from offload.host import HostTier
-from offload.key import BlockKey
+from offload.key import BlockKey, GroupKey
 from tests.offload.memory_disk import PAGE_BYTES, blank_slots, chain, filled_slots, key, pages
 
 BLOCK_BYTES = sum(PAGE_BYTES)
 
 
 def host_tier(blocks: int) -> HostTier:
-    return HostTier(capacity_bytes=blocks * BLOCK_BYTES, page_bytes=PAGE_BYTES, policy=LRU[Block]())
+    return HostTier(
+        capacity_bytes=blocks * BLOCK_BYTES, page_bytes=PAGE_BYTES, policy=LRU[GroupKey]()
+    )
 
 
 def put(host: HostTier, run: BlockRun, *, retained: bool = False) -> int:
@@ -116,7 +118,7 @@ def test_the_arena_is_what_the_caller_allocates() -> None:
         return np.zeros(size_bytes, dtype=np.uint8)
 
     host = HostTier(
-        capacity_bytes=10_000, page_bytes=PAGE_BYTES, policy=LRU[Block](), allocate=allocate
+        capacity_bytes=10_000, page_bytes=PAGE_BYTES, policy=LRU[GroupKey](), allocate=allocate
     )
     assert given_bytes == [host.capacity_bytes]
     assert 10_000 - BLOCK_BYTES < host.capacity_bytes <= 10_000
@@ -132,7 +134,7 @@ def test_the_arena_is_what_the_caller_allocates() -> None:
 def test_a_host_tier_behaves_like_a_dictionary_that_forgets(
     name: str, seed: int, page_bytes: list[int], capacity_blocks: int
 ) -> None:
-    """Any page sizes: what is there is right, and never more than the capacity."""
+    """With any page sizes, what is there is right, and never more than the capacity."""
     rng = random.Random(seed)
     host = HostTier(
         capacity_bytes=capacity_blocks * sum(page_bytes),

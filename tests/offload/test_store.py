@@ -8,8 +8,9 @@ from typing import cast
 
 import pytest
 
-from offload.eviction import LRU, Block
+from offload.eviction import LRU
 from offload.host import HostTier
+from offload.key import GroupKey
 from offload.store import Event, KVStore, Late, Loaded, Written
 from offload.tier_names import TierName
 from tests.offload.asked_store import ended, offer, write
@@ -48,7 +49,7 @@ def clock() -> Clock:
 
 def host_tier(blocks: int) -> HostTier:
     return HostTier(
-        capacity_bytes=blocks * sum(PAGE_BYTES), page_bytes=PAGE_BYTES, policy=LRU[Block]()
+        capacity_bytes=blocks * sum(PAGE_BYTES), page_bytes=PAGE_BYTES, policy=LRU[GroupKey]()
     )
 
 

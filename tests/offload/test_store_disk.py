@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from offload.disk.tier import DiskBounds, DiskTier, DiskTierConfig
-from offload.eviction import GDSF, LRU, Block
+from offload.eviction import GDSF, LRU
 from offload.host import HostTier
+from offload.key import GroupKey
 from offload.store import KVStore, Late, Loaded, Written
 from tests.offload.asked_store import ended, offer, write
 from tests.offload.extents import open_tier
@@ -31,7 +32,7 @@ def open_store(folder: Path) -> OpenStore:
         host = HostTier(
             capacity_bytes=max(host_blocks, 1) * sum(PAGE_BYTES),
             page_bytes=PAGE_BYTES,
-            policy=LRU[Block](),
+            policy=LRU[GroupKey](),
         )
         return KVStore([host, disk] if host_blocks else [disk], read_deadline_seconds=30.0)
 
@@ -127,7 +128,7 @@ def test_a_deleted_document_leaves_no_file(open_store: OpenStore, folder: Path) 
 def test_a_small_store_forgets_but_is_never_wrong(
     open_store: OpenStore, folder: Path, host_blocks: int, seed: int
 ) -> None:
-    """Random documents, prompts, deletions and restarts in a tenth of the room they want."""
+    """Documents, prompts, deletions and restarts at random, in a tenth of the room they want."""
     rng = random.Random(seed)
     cap_bytes, evictions = 20_000, 0.0
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from offload.block_run import PageSlots
-from offload.eviction import LRU, Block
+from offload.eviction import LRU
 from offload.host import HostTier
+from offload.key import GroupKey
 from offload.tier import DurableTier, MemoryTier
 from offload.tier_names import TIERS
 from offload.tier_stack import TierStack
@@ -21,7 +22,7 @@ AnyTier = MemoryTier | DurableTier
 
 def host_tier(folder: Path) -> HostTier:
     capacity_bytes = 100 * sum(PAGE_BYTES)
-    return HostTier(capacity_bytes=capacity_bytes, page_bytes=PAGE_BYTES, policy=LRU[Block]())
+    return HostTier(capacity_bytes=capacity_bytes, page_bytes=PAGE_BYTES, policy=LRU[GroupKey]())
 
 
 MAKERS: dict[str, Callable[[Path], AnyTier]] = {
@@ -39,7 +40,7 @@ def tier(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[AnyTier]:
 
 @pytest.fixture
 def stack(tier: AnyTier) -> TierStack:
-    """The tier alone, holding ten blocks of chain a, and two of them in group 1 too."""
+    """The tier alone in a stack. It holds ten blocks of chain a, and two of them in group 1 too."""
     stack = TierStack([tier])
     for run in (run_of("a", 0, 10), run_of("a", 8, 2, group=1)):
         stored = stack.write(run, filled_slots(run), cost_seconds=1.0, retained=False)
@@ -48,7 +49,7 @@ def stack(tier: AnyTier) -> TierStack:
 
 
 def read(stack: TierStack, group: int, first: int, count: int) -> list[bool]:
-    """Which blocks of chain a arrive; each that does is the right one."""
+    """Read blocks of chain a; return which arrive, and fail if one of them is wrong."""
     keys = keys_of("a", first, count)
     slots = filled_slots(run_of("other", 0, count, group=group))
     found = stack.read(group, keys, slots, None)

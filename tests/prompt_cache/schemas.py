@@ -40,7 +40,7 @@ TRAVEL = """<?xml version="1.0" encoding="UTF-8"?>
 
 
 def encode(text: str) -> list[int]:
-    """A token for each byte."""
+    """Return a token for each byte."""
     return list(text.encode())
 
 
@@ -56,7 +56,7 @@ XML_TEXTS = st.text(
 
 @st.composite
 def schema_objects(draw: st.DrawFn, texts: st.SearchStrategy[str] = TEXTS) -> dict[str, Any]:
-    """Schemas in their JSON form."""
+    """Draw a schema in its JSON form."""
     number = iter(range(10_000))
 
     def module(depth: int, *, flat: bool = False) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def schema_objects(draw: st.DrawFn, texts: st.SearchStrategy[str] = TEXTS) -> di
 
 
 def write_pml(schema: Schema) -> str:
-    """Markup that reads back as the same schema, where XML can have its characters."""
+    """Return markup that reads back as the same schema, where XML can have its characters."""
     roles = "".join(f"<{role.role}>{_markup(role.content)}</{role.role}>" for role in schema.roles)
     name = quoteattr(schema.name)
     return f'<schema name={name} xml:space="preserve">{roles}{_markup(schema.content)}</schema>'

@@ -1,4 +1,4 @@
-"""Positions of modules, and prompts made of them."""
+"""Modules get their positions, and prompts are made of them."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Schemas: what PML and JSON say, what is refused, and with which words."""
+"""What PML and JSON say as schemas, what is refused, and with which words."""
 
 import json
 from pathlib import Path

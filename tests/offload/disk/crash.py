@@ -32,7 +32,7 @@ KEPT_RUNS = 12
 LONGEST_LIFE_SECONDS = 0.06
 REPORT = struct.Struct(
     "<cIII"
-)  # what, chain, first block, blocks; W after a write, D before a drop
+)  # what (W after a write, D before a drop), chain, first block, number of blocks
 
 Run = tuple[int, int, int]
 
@@ -77,7 +77,7 @@ def kill_one(folder: Path, seed: int, durable: set[Run]) -> None:
 
 
 def look(folder: Path, durable: set[Run]) -> tuple[int, int]:
-    """(blocks reported durable but not served, wrong pages served), after a restart."""
+    """Return (blocks reported durable but not served, wrong pages served), after a restart."""
     lost = wrong = 0
     with closing(open_tier(folder)) as tier:
         for chain, first, count in durable:

@@ -20,7 +20,7 @@ class Inode:
     writes: list[tuple[int, bytes]] = field(default_factory=list)  # since then
 
     def after(self, chance: random.Random | None) -> bytes:
-        """The bytes; by `chance` those after a loss of power."""
+        """Return the bytes; with `chance`, bytes that a loss of power may leave."""
         data = bytearray(self.synced)
         for offset, written in self.writes:
             fate = chance.choice(("whole", "cut", "zeros", "none")) if chance else "whole"
@@ -53,13 +53,13 @@ class Folder:
 
 
 class PowerLost(Exception):
-    """Nothing that is asked for after this happens."""
+    """The power is off: nothing that is asked for from now on happens."""
 
 
 class RecordingFiles(FileSystem):
-    """Works on real files, and knows which of it is certain; the power fails after `calls` calls.
+    """Works on real files, and knows what of them is certain. The power fails after `calls` calls.
 
-    Where it fails, PowerLost is raised, as no OSError is: nobody cleans up.
+    From then on PowerLost is raised. It is no OSError, so nobody gets to clean up.
     """
 
     def __init__(self, calls: int | None = None) -> None:
@@ -109,7 +109,7 @@ class RecordingFiles(FileSystem):
         self._inodes.pop(descriptor, None)
 
     def replay(self, folder: Path, to: Path, chance: random.Random) -> None:
-        """What may be found in `folder` when the power is back, as files in `to`."""
+        """Write to `to` what may be found in `folder` when the power is back."""
         for found, content in self._folders.items():
             target = to / os.path.relpath(found, folder)
             target.mkdir(mode=0o700, parents=True, exist_ok=True)

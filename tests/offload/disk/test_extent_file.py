@@ -84,7 +84,7 @@ def test_slots_of_other_sizes_are_refused(tmp_path: Path, page_bytes: tuple[int,
 
 
 def bfloat16_pages(rows: int, values: int) -> NDArray[np.uint8]:
-    """Normal values with a scale of their own in each of 64 channels."""
+    """Return pages of normal values, with a scale of its own for each of 64 channels."""
     random = np.random.default_rng(0)
     scales = np.exp(random.normal(size=64) * 0.7)
     numbers = (random.normal(size=(rows, values // 64, 64)) * scales).astype("<f4")

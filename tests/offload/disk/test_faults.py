@@ -43,7 +43,7 @@ def file_of_run(folder: Path) -> Path:
 
 
 def told(caplog: pytest.LogCaptureFixture, words: str) -> int:
-    """Warnings that contain these words."""
+    """Return the warnings that contain these words."""
     assert all(record.levelname == "WARNING" for record in caplog.records)
     return sum(words in record.getMessage() for record in caplog.records)
 
@@ -368,7 +368,7 @@ def test_the_free_floor_is_kept(folder: Path, caplog: pytest.LogCaptureFixture) 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 256 KiB."""
+    """Mount a real file system of 256 KiB."""
     mounted = tmp_path / "disk"
     mounted.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=256k,mode=700", "tmpfs", str(mounted)]
@@ -379,7 +379,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(tier: DiskTier, count: int) -> int:
-    """How many of `count` runs of 20 KB could be stored."""
+    """Store `count` runs of 20 KB; return how many could be stored."""
     stored = 0
     for number in range(count):
         run = run_of(f"{number}", 0, 4)

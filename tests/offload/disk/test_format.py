@@ -20,7 +20,7 @@ COMPRESSED = run_of("compressed", 0, 1)
 
 
 def bfloat16_page() -> PageSlots:
-    """A page that becomes smaller by shuffling."""
+    """Return a page that becomes smaller by shuffling."""
     halves = np.linspace(1.0, 2.0, 2000, dtype="<f4").view("<u2")[1::2]
     return PageSlots((np.ascontiguousarray(halves).view(np.uint8).reshape(1, -1),), (0,))
 

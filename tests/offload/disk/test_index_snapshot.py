@@ -28,7 +28,7 @@ class CountedOpens(FileSystem):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """With all runs stored."""
+    """Store all runs, and return the folder that has them."""
     with closing(open_tier(tmp_path / "kv")) as tier:
         for run in RUNS:
             store(tier, run, retained=run is RUNS[0])

@@ -73,7 +73,7 @@ def test_whatever_a_power_loss_leaves_is_served_right(seed: int, calls: int) -> 
 
 
 def test_the_power_fails_in_the_midst_of_everything(tmp_path: Path) -> None:
-    """The test above sees all kinds of calls: counted once, so that it cannot go blind."""
+    """The test above sees all kinds of calls; they are counted here, so that it cannot go blind."""
     files = RecordingFiles()
     durable: Runs = set()
     live(tmp_path / "kv", files, 1, durable, set())

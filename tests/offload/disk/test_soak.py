@@ -25,7 +25,7 @@ class WatchedFiles(FileSystem):
         self.peak_bytes = self.index_bytes = 0
 
     def sync(self, descriptor: int) -> None:
-        """Not to the disk: this is no test of durability, and 4,000 waits take half a minute."""
+        """Do not wait for the disk: durability is tested elsewhere, and 4,000 waits take long."""
         with os.scandir(self.folder) as found:
             sizes = {entry.name: entry.stat().st_size for entry in found if entry.is_file()}
         self.index_bytes = max(self.index_bytes, sizes.pop("index", 0))

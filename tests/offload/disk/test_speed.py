@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """250 MB of extents."""
+    """Store 250 MB of extents."""
     folder = tmp_path_factory.mktemp("speed") / "kv"
     noise = np.random.default_rng(0).integers(0, 256, (BLOCKS, PAGE_BYTES[0]), dtype=np.uint8)
     slots = PageSlots((noise,) * len(PAGE_BYTES), tuple(range(BLOCKS)))
@@ -43,7 +43,7 @@ def drop_page_cache(folder: Path) -> None:
 
 
 def plain_read(folder: Path) -> None:
-    """Sequentially, 1 MiB at a time, as large as disks care for."""
+    """Read a file from its beginning to its end, 1 MiB at a time; larger requests gain nothing."""
     target = np.ones((1 << 20) + 64, np.uint8)[64:].data
     for path in extent_files(folder):
         descriptor, offset = os.open(path, os.O_RDONLY), 0
@@ -65,7 +65,7 @@ def seconds(act: Callable[[], None]) -> float:
 
 
 def pool() -> PageSlots:
-    """As a block pool allocates, every page touched."""
+    """Allocate as a block pool does, and touch every page."""
     arrays = tuple(np.zeros((EXTENTS * BLOCKS + 1, size), np.uint8) for size in PAGE_BYTES)
     for array in arrays:
         array[:] = 1
@@ -96,7 +96,7 @@ def test_restoring_from_the_page_cache_is_fast(folder: Path) -> None:
 
 class UnsyncedFiles(FileSystem):
     def sync(self, descriptor: int) -> None:
-        """Written to be counted, not to be kept."""
+        """Do not wait for the disk: the files are to be counted, not to be kept."""
 
     def sync_folder(self, folder: Path) -> None:
         pass
