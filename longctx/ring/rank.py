@@ -50,8 +50,8 @@ class RingMemorySpec:
     ) -> "RingMemorySpec":
         """`batch_blocks`: the most blocks that one step computes whole.
 
-        With 3 ranks and steps of at most 20 blocks, a rank computes two zigzag runs of 3 or 4
-        blocks each, all of which other ranks may own: `foreign_blocks` is 13, never too few.
+        With 3 ranks and steps of at most 20 blocks `foreign_blocks` is 13: a rank computes two
+        zigzag runs, of 3 or 4 blocks each if there are 20, and other ranks may own them all.
         """
         codecs = layer_codecs(spec.layers, dtype=spec.dtype, codec=codec)
         block_bytes = sum(each.page_bytes for each in codecs)
@@ -61,8 +61,8 @@ class RingMemorySpec:
             backend=backend,
             pool_bytes=pool_bytes,
             step_blocks=step_blocks,
-            # Of B >= R blocks a rank computes two runs of at most B / 2R, rounded up: 2B / R covers
-            # both, since rounding adds less than a block to each.
+            # Of B >= R blocks a rank computes two runs of at most B / 2R, rounded up: together at
+            # most 2B / R.
             foreign_blocks=2 * batch_blocks // ranks,
             tile_blocks=max(1, min(MAX_TILE_BLOCKS, pool_bytes // block_bytes // 32)),
         )

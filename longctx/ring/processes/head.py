@@ -51,14 +51,14 @@ class Head:
         joined = decode_event(message)
         assert isinstance(joined, RankJoined), joined
         if joined.rank == 0 and joined.ranks == self._ranks:
-            self._take(connection, joined)
+            self._accept_leader(connection, joined)
             return
         channel = Channel(connection)
         with contextlib.suppress(ConnectionLost):
             channel.send(encode(self._leader_address(joined)))
         channel.close()
 
-    def _take(self, connection: socket.socket, joined: RankJoined) -> None:
+    def _accept_leader(self, connection: socket.socket, joined: RankJoined) -> None:
         with self._changed:
             waiting = self._waiting
             if waiting is None:  # a second leader: one of the two belongs to an older attempt
@@ -67,14 +67,14 @@ class Head:
             self._waiting, self._leader = None, joined
             self._changed.notify_all()
 
-        def give() -> None:
+        def hand_over() -> None:
             if waiting.done():
                 connection.close()  # nobody awaits it any more
             else:
                 waiting.set_result((connection, joined))
 
         with contextlib.suppress(RuntimeError):  # the loop has ended
-            waiting.get_loop().call_soon_threadsafe(give)
+            waiting.get_loop().call_soon_threadsafe(hand_over)
 
     def _leader_address(self, joined: RankJoined) -> LeaderAddress:
         if joined.ranks != self._ranks:
@@ -83,5 +83,5 @@ class Head:
         with self._changed:
             self._changed.wait_for(lambda: self._leader is not None, LEADER_WAIT_SECONDS)
             if self._leader is None:
-                return LeaderAddress("", Fault.of(PeerLost("rank 0 has not called yet")))
+                return LeaderAddress("", Fault.of(PeerLost("rank 0 has not connected yet")))
             return LeaderAddress(self._leader.address)

@@ -28,7 +28,7 @@ class HeartbeatMonitor:
         """
         self._peers, self._lost = peers, lost
         self.silence_seconds = LOADING_SILENCE_SECONDS
-        threading.Thread(target=self._check, name="longctx-heartbeats", daemon=True).start()
+        threading.Thread(target=self._check, name="longctx-heartbeat-monitor", daemon=True).start()
 
     def _check(self) -> None:
         checked_at = time.monotonic()
