@@ -107,7 +107,7 @@ class BlockPool:
         return sum(share.available for share in self._shares)
 
     @property
-    def room(self) -> list[int]:
+    def available_by_rank(self) -> list[int]:
         """`available`, for each rank."""
         return [share.available for share in self._shares]
 
@@ -123,7 +123,7 @@ class BlockPool:
         """
         share = self._shares[rank]
         assert count <= share.available, f"{count} pages wanted, {share.available} available"
-        pages = sorted(self._take(share) for _ in range(count))  # neighbours are read in place
+        pages = sorted(self._take(share) for _ in range(count))  # neighbors are read in place
         for page in pages:
             self._blocks[page].refs = 1
         return pages

@@ -160,7 +160,7 @@ class Reader:
                 if starts:
                     job.load.started = self._clock()
             if starts:
-                self._mailbox.wake()  # who waits for events has to wake by the new deadline
+                self._mailbox.wake()  # whoever waits for events has to wake by the new deadline
             found = self._read(job)
             with self._lock:
                 failed = [

@@ -1,8 +1,8 @@
-"""The tiers below the device as one: what is written goes to all, what is read comes from the
-first that has it, and is copied up.
+"""The tiers below the device as one: writes go to all, reads come from the first that has a block.
 
-The lowest tier keeps what is worth keeping; the tiers above it hold copies that make reads fast.
-So a block that leaves an upper tier costs one read from below, and nothing is lost.
+What is read is copied up. The lowest tier keeps what is worth keeping; the tiers above it hold
+copies that make reads fast. So a block that leaves an upper tier costs one read from below, and
+nothing is lost.
 
     [host, disk]   the host's memory is a cache of the disk: each block in it costs the time to read
                    it back, and only the disk knows what documents retain
@@ -34,7 +34,7 @@ class TierStack:
         self._lowest = self._tiers[-1]
         self._memory = [tier for tier in tiers if not tier.durable]
         self._durable = [tier for tier in tiers if tier.durable]
-        assert self._tiers == (*self._memory, *self._durable), "memory stands above the rest"
+        assert self._tiers == (*self._memory, *self._durable), "memory is above what is durable"
         assert len({tier.name for tier in tiers}) == len(tiers), "two tiers of one name"
         self._below = {tier.name: self._tiers[i + 1 :] for i, tier in enumerate(tiers)}
         self._bandwidths = {tier.name: Bandwidth() for tier in tiers}

@@ -1,8 +1,8 @@
 """One prompt out of a schema: the chosen modules at their positions, with arguments in place.
 
 An `AssembledPrompt` says, in reading order, what is reused of a module's computed state and what is
-literal text. A module that stands inside others brings them along; a scaffold is reused as a whole
-where all of its members were chosen. The request's own text follows the last token.
+literal text. A module inside others brings them along; a scaffold is reused as a whole where all of
+its members were chosen. The request's own text follows the last token.
 
 With the schema of `layout.py`, modules ["mountains"] and the argument days="a week" of 2 tokens:
 
@@ -116,7 +116,7 @@ class _Choice:
         self._enter(self.layout.parts, ())
 
     def take(self, name: str) -> None:
-        """Choose a module, and all that it stands in. Raises SchemaError."""
+        """Choose a module, and all modules around it. Raises SchemaError."""
         enclosing = self._enclosing.get(name)
         if enclosing is None:
             raise self._unknown(name)

@@ -227,7 +227,7 @@ class _LayoutBuilder:
         self.position += len(token_ids)
 
     def anonymous_node(self, node: Node) -> None:
-        """Add what stands outside of modules, or a module, union or scaffold."""
+        """Add a node of a message: text and parameters join the anonymous module."""
         match node:
             case TextNode(text):
                 self.anonymous_tokens(self.encode(text))

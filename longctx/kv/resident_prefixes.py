@@ -60,7 +60,10 @@ class ResidentPrefixes:
         None goes where that would not suffice: a document is not given up for nothing.
         """
         for index, pool in enumerate(self._memory.packed):
-            missing = [pages - room for pages, room in zip(needed[index], pool.room, strict=True)]
+            missing = [
+                pages - room
+                for pages, room in zip(needed[index], pool.available_by_rank, strict=True)
+            ]
             if max(missing) > 0 and any(
                 pages > idle for pages, idle in zip(missing, self._idle_pages(index), strict=True)
             ):
@@ -68,7 +71,7 @@ class ResidentPrefixes:
         while any(
             room < pages
             for pool, wanted in zip(self._memory.packed, needed, strict=True)
-            for room, pages in zip(pool.room, wanted, strict=True)
+            for room, pages in zip(pool.available_by_rank, wanted, strict=True)
         ):
             prefix = self._prefixes.pop_idle()
             if prefix is None:
