@@ -93,11 +93,15 @@ AS_GIVEN = (
 class GenerationRequest(RequestBody):
     """Has what chat and completions share. `SamplingParams` checks the ranges."""
 
-    model: str | None = None
+    model: Annotated[str | None, Field(description="the served name; may be left out")] = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    return_progress: bool = False
-    cache_explain: bool = False
+    return_progress: Annotated[
+        bool, Field(description="streams: chunks that say how much of the prompt is computed")
+    ] = False
+    cache_explain: Annotated[
+        bool, Field(description="say what each tier had of the prompt, and why no more")
+    ] = False
     n: int | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0: read the prompt, answer nothing
     temperature: float | None = None
@@ -111,7 +115,9 @@ class GenerationRequest(RequestBody):
     logit_bias: dict[int, float] | None = None
     stop: TextOrTexts | None = None
     stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
+    ignore_eos: Annotated[
+        bool | None, Field(description="go on after the end token, up to max_tokens")
+    ] = None
 
     # harmless
     user: str | None = None
@@ -158,8 +164,8 @@ class TextPart(RequestBody):
 class FileReference(RequestBody):
     """An uploaded file, or one that travels inside the message as a data URL."""
 
-    file_id: str | None = None
-    file_data: str | None = None
+    file_id: Annotated[str | None, Field(description="of an upload")] = None
+    file_data: Annotated[str | None, Field(description="a data URL with the text")] = None
     filename: str | None = None
 
     @model_validator(mode="after")
@@ -175,7 +181,10 @@ class FileContent(RequestBody):
 
     type: Literal["file"]
     file: FileReference
-    reuse: str | None = None
+    reuse: Annotated[
+        str | None,
+        Field(description="after other text: at which level the file's state may be reused"),
+    ] = None
 
     prompt_cache_breakpoint: Any = None  # harmless
 
@@ -208,11 +217,17 @@ class Message(RequestBody):
 class PromptCache(RequestBody):
     """What the conversation begins with: a named prompt, or modules of a schema."""
 
-    prompt: str | None = None
-    schema_name: Annotated[str | None, Field(alias="schema")] = None
-    modules: list[str] | None = None
-    parameters: dict[str, str] | None = None
-    level: str | None = None
+    prompt: Annotated[str | None, Field(description="name of a stored prompt")] = None
+    schema_name: Annotated[str | None, Field(alias="schema", description="name of a schema")] = None
+    modules: Annotated[
+        list[str] | None, Field(description="names of the schema's modules that the prompt takes")
+    ] = None
+    parameters: Annotated[
+        dict[str, str] | None, Field(description="arguments of the modules, by name")
+    ] = None
+    level: Annotated[
+        str | None, Field(description="exact, link:K or modular; the server's default if absent")
+    ] = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -233,7 +248,9 @@ class PromptCacheOptions(RequestBody):
 class ChatRequest(GenerationRequest):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
-    prompt_cache: PromptCache | None = None
+    prompt_cache: Annotated[
+        PromptCache | None, Field(description="what the conversation begins with")
+    ] = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     prompt_cache_options: PromptCacheOptions | None = None
 
@@ -317,7 +334,10 @@ class CompletionRequest(GenerationRequest):
 
 
 class ClearRequest(RequestBody):
-    tier: Literal[MemoryTierName, "all"] = "device"
+    tier: Annotated[
+        Literal[MemoryTierName, "all"],
+        Field(description="the tier to evict from; all: every one in memory"),
+    ] = "device"
 
 
 class TokenizeRequest(RequestBody):

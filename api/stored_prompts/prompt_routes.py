@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BeforeValidator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -47,7 +47,11 @@ class PromptRequest(RequestBody):
     name: Annotated[str, AfterValidator(_prompt_name)]
     system: str | None = None
     file_ids: tuple[str, ...] = ()
-    ttl: Annotated[int | None, BeforeValidator(_seconds)] = None  # seconds; None: until deleted
+    ttl: Annotated[
+        int | None,
+        BeforeValidator(_seconds),
+        Field(description='kept so long: seconds, or such as "30m", "24h", "7d"'),
+    ] = None  # until deleted
 
     @model_validator(mode="after")
     def _has_content(self) -> Self:
