@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from longctx.config import SchedulerConfig
 from longctx.engine.sequence import Sequence, SequenceState
 from longctx.errors import Overloaded
-from longctx.kv.cache_manager import KVCacheManager
+from longctx.kv.cache_manager import Admission, KVCacheManager
 from longctx.kv.sequence_blocks import SequenceBlocks
 from longctx.request import RequestClass
 
@@ -243,7 +243,8 @@ class Scheduler:
         width = sum(running.width for running in self.running)
         if width + sequence.width > self._config.max_sequences:
             return False
-        if not self._cache.admit(sequence.blocks, spare_blocks=len(self.running)):
+        admission = self._cache.admit(sequence.blocks, spare_blocks=len(self.running))
+        if admission is not Admission.ADMITTED:
             return False
         self.waiting.remove(sequence)
         self.running.append(sequence)

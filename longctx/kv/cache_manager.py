@@ -6,6 +6,8 @@ Keys that are being computed are pending: who needs one of them waits for it. Bl
 holds stay findable until their room is needed; so do whole prefixes that nobody uses.
 """
 
+from enum import Enum
+
 from longctx.kv.block_entry import PAGE
 from longctx.kv.block_table import BlockTable
 from longctx.kv.layout import CachedChain
@@ -27,21 +29,41 @@ NO_ROOM_BELOW = (
 )
 
 
+class Admission(Enum):
+    """What came of an attempt to give a waiting sequence its memory."""
+
+    ADMITTED = "admitted"
+    WAITS = "waits"  # nothing has changed since it was refused or began to wait
+    NEEDS_PREFIX = "needs_prefix"  # what it reuses is not resident; it is in `wanted` now
+    NEEDS_OWNER = "needs_owner"  # another sequence is computing its next block
+    NEEDS_LOAD = "needs_load"  # a lower tier is reading blocks for it
+    NEEDS_ROOM = "needs_room"
+
+
 class KVCacheManager:
+    """Maps sequences to KV blocks: the scheduler's only door to memory.
+
+    The order of calls for one sequence: `admit` until it is admitted, then for each step `allocate`
+    before it and `commit` after it, at last `release`; `fork` between two steps. A sequence that
+    ends while it waits goes through `leave_load` instead of `release`. The engine's thread makes
+    all calls; `poll_transfers` takes note of what other threads have read and written.
+    """
+
     def __init__(self, memory: KVMemory, offloader: KVOffloader | None = None) -> None:
         self.memory = memory
         self.offloader = offloader
         self.prefixes = PrefixIndex()
         self.resident_prefixes = ResidentPrefixes(memory, self.prefixes)
-        # What is not resident and somebody wants to borrow: it is to be computed first.
+        # Chains that are not resident and that a waiting sequence reuses, with the sequence of the
+        # highest priority that does: whoever reads this has them computed, and empties it.
         self.wanted: dict[PrefixName, tuple[CachedChain, SequenceBlocks]] = {}
-        self._pending: dict[BlockKey, SequenceBlocks] = {}
+        self._pending: dict[BlockKey, SequenceBlocks] = {}  # keys that are being computed, by whom
         self._releases = 0
         self.hits = self.misses = 0  # blocks of prompts that the device had, or had not
 
     @property
     def _changes(self) -> int:
-        """Grows whenever room may have become free."""
+        """A number that grows whenever room may have become free."""
         return self._releases + self.resident_prefixes.freed
 
     @property
@@ -51,11 +73,18 @@ class KVCacheManager:
 
     # -- admission ------------------------------------------------------------------------------
 
-    def admit(self, sequence: SequenceBlocks, *, spare_blocks: int) -> bool:
-        """Give the sequence what is cached of its prompt; False if it has to wait.
+    def admit(self, sequence: SequenceBlocks, *, spare_blocks: int) -> Admission:
+        """Give the sequence what is cached of its prompt, or say why it has to wait.
 
         It waits for the blocks that another sequence is computing or a lower tier is reading, or
-        until there is room for all of its tokens and `spare_blocks` more.
+        until there is room for all of its tokens and `spare_blocks` more (one for each sequence
+        that runs, whose open block may fill meanwhile).
+
+        Say a prompt fills 10 blocks. The device has 0 to 3, another sequence is computing 4 and 5,
+        the disk has 6 to 9. The first attempt finds depth 4, sees that the owner of block 4 also
+        computes block 5, and waits until 5 is published (NEEDS_OWNER). The next one finds depth 6,
+        makes room for the other 4 blocks, becomes their owner itself, and has the disk read them
+        (NEEDS_LOAD). The third one finds depth 10 and computes only what follows (ADMITTED).
         """
         load = sequence.offload.load
         if (
@@ -63,9 +92,10 @@ class KVCacheManager:
             or sequence.refused_at == self._changes
             or (load is not None and not load.ended)
         ):
-            return False
+            return Admission.WAITS
         if not self._acquire_prefixes(sequence):
-            return False
+            return Admission.NEEDS_PREFIX
+        # A streaming sequence reads its past from the tiers: it must not hold all of a prefix.
         if not sequence.offload.streams:
             self._find_prefix(sequence)
         self.find_keys(sequence)
@@ -74,28 +104,33 @@ class KVCacheManager:
         if sequence.trace is not None:
             sequence.trace.note([self.tier_of(sequence, 0, block) for block in range(limit)])
         if self._wait_for_owner(sequence, depth):
-            return False
+            return Admission.NEEDS_OWNER
+        # First hold what is there, then let go of the load that brought it: in between nobody
+        # could evict these blocks. Only then is it known how much room is missing.
         self._attach(sequence, depth)
         self.leave_load(sequence)
-        wanted = range(depth, min(limit, depth + self._most_held(sequence)))
-        if not self.resident_prefixes.make_room(self.memory.pages_needed(wanted, spare_blocks)):
+        missing = range(depth, min(limit, depth + self._most_held(sequence)))
+        if not self.resident_prefixes.make_room(self.memory.pages_needed(missing, spare_blocks)):
             self._detach(sequence)
             sequence.refused_at = self._changes
-            return False
+            return Admission.NEEDS_ROOM
+        # Pending before a load begins: whoever needs these blocks waits instead of reading twice.
         for block in range(depth, limit):
             self._pending[sequence.key(block)] = sequence
         if self._restore(sequence, depth):
-            return False
+            return Admission.NEEDS_LOAD
         if self.offloader is not None:
             self.offloader.on_admitted(sequence, depth)
         self.resident_prefixes.keep(sequence)
+        # What a load brought counts as a miss of the device, though it is there now.
         found = depth if load is None else load.begin
         self.hits += found + sum(len(reused.blocks) for reused in sequence.layout.reused)
         self.misses += limit - found
-        return True
+        return Admission.ADMITTED
 
     def _acquire_prefixes(self, sequence: SequenceBlocks) -> bool:
-        """Whether all that the sequence borrows is resident, and it has got it now."""
+        """Acquire every prefix that the prompt reuses; if one is not resident, acquire none, queue
+        those that are not in `wanted`, and return False."""
         chains = sequence.layout.chains
         absent = [chain for chain in chains if chain.name not in self.prefixes]
         for chain in absent:
@@ -107,7 +142,10 @@ class KVCacheManager:
         return not absent
 
     def _wait_for_owner(self, sequence: SequenceBlocks, depth: int) -> bool:
-        """Whether another sequence is computing the next block; then wait until it has."""
+        """If another sequence is computing block `depth`, mark this one as waiting for it.
+
+        Returns whether it waits. It then holds nothing.
+        """
         limit = sequence.full_blocks()
         owner = self._pending.get(sequence.key(depth)) if depth < limit else None
         if owner is None or owner is sequence:
@@ -121,7 +159,7 @@ class KVCacheManager:
         return True
 
     def computed_by(self, sequence: SequenceBlocks) -> SequenceBlocks | None:
-        """Whom the waiting sequence waits for."""
+        """Return the sequence that computes the blocks which this one waits for, if any."""
         return None if sequence.blocked_on is None else self._pending.get(sequence.blocked_on)
 
     def _find_prefix(self, sequence: SequenceBlocks) -> None:
@@ -135,20 +173,20 @@ class KVCacheManager:
                 return
 
     def find_keys(self, sequence: SequenceBlocks) -> None:
-        """Keys of all full blocks of the tokens so far; those of documents are known already."""
+        """Name all full blocks of the tokens so far; the keys of documents are known already."""
         for _, name in reversed(sequence.document_ends):
             if sequence.known_keys == 0:
                 sequence.base_keys = self.prefixes.known_keys(name)
         sequence.extend_keys()
 
     def _depth(self, sequence: SequenceBlocks, available: Available) -> int:
-        """Depth in blocks at which the prompt can go on, given what is available."""
+        """Return the depth in blocks at which the prompt can continue, given what is available."""
         begin = 0 if sequence.prefix is None else sequence.prefix.blocks
         limit = sequence.full_blocks()
         return deepest(self.memory.groups, sequence.layout, available, begin=begin, limit=limit)
 
     def _on_device(self, sequence: SequenceBlocks) -> Available:
-        """What a sequence can use without waiting: a streaming one whatever can be read."""
+        """Say which blocks the sequence can use at once; a streaming one those that are stored."""
         windowed = [group.window is not None for group in self.memory.groups]
 
         def available(group: int, block: int) -> bool:
@@ -162,18 +200,18 @@ class KVCacheManager:
         return self.offloader is not None and self.offloader.store.has(0, sequence.key(block))
 
     def _most_held(self, sequence: SequenceBlocks) -> int:
-        """Blocks that the sequence has to hold at once for as long as it is computed."""
+        """Return how many blocks the sequence holds at once while it is computed."""
         return self.memory.step_blocks if sequence.offload.streams else self.memory.capacity_blocks
 
     def _page(self, sequence: SequenceBlocks, group: int, block: int) -> int | None:
-        """Where the device has a block of the sequence's prompt."""
+        """Return the packed page that holds a block of the sequence's prompt, if one does."""
         prefix = sequence.prefix
         if prefix is not None and prefix.window_begin[group] <= block < prefix.blocks:
             return int(prefix.tables[group][block, PAGE])
         return self.memory.packed[group].lookup(sequence.key(block))
 
     def tier_of(self, sequence: SequenceBlocks, group: int, block: int) -> TierName | None:
-        """The best tier that has a block of the sequence's prompt."""
+        """Return the fastest tier that has a block of the sequence's prompt, or None."""
         if self._page(sequence, group, block) is not None:
             return "device"
         return (
@@ -183,9 +221,12 @@ class KVCacheManager:
         )
 
     def _attach(self, sequence: SequenceBlocks, depth: int) -> None:
-        """Make the first `depth` blocks the sequence's own past."""
+        """Fill the sequence's block tables with its first `depth` blocks and all that it reuses.
+
+        It acquires each page that no prefix holds for it; `live_from` is the first of those.
+        """
         prefix, layout = sequence.prefix, sequence.layout
-        reused_prefixes = {prefix.name: prefix for prefix in sequence.reused_prefixes}
+        reused_prefixes = {each.name: each for each in sequence.reused_prefixes}
         tables, live_from = [], []
         for index, group in enumerate(self.memory.groups):
             entries = layout.table(depth)
@@ -212,16 +253,16 @@ class KVCacheManager:
     # -- lower tiers ------------------------------------------------------------------------------
 
     def poll_transfers(self) -> bool:
-        """Take note of what has come up from the lower tiers; whether anything was transferred."""
+        """Take note of what was read and written below; return whether there was anything."""
         changed = self.offloader is not None and self.offloader.poll()
         self._releases += changed
         return changed
 
     def _restore(self, sequence: SequenceBlocks, depth: int) -> bool:
-        """Whether the sequence waits for a lower tier, which has more of it than the device.
+        """Begin to load what a lower tier has of the prompt beyond `depth`; whether it does.
 
-        It was just attached at `depth`; if it waits it keeps only what the load holds for it, and
-        its place as the one who provides its blocks.
+        The sequence was just attached at `depth`. If it waits, it keeps only what the load holds
+        for it, and stays the owner of its pending blocks.
         """
         if self.offloader is None or sequence.offload.loads == MAX_LOADS:
             return False
@@ -232,7 +273,7 @@ class KVCacheManager:
         return True
 
     def leave_load(self, sequence: SequenceBlocks) -> None:
-        """The sequence has got what was on its way up for it, or goes: then others will find it."""
+        """Drop the sequence's reference to its load, after attaching the blocks or on abort."""
         load = sequence.offload.load
         if self.offloader is not None and load is not None:
             sequence.offload.load = None
@@ -241,6 +282,7 @@ class KVCacheManager:
             self._releases += 1
 
     def _anywhere(self, sequence: SequenceBlocks) -> Available:
+        """Say which blocks the device or a lower tier has."""
         assert self.offloader is not None
         store = self.offloader.store
 
@@ -253,7 +295,12 @@ class KVCacheManager:
     # -- steps ----------------------------------------------------------------------------------
 
     def allocate(self, sequence: SequenceBlocks, num_tokens: int) -> bool:
-        """Pages for the sequence's next `num_tokens` tokens; False, and nothing, without room."""
+        """Allocate pages for the sequence's next `num_tokens` tokens; none, and False, for want of
+        room.
+
+        With 130 tokens computed the open block 2 has a raw page. 100 more tokens fill blocks 2
+        and begin 3: one packed page per layer group, for block 2, and one raw page, for block 3.
+        """
         layout = sequence.layout
         first = layout.blocks(sequence.computed)
         end = sequence.computed + num_tokens
@@ -278,7 +325,7 @@ class KVCacheManager:
         return self.resident_prefixes.make_room(needed)
 
     def _stream_out(self, sequence: SequenceBlocks, blocks: int) -> None:
-        """Let go of the oldest blocks of a sequence that streams, as far as they are stored."""
+        """Release the oldest blocks of a streaming sequence, as far as they are stored below."""
         tier = sequence.offload
         begin = tier.absent
         end = min(begin + blocks, tier.store_until, sequence.layout.blocks(sequence.computed))
@@ -293,7 +340,7 @@ class KVCacheManager:
                 tier.failure = NO_ROOM_BELOW
 
     def commit(self, sequence: SequenceBlocks, num_tokens: int, seconds: float = 0.0) -> None:
-        """The step has run: publish what it sealed, let go of what left the windows.
+        """Publish what the step sealed, and release what has left the windows.
 
         `seconds`: what computing these tokens took.
         """
@@ -316,7 +363,7 @@ class KVCacheManager:
         self._slide_windows(sequence)
 
     def fork(self, parent: SequenceBlocks, child: SequenceBlocks) -> None:
-        """`child` continues where `parent` stands: shared sealed blocks, its own open one."""
+        """Give `child` what `parent` has: the sealed blocks shared, a copy of the open one."""
         child.tables = tuple(table.fork() for table in parent.tables)
         child.live_from = list(parent.live_from)
         child.base_keys, child.tail_keys = parent.base_keys, list(parent.tail_keys)
@@ -336,7 +383,7 @@ class KVCacheManager:
             child.own_pages[block] = copy
 
     def release(self, sequence: SequenceBlocks) -> None:
-        """Let go of all memory. Sealed blocks stay cached, so it may be admitted again."""
+        """Release the sequence's memory. Sealed blocks stay cached: it may be admitted again."""
         if self.offloader is not None:
             self.offloader.offer_all(sequence)
             sequence.offload.loads = 0
@@ -344,6 +391,7 @@ class KVCacheManager:
         self._releases += 1
 
     def _detach(self, sequence: SequenceBlocks) -> None:
+        """Undo `_attach`; blocks that it was to compute are nobody's now."""
         self._no_longer_pending(sequence, sequence.layout.blocks(sequence.computed))
         self._let_go(sequence)
 
@@ -364,19 +412,25 @@ class KVCacheManager:
         self.resident_prefixes.leave(sequence)
 
     def close_document(self, document_id: str) -> None:
-        """Free what only prompts with this document use; running ones keep it until they end."""
+        """Free the blocks that only prompts with this document use; running ones keep them."""
         if self.offloader is not None:
             self.offloader.close_document(document_id)
         self.resident_prefixes.close_document(document_id)
 
     def clear(self) -> list[int]:
-        """Let go of all that nobody uses; how many blocks that were, by group."""
+        """Evict every idle block; return how many there were, by layer group."""
         self.resident_prefixes.clear()
         return [pool.forget(range(1, pool.num_pages)) for pool in self.memory.packed]
 
     # -- windows --------------------------------------------------------------------------------
 
     def _slide_windows(self, sequence: SequenceBlocks) -> None:
+        """Release the window pages that no later query sees.
+
+        Those before the end of an extent stay cached, since a prompt can continue there; the
+        others are superseded: they are the first to be evicted. With a window of 128 tokens and
+        block 17 just sealed, blocks 14 and 15 stay (extent 0 ends with 15), 13 is superseded.
+        """
         layout = sequence.layout
         for index, group in enumerate(self.memory.groups):
             if group.window is None:
@@ -394,7 +448,7 @@ class KVCacheManager:
             sequence.live_from[index] = max(first, sequence.live_from[index])
 
     def _held(self, sequence: SequenceBlocks) -> list[list[int]]:
-        """Per group: the pages to which the sequence has a reference of its own."""
+        """Return, by group, the pages to which the sequence has a reference of its own."""
         return [
             table.pages(begin, table.blocks)
             for table, begin in zip(sequence.tables, sequence.live_from, strict=True)

@@ -1,4 +1,4 @@
-"""Letting go, on request, of what is cached and not in use."""
+"""Evicts, on request, what is cached and idle."""
 
 import operator
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from offload.store import KVStore
 def clear_tiers(
     cache: KVCacheManager, store: KVStore | None, tiers: Iterable[str]
 ) -> dict[str, float]:
-    """Empty `device` or `host` of what nobody uses; how many blocks and bytes that were.
+    """Evict what is idle in `device` or `host`; return how many blocks and bytes that were.
 
     Raises InvalidRequest for a tier that there is not.
     """

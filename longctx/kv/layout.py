@@ -1,15 +1,15 @@
-"""Where a sequence's own blocks lie, and what it borrows between them.
+"""Where a sequence's own blocks lie, and what it reuses between them.
 
 A sequence's *own* tokens are those that it computes, or finds under keys of its own. They come in
 runs of consecutive positions; a run's blocks are full but for its last one. Between runs a position
-may jump, and entries of other chains may stand: *borrowed* rows, which nobody computes here.
+may jump, and entries of other chains may lie there: *reused* rows, which nobody computes here.
 
     prompt      "You are"  [module: 100 tokens]  "Tell me"        an ordinary prompt: one run
     own tokens   0 1                              2 3 ...          0 1 2 3 ...
     own blocks   0                                1 ...            0 (64 tokens), 1, ...
     entries      0          1 2                   3 ...            0, 1, ...
 
-Own tokens and own blocks are numbered without what is borrowed; the entries of a block table with
+Own tokens and own blocks are numbered without what is reused; the entries of a block table with
 it. Every question costs the logarithm of the number of runs, whatever the length.
 """
 
@@ -29,7 +29,7 @@ from prompt_cache.lineage import after_reused
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The first of its own tokens, blocks, positions and entries."""
+    """Own tokens at consecutive positions: its first token, block, position and entry."""
 
     token: int = 0
     block: int = 0
@@ -39,9 +39,9 @@ class Run:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CachedChain:
-    """A chain that others borrow from: its blocks up to the end of a piece or of a document.
+    """A chain of blocks that prompts reuse, up to the end of a module's piece or of a document.
 
-    It borrows nothing itself. `name` is that of the `Prefix` which holds it while it is resident;
+    It reuses nothing itself. `name` is that of the `Prefix` which holds it while it is resident;
     `root` the parent of its first block.
     """
 
@@ -52,20 +52,20 @@ class CachedChain:
 
     @property
     def owner(self) -> str:
-        """Id of the module or document."""
+        """Return the id of the module or document."""
         return owner_of(self.name)
 
     @property
     def tokens(self) -> int:
-        """Of its blocks."""
+        """Return how many tokens its blocks hold."""
         return self.layout.tokens(len(self.keys))
 
 
 @dataclass(frozen=True, slots=True)
 class ReusedSpan:
-    """Own tokens `begin` to `end` of a source, at consecutive positions from `position` on.
+    """Tokens `begin` to `end` of a chain, reused at consecutive positions from `position` on.
 
-    `entry`: of the block table, where its first one stands.
+    `entry` is the index of its first entry in the block table of the prompt that reuses it.
     """
 
     chain: CachedChain
@@ -76,16 +76,22 @@ class ReusedSpan:
 
     @property
     def rotation(self) -> int:
+        """Return how far its keys are from where they were encoded, in positions."""
         return self.position - self.chain.layout.position(self.begin)
 
     @property
     def blocks(self) -> range:
-        """Of the source."""
+        """Return the chain's blocks that hold these tokens."""
         layout = self.chain.layout
         return range(layout.blocks(self.begin), layout.blocks(self.end - 1) + 1)
 
     def entries(self, table: Entries) -> Entries:
-        """From the source's table, as they stand here."""
+        """Return the chain's table entries as they are in this prompt.
+
+        Say tokens 70 to 200 of a chain at position 0 are reused at position 500. Its blocks 1, 2
+        and 3 hold them: (ROW_BEGIN, ROWS, FIRST_POSITION) are (6, 58, 500), (0, 64, 558) and
+        (0, 8, 622), and ROTATION is 430 in all three.
+        """
         layout, blocks = self.chain.layout, self.blocks
         entries = table[blocks.start : blocks.stop].copy()
         before = self.begin - layout.tokens(blocks.start)
@@ -98,9 +104,10 @@ class ReusedSpan:
         return entries
 
     def lineage(self, before: BlockKey) -> BlockKey:
-        """The parent of what follows, where `before` is that of what is borrowed.
+        """Return the parent key of what follows; `before` is the parent of what is reused.
 
-        What stands here as in the source, after all that stands before it there, is the source.
+        Whole blocks in their own place, after all that is before them in the chain, are the chain
+        itself: what follows is shared with prompts that contain the same text.
         """
         chain, blocks = self.chain, self.blocks
         last = chain.keys[blocks.stop - 1]
@@ -116,11 +123,11 @@ class ReusedSpan:
 
 
 class Layout:
-    """`runs` begin at own token 0; the last one goes on for ever.
+    """Maps own tokens to blocks, positions and table entries; immutable, any thread may ask.
 
-    Where it is empty, at the end of a prompt that is computed to be kept, the layout is `closed`:
-    the block before it is sealed however few tokens it has. `plain`: one run at the positions from
-    0 on, an ordinary prompt.
+    `runs` begin at own token 0; the last one goes on for ever. Where it is empty, at the end of a
+    prompt that is computed to be kept, the layout is `closed`: the block before it is sealed
+    however few tokens it has. `plain`: one run at the positions from 0 on, an ordinary prompt.
     """
 
     __slots__ = ("_blocks", "_positions", "_tokens", "closed", "plain", "reused", "runs")
@@ -142,20 +149,20 @@ class Layout:
 
     @property
     def chains(self) -> list[CachedChain]:
-        """All that it borrows from, each once."""
+        """Return all chains that it reuses tokens of, each once."""
         return list({reused.chain.name: reused.chain for reused in self.reused}.values())
 
     # -- tokens, blocks, positions ----------------------------------------------------------------
 
     def blocks(self, tokens: int) -> int:
-        """Blocks that are complete with the first `tokens` tokens; the block of the next one."""
+        """Return how many blocks the first `tokens` tokens complete: the block of the next one."""
         if self.plain:  # asked several times for each sequence in each step
             return tokens // BLOCK_TOKENS
         run = self.runs[bisect_right(self._tokens, tokens) - 1]
         return run.block + (tokens - run.token) // BLOCK_TOKENS
 
     def tokens(self, blocks: int) -> int:
-        """Tokens of the first `blocks` blocks; the first token of the next one."""
+        """Return how many tokens the first `blocks` blocks hold: the next block's first one."""
         if self.plain:
             return blocks * BLOCK_TOKENS
         index = self._run_of_block(blocks)
@@ -164,52 +171,59 @@ class Layout:
         return tokens if index + 1 == len(self.runs) else min(tokens, self._tokens[index + 1])
 
     def position(self, token: int) -> int:
+        """Return the position of an own token."""
         if self.plain:
             return token
         run = self.runs[bisect_right(self._tokens, token) - 1]
         return run.position + token - run.token
 
     def entry(self, block: int) -> int:
-        """Where the block stands in a table of all entries."""
+        """Return the index of an own block in a table of all entries."""
         if self.plain:
             return block
         run = self.runs[self._run_of_block(block)]
         return run.entry + block - run.block
 
     def within(self, begin: int, budget: int) -> int:
-        """How many of the tokens from `begin` on a step may compute that has room for `budget`.
+        """Return how many tokens from `begin` on one step may compute under `budget`.
 
-        As many, unless cuts spread them over more blocks than so many could touch without any.
+        Runs end blocks early, so the limit is also `budget // 64 + 2` blocks touched, as many as
+        `budget` tokens of one run can touch at most. Say a module has pieces of 10 tokens, a
+        block each: under a budget of 128 tokens a step touches 4 blocks and computes 40 tokens.
         """
         touched = budget // BLOCK_TOKENS + 2
         return min(budget, self.tokens(self.blocks(begin) + touched) - begin)
 
     def charge(self, begin: int, end: int) -> int:
-        """What of its budget computing these tokens takes."""
+        """Return what these tokens take of a step's budget.
+
+        That is their number, or (blocks touched - 2) * 64 where runs end blocks early: the 40
+        tokens of the example in `within` touch 4 blocks and take all of 128.
+        """
         touched = self.blocks(end - 1) - self.blocks(begin) + 1
         return max(end - begin, (touched - 2) * BLOCK_TOKENS)
 
     def first_needed(self, window: int | None, blocks: int) -> int:
-        """The first block that a query after the first `blocks` blocks, or later, still sees."""
+        """Return the first block that queries after the first `blocks` blocks still see."""
         if window is None:
             return 0
         tokens = self.tokens(blocks)
-        # What is kept may be borrowed but for its last token, which then looks back from there.
+        # A kept prompt may be reused but for its last token, which then looks back from there.
         position = self.position(tokens - 1 if self.closed and tokens else tokens)
         return min(blocks, self.first_seen(window, position))
 
     def first_seen(self, window: int, position: int) -> int:
-        """The first block of which a query at `position` sees something."""
+        """Return the first block of which a query at `position` sees something."""
         oldest = max(0, position - window + 1)
         index = max(0, bisect_right(self._positions, oldest) - 1)
         run = self.runs[index]
         ahead = max(0, oldest - run.position)
         if index + 1 < len(self.runs) and ahead >= self._tokens[index + 1] - run.token:
-            return self._blocks[index + 1]  # there is a gap, or something borrowed
+            return self._blocks[index + 1]  # there is a gap, or something reused
         return run.block + ahead // BLOCK_TOKENS
 
     def cut(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """Tokens `begin` to `end`, run by run."""
+        """Split tokens `begin` to `end` by runs: yield the begin and end of each part."""
         if self.plain and begin < end:
             yield begin, end
             return
@@ -222,7 +236,7 @@ class Layout:
     # -- entries ----------------------------------------------------------------------------------
 
     def table(self, blocks: int) -> Entries:
-        """Entries of the first own blocks and of all that is borrowed, but without pages."""
+        """Return entries of the first own blocks and of all that is reused, with no page yet."""
         ends = [self.entry(blocks)]
         if self.reused:
             last = self.reused[-1]
@@ -240,13 +254,13 @@ class Layout:
         return entries
 
     def own(self, begin: int, end: int) -> slice | NDArray[np.int64]:
-        """Which entries of a table are blocks `begin` to `end`."""
+        """Return which entries of a table are own blocks `begin` to `end`."""
         if len(self.runs) == 1 or begin >= self._blocks[-1]:
             return slice(self.entry(begin), self.entry(begin) + max(0, end - begin))
         return np.array([self.entry(block) for block in range(begin, end)], dtype=np.int64)
 
     def rotated(self, entries: int) -> int:
-        """How many of the first entries there are up to the last one that is rotated."""
+        """Return how many of the first `entries` there are up to the last rotated one."""
         for reused in reversed(self.reused):
             end = reused.entry + len(reused.blocks)
             if end <= entries and reused.rotation:
@@ -262,9 +276,9 @@ class Layout:
         end: int,
         before: BlockKey,
     ) -> list[BlockKey]:
-        """Of blocks `begin` to `end`; `before` is the key of the one before them, or the root.
+        """Return the keys of blocks `begin` to `end`; `before`: the key before them, or the root.
 
-        `token_ids(first, stop)`: these own tokens.
+        `token_ids(first, stop)` returns these own tokens.
         """
         keys: list[BlockKey] = []
         for first, stop in self.cut(self.tokens(begin), self.tokens(end)):
@@ -280,7 +294,7 @@ class Layout:
         return keys
 
     def lineage(self, block: int, before: BlockKey) -> BlockKey:
-        """The parent of a block, where `before` is the key of the block before it, or the root."""
+        """Return the parent key of a block; `before`: the key before it, or the root."""
         run = self.runs[self._run_of_block(block)]
         if self.reused and run.block == block:
             previous = 0 if block == 0 else self.entry(block - 1) + 1

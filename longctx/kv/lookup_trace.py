@@ -1,4 +1,4 @@
-"""Where the blocks of one prompt were when it was looked for: kept only if the request asks why."""
+"""Remembers where a prompt's blocks were when they were looked up: for requests that ask why."""
 
 from dataclasses import dataclass, field
 
@@ -8,14 +8,14 @@ from offload.tier_names import TierName
 
 @dataclass(slots=True)
 class LookupTrace:
-    """`first` and `last`: for each full block, where it was at the first and the latest look."""
+    """Each full block's tier at the `first` and at the `last` lookup."""
 
     first: list[TierName | None] | None = None
     last: list[TierName | None] = field(default_factory=list)
     explanation: CacheExplanation | None = None
 
     def note(self, places: list[TierName | None]) -> None:
-        """Another look. What was read from a lower tier meanwhile was read for this prompt."""
+        """Note another lookup. What moved up to the device meanwhile was read for this prompt."""
         if self.first is None:
             self.first = self.last = places
             return

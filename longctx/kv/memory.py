@@ -22,14 +22,14 @@ from offload.units import GIB
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
-    """Layers that see equally far: `window` tokens back, or everything (None)."""
+    """Layers with the same window: `window` tokens back, or none (global layers)."""
 
     window: int | None
     layers: tuple[int, ...]
 
 
 def layer_groups(layers: Sequence[LayerSpec]) -> tuple[LayerGroup, ...]:
-    """Groups in the order of their first layer, global layers first."""
+    """Group layers by their window: global layers first, else in the order of first layers."""
     windows = dict.fromkeys(layer.window for layer in layers)
     ordered = sorted(windows, key=lambda window: window is not None)
     return tuple(
@@ -41,7 +41,7 @@ def layer_groups(layers: Sequence[LayerSpec]) -> tuple[LayerGroup, ...]:
 def layer_codecs(
     layers: Sequence[LayerSpec], *, dtype: torch.dtype, codec: str
 ) -> tuple[Codec, ...]:
-    """Raises ModelRefused where the codec has no page layout for a layer's shape."""
+    """Return the codec of each layer. Raises ModelRefused for a shape that it cannot hold."""
     shapes = [
         KVShape(kv_heads=each.kv_heads, head_dim=each.head_dim, dtype=dtype) for each in layers
     ]
@@ -52,7 +52,12 @@ def layer_codecs(
 
 
 class KVMemory:
-    """`raw` and `packed[group]` pools, and the codec of each layer."""
+    """The device's KV pools: `raw` for open blocks, `packed[group]` for sealed ones.
+
+    It says where a layer's pages lie and how they are encoded; who holds a page is the pools'
+    business (`BlockPool`), and which block it is the cache manager's. The engine's thread makes
+    all calls; the attention backends read the pools within a step.
+    """
 
     def __init__(
         self,
@@ -68,8 +73,8 @@ class KVMemory:
     ) -> None:
         """`step_blocks`: the most blocks that grow at once; the raw pool holds as many.
 
-        `ranks`: whose books are kept for global layers. `staging_blocks`: pages of
-        theirs through which other ranks' blocks pass.
+        `ranks`: over how many ranks the pages of global layers are sharded. `staging_blocks`:
+        pages of global layers through which other ranks' blocks pass.
 
         Raises ModelRefused where the codec has no page layout for a layer's shape.
         """
@@ -112,7 +117,7 @@ class KVMemory:
 
     @property
     def capacity_tokens(self) -> int:
-        """Tokens of sealed KV that fit; a window group never limits it."""
+        """Return how many tokens of sealed KV fit; a window group never limits them."""
         return self.capacity_blocks * BLOCK_TOKENS
 
     @property
@@ -121,24 +126,28 @@ class KVMemory:
 
     @property
     def can_stream(self) -> bool:
-        """Whether blocks may be used that no page holds: those of global layers."""
+        """Whether blocks of global layers may be attended to that no page holds."""
         return self.groups[0].window is None and self.packed[0].ranks == 1
 
     def reserve(self, blocks: int) -> list[int]:
-        """Packed pages of the first group that no sequence gets: so many, or an eighth of all."""
+        """Reserve up to `blocks` staging pages in the first group's pool.
+
+        It gives at most an eighth of the pool, and an even number: with 300 pages and 64 wanted,
+        36 are reserved.
+        """
         pages = self.packed[0].allocate(min(blocks, self.packed[0].capacity // 8) // 2 * 2)
         self.reserved_blocks += len(pages)
         return pages
 
     @property
     def block_bytes(self) -> int:
-        """One sealed block in all global layers."""
+        """Return the bytes of one sealed block in all global layers."""
         pairs = zip(self.groups, self.packed, strict=True)
         return sum(sum(pool.page_bytes) for group, pool in pairs if group.window is None)
 
     @property
     def window_bytes(self) -> int:
-        """The last windows of one prompt, in all layers that have one."""
+        """Return the bytes of the last windows of one prompt, in all layers that have a window."""
         return sum(
             (group.window // BLOCK_TOKENS + 1) * sum(pool.page_bytes)
             for group, pool in zip(self.groups, self.packed, strict=True)
@@ -146,12 +155,12 @@ class KVMemory:
         )
 
     def tokens_in(self, size_bytes: int) -> int:
-        """Tokens whose sealed blocks take so many bytes, beside the windows of long prompts."""
+        """Return how many tokens of long prompts fit `size_bytes`, their windows aside."""
         block_bytes = self.block_bytes or sum(sum(pool.page_bytes) for pool in self.packed)
         return size_bytes // block_bytes * BLOCK_TOKENS
 
     def pages_needed(self, blocks: range, spare: int = 0) -> list[list[int]]:
-        """Pages that more blocks of one sequence take at any one time: by group, then by rank."""
+        """Return the pages that more blocks of one sequence take: by group, then by rank."""
         return [[self._most_pages(group, len(blocks) + spare)] for group in self.groups]
 
     def _most_pages(self, group: LayerGroup, blocks: int) -> int:
@@ -160,23 +169,23 @@ class KVMemory:
         return min(blocks, group.window // BLOCK_TOKENS + 2 + self.step_blocks)
 
     def allocate(self, group: int, blocks: Sequence[int]) -> list[int]:
-        """A page for each of these blocks of a sequence, given by their numbers in it."""
+        """Allocate a page for each of these blocks of a sequence, given by their indices in it."""
         return self.packed[group].allocate(len(blocks))
 
     def raw_rows(self, layer: int) -> Tensor:
-        """The raw pool, row by row: [raw pages * block_tokens, 2, kv_heads, head_dim]."""
+        """Return the raw pool row by row: [raw pages * block_tokens, 2, kv_heads, head_dim]."""
         return self._raw_rows[layer]
 
     def decoded(self, layer: int, pages: PoolIndices) -> Tensor:
-        """Sealed blocks: [blocks, block_tokens, 2, kv_heads, head_dim], in place where possible."""
+        """Decode sealed blocks, a view if possible: [blocks, block_tokens, 2, kv_heads, head_dim]."""
         return self.codecs[layer].decode(_take(self.packed_pages(layer), pages))
 
     def own_blocks(self, layer: int, pages: PoolIndices) -> Tensor:
-        """Blocks of the raw pool: [blocks, block_tokens, 2, kv_heads, head_dim]."""
+        """Return blocks of the raw pool: [blocks, block_tokens, 2, kv_heads, head_dim]."""
         return _take(self._raw_rows[layer].view(-1, *self._shapes[layer].rows), pages)
 
     def packed_pages(self, layer: int) -> Tensor:
-        """The packed pool of the layer's group: uint8 [pages, page_bytes]."""
+        """Return the layer's pages in its group's packed pool: uint8 [pages, page_bytes]."""
         return self._packed_pages[layer]
 
     def write(self, layer: int, slots: PoolIndices, key: Tensor, value: Tensor) -> None:
@@ -196,19 +205,19 @@ class KVMemory:
         for pool in self.raw.pages:
             pool[pages] = 0
 
-    def copy_raw(self, block: int, chain: int, target: int) -> None:
+    def copy_raw(self, block: int, source: int, target: int) -> None:
         """Copy the raw page of a sequence's open block, which is number `block` in it."""
         for pool in self.raw.pages:
-            pool[target] = pool[chain]
+            pool[target] = pool[source]
 
 
 def _take(pool: Tensor, pages: PoolIndices) -> Tensor:
-    """A view of a slice; else a copy, by whole pages (indexing copies element by element)."""
+    """Return a view for a slice; else copy whole pages (indexing copies element by element)."""
     return pool[pages] if isinstance(pages, slice) else pool.index_select(0, pages)
 
 
 def pool_bytes(gib: float | None, device: torch.device, *, ranks: int = 1) -> int:
-    """What the packed pools of one rank may take: as told, or what can be spared.
+    """Return the bytes that the packed pools of one rank may take: as told, or what can be spared.
 
     Ranks on CPUs are taken to share one machine's RAM.
     """
@@ -223,7 +232,9 @@ def pool_bytes(gib: float | None, device: torch.device, *, ranks: int = 1) -> in
 def _pages_per_group(
     groups: Sequence[LayerGroup], codecs: Sequence[Codec], pool_bytes: int, step_blocks: int
 ) -> list[int]:
-    """How many blocks each group's pool holds: N for global layers, a share of N for windows.
+    """Share the bytes out: how many blocks each group's pool holds.
+
+    Global layers get N blocks, window groups a share of N.
 
     A window group needs the windows of what runs and the blocks of a step; what it has beyond them
     caches windows of finished prompts, so a quarter of N more is plenty.

@@ -1,4 +1,4 @@
-"""What of one sequence is on its way between the tiers."""
+"""What of one sequence's blocks is stored below the device, or on its way."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,7 @@ from offload.key import BlockKey
 
 @dataclass(slots=True, eq=False)
 class Load:
-    """Blocks on their way up for one waiting sequence."""
+    """Blocks on their way up for one waiting sequence, and the pages that it pins meanwhile."""
 
     begin: int  # depth in blocks without them
     held: list[list[int]]  # per group: pages that it will need too and that are there already
@@ -20,9 +20,11 @@ class Load:
 
 @dataclass(slots=True, eq=False)
 class OffloadState:
+    """One sequence's dealings with the lower tiers, kept by `KVOffloader` and the cache manager."""
+
     load: Load | None = None  # while waiting: blocks on their way up
     loads: int = 0  # how often it has waited for some since it last ran
-    module_prefills: int = 0  # how often something was computed for it to borrow
+    module_prefills: int = 0  # how often something was computed for it to reuse
     streams: bool = False  # its context is larger than the device: old blocks go and are not held
     absent: int = 0  # blocks of global layers, from the first on, that have gone
     retries: int = 0  # how often absent blocks could not be read

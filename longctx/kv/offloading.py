@@ -1,4 +1,4 @@
-"""What the engine and the lower tiers owe each other: blocks on their way down, and back up.
+"""Moves KV blocks between the device and the tiers below: written through, and loaded back.
 
 Down: the blocks of documents and of long or repeated prompts are offered to the store as they are
 sealed, an extent at a time; windows at checkpoints. Up: what a waiting prompt lacks and a lower
@@ -27,6 +27,8 @@ WINDOW_SHARE = 0.08  # bytes that window checkpoints may add, beside those where
 
 @dataclass(slots=True, eq=False)
 class _Write:
+    """A run of blocks on its way down, and the pages that it pins."""
+
     sequence: SequenceBlocks
     run: BlockRun
     pages: list[int]
@@ -37,6 +39,13 @@ class _Write:
 
 
 class KVOffloader:
+    """The engine's side of the store: decides what goes down and what comes up, and when.
+
+    The engine's thread makes all calls, none of which waits for a disk: it offers and asks, and
+    `poll`, once a step, tells what the store's threads have done since. Pages are pinned (acquired)
+    for as long as a transfer reads or writes them.
+    """
+
     def __init__(
         self,
         memory: KVMemory,
@@ -62,11 +71,11 @@ class KVOffloader:
 
     @property
     def busy(self) -> bool:
-        """Transfers are under way, so `poll` will have something to tell."""
+        """Whether transfers are under way, so that `poll` will have something to tell."""
         return bool(self._copying or self._writes or self._loads)
 
     def poll(self) -> bool:
-        """Take note of what was transferred; whether pages were unpinned."""
+        """Take note of what was transferred; return whether pages were unpinned."""
         self._offer_copied()
         events = self.store.poll()
         for event in events:
@@ -109,7 +118,10 @@ class KVOffloader:
         sequence.offload.stored_seconds = self._clock()
 
     def on_computed(self, sequence: SequenceBlocks, num_tokens: int, seconds: float) -> None:
-        """Its next tokens took so long; to be called while the windows before them are held."""
+        """Note what its next tokens cost, and offer what they sealed.
+
+        To be called while the windows before them are still held.
+        """
         sequence.offload.prefill_seconds += seconds
         if num_tokens >= BLOCK_TOKENS and seconds:
             before, now = self._seconds_per_token, seconds / num_tokens
@@ -154,11 +166,14 @@ class KVOffloader:
         sequence.offload.window_budget += WINDOW_SHARE * self._block_bytes() * (end - begin)
 
     def _block_bytes(self) -> int:
-        """What one block costs all in all: the measure of what windows may add."""
+        """Return the bytes of one block in all groups: windows may add a share of that."""
         return self._memory.block_bytes or sum(sum(p.page_bytes) for p in self._memory.packed)
 
     def _offer_windows(self, sequence: SequenceBlocks, end: int, *, always: bool) -> None:
-        """The windows before block `end`, so that a prompt can go on there."""
+        """Offer the windows before block `end`, so that a prompt can continue there later.
+
+        Unless `always`, only as far as the budget of such checkpoints allows.
+        """
         checkpoint: list[tuple[int, int, list[int]]] = []
         size_bytes = 0
         for index, group in enumerate(self._memory.groups):
@@ -212,7 +227,7 @@ class KVOffloader:
             self._closed.clear()
 
     def close_document(self, document_id: str) -> None:
-        """Its blocks leave every tier, except for those that something else retains."""
+        """Delete its blocks from every tier, except for those that something else retains."""
         self.store.delete(document_id)
         if self._writes or self._copying:
             self._closed.add(document_id)
@@ -226,9 +241,10 @@ class KVOffloader:
         target: int,
         page_of: Callable[[SequenceBlocks, int, int], int | None],
     ) -> bool:
-        """Begin to read what the sequence lacks between two depths, if that is worth the while.
+        """Begin to read what the sequence lacks between two depths, if that beats computing it.
 
-        `page_of(sequence, group, block)` is where the device has a block. There must be room.
+        `page_of(sequence, group, block)` is the page of a block that the device has. There must be
+        room for all blocks up to `target`. Returns whether a load began.
         """
         wanted: list[tuple[int, list[int]]] = []
         held: list[list[int]] = []
@@ -260,7 +276,7 @@ class KVOffloader:
         return True
 
     def _worth_loading(self, wanted: Items[tuple[int, list[int]]], blocks: int) -> bool:
-        """Whether reading takes less time than computing."""
+        """Whether reading these blocks takes less time than computing `blocks` blocks."""
         if self._seconds_per_token is None:
             return True
         pools = self._memory.packed
@@ -269,14 +285,14 @@ class KVOffloader:
         return read_seconds < blocks * BLOCK_TOKENS * self._seconds_per_token
 
     def read_layer(self, layer: int, keys: Items[BlockKey], pages: Items[int]) -> bool:
-        """Fill packed pages of one global layer; blocks. Whether all were there."""
+        """Fill packed pages of one global layer, waiting for it; whether every block was there."""
         (slot,) = [i for i, own in enumerate(self._memory.groups[0].layers) if own == layer]
         return self._transfers[0].fetch(
             slot, pages, lambda slots: all(self.store.read(0, keys, slots))
         )
 
     def leave(self, load: Load) -> None:
-        """The sequence holds what it needs itself now, or needs it no more."""
+        """End a load: its sequence holds what it needs itself now, or needs it no more."""
         load.abandoned = True
         for pool, pages in zip(self._memory.packed, load.held, strict=True):
             pool.release(pages)

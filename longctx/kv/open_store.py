@@ -1,4 +1,4 @@
-"""The tiers below the device, as configured."""
+"""Opens the tiers below the device, as configured."""
 
 import os
 import time
@@ -27,7 +27,7 @@ OWNER_SECONDS = 10.0  # a process that was killed may hold the folder so long
 def open_store(
     config: CacheConfig, memory: KVMemory, *, extents: ExtentIO | None = None
 ) -> KVStore | None:
-    """None where nothing is to be kept below the device. Raises LongctxError.
+    """Open the store; None where nothing is kept below the device. Raises LongctxError.
 
     `extents` moves the bytes of pages that do not all lie in this process.
     """

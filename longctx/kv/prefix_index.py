@@ -1,4 +1,4 @@
-"""Prompts that end in a document, held whole: the reason that a question costs only itself.
+"""Holds prompts that end in a document whole: the reason that a question costs only itself.
 
 The blocks of a document could be found one by one through their keys, but at a million tokens even
 that walk costs more than the answer. A `Prefix` keeps the tokens, keys and block-table entries of
@@ -21,22 +21,22 @@ PrefixName = tuple[str | tuple[int, ...] | tuple[str, str], ...]
 
 
 def document_name(document_id: str) -> tuple[str, str]:
-    """How a document stands in a `PrefixName`; never equal to literal token ids."""
+    """Return a document's part of a `PrefixName`; it never equals literal token ids."""
     return ("document", document_id)
 
 
 def module_name(module_id: str) -> tuple[str, str]:
-    """How a module stands in a `PrefixName`: alone, but for the piece where the prefix ends."""
+    """Return a module's part of a `PrefixName`, which says beside it where the prefix ends."""
     return ("module", module_id)
 
 
 def contains(name: PrefixName, owner: str) -> bool:
-    """Whether the document or module of that id is part of the prompt."""
+    """Whether the document or module with that id is part of the prompt."""
     return document_name(owner) in name or module_name(owner) in name
 
 
 def owner_of(name: PrefixName) -> str:
-    """Id of the module, or of the document that ends the prompt."""
+    """Return the id of the module, or of the document that ends the prompt."""
     for part in reversed(name):
         if part[:1] == ("module",) or part[:1] == ("document",):
             assert isinstance(part[1], str)
@@ -45,7 +45,7 @@ def owner_of(name: PrefixName) -> str:
 
 
 def tokens_before(ends: Sequence[tuple[int, PrefixName]]) -> int:
-    """Tokens of a prompt before its last document; `ends`: the end of each, and its name."""
+    """Count the tokens of a prompt before its last document; `ends`: each one's end and name."""
     name = ends[-1][1]
     earlier, earlier_name = ends[-2] if len(ends) > 1 else (0, name[:1])
     return earlier + sum(len(literal) for literal in name[len(earlier_name) : -1])
@@ -73,9 +73,11 @@ class Prefix:
 
 
 class PrefixIndex:
-    """Prefixes by name; those without users in the order of their last use.
+    """Finds prefixes by name, and keeps idle ones in the order of their last use.
 
-    Of documents that are kept, the keys are known also while no blocks are resident.
+    The keys of documents that are kept are known also while no block is resident. `get` a prefix,
+    `acquire` it, and count `users` down when done (`ResidentPrefixes.leave`). The engine's thread
+    makes all calls.
     """
 
     def __init__(self) -> None:
@@ -92,16 +94,16 @@ class PrefixIndex:
         return self._prefixes.get(name)
 
     def know(self, name: PrefixName, keys: tuple[BlockKey, ...]) -> None:
-        """The keys of the full blocks up to the end of a document, so that none is hashed again."""
+        """Remember the keys of the full blocks up to a document's end: none is hashed again."""
         self._keys[name] = keys
 
     def known_keys(self, name: PrefixName) -> tuple[BlockKey, ...]:
-        """Empty where they are not known."""
+        """Return the keys of its full blocks, none where they are not known."""
         prefix = self._prefixes.get(name)
         return self._keys.get(name, ()) if prefix is None else prefix.keys
 
     def names(self) -> Iterator[PrefixName]:
-        """Of all prompts up to the end of a document that are known, resident or not."""
+        """Iterate over the names of all known prefixes, resident or not."""
         return iter(dict.fromkeys((*self._prefixes, *self._keys)))
 
     def add(self, prefix: Prefix) -> None:
@@ -114,17 +116,17 @@ class PrefixIndex:
             self._prefixes.move_to_end(prefix.name)
 
     def take(self, name: PrefixName) -> Prefix:
-        """Acquire the prefix of that name."""
+        """Acquire and return the prefix of that name."""
         prefix = self._prefixes[name]
         self.acquire(prefix)
         return prefix
 
     def idle(self) -> Iterator[Prefix]:
-        """Prefixes without users, the longest unused first."""
+        """Iterate over prefixes without users, the least recently used first."""
         return (prefix for prefix in self._prefixes.values() if prefix.users == 0)
 
     def pop_idle(self) -> Prefix | None:
-        """Remove and return the unused prefix that was used the longest time ago."""
+        """Remove and return the idle prefix that was least recently used."""
         prefix = next(self.idle(), None)
         if prefix is not None:
             del self._prefixes[prefix.name]

@@ -1,6 +1,6 @@
-"""How deep into a chain of blocks a prompt can go on, given which blocks there are.
+"""Finds how deep into a chain of blocks a prompt can continue, given which blocks exist.
 
-Layers that see everything need every block; layers with a window need only those of the last window
+Global layers need every block; layers with a window need only those of the last window
 before the point. So the deepest point is not where the first block is missing: it may lie before,
 where a window was kept (a checkpoint).
 """
@@ -16,9 +16,13 @@ Available = Callable[[int, int], bool]  # (layer group, block) -> is it there?
 def deepest(
     groups: Sequence[LayerGroup], layout: Layout, available: Available, *, begin: int, limit: int
 ) -> int:
-    """The largest depth in blocks, at most `limit`, at which everything needed is there.
+    """Return the largest depth in blocks, at most `limit`, at which everything needed exists.
 
-    The first `begin` blocks of global layers are known to be there.
+    Say one group is global, one has a window of 128 tokens, blocks 0 to 39 exist in the global
+    group and only 30, 31, 38 in the other: depth 40 needs window blocks 38 and 39, depth 39 needs
+    37 and 38, ... and depth 32 needs 30 and 31, so the answer is 32.
+
+    The first `begin` blocks of global layers are known to exist.
     """
     depth = min(begin, limit)
     if groups[0].window is None:
@@ -36,7 +40,7 @@ def deepest(
 def _missing_from_windows(
     groups: Sequence[LayerGroup], layout: Layout, available: Available, depth: int
 ) -> int | None:
-    """The last block that a window before `depth` lacks in some group."""
+    """Return the depth to try next: the lowest of the last blocks that a window lacks, or None."""
     missing = None
     for index, group in enumerate(groups):
         if group.window is not None:

@@ -1,7 +1,7 @@
 """Whole prompts that stay on the device while there is room: documents ready to be asked about.
 
 A prefix holds one reference to each of its blocks for all its users together. Those without users
-are let go, the longest unused first, when somebody needs their room.
+are evicted, the least recently used first, when somebody needs their room.
 """
 
 from collections.abc import Sequence as Items
@@ -15,13 +15,19 @@ from longctx.kv.sequence_blocks import SequenceBlocks
 
 
 class ResidentPrefixes:
+    """Holds the blocks of whole prefixes, and evicts idle ones when room is needed.
+
+    A prefix has one reference to each of its pages for all its users. The engine's thread makes
+    all calls.
+    """
+
     def __init__(self, memory: KVMemory, prefixes: PrefixIndex) -> None:
         self._memory = memory
         self._prefixes = prefixes
-        self.freed = 0  # prefixes that were let go, ever
+        self.freed = 0  # prefixes that were evicted or closed, ever
 
     def keep(self, sequence: SequenceBlocks) -> None:
-        """Hold everything up to the end of each document that has been computed."""
+        """Hold everything up to the end of each document that the sequence has computed."""
         if sequence.offload.absent:
             return
         for end_tokens, name in sequence.document_ends:
@@ -31,6 +37,7 @@ class ResidentPrefixes:
                 self._hold(sequence, name, end_tokens)
 
     def leave(self, sequence: SequenceBlocks) -> None:
+        """Release every prefix that the sequence uses; a closed one goes with its last user."""
         held = (
             [*sequence.reused_prefixes]
             if sequence.prefix is None
@@ -43,21 +50,22 @@ class ResidentPrefixes:
                 self._free(prefix)
 
     def close_document(self, document_id: str) -> None:
-        """Let go of the document's prefixes, each with its last user."""
+        """Free the document's prefixes, those in use with their last user."""
         for prefix in self._prefixes.pop_document(document_id):
             prefix.closed = True
             if prefix.users == 0:
                 self._free(prefix)
 
     def clear(self) -> None:
-        """Let go of all prefixes without users."""
+        """Evict all idle prefixes."""
         while (prefix := self._prefixes.pop_idle()) is not None:
             self._free(prefix)
 
     def make_room(self, needed: Items[Items[int]]) -> bool:
-        """Let unused prefixes go until there are so many pages, by group and rank.
+        """Evict idle prefixes until each pool has `needed[group][rank]` free pages.
 
-        None goes where that would not suffice: a document is not given up for nothing.
+        Evict nothing, and return False, where that cannot be reached: a document is not given up
+        for nothing.
         """
         for index, pool in enumerate(self._memory.packed):
             missing = [
@@ -80,7 +88,7 @@ class ResidentPrefixes:
         return True
 
     def _idle_pages(self, group: int) -> list[int]:
-        """Pages of each rank that unused prefixes hold."""
+        """Count the pages of each rank that idle prefixes hold."""
         pool = self._memory.packed[group]
         pages = [
             prefix.tables[group][prefix.window_begin[group] :, PAGE]

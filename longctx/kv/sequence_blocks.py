@@ -19,7 +19,7 @@ from offload.key import BlockKey
 
 
 class TokenIds:
-    """A prompt's shared beginning, which is never copied, and what is the sequence's own."""
+    """Token ids of a sequence: a shared beginning, which is never copied, and its own tail."""
 
     def __init__(self, base: NDArray[np.int32], tail: list[int]) -> None:
         self._base = base
@@ -37,7 +37,7 @@ class TokenIds:
         return tail if begin >= base else np.concatenate([self._base[begin:end], tail])
 
     def upto(self, end: int) -> NDArray[np.int32]:
-        """The first `end` tokens; the shared beginning itself where it ends there."""
+        """Return the first `end` tokens; the shared beginning itself where it ends there."""
         return self._base if end == len(self._base) else self.slice(0, end)
 
     def fork(self) -> "TokenIds":
@@ -57,7 +57,7 @@ class SequenceBlocks:
     prompt_tokens: int
     namespace: BlockKey
     preemption_key: tuple[int, ...]  # lower is kept: a total order, so no two preempt in turn
-    layout: Layout = PLAIN  # where its own blocks lie, and what it borrows between them
+    layout: Layout = PLAIN  # where its own blocks lie, and what it reuses between them
     owners: frozenset[str] = frozenset()  # ids of the documents and modules in the prompt
     document_ends: tuple[tuple[int, PrefixName], ...] = ()  # tokens up to there, and their name
     prefill_only: bool = False  # computed to be kept: nothing is sampled
@@ -66,7 +66,7 @@ class SequenceBlocks:
     tail_keys: list[BlockKey] = field(default_factory=list)  # those that follow
     computed: int = 0
     prefix: Prefix | None = None  # acquired: holds the first `prefix.blocks` global blocks
-    reused_prefixes: tuple[Prefix, ...] = ()  # acquired: hold what it borrows
+    reused_prefixes: tuple[Prefix, ...] = ()  # acquired: hold what it reuses
     tables: tuple[BlockTable, ...] = ()  # one per layer group, while it has memory
     live_from: list[int] = field(default_factory=list)  # per group: first block held on its own
     own_pages: dict[int, int] = field(default_factory=dict)  # block index -> raw page, still open
@@ -77,11 +77,12 @@ class SequenceBlocks:
 
     @property
     def remaining(self) -> int:
-        """Tokens to compute until the next one can be sampled."""
+        """Return how many tokens are to be computed until the next one can be sampled."""
         return len(self.tokens) - self.computed
 
     @property
     def reused_tokens(self) -> int:
+        """Return how many tokens of other chains the prompt reuses."""
         return sum(reused.end - reused.begin for reused in self.layout.reused)
 
     def key(self, block: int) -> BlockKey:
@@ -99,20 +100,21 @@ class SequenceBlocks:
         self.tail_keys += self.layout.keys(self.tokens.slice, known, end, before)
 
     def forget_document(self, document_id: str) -> None:
-        """It is closed: what is computed of it is not kept for others."""
+        """Keep nothing more of a closed document for others."""
         self.document_ends = tuple(
             (end, name) for end, name in self.document_ends if not contains(name, document_id)
         )
 
     def full_blocks(self) -> int:
-        """Blocks that a cache may provide: those that all tokens before the last one fill.
+        """Return how many blocks a cache may provide: those that all tokens but the last fill.
 
-        Of a prompt that is only kept, and sealed to its end, that is all.
+        Of a prompt that is only kept, and sealed to its end, that is all blocks.
         """
         return self.layout.blocks(len(self.tokens) - (0 if self.layout.closed else 1))
 
     def blocks_until(self, end: int) -> int:
-        """Blocks of the prefix that ends there: a document's last one is open, a piece's not."""
+        """Return the blocks of the prefix that ends there: a document's last one is open, and not
+        counted; a module's piece is sealed to its end."""
         return self.layout.blocks(end) if self.layout.closed else end // BLOCK_TOKENS
 
     def fork(self, preemption_key: tuple[int, ...]) -> "SequenceBlocks":

@@ -18,30 +18,30 @@ from offload.block_run import PageSlots, Slots
 
 
 class Transfer(Protocol):
-    """Pages of one layer group on their way to or from the tiers."""
+    """Moves pages of one layer group to and from the tiers; called by the engine's thread."""
 
     def outgoing(self, pages: Sequence[int]) -> tuple[Slots, Callable[[], bool]]:
-        """The contents of `pages`, and whether they may be read yet."""
+        """Return where the contents of `pages` can be read, and a callable: may they be yet?"""
         ...
 
     def incoming(self, pages: Sequence[int]) -> Slots:
-        """Where a tier puts what is to stand in `pages`."""
+        """Return where a tier has to write what belongs into `pages`."""
         ...
 
     def arrived(self, slots: Slots, pages: Sequence[int]) -> None:
-        """Everything of `incoming(pages)` is in its slots."""
+        """Move what a tier has written into the slots of `incoming(pages)` into the pages."""
         ...
 
     def fetch(self, layer: int, pages: Sequence[int], read: Callable[[Slots], bool]) -> bool:
-        """Let `read` fill these pages of one layer, a number within the group; what it returned."""
+        """Let `read` fill these pages of one layer (its index in the group); return its result."""
         ...
 
 
 class PageTransfer:
-    """Pages of one pool of this process on their way to or from the tiers."""
+    """Moves the pages of a pool in this process: in place, or through copies in pinned memory."""
 
     def __init__(self, pool: BlockPool, *, staged: bool) -> None:
-        """`staged`: through copies, as a pool needs whose memory the tiers cannot address."""
+        """`staged`: pages pass through copies, since the tiers cannot address the pool's memory."""
         self._pool = pool
         self._staged = staged
         self._in_place: tuple[NDArray[np.uint8], ...] = ()
@@ -88,7 +88,7 @@ class PageTransfer:
 
 
 def _copied(device: torch.device) -> Callable[[], bool]:
-    """Whether all has been done that this thread has asked of the device until now."""
+    """Return a callable: has the device done all that this thread asked of it until now?"""
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))  # by default: of the current device, not this
     query: Callable[[], bool] = event.query

@@ -20,7 +20,7 @@ from longctx.engine.model_runner import ModelRunner
 from longctx.engine.sampler import SamplingState
 from longctx.engine.scheduler import Chunk
 from longctx.engine.sequence import Sequence
-from longctx.kv.cache_manager import KVCacheManager
+from longctx.kv.cache_manager import Admission, KVCacheManager
 from longctx.kv.memory import KVMemory
 from longctx.kv.sequence_blocks import SequenceBlocks, TokenIds
 from longctx.model.loader import LoadedModel
@@ -88,7 +88,7 @@ class Replay:
             ),
         )
         admitted = self._cache.admit(sequence.blocks, spare_blocks=0)
-        assert admitted, "the pool was made for these sequences"
+        assert admitted is Admission.ADMITTED, "the pool was made for these sequences"
         return sequence
 
     def feed(self, sequences: Items[Sequence], num_tokens: int) -> Tensor:

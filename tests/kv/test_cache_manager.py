@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from compress.shape import BLOCK_TOKENS
 from longctx.engine.sequence import Sequence, SequenceState
 from longctx.kv.block_table import BlockTable
-from longctx.kv.cache_manager import EXTENT_BLOCKS, KVCacheManager
+from longctx.kv.cache_manager import Admission, KVCacheManager
 from longctx.kv.layout import PLAIN
 from longctx.kv.memory import LayerGroup, layer_groups
 from longctx.kv.sequence_blocks import TokenIds
 from longctx.text.tokenizer import Tokenizer
+from offload.block_run import EXTENT_BLOCKS
 from tests.support.bare_cache import GLOBAL, Bench, bare_cache, blocks, numbers, window_of
 
 
@@ -26,7 +27,7 @@ def tokenizer(llama: Path) -> Tokenizer:
 def matched(bench: Bench, token_ids: list[int]) -> int:
     """Tokens that a prompt finds when it is admitted."""
     sequence = bench.sequence(token_ids)
-    assert bench.cache.admit(sequence.blocks, spare_blocks=0)
+    assert bench.cache.admit(sequence.blocks, spare_blocks=0) is Admission.ADMITTED
     found = sequence.blocks.computed
     bench.cache.release(sequence.blocks)
     return found
