@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 from longctx.needles import lexicon
 from longctx.needles.grammar import sentence
-from longctx.needles.values import Words, value
+from longctx.needles.values import Form, Words, choose, value
 
 NOT_MENTIONED = "Not mentioned."
 KINDS = ("number", "word", "person", "place", "code", "date", "activity", "ruler", "uuid", "any")
@@ -144,34 +144,31 @@ class RulerCase:
     answers: tuple[str, ...]
 
 
+ENTITY_FORMS: tuple[Form, ...] = (
+    (0.34, lambda rng, words: f"the {words.adjective(rng)} {words.noun(rng)}"),
+    (0.44, lambda rng, words: f"the {words.noun(rng)} {words.noun(rng)}"),
+    (0.52, lambda rng, words: f"the {words.place(rng)} {words.noun(rng)}"),
+    (
+        0.60,
+        lambda rng, words: f"the {words.adjective(rng)} {words.adjective(rng)} {words.noun(rng)}",
+    ),
+    (0.70, lambda rng, words: words.person(rng)),
+    (0.75, lambda rng, words: f"{words.first(rng)}'s {words.noun(rng)}"),
+    (0.81, lambda rng, words: words.compound(rng)),
+    (0.88, lambda rng, words: words.invented(rng).capitalize()),
+    (0.92, lambda rng, words: f"{words.noun(rng)} {rng.randint(2, 999)}"),
+    (0.96, lambda rng, words: f"the {words.noun(rng)} in {words.place(rng)}"),
+    (1.00, lambda rng, words: f"the {words.noun(rng)}"),
+)
+
+
 def entity(rng: random.Random, words: Words) -> str:
-    """A key as it stands in a sentence, with its article where it has one."""
-    form = rng.random()
-    if form < 0.34:
-        return f"the {words.adjective(rng)} {words.noun(rng)}"
-    if form < 0.44:
-        return f"the {words.noun(rng)} {words.noun(rng)}"
-    if form < 0.52:
-        return f"the {words.place(rng)} {words.noun(rng)}"
-    if form < 0.60:
-        return f"the {words.adjective(rng)} {words.adjective(rng)} {words.noun(rng)}"
-    if form < 0.70:
-        return words.person(rng)
-    if form < 0.75:
-        return f"{words.first(rng)}'s {words.noun(rng)}"
-    if form < 0.81:
-        return f"{words.adjective(rng)}-{words.noun(rng)}"
-    if form < 0.88:
-        return words.invented(rng).capitalize()
-    if form < 0.92:
-        return f"{words.noun(rng)} {rng.randint(2, 999)}"
-    if form < 0.96:
-        return f"the {words.noun(rng)} in {words.place(rng)}"
-    return f"the {words.noun(rng)}"
+    """Write a key as a sentence has it, with its article where it has one."""
+    return choose(rng, words, ENTITY_FORMS)
 
 
 def similar(rng: random.Random, words: Words, key: str) -> str:
-    """Another key that shares all but one word with `key`: the hardest distractor."""
+    """Write another key that shares all but one word with `key`: the hardest distractor."""
     parts = re.split(r"([ -])", key)
     spots = [i for i, part in enumerate(parts) if part.isalpha() and part not in ("the", "in")]
     if not spots:
@@ -187,12 +184,12 @@ def similar(rng: random.Random, words: Words, key: str) -> str:
 
 
 def statement_of(rng: random.Random, attribute: str, key: str, answer: str) -> str:
-    """One of the forms in which a document states the fact."""
+    """State the fact in one of the forms that documents use."""
     return _fill(rng.choice(STATEMENTS), attribute, key, answer)
 
 
 def question_of(rng: random.Random, attribute: str, key: str) -> str:
-    """One of the forms in which a person asks for it."""
+    """Ask for the fact in one of the forms that people use."""
     return _fill(rng.choice(QUESTIONS), attribute, key, "")
 
 
@@ -204,7 +201,7 @@ def _fill(template: str, attribute: str, key: str, answer: str) -> str:
 
 
 def attribute_of(rng: random.Random, words: Words, kind: str) -> str:
-    """What is said about the key; now and then two plain words, so that any phrase works."""
+    """Draw what is said about the key; sometimes two plain words, so that any phrase works."""
     if rng.random() < 0.12:
         return f"{words.adjective(rng)} {words.noun(rng)}"
     return rng.choice(lexicon.ATTRIBUTES["code" if kind == "uuid" else kind])
@@ -213,7 +210,7 @@ def attribute_of(rng: random.Random, words: Words, kind: str) -> str:
 def make(
     rng: random.Random, words: Words, *, kind: str, key: str | None = None, attribute: str = ""
 ) -> Needle:
-    """A needle from an open random generator; `needle` is the seeded door to it."""
+    """Make a needle with a random generator that goes on; `needle` does so from a seed."""
     if kind == "any":
         kind = rng.choices(
             ("number", "word", "person", "place", "code", "date", "activity", "ruler", "uuid"),
@@ -253,11 +250,7 @@ def _ruler_needle(rng: random.Random, words: Words, key: str | None) -> Needle:
     form = rng.choices(("number", "word", "uuid"), weights=(7, 2, 2))[0]
     kinds = {"number": "numbers", "word": "words", "uuid": "uuids"}[form]
     answer = value(rng, words, f"ruler_{form}")
-    key = key or (
-        value(rng, words, "uuid")
-        if rng.random() < 0.06
-        else f"{words.adjective(rng)}-{words.noun(rng)}"
-    )
+    key = key or (value(rng, words, "uuid") if rng.random() < 0.06 else words.compound(rng))
     question = rng.choice(RULER_QUESTIONS).format(kind=kinds[:-1], kinds=kinds, key=key)
     return Needle(
         statement=RULER_STATEMENT.format(kinds=kinds, key=key, value=answer),
@@ -270,14 +263,14 @@ def _ruler_needle(rng: random.Random, words: Words, key: str | None) -> Needle:
 
 
 def needle(seed: int, *, kind: str = "any", heldout: bool = True) -> Needle:
-    """One needle; see the module's contract. Raises ValueError for an unknown kind."""
+    """Make one needle; see the module's contract. Raises ValueError for an unknown kind."""
     if kind not in KINDS:
         raise ValueError(f"unknown kind of needle {kind!r}; choose one of {', '.join(KINDS)}")
     return make(random.Random(f"needle {seed}"), Words(heldout=heldout), kind=kind)
 
 
 def distractors(target: Needle, count: int, seed: int, *, heldout: bool = True) -> list[Needle]:
-    """`count` needles with the attribute of `target` and other keys, half nearly its key."""
+    """Make `count` needles with the attribute of `target` and other keys, half nearly its key."""
     rng, words = random.Random(f"distractors {seed}"), Words(heldout=heldout)
     found: list[Needle] = []
     taken = {target.key}
@@ -292,7 +285,7 @@ def distractors(target: Needle, count: int, seed: int, *, heldout: bool = True) 
 
 
 def ruler(task: str, seed: int, *, heldout: bool = True) -> RulerCase:
-    """One example of a RULER task. Raises ValueError for an unknown task."""
+    """Make one example of a RULER task. Raises ValueError for an unknown task."""
     if task not in RULER_TASKS:
         raise ValueError(f"unknown RULER task {task!r}; choose one of {', '.join(RULER_TASKS)}")
     rng, words = random.Random(f"{task} {seed}"), Words(heldout=heldout)
@@ -301,7 +294,7 @@ def ruler(task: str, seed: int, *, heldout: bool = True) -> RulerCase:
     values_per_key = 4 if task == "niah_multivalue" else 1
     keys: list[str] = []
     while len(keys) < (4 if task == "niah_multikey_1" else asked):
-        key = f"{words.adjective(rng)}-{words.noun(rng)}"
+        key = words.compound(rng)
         if key not in keys:
             keys.append(key)
     facts = [
@@ -330,7 +323,7 @@ def ruler(task: str, seed: int, *, heldout: bool = True) -> RulerCase:
 
 
 def haystack(tokens: int, *, seed: int, count_tokens: Callable[[str], int]) -> str:
-    """Filler of at most `tokens` tokens, and at most one sentence less, by `count_tokens`.
+    """Write filler of at most `tokens` tokens, and at most one sentence less, by `count_tokens`.
 
     Paragraphs of generated prose on unrelated subjects; no sentence states an attribute of a key
     in the way a needle does.
@@ -356,7 +349,7 @@ def haystack(tokens: int, *, seed: int, count_tokens: Callable[[str], int]) -> s
 
 
 def insert(text: str, statements: Sequence[str], depths: Sequence[float]) -> str:
-    """`text` with each statement placed at its depth (0 = start, 1 = end), after a sentence end.
+    """Put each statement at its depth (0 = start, 1 = end) into `text`, after a sentence end.
 
     A statement that ends with a line end keeps it: nothing else marks the end of its value.
 
@@ -382,7 +375,7 @@ def insert(text: str, statements: Sequence[str], depths: Sequence[float]) -> str
 
 
 def _sentence_end(text: str, wanted: int) -> int:
-    """The end of a sentence or line nearest after `wanted`, within 400 characters."""
+    """Find the nearest end of a sentence or line after `wanted`, within 400 characters."""
     if wanted <= 0:
         return 0
     match = re.compile(r"[.!?](?=\s)|(?=\n)").search(text, wanted - 1, wanted + 400)
@@ -390,7 +383,7 @@ def _sentence_end(text: str, wanted: int) -> int:
 
 
 def variant(target: Needle, rng: random.Random) -> Needle:
-    """The same fact asked in another way."""
+    """Ask for the same fact in another way."""
     if target.kind in ("ruler", "activity"):
         return target
     return dataclasses.replace(target, question=question_of(rng, target.attribute, target.key))

@@ -62,7 +62,7 @@ SLOT = re.compile(r"\{(\w+)\}")
 
 
 def sentence(rng: random.Random, words: Words) -> str:
-    """One sentence of filler."""
+    """Write one sentence of filler."""
     text = SLOT.sub(lambda match: _slot(rng, words, match[1]), rng.choice(TEMPLATES))
     return text[0].upper() + text[1:]
 
