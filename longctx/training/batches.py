@@ -39,7 +39,7 @@ INSTRUCTIONS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """How large a batch is and how its memory is divided."""
+    """The size of a batch, and how its memory is divided."""
 
     document_rows: int = 8
     document_tokens: int = 256
@@ -51,8 +51,11 @@ class Shape:
 
 @dataclass(slots=True)
 class Placed:
-    """A needle and the text that states it; once it stands in a document also the tokens of its
-    answer there and the place of the first of them in memory."""
+    """A needle and the text that states it.
+
+    Once it is in a document, `answer` has the tokens of its answer there, and `place` the index of
+    the first of them in memory.
+    """
 
     needle: Needle
     statement: str
@@ -71,12 +74,12 @@ class HardFiller:
         self.spans.append((score, span))
         if len(self.spans) > self.capacity * 5 // 4:
             self.spans.sort(key=lambda item: -item[0])
-            # scores age, so that spans the model has learnt make room
+            # Scores age, so that spans the model has learned make room.
             self.spans = [(s * 0.8, span) for s, span in self.spans[: self.capacity]]
 
 
 class Batches:
-    """Makes batch number `step` from `seed`; the same every time but for the hard filler."""
+    """Makes training batches; batch `step` of a seed is always the same but for the hard filler."""
 
     def __init__(
         self, tokenizer: Tokenizer, filler: np.ndarray, words: tuple[str, ...], seed: int
@@ -92,6 +95,7 @@ class Batches:
         self.not_mentioned = self._encode(NOT_MENTIONED)
 
     def make(self, step: int, shape: Shape) -> Batch:
+        """Make batch number `step`."""
         rng = random.Random(f"{self.seed} {step}")
         rows_per_group = shape.document_rows // shape.groups
         questions_per_group = shape.question_rows // shape.groups
@@ -146,10 +150,10 @@ class Batches:
         )
 
     def mine(self, batch: Batch, weights: torch.Tensor, spans: int = 12) -> None:
-        """Remember the filler that took the most attention. `weights` [answers, heads, memory]."""
+        """Remember the filler that got the most attention; `weights` [answers, heads, memory]."""
         mass = weights.amax(dim=(0, 1)).float()
         rows, tokens = batch.documents.shape
-        # Filler is what any row's bias raises; a bias of zero hides little.
+        # Any row's bias raises filler; a bias of zero hides little.
         mass = mass * (batch.memory_bias.amax(0) > 0)
         scores, places = mass.topk(spans)
         for score, place in zip(scores.tolist(), places.tolist(), strict=True):
@@ -166,7 +170,7 @@ class Batches:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _family(self, rng: random.Random, taken: set[tuple[str, str]]) -> list[Placed]:
-        """A fact and up to eight of the same attribute, two in three with nearly its key."""
+        """Make a fact and up to eight of its attribute, two in three with nearly its key."""
         first = self._fact(rng, taken)
         return [
             first,
@@ -214,7 +218,7 @@ class Batches:
         return self.filler[start : start + count]
 
     def _bait(self, rng: random.Random, facts: list[Placed], count: int) -> np.ndarray:
-        """Filler with pieces of the answers in it: a long text has "t" followed by anything."""
+        """Pick filler with pieces of the answers: a long text has "t" followed by anything."""
         spans: list[np.ndarray] = []
         for _ in range(count // BAIT_TOKENS + 1):
             pieces = self._encode(" " + rng.choice(facts).needle.answer)
@@ -229,10 +233,10 @@ class Batches:
     def _document(
         self, rng: random.Random, facts: list[Placed], tokens: int, first: bool
     ) -> tuple[np.ndarray, np.ndarray, list[Placed]]:
-        """Ids, which of them are filler, and the facts whose values are whole.
+        """Make a row: its ids, which of them are filler, and the facts whose values are whole.
 
-        Text is put together before it is tokenized, as a user's is: what follows a value may
-        share a token with its end.
+        Text is put together before it is tokenized, as a user's is: what follows a value may share
+        a token with its end.
         """
         head = [self.bos] if first else []
         if first and rng.random() < 0.15:  # a message that holds the whole text
@@ -264,7 +268,7 @@ class Batches:
             is_filler[len(head) :] &= (ends <= begin) | (starts >= end)
             begin = text.rindex(fact.needle.answer, begin, end)
             (inside,) = np.nonzero((ends > begin) & (starts < begin + len(fact.needle.answer)))
-            # two more tokens, so that it can be seen that the value ends
+            # Two more tokens must follow, so that it can be seen that the value ends.
             if not len(inside) or inside[-1] + 2 >= len(starts):
                 continue
             fact.answer = [encoding.ids[i] for i in inside]
@@ -285,7 +289,10 @@ class Batches:
         taken: set[tuple[str, str]],
         tokens: int,
     ) -> tuple[list[int], list[tuple[int, int, int]], int]:
-        """Ids; column, next token and its place, of every answer token; how many ids are filler."""
+        """Make a row of questions: its ids, the targets, and how many ids are filler.
+
+        A target is the column of an answer token, the token after it, and that one's place.
+        """
         context = rng.choice((0, 8, 16, 24, 32, 48, 64))
         ids = self._filler(rng, context).tolist() if context else []
         if rng.random() < 0.8:
@@ -316,7 +323,7 @@ class Batches:
             if len(ids) + len(turn) > tokens:
                 if targets:
                     return ids, targets, min(context, len(ids))
-                ids = []  # a long turn first: make room for it
+                ids = []  # a long turn comes first: drop the filler to make room for it
                 if len(turn) > tokens:
                     continue
             start = len(ids) + len(turn) - len(whole) - 1
@@ -328,7 +335,7 @@ class Batches:
 
 
 def _varied(rng: random.Random, needle: Needle) -> str:
-    """The statement, sometimes wrapped before the value or ended by the end of a line."""
+    """Vary the statement: sometimes a line ends before the value, or after the statement."""
     statement = needle.statement
     if rng.random() < 0.12:
         spaces = [i for i, c in enumerate(statement) if c == " "]
@@ -342,7 +349,7 @@ def _varied(rng: random.Random, needle: Needle) -> str:
 
 
 def _thrown_in(rng: random.Random, text: str, statements: list[str], depths: list[float]) -> str:
-    """The statements put anywhere, in the middle of a word if it happens so."""
+    """Put the statements anywhere, in the middle of a word if it happens so."""
     pieces, start = [], 0
     for depth, statement in sorted(zip(depths, statements, strict=True)):
         at = round(depth * len(text))

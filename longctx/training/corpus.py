@@ -1,4 +1,4 @@
-"""Text that a machine has anyway, for training and evaluation; the project keeps none of it.
+"""Reads text that a machine has anyway, for training and evaluation; the project keeps none of it.
 
 Training reads installed packages, manual pages and documentation, and this package's own grammar.
 Evaluation reads Python's standard library, which training never reads.
@@ -23,9 +23,10 @@ STDLIB = re.compile(r"/python[23](\.\d+)?/(?!site-packages|dist-packages)|/pydoc
 
 
 def stdlib_text(seed: int, characters: int) -> str:
-    """About `characters` of Python's standard library in random order of files: evaluation only.
+    """Read about `characters` of Python's standard library, files in random order.
 
-    Fewer where the library is smaller; tests and installed packages are left out.
+    It is for evaluation only. There are fewer where the library is smaller; tests and installed
+    packages are left out.
     """
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(root.rglob("*.py"))
@@ -35,7 +36,7 @@ def stdlib_text(seed: int, characters: int) -> str:
 
 
 def training_text(seed: int, megabytes: int) -> Iterator[tuple[str, str]]:
-    """(source, text) for about `megabytes` in all; sources that a machine lacks are left out."""
+    """Yield (source, text), about `megabytes` in all; sources that a machine lacks are left out."""
     site = Path(sysconfig.get_path("purelib"))
     everywhere = Path("/usr")
     plans: list[tuple[str, Path, tuple[str, ...], float, Callable[[str], str]]] = [
@@ -106,7 +107,7 @@ def _plain(text: str) -> str:
 
 
 def _roff(text: str) -> str:
-    """A manual page's words, without its markup."""
+    """Strip a manual page of its markup."""
     text = re.sub(r'(?m)^[.\']\\?".*$', "", text)
     text = re.sub(r"(?m)^\.(\w+) ?", "", text)
     text = re.sub(r"\\f.|\\s[-+]?\d|\\[&|^/,]", "", text)
@@ -114,7 +115,7 @@ def _roff(text: str) -> str:
 
 
 def _markup(text: str) -> str:
-    """The words of an HTML page; other text as it is."""
+    """Strip an HTML page of its markup; other text stays as it is."""
     if "<html" not in text[:2000].lower() and "<!doctype" not in text[:2000].lower():
         return _plain(text)
     text = re.sub(r"(?s)<(script|style|nav|head).*?</\1>", " ", text)

@@ -1,4 +1,4 @@
-"""How well a needle checkpoint finds needles: `python -m longctx.training.evaluate`.
+"""Measures how well a needle checkpoint finds needles: `python -m longctx.training.evaluate`.
 
 Filler is Python's standard library, keys and values are the held-out half: training saw neither.
 An answer counts when the whole value is right, character for character. Intervals are
@@ -9,6 +9,7 @@ The last line is compact JSON.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import platform
@@ -33,7 +34,7 @@ MIX = ("number", "number", "number", "word", "person", "place", "code", "date", 
 
 @dataclass(slots=True)
 class Trial:
-    """One question: what was wanted, what came, how deep the needle lay (0 start, 1 end)."""
+    """One question: the answers wanted, the text that came, and the needle's depth in [0, 1]."""
 
     wanted: tuple[str, ...]
     got: str
@@ -49,7 +50,7 @@ class Trial:
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
-    """The 95% interval of a proportion."""
+    """Compute the 95% interval of a proportion."""
     if not count:
         return 0.0, 1.0
     z, share = 1.96, hits / count
@@ -59,7 +60,7 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
 
 
 def depth_trend(cells: Iterable[Sequence[Trial]]) -> float:
-    """Two-sided p of the score test for a logistic slope over depth, pooled over the cells.
+    """Compute the two-sided p of the score test for a logistic slope over depth, over all cells.
 
     Each cell has its own accuracy; the score is the sum of (right - accuracy) * (depth - mean).
     """
@@ -74,8 +75,10 @@ def depth_trend(cells: Iterable[Sequence[Trial]]) -> float:
 
 
 class Filler:
-    """Text never trained on, cut to a number of tokens; haystacks that take much of it follow one
-    another, so that they share nothing."""
+    """Text never trained on, to be cut to a number of tokens.
+
+    Haystacks that take much of it follow one another, so that they share nothing.
+    """
 
     def __init__(self, reader: Reader, text: str) -> None:
         self.text = text
@@ -83,7 +86,7 @@ class Filler:
         self.starts = [start for start, _ in encoding.offsets]
 
     def cut(self, rng: random.Random, tokens: int, number: int) -> str:
-        """Filler for haystack `number`. Raises ValueError where there is too little of it."""
+        """Cut filler for haystack `number`. Raises ValueError where there is too little of it."""
         if tokens >= len(self.starts):
             raise ValueError(f"only {len(self.starts)} tokens of filler for {tokens}")
         if tokens * 4 > len(self.starts):
@@ -94,7 +97,7 @@ class Filler:
 
 
 def plant(rng: random.Random, text: str, statements: list[str]) -> tuple[str, list[float]]:
-    """The statements spread over the whole text, at most one in each equal part of it."""
+    """Spread the statements over the whole text, at most one in each equal part of it."""
     count = len(statements)
     depths = [(i + rng.random()) / count for i in range(count)]
     rng.shuffle(depths)
@@ -104,7 +107,7 @@ def plant(rng: random.Random, text: str, statements: list[str]) -> tuple[str, li
 def needle_cell(
     reader: Reader, filler: Filler, task: str, tokens: int, seed: int, per_text: int, codec: str
 ) -> Iterator[Trial]:
-    """One haystack with `per_text` needles (each with 8 distractors, if that is the task)."""
+    """Try one haystack with `per_text` needles (each with 8 distractors, if that is the task)."""
     rng = random.Random(f"{task} {tokens} {seed}")
     targets: list[generator.Needle] = []
     statements: list[str] = []
@@ -139,7 +142,7 @@ def needle_cell(
 def ruler_cell(
     reader: Reader, filler: Filler, task: str, tokens: int, seed: int, codec: str
 ) -> Iterator[Trial]:
-    """RULER examples: introduction, text and question in one message, as RULER has it.
+    """Try RULER examples: introduction, text and question in one message, as RULER has it.
 
     `RULER_PER_TEXT` examples share a text, each the others' distractors: harder than RULER.
     """
@@ -178,7 +181,7 @@ def ruler_cell(
 def run_cell(
     reader: Reader, filler: Filler, task: str, tokens: int, codec: str, questions: int, texts: int
 ) -> list[Trial]:
-    """At least `questions` trials over at least `texts` haystacks."""
+    """Run at least `questions` trials over at least `texts` haystacks."""
     trials: list[Trial] = []
     each = 9 if task == "distractors" else 1
     room = max(1, tokens // (110 * each))  # needles never make up most of a text
@@ -193,7 +196,88 @@ def run_cell(
     return trials
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """All trials of one task, length and codec."""
+
+    task: str
+    tokens: int
+    codec: str
+    trials: list[Trial]
+
+    @property
+    def accuracy(self) -> float:
+        return sum(trial.right for trial in self.trials) / len(self.trials)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval of the accuracy."""
+        return wilson(sum(trial.right for trial in self.trials), len(self.trials))
+
+    @property
+    def thirds(self) -> list[str]:
+        """Right and all answers in each third of the depth, such as `31/33`."""
+        thirds = []
+        for third in range(3):
+            part = [t.right for t in self.trials if int(t.depth * 2.9999) == third]
+            thirds.append(f"{sum(part)}/{len(part)}")
+        return thirds
+
+    def print_row(self, seconds: float, failures: int) -> None:
+        """Print a line of the table, and the first `failures` wrong answers below it."""
+        low, high = self.interval
+        print(
+            f"{self.task:16}{self.tokens:>9} {self.codec:6}{len(self.trials):>5}"
+            f"{self.accuracy:>8.3f}  {low:.3f} - {high:.3f}  {' '.join(self.thirds)}"
+            f"  {depth_trend([self.trials]):.2f}  {seconds:.0f} s",
+            flush=True,
+        )
+        for trial in [t for t in self.trials if not t.right][:failures]:
+            print(f"    {trial.question!r} wanted {trial.wanted} got {trial.got!r}")
+
+    def record(self) -> dict[str, object]:
+        """The cell's part of the JSON line."""
+        low, high = self.interval
+        return {
+            "metric": f"{self.task} exact match",
+            "value": round(self.accuracy, 4),
+            "unit": "share",
+            "tokens": self.tokens,
+            "codec": self.codec,
+            "n": len(self.trials),
+            "low": round(low, 4),
+            "high": round(high, 4),
+            "by_depth_third": self.thirds,
+            "depth_p": round(depth_trend([self.trials]), 4),
+        }
+
+
 def main() -> None:
+    """Evaluate what the command line asks for: a table for people, then a line of JSON."""
+    args = _arguments()
+    torch.set_num_threads(args.threads)
+    reader = Reader(args.model)
+    filler = Filler(reader, corpus.stdlib_text(0, max(2_000_000, max(args.tokens) * 9)))
+    print(
+        f"{'task':16}{'tokens':>9} {'codec':6}{'n':>5}{'right':>8}  95% interval"
+        "   by depth third  depth p"
+    )
+    cells = []
+    for task, tokens, codec in itertools.product(args.tasks, args.tokens, args.codecs):
+        begun = time.monotonic()
+        trials = run_cell(reader, filler, task, tokens, codec, args.questions, args.texts)
+        cells.append(Cell(task=task, tokens=tokens, codec=codec, trials=trials))
+        cells[-1].print_row(time.monotonic() - begun, args.failures)
+    summary = {
+        "bench": "needle",
+        "depth_p": round(depth_trend(cell.trials for cell in cells), 4),
+        "machine": platform.processor() or platform.machine(),
+        "results": [cell.record() for cell in cells],
+    }
+    print(json.dumps(summary, separators=(",", ":")))
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=model_path("needle"))
     parser.add_argument("--tasks", nargs="+", default=["single", "distractors"], choices=TASKS)
@@ -203,63 +287,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=5, help="haystacks per cell, at least")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--failures", type=int, default=0, help="print this many wrong answers")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    reader = Reader(args.model)
-    longest = max(args.tokens)
-    filler = Filler(reader, corpus.stdlib_text(0, max(2_000_000, longest * 9)))
-    results, cells = [], []
-    print(
-        f"{'task':16}{'tokens':>9} {'codec':6}{'n':>5}{'right':>8}  95% interval"
-        "   by depth third  depth p"
-    )
-    for task in args.tasks:
-        for tokens in args.tokens:
-            for codec in args.codecs:
-                begun = time.monotonic()
-                trials = run_cell(reader, filler, task, tokens, codec, args.questions, args.texts)
-                right = sum(trial.right for trial in trials)
-                low, high = wilson(right, len(trials))
-                trend = depth_trend([trials])
-                cells.append(trials)
-                thirds = []
-                for third in range(3):
-                    part = [t.right for t in trials if int(t.depth * 2.9999) == third]
-                    thirds.append(f"{sum(part)}/{len(part)}")
-                print(
-                    f"{task:16}{tokens:>9} {codec:6}{len(trials):>5}{right / len(trials):>8.3f}"
-                    f"  {low:.3f} - {high:.3f}  {' '.join(thirds)}"
-                    f"  {trend:.2f}"
-                    f"  {time.monotonic() - begun:.0f} s",
-                    flush=True,
-                )
-                for trial in [t for t in trials if not t.right][: args.failures]:
-                    print(f"    {trial.question!r} wanted {trial.wanted} got {trial.got!r}")
-                results.append(
-                    {
-                        "metric": f"{task} exact match",
-                        "value": round(right / len(trials), 4),
-                        "unit": "share",
-                        "tokens": tokens,
-                        "codec": codec,
-                        "n": len(trials),
-                        "low": round(low, 4),
-                        "high": round(high, 4),
-                        "by_depth_third": thirds,
-                        "depth_p": round(trend, 4),
-                    }
-                )
-    print(
-        json.dumps(
-            {
-                "bench": "needle",
-                "depth_p": round(depth_trend(cells), 4),
-                "machine": platform.processor() or platform.machine(),
-                "results": results,
-            },
-            separators=(",", ":"),
-        )
-    )
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""A checkpoint as a Hugging Face folder in bfloat16: `python -m longctx.training.export needle`."""
+"""Writes a checkpoint as a Hugging Face folder: `python -m longctx.training.export needle`.
+
+Weights are in bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from longctx.training.tokenizer import BOS, EOS, PAD, PROBE_TEMPLATE, SPECIALS
 
 
 def write(model: PreTrainedModel, tokenizer: Path, folder: Path) -> None:
-    """Weights, configurations and the tokenizer's files; the model card stays as it is."""
+    """Write weights, configurations and the tokenizer's files; the model card stays as it is."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.nn.Module.to(model, torch.bfloat16)
     model.save_pretrained(folder)

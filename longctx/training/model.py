@@ -1,11 +1,11 @@
 """The needle model: its configuration, first weights, and a forward pass made for training.
 
-Three layers slide over 64 tokens; the last layer looks everywhere and knows no positions, so it
-does not matter where, or how far away, a fact stands. Training uses that: the documents of a batch
-are one memory that every question of the batch searches, and only answer tokens query it.
+Three layers slide over 64 tokens; the last one is global and has no positions, so it does not
+matter where, or how far away, a fact is. Training uses that: the documents of a batch are one
+memory that every question of the batch searches, and only answer tokens query it.
 
-[rows, tokens] are separate texts; `memory` are the tokens of all document rows, flattened.
-Copy heads as first weights: the last layer starts as "find the token that looks like me, copy it".
+[rows, tokens] are separate texts; `memory` are the tokens of all document rows, flattened. The
+first weights of the last layer are copy heads: "find the token that looks like me, and copy it".
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WIDTH = 192
 
 
 def needle_config(vocabulary: int = 2048) -> SmolLM3Config:
-    """Every field that says which layer slides is explicit: the class's default slides others."""
+    """Configure needle. Which layer slides is explicit: the class's defaults are others."""
     return SmolLM3Config(
         vocab_size=vocabulary,
         hidden_size=WIDTH,
@@ -51,7 +51,7 @@ def needle_config(vocabulary: int = 2048) -> SmolLM3Config:
 
 
 def new_needle(seed: int) -> SmolLM3ForCausalLM:
-    """Random weights, with copy heads in the last layer."""
+    """Make a model with random weights, and copy heads in the last layer."""
     torch.manual_seed(seed)
     model = SmolLM3ForCausalLM(needle_config())
     with torch.no_grad():
@@ -96,9 +96,13 @@ class Batch:
 
 @dataclass(slots=True)
 class Scores:
-    """logits [answers, vocabulary]; found, ahead [answers]: attention on the right place by the
-    first query head of each key head, and on the place after it by the second, means of heads;
-    weights [answers, heads, memory], detached, to mine filler."""
+    """What `forward` computes at the supervised positions.
+
+    `logits` [answers, vocabulary]. `found` [answers] is the attention of the first query head of
+    each key head on the right place, `ahead` [answers] that of the second one on the place after
+    it, both means over key heads. `weights` [answers, heads, memory], detached, are for mining
+    filler.
+    """
 
     logits: Tensor
     found: Tensor
@@ -107,7 +111,7 @@ class Scores:
 
 
 def forward(model: SmolLM3ForCausalLM, batch: Batch, *, noise_steps: int = 0) -> Scores:
-    """Logits at the supervised positions.
+    """Compute logits and attention at the supervised positions.
 
     `noise_steps` = 15 adds noise of the size of int4 rounding to the last layer's keys and values.
     """
@@ -142,8 +146,11 @@ def forward(model: SmolLM3ForCausalLM, batch: Batch, *, noise_steps: int = 0) ->
 
 
 def _bias(batch: Batch) -> Tensor:
-    """[answers, memory + question tokens]: what is added to the last layer's scores. A question
-    sees the memory as `memory_bias` says, and of all question rows its own, up to itself."""
+    """Make the bias [answers, memory + question tokens] of the last layer's scores.
+
+    A question sees the memory as `memory_bias` says, and of all question rows its own, up to
+    itself.
+    """
     row, column = batch.answer_row, batch.answer_column
     question_rows, tokens = batch.questions.shape
     steps = torch.arange(question_rows * tokens, device=row.device)
@@ -154,7 +161,7 @@ def _bias(batch: Batch) -> Tensor:
 
 
 def local_layers(model: SmolLM3ForCausalLM, tokens: Tensor, first_position: int = 0) -> Tensor:
-    """What the last layer reads: [rows, tokens] -> [rows, tokens, hidden]; tokens % 64 == 0."""
+    """Run all layers but the last on [rows, tokens]: [rows, tokens, hidden]; tokens % 64 == 0."""
     hidden = model.model.embed_tokens(tokens)
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + first_position
     cosine, sine = model.model.rotary_emb(hidden.float(), positions)
@@ -164,7 +171,7 @@ def local_layers(model: SmolLM3ForCausalLM, tokens: Tensor, first_position: int 
 
 
 def local_layer(layer: Any, hidden: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """One sliding layer, 64 queries against their own 64 keys and the 64 before."""
+    """Run one sliding layer, 64 queries against their own 64 keys and the 64 before."""
     attention = layer.self_attn
     x = layer.input_layernorm(hidden)
     rows, tokens, _ = x.shape
@@ -184,7 +191,10 @@ def local_layer(layer: Any, hidden: Tensor, cosine: Tensor, sine: Tensor) -> Ten
 
 
 def _with_block_before(states: Tensor, blocks: int) -> Tensor:
-    """[rows, tokens, 2, 64] -> [rows * blocks, 2, 128, 64]: each block with the one before it."""
+    """Join each block with the one before it.
+
+    Maps [rows, tokens, 2, 64] to [rows * blocks, 2, 128, 64].
+    """
     rows = states.shape[0]
     states = states.view(rows, blocks, 64, 2, 64)
     before = F.pad(states, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
@@ -192,7 +202,10 @@ def _with_block_before(states: Tensor, blocks: int) -> Tensor:
 
 
 def _window_mask(blocks: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[blocks, 1, 1, 64, 128]: 0 where 0 <= query - key < 64 and the key exists, else -1e9."""
+    """Make a mask [blocks, 1, 1, 64, 128]: 0 where 0 <= query - key < 64 and the key exists.
+
+    Elsewhere it is -1e9.
+    """
     distance = torch.arange(64, device=device)[:, None] + 64 - torch.arange(128, device=device)
     seen = ((distance >= 0) & (distance < WINDOW_TOKENS)).expand(blocks, 64, 128).clone()
     seen[0, :, :64] = False
@@ -200,14 +213,14 @@ def _window_mask(blocks: int, device: torch.device, dtype: torch.dtype) -> Tenso
 
 
 def _rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary positions as Hugging Face applies them; states [rows, tokens, heads, 64]."""
+    """Apply rotary positions as Hugging Face does, to states [rows, tokens, heads, 64]."""
     cosine, sine = cosine[:, :, None].to(states.dtype), sine[:, :, None].to(states.dtype)
     first, second = states.chunk(2, dim=-1)
     return states * cosine + torch.cat((-second, first), dim=-1) * sine
 
 
 def _noisy(states: Tensor, steps: int) -> Tensor:
-    """Uniform noise of one rounding step when the range of head_dim is cut into `steps` steps."""
+    """Add uniform noise of one rounding step, where `steps` steps are a head's range."""
     if not steps:
         return states
     low, high = states.detach().aminmax(dim=-1, keepdim=True)

@@ -16,7 +16,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonal(update: Tensor, steps: int = 5) -> Tensor:
-    """[matrices, rows, columns] with all singular values moved near 1."""
+    """Move all singular values of `update` [matrices, rows, columns] near 1."""
     a, b, c = NEWTON_SCHULZ
     tall = update.shape[1] > update.shape[2]
     x = update.transpose(1, 2) if tall else update
@@ -28,7 +28,7 @@ def orthogonal(update: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps all matrices of one shape together; rate is scaled by sqrt(max(1, rows / columns))."""
+    """Steps all matrices of one shape together, at lr * sqrt(max(1, rows / columns))."""
 
     def __init__(
         self,

@@ -1,14 +1,13 @@
 """The probe: a small Llama with ordinary rotary attention in every layer, to tell good KV from bad.
 
-A plain language model of code and documentation. Two sequences in five repeat themselves, random
-tokens and text, so that it learns to copy from far back and a damaged cache shows.
+It is a plain language model of code and documentation. Two sequences in five repeat themselves,
+random tokens and text, so that it learns to copy from far back and a damaged cache shows.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,8 @@ from longctx.embedded import model_path
 from longctx.engine_info import Damage
 from longctx.quality.damage import Tally, compare
 from longctx.training import corpus
-from longctx.training.muon import Muon
-from longctx.training.rounding import CODECS
+from longctx.training.loop import Trainee, computes_in_half, save_checkpoint
+from longctx.training.rounding import ROUNDINGS
 from longctx.training.tokenizer import BOS, EOS, PAD, SPECIALS
 
 SEQUENCE_TOKENS = 384
@@ -55,7 +54,7 @@ def probe_config(vocabulary: int = 2048) -> LlamaConfig:
 
 
 def new_probe(seed: int) -> LlamaForCausalLM:
-    """Random weights; what a layer adds starts small."""
+    """Make a model with random weights, whose layers add little at first."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(probe_config())
     with torch.no_grad():
@@ -69,9 +68,10 @@ def new_probe(seed: int) -> LlamaForCausalLM:
 
 
 def batch(text: np.ndarray, seed: int, step: int) -> tuple[Tensor, list[int]]:
-    """[ROWS, SEQUENCE_TOKENS + 1] token ids, and the periods of the first two rows, which repeat.
+    """Make token ids [ROWS, SEQUENCE_TOKENS + 1], and the periods of the first two rows.
 
-    The first is random tokens, the second text; half of the others start with `<s>`.
+    These two repeat: the first is random tokens, the second text. Half of all text rows start
+    with `<s>`.
     """
     rng = np.random.default_rng([seed, step])
     rows = np.zeros((ROWS, SEQUENCE_TOKENS + 1), np.int64)
@@ -87,56 +87,27 @@ def batch(text: np.ndarray, seed: int, step: int) -> tuple[Tensor, list[int]]:
 
 
 def rate_at(step: int, steps: int) -> float:
+    """The multiplier of the learning rate at a step: warm-up, constant, then a straight decay."""
     return min(1.0, (step + 1) / 60, max(0.01, (steps - step) / (0.4 * steps)))
 
 
 def train_probe(args: argparse.Namespace, text: np.ndarray) -> None:
-    """Train or resume; writes `probe.pt` into the work folder."""
+    """Train or resume probe; writes `probe.pt` into the work folder."""
     model = new_probe(args.seed).to(args.device)
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
-    steppers: list[torch.optim.Optimizer] = [
-        Muon(matrices, lr=0.02),
-        torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-    bases = [0.02 * args.rate, 4e-3 * args.rate]
-    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainee = Trainee(model, adam_rate=4e-3, average_decay=0.99, rate=args.rate)
     checkpoint = args.work / "probe.pt"
     step = 0
     if checkpoint.exists():
         state: dict[str, Any] = torch.load(checkpoint, weights_only=False, map_location=args.device)
-        model.load_state_dict(state["model"])
-        for stepper, saved in zip(steppers, state["steppers"], strict=True):
-            stepper.load_state_dict(saved)
-        average, step = state["average"], state["step"]
-    losses: list[tuple[float, float]] = []
+        trainee.load_state(state)
+        step = state["step"]
+    losses: list[tuple[float, float]] = []  # of text, and of copying
     begun = time.monotonic()
-    half = args.device != "cpu" or torch.cpu._is_avx512_bf16_supported()
     while step < args.steps:
-        for stepper, base in zip(steppers, bases, strict=True):
-            for group in stepper.param_groups:
-                group["lr"] = base * rate_at(step, args.steps)
-        ids, periods = batch(text, args.seed, step)
-        ids = ids.to(args.device)
-        with torch.autocast(args.device, torch.bfloat16, enabled=half):
-            logits = model(ids[:, :-1], use_cache=False).logits
-        each = F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
-        can_know = torch.ones_like(each)
-        for row, period in enumerate(periods):
-            can_know[row, :period] = 0.0  # what repeats later is not known the first time
-        each = each * can_know
-        for stepper in steppers:
-            stepper.zero_grad(set_to_none=True)
-        torch.autograd.backward(each.mean())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for stepper in steppers:
-            stepper.step()
-        decay = min(0.99, step / (step + 20))
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                average[name].lerp_(weight, 1 - decay)
-        copied = float(each[0, -100:].detach().mean())
-        losses.append((float(each[2:].detach().mean()), copied))
+        trainee.set_rates(rate_at(step, args.steps))
+        each = _token_losses(model, *batch(text, args.seed, step), args.device)
+        trainee.descend(each.mean(), step)
+        losses.append((float(each[2:].detach().mean()), float(each[0, -100:].detach().mean())))
         step += 1
         if step % 50 == 0:
             prose, copied = np.mean(losses, axis=0)
@@ -144,14 +115,19 @@ def train_probe(args: argparse.Namespace, text: np.ndarray) -> None:
             print(f"step {step} text {prose:.3f} copying {copied:.3f} {seconds:.3f} s", flush=True)
             losses, begun = [], time.monotonic()
         if step % args.save_every == 0 or step == args.steps:
-            state = {
-                "model": model.state_dict(),
-                "average": average,
-                "steppers": [stepper.state_dict() for stepper in steppers],
-                "step": step,
-            }
-            torch.save(state, checkpoint.with_suffix(".new"))
-            os.replace(checkpoint.with_suffix(".new"), checkpoint)
+            save_checkpoint(trainee.state() | {"step": step}, checkpoint)
+
+
+def _token_losses(model: LlamaForCausalLM, ids: Tensor, periods: list[int], device: str) -> Tensor:
+    """Nats [ROWS, SEQUENCE_TOKENS] of each next token; 0 where nobody could know it."""
+    ids = ids.to(device)
+    with torch.autocast(device, torch.bfloat16, enabled=computes_in_half(device)):
+        logits = model(ids[:, :-1], use_cache=False).logits
+    each = F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+    can_know = torch.ones_like(each)
+    for row, period in enumerate(periods):
+        can_know[row, :period] = 0.0  # what repeats later is not known the first time
+    return each * can_know
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +168,7 @@ def score(folder: Path, *, rows: int = 64, tokens: int = 512) -> ProbeScore:
 
 @torch.no_grad()
 def damage(folder: Path, *, rows: int = 24, tokens: int = 512) -> dict[str, Damage]:
-    """int8, int4 and a bad 2-bit codec, all keys and values rounded, on unseen text.
+    """Measure the damage of int8, int4 and a bad 2-bit codec on unseen text.
 
     Unlike the quality gate this needs no engine, and it rounds a row's own block too.
     """
@@ -212,12 +188,12 @@ def damage(folder: Path, *, rows: int = 24, tokens: int = 512) -> dict[str, Dama
 
 
 def _logits(folder: Path, codec: str, inputs: Tensor) -> Tensor:
-    """Logits [rows, tokens, vocabulary] with every key and value rounded by `codec`."""
+    """Compute logits [rows, tokens, vocabulary] with every key and value rounded by `codec`."""
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any
     ) -> tuple[Tensor, None]:
-        key, value = CODECS[codec](key, value)
+        key, value = ROUNDINGS[codec](key, value)
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return out.transpose(1, 2).contiguous(), None
 

@@ -1,8 +1,8 @@
-"""Read a long text once and answer questions on it with plain torch: the needle model's own oracle.
+"""Reads a long text once and answers questions on it, with plain torch: needle without the engine.
 
-Nothing of the serving engine is used. Only the last layer looks further back than 64 tokens, so
-reading is linear in the text: three sliding layers, and keys and values for the last. Equal to the
-transformers forward in float32 to 1e-4 (tested).
+Only the last layer looks further back than 64 tokens, so reading is linear in the text: three
+sliding layers, and keys and values for the last. Results equal the transformers forward in float32
+to 1e-4 (tested).
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from torch import Tensor
 from transformers import SmolLM3ForCausalLM
 
 from longctx.training.model import local_layers
-from longctx.training.rounding import CODECS
+from longctx.training.rounding import ROUNDINGS
 from longctx.training.tokenizer import ASSISTANT, BOS, EOS, SPECIALS, USER
 
-REACH_TOKENS = 192  # what a token knows of the text before it: three windows of 63 tokens
+REACH_TOKENS = 192  # the text that a token knows before itself: three windows of 63 tokens
 CHUNK_TOKENS = 8192
 KEYS_AT_ONCE = 32_768
 
 
 @dataclass(slots=True)
 class Memory:
-    """keys, values [kv_heads, tokens, head_dim] of the last layer; tail: the last ids read."""
+    """Keys and values [kv_heads, tokens, head_dim] of the last layer; `tail` has the last ids."""
 
     keys: Tensor
     values: Tensor
@@ -40,7 +40,7 @@ class Memory:
 
 
 class Reader:
-    """The needle model and its tokenizer, float32, on the CPU."""
+    """The needle model and its tokenizer, in float32 on the CPU: `read` a text, then `answer`."""
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -52,7 +52,7 @@ class Reader:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def document(self, text: str) -> list[int]:
-        """`<s>`, the text and the line end that the chat template puts after it."""
+        """Encode `<s>`, the text, and the line end that the chat template puts after it."""
         return [SPECIALS.index(BOS), *self.encode(text), *self.encode("\n")]
 
     def question(self, text: str) -> list[int]:
@@ -60,7 +60,7 @@ class Reader:
 
     @torch.no_grad()
     def read(self, ids: Sequence[int], codec: str = "raw") -> Memory:
-        """Prefill: keys and values of every token, in time linear in their number."""
+        """Compute keys and values of every token, in time linear in their number."""
         keys, values = [], []
         for begin in range(0, len(ids), CHUNK_TOKENS):
             known = min(begin, REACH_TOKENS)
@@ -68,7 +68,7 @@ class Reader:
             padded = chunk + [0] * (-len(chunk) % 64)
             hidden = local_layers(self.model, torch.tensor([padded]), begin - known)
             key, value = self._keys_values(hidden[0, known : len(chunk)])
-            key, value = CODECS[codec](key, value)
+            key, value = ROUNDINGS[codec](key, value)
             keys.append(key)
             values.append(value)
         return Memory(torch.cat(keys, 1), torch.cat(values, 1), list(ids[-REACH_TOKENS:]))
@@ -77,7 +77,7 @@ class Reader:
     def answer(
         self, memory: Memory, questions: Sequence[Sequence[int]], max_new_tokens: int = 56
     ) -> list[list[int]]:
-        """Greedy answers without their end token; every question stands directly after the text."""
+        """Answer greedily, without end tokens; every question comes directly after the text."""
         answers: list[list[int]] = [[] for _ in questions]
         live = list(range(len(questions)))
         for _ in range(max_new_tokens):
@@ -92,7 +92,7 @@ class Reader:
 
     @torch.no_grad()
     def logits(self, memory: Memory, rows: list[list[int]], known: int) -> Tensor:
-        """Next-token logits [rows, vocabulary]; the first `known` ids of a row are in memory."""
+        """Compute next-token logits [rows, vocabulary]; memory has `known` ids of each row."""
         longest = max(map(len, rows))
         width = longest + -longest % 64
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
@@ -122,14 +122,14 @@ class Reader:
         return cast(Tensor, self.model.lm_head(self.model.model.norm(hidden)))
 
     def _keys_values(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """[tokens, hidden] -> keys and values [kv_heads, tokens, head_dim]."""
+        """Map [tokens, hidden] to keys and values [kv_heads, tokens, head_dim]."""
         attention, x = self.last.self_attn, self.last.input_layernorm(hidden)
         key, value = attention.k_proj(x).view(-1, 2, 64), attention.v_proj(x).view(-1, 2, 64)
         return key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention out and, as last element, its log-sum-exp: [kv_heads, queries, head_dim + 1]."""
+    """Attend; the last element is the log-sum-exp: [kv_heads, queries, head_dim + 1]."""
     scores = query @ keys.transpose(1, 2)
     lse = scores.logsumexp(-1, keepdim=True)
     return torch.cat(((scores - lse).exp_() @ values, lse), dim=-1)

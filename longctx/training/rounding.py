@@ -1,54 +1,45 @@
-"""What keys and values look like after a codec, for judging models without the engine.
-
-`keys` and `values` are [..., head_dim]; the recipes are those of the engine's codecs.
-"""
+"""Keys and values as a codec's pages give them back, for judging models without the engine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from compress.codec import CODECS
+from compress.shape import BLOCK_TOKENS, KVShape
 
-def _hadamard(dimension: int) -> Tensor:
-    matrix: Tensor = torch.ones(1, 1)
-    while matrix.shape[0] < dimension:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return cast(Tensor, matrix * dimension**-0.5)
-
-
-def _symmetric(states: Tensor, levels: int) -> Tensor:
-    scale = states.abs().amax(-1, keepdim=True).clamp_min(1e-8) / levels
-    return (states / scale).round() * scale
+Rounding = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Maps keys and values [..., head_dim] to what they are after the trip through a page."""
 
 
-def _asymmetric(states: Tensor, levels: int) -> Tensor:
-    low, high = states.aminmax(dim=-1, keepdim=True)
-    scale = (high - low).clamp_min(1e-8) / levels
-    return ((states - low) / scale).round() * scale + low
+def through_pages(codec: str) -> Rounding:
+    """Round by the engine's own codec, which treats each token and head by itself."""
 
+    def rounded(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = torch.stack((keys, values), dim=-2)  # [..., 2, head_dim]
+        shape = KVShape(kv_heads=1, head_dim=keys.shape[-1], dtype=keys.dtype)
+        rows = pairs.reshape(-1, *shape.rows[1:])
+        blocks = F.pad(rows, (0, 0, 0, 0, 0, 0, 0, -len(rows) % BLOCK_TOKENS)).view(-1, *shape.rows)
+        pages = CODECS[codec](shape)
+        back = pages.decode(pages.encode(blocks)).reshape(-1, *shape.rows[1:])
+        back = back[: len(rows)].view(pairs.shape)
+        return back[..., 0, :], back[..., 1, :]
 
-def int8(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """What int8 pages give back: one scale per token and head."""
-    return _symmetric(keys, 127), _symmetric(values, 127)
-
-
-def int4(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """What int4 pages give back: keys rounded after a Hadamard transform, values as they are."""
-    transform = _hadamard(keys.shape[-1])
-    return _asymmetric(keys @ transform, 15) @ transform.T, _asymmetric(values, 15)
+    return rounded
 
 
 def int2(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """A bad codec on purpose: four levels for a whole head, no transform."""
-    return _asymmetric(keys, 3), _asymmetric(values, 3)
+    """Round badly, on purpose: to four levels for a whole head, without a transform."""
+    return _four_levels(keys), _four_levels(values)
 
 
-CODECS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-    "raw": lambda keys, values: (keys, values),
-    "int8": int8,
-    "int4": int4,
-    "int2": int2,
-}
+def _four_levels(states: Tensor) -> Tensor:
+    low, high = states.aminmax(dim=-1, keepdim=True)
+    scale = (high - low).clamp_min(1e-8) / 3
+    return ((states - low) / scale).round() * scale + low
+
+
+ROUNDINGS: dict[str, Rounding] = {name: through_pages(name) for name in CODECS} | {"int2": int2}

@@ -44,7 +44,7 @@ PROBE_TEMPLATE = (
 
 
 def train(texts: Iterable[str], vocabulary: int) -> Tokenizer:
-    """A tokenizer of exactly `vocabulary` entries."""
+    """Train a tokenizer of exactly `vocabulary` entries."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -52,7 +52,7 @@ def train(texts: Iterable[str], vocabulary: int) -> Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
-    # A word is copied as it stands in the text, with its space; an answer does not start with one.
+    # A word is copied from the text with its space; an answer does not start with one.
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, SPECIALS.index(BOS))]
@@ -72,7 +72,7 @@ def train(texts: Iterable[str], vocabulary: int) -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, folder: Path, *, template: str, max_tokens: int) -> None:
-    """tokenizer.json and tokenizer_config.json as `AutoTokenizer` reads them."""
+    """Write tokenizer.json and tokenizer_config.json as `AutoTokenizer` reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings: Mapping[str, Any] = {

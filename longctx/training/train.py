@@ -8,7 +8,6 @@ command again resumes. The learning rate is constant, then falls in a straight l
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import re
 import time
@@ -26,18 +25,18 @@ from longctx.needles import lexicon
 from longctx.training import corpus
 from longctx.training import tokenizer as tokenizers
 from longctx.training.batches import Batches, Shape
-from longctx.training.model import MAX_TOKENS, Batch, forward, new_needle
-from longctx.training.muon import Muon
+from longctx.training.loop import Trainee, computes_in_half, save_checkpoint
+from longctx.training.model import MAX_TOKENS, Batch, Scores, forward, new_needle
 from longctx.training.probe import train_probe
 from longctx.training.widen import widen
 
 VOCABULARY = 2048
-EMA_DECAY = 0.998
+AVERAGE_DECAY = 0.998
 DECAY_SHARE = 0.75  # of all steps: the rate falls in a straight line
 
 
 def prepare(work: Path, seed: int, megabytes: int) -> tuple[Tokenizer, np.ndarray, tuple[str, ...]]:
-    """The tokenizer, the filler as tokens, and further nouns; made once per work folder."""
+    """Make the tokenizer, the filler as tokens, and further nouns; once per work folder."""
     ids_file, words_file, folder = work / "filler.npy", work / "words.txt", work / "tokenizer"
     if not words_file.exists():
         work.mkdir(parents=True, exist_ok=True)
@@ -61,7 +60,7 @@ def prepare(work: Path, seed: int, megabytes: int) -> tuple[Tokenizer, np.ndarra
 
 
 def prepare_probe(work: Path, tokenizer: Tokenizer, seed: int, megabytes: int) -> np.ndarray:
-    """Code and documentation of installed packages as tokens; made once per work folder."""
+    """Make tokens of the code and documentation of installed packages; once per work folder."""
     file = work / "probe.npy"
     if not file.exists():
         texts = [
@@ -77,7 +76,7 @@ def prepare_probe(work: Path, tokenizer: Tokenizer, seed: int, megabytes: int) -
 
 @dataclass(slots=True)
 class Lessons:
-    """Small memories until copying works, then the whole batch and all of the dilution.
+    """The order of lessons: small memories until copying works, then whole batches and dilution.
 
     The next lesson begins when `PASSED` of the first tokens of the answers have been right for a
     while: the others are easy once the model can copy.
@@ -92,9 +91,11 @@ class Lessons:
 
     @property
     def shape(self) -> Shape:
+        """The shape of the present lesson's batches."""
         return self.PLAN[self.number]
 
-    def learnt(self, right: float) -> None:
+    def learned(self, right: float) -> None:
+        """Note the share of first tokens that were right in a step; may begin the next lesson."""
         self.right += (right - self.right) * 0.05
         self.steps += 1
         last = self.number == len(self.PLAN) - 1
@@ -103,21 +104,12 @@ class Lessons:
 
 
 def rate_at(step: int, steps: int) -> float:
-    """Multiplier of the learning rate."""
+    """The multiplier of the learning rate at a step: warm-up, constant, then a straight decay."""
     return min(1.0, (step + 1) / 100, max(0.01, (steps - step) / (DECAY_SHARE * steps)))
 
 
-def optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for matrices, AdamW for embeddings and norms."""
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
-    return [
-        Muon(matrices, lr=0.02),
-        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-
-
 def to_device(batch: Batch, device: str) -> Batch:
+    """Move the batch's tensors to the device, in place."""
     for name in Batch.__dataclass_fields__:
         item = getattr(batch, name)
         if isinstance(item, torch.Tensor):
@@ -126,88 +118,94 @@ def to_device(batch: Batch, device: str) -> Batch:
 
 
 def train_needle(args: argparse.Namespace) -> None:
+    """Train or resume needle; writes `needle.pt` into the work folder."""
     tokenizer, filler, words = prepare(args.work, args.seed, args.megabytes)
     batches = Batches(tokenizer, filler, words, args.seed)
     model = new_needle(args.seed).to(args.device)
     model.train()
-    steppers = optimizers(model)
-    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainee = Trainee(model, adam_rate=3e-3, average_decay=AVERAGE_DECAY, rate=args.rate)
     checkpoint = args.work / "needle.pt"
     lessons, step = Lessons(), 0
-    half = args.device != "cpu" or torch.cpu._is_avx512_bf16_supported()
     if checkpoint.exists():
         state: dict[str, Any] = torch.load(checkpoint, weights_only=False, map_location=args.device)
-        model.load_state_dict(state["model"])
-        for stepper, saved in zip(steppers, state["steppers"], strict=True):
-            stepper.load_state_dict(saved)
-        average, batches.hard.spans, step = state["average"], state["hard"], state["step"]
+        trainee.load_state(state)
+        batches.hard.spans, step = state["hard"], state["step"]
         lessons = Lessons(*state["lessons"])
     elif args.start:
         start = torch.load(args.start, weights_only=False, map_location=args.device)
         widen(model, start["average"])
-        average = {name: p.detach().clone() for name, p in model.named_parameters()}
+        trainee.restart_average()
         batches.hard.spans, lessons.number = start["hard"], len(Lessons.PLAN) - 1
-    base_rates = [0.02 * args.rate, 3e-3 * args.rate]
-    losses: list[float] = []
-    hits: list[tuple[float, float]] = []
-    begun = time.monotonic()
+    progress = Progress()
     while step < args.steps:
-        for stepper, rate in zip(steppers, base_rates, strict=True):
-            for group in stepper.param_groups:
-                group["lr"] = rate * rate_at(step, args.steps)
+        trainee.set_rates(rate_at(step, args.steps))
         batch = to_device(batches.make(step, lessons.shape), args.device)
         noise_steps = 15 if step % 4 == 3 else 0
-        with torch.autocast(args.device, torch.bfloat16, enabled=half):
+        with torch.autocast(args.device, torch.bfloat16, enabled=computes_in_half(args.device)):
             scores = forward(model, batch, noise_steps=noise_steps)
         first = batch.questions[batch.answer_row, batch.answer_column] == batches.assistant
-        before = batch.questions[batch.answer_row, (batch.answer_column - 1).clamp_min(0)]
-        second, last = before == batches.assistant, batch.answer_token == batches.eos
-        weight = 1.0 + 2.0 * first.float() + 1.5 * second.float() + last.float()
-        weight = weight / weight.sum()
-        wrong = F.cross_entropy(scores.logits.float(), batch.answer_token, reduction="none")
-        # Where to look is known, and saying so teaches it long before the right tokens do. Half
-        # of the heads look one token ahead: only there it can be seen that a value has ended.
-        astray = -torch.log(scores.found + 1e-6) - 0.5 * torch.log(scores.ahead + 1e-6)
-        astray = astray * (batch.answer_place >= 0)
-        loss = (weight * (wrong + astray)).sum()
-        for stepper in steppers:
-            stepper.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for stepper in steppers:
-            stepper.step()
-        decay = min(EMA_DECAY, step / (step + 20))
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                average[name].lerp_(weight, 1 - decay)
-        losses.append(float(loss.detach()))
+        loss = needle_loss(batches, batch, scores, first)
+        trainee.descend(loss, step)
         right = (scores.logits.argmax(-1) == batch.answer_token).float()
-        hits.append((float(right.mean()), float(right[first].mean())))
-        lessons.learnt(hits[-1][1])
+        right_first = float(right[first].mean())
+        progress.add(float(loss.detach()), float(right.mean()), right_first)
+        lessons.learned(right_first)
         if lessons.shape.dilution >= 4:
             batches.mine(batch, scores.weights)
         step += 1
         if step % 50 == 0:
-            print(
-                f"step {step} loss {np.mean(losses):.4f} "
-                f"tokens right {np.mean(hits, axis=0).round(3)} "
-                f"lesson {lessons.number} hard {len(batches.hard.spans)} "
-                f"{(time.monotonic() - begun) / len(losses):.3f} s",
-                flush=True,
-            )
+            progress.report(step, lessons, len(batches.hard.spans))
         if step % 100 == 0:
-            losses, hits, begun = [], [], time.monotonic()
+            progress = Progress()
         if step % args.save_every == 0 or step == args.steps:
-            state = {
-                "model": model.state_dict(),
-                "average": average,
-                "steppers": [stepper.state_dict() for stepper in steppers],
+            run = {
                 "hard": batches.hard.spans,
                 "step": step,
                 "lessons": (lessons.number, lessons.right, lessons.steps),
             }
-            torch.save(state, checkpoint.with_suffix(".new"))
-            os.replace(checkpoint.with_suffix(".new"), checkpoint)
+            save_checkpoint(trainee.state() | run, checkpoint)
+
+
+def needle_loss(
+    batches: Batches, batch: Batch, scores: Scores, first: torch.Tensor
+) -> torch.Tensor:
+    """The weighted loss of one batch: wrong tokens, and attention on the wrong places.
+
+    `first` [answers] marks the first token of each answer, which counts most.
+    """
+    before = batch.questions[batch.answer_row, (batch.answer_column - 1).clamp_min(0)]
+    second, last = before == batches.assistant, batch.answer_token == batches.eos
+    weight = 1.0 + 2.0 * first.float() + 1.5 * second.float() + last.float()
+    weight = weight / weight.sum()
+    wrong = F.cross_entropy(scores.logits.float(), batch.answer_token, reduction="none")
+    # Where to look is known, and saying so teaches it long before the right tokens do. Half of the
+    # heads look one token ahead: only there it can be seen that a value has ended.
+    astray = -torch.log(scores.found + 1e-6) - 0.5 * torch.log(scores.ahead + 1e-6)
+    astray = astray * (batch.answer_place >= 0)
+    return (weight * (wrong + astray)).sum()
+
+
+class Progress:
+    """Losses and shares of right tokens since some step, for people to read."""
+
+    def __init__(self) -> None:
+        self._losses: list[float] = []
+        self._right: list[tuple[float, float]] = []  # of all tokens, and of first tokens
+        self._begun = time.monotonic()
+
+    def add(self, loss: float, right: float, right_first: float) -> None:
+        self._losses.append(loss)
+        self._right.append((right, right_first))
+
+    def report(self, step: int, lessons: Lessons, hard_spans: int) -> None:
+        """Print the means so far, and the seconds of a step."""
+        print(
+            f"step {step} loss {np.mean(self._losses):.4f} "
+            f"tokens right {np.mean(self._right, axis=0).round(3)} "
+            f"lesson {lessons.number} hard {hard_spans} "
+            f"{(time.monotonic() - self._begun) / len(self._losses):.3f} s",
+            flush=True,
+        )
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""Start a wide model from a trained narrow one: at first it computes the same.
+"""Starts a wide model from a trained narrow one: at first it computes the same.
 
-What the narrow model has stays in the first rows and columns. The new part of the residual stream
+The narrow weights are the first rows and columns. The new part of the residual stream
 is read with random weights but nothing writes to it yet, and new units of an MLP are computed but
 not read, so that every new weight has a gradient. Source: Net2Net, https://arxiv.org/abs/1511.05641
 """

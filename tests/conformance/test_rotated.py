@@ -1,4 +1,4 @@
-"""Keys encoded elsewhere, with turned queries, equal keys turned to where they stand now."""
+"""Keys encoded elsewhere, with turned queries, equal keys turned to their present position."""
 
 from dataclasses import dataclass, replace
 
@@ -136,7 +136,7 @@ def build(case: Case) -> tuple[KVMemory, tuple[ChunkRows, ...], torch.Tensor]:
 def placed(
     memory: KVMemory, layer: int, entry: np.ndarray, rotation: Rotation | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys and values of an entry, [rows, kv_heads, head_dim], where they stand, and where."""
+    """Keys and values of an entry [rows, kv_heads, head_dim], turned, and their positions."""
     page, begin, rows, position, offset = entry.tolist()
     keys, values = memory.decoded(layer, slice(page, page + 1))[0, begin : begin + rows].unbind(1)
     if rotation is not None:
@@ -152,7 +152,7 @@ def expected(
     layer: int,
     rotation: Rotation | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row alone, against its keys turned to where they stand, in float32."""
+    """Each row alone, against its keys turned to their positions, in float32."""
     out, lse = torch.zeros_like(query), torch.zeros(query.shape[:2])
     for chunk in chunks:
         blocks = [placed(memory, layer, entry, rotation) for entry in chunk.entries[0]]
@@ -241,7 +241,7 @@ def test_a_step_without_rotated_entries_goes_to_the_backend_as_it_is() -> None:
 def test_scores_are_as_near_as_the_codec_to_those_of_keys_encoded_in_place(
     codec: str, kind: str
 ) -> None:
-    """Scores of exact keys against those of stored ones: encoded where they stand, or elsewhere.
+    """Scores of exact keys against those of stored ones: encoded in place, or elsewhere.
 
     Both miss by what the codec rounds; turning the query adds nothing that counts.
     """

@@ -29,13 +29,13 @@ from tests.support.tiny_tokenizer import write_tokenizer
 
 LONG = {"max_position_embeddings": 20_000}
 
-# Name -> (architecture, configuration, and for each layer: pairs that turn, neighbours or not).
+# Name -> (architecture, configuration, and for each layer: pairs that turn, neighbors or not).
 FOUND: dict[str, tuple[str, dict[str, Any], list[tuple[int, bool] | None]]] = {
     "plain": ("llama", {}, [(8, False)] * 3),
     "partial, by halves": ("gpt_neox", {"rotary_pct": 0.5}, [(4, False)] * 3),
     "partial, phi": ("phi", {"partial_rotary_factor": 0.5}, [(4, False)] * 3),
-    "partial, of neighbours": ("glm4", {}, [(4, True)] * 3),
-    "of neighbours, and layers without": ("cohere2", {}, [(8, True), None] * 2),
+    "partial, of neighbors": ("glm4", {}, [(4, True)] * 3),
+    "of neighbors, and layers without": ("cohere2", {}, [(8, True), None] * 2),
     "layers without": ("smollm3", {}, [(8, False)] * 3 + [None]),
     "complex numbers": (
         "llama4_text",

@@ -1,4 +1,4 @@
-"""Rotary types stay exact beside neighbours, and the context length is what was asked for."""
+"""Rotary types stay exact beside other sequences, and the context length is what was asked for."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_longrope_is_pinned_to_its_long_set_by_a_long_context(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("max_context", [64, None])
-def test_a_long_neighbour_changes_no_longrope_logits(
+def test_a_long_neighbor_changes_no_longrope_logits(
     max_context: int | None, tmp_path: Path
 ) -> None:
     model = load(longrope_folder(tmp_path), max_context=max_context)

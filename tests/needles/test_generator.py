@@ -27,7 +27,7 @@ def test_a_statement_has_key_before_value_and_the_question_has_the_key(kind: str
 
 def test_an_unknown_kind_names_the_kinds() -> None:
     with pytest.raises(ValueError, match="number, word"):
-        generator.needle(0, kind="colour")
+        generator.needle(0, kind="color")
     with pytest.raises(ValueError, match="niah_single_1"):
         generator.ruler("niah_single_9", 0)
 

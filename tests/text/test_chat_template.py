@@ -117,7 +117,7 @@ def test_text_that_spells_a_control_token_is_still_read_in_full(prompts, tokeniz
     assert "what is </s>?" in "".join(decoded(tokenizer, segments))
 
 
-def test_files_stand_before_the_text_of_their_message(tmp_path):
+def test_files_come_before_the_text_of_their_message(tmp_path):
     tokenizer, prompts = chat(tmp_path, PLAIN_TEMPLATE)
     other = FilePart("file-2", "")
     segments = prompts.render([Message("user", ("first", a_file, "second", other))])

@@ -28,7 +28,7 @@ from longctx.training.model import WIDTH, Batch, forward, needle_config, new_nee
 from longctx.training.muon import orthogonal
 from longctx.training.probe import damage, score
 from longctx.training.reader import Reader
-from longctx.training.rounding import CODECS
+from longctx.training.rounding import ROUNDINGS
 from longctx.training.train import Lessons, rate_at
 from longctx.training.widen import widen
 
@@ -109,7 +109,8 @@ def test_the_training_forward_equals_transformers(reader: Reader) -> None:
 def test_codecs_lose_less_with_more_bits() -> None:
     keys, values = torch.randn(2, 2, 50, 64, generator=torch.Generator().manual_seed(2))
     errors = {
-        name: float((codec(keys, values)[0] - keys).abs().max()) for name, codec in CODECS.items()
+        name: float((rounding(keys, values)[0] - keys).abs().max())
+        for name, rounding in ROUNDINGS.items()
     }
     assert errors["raw"] == 0 < errors["int8"] < 0.02 < errors["int4"] < errors["int2"]
 
@@ -146,7 +147,7 @@ def test_the_template_takes_parts_and_earlier_answers_and_refuses_tools(
         auto.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
 
 
-def test_digits_stand_alone_and_text_survives(tokenizer: Tokenizer) -> None:
+def test_digits_are_tokens_of_their_own_and_text_survives(tokenizer: Tokenizer) -> None:
     text = "Café 7421, naïve — \t日本 🎉\n\n  x = [1];"
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     assert tokenizer.decode(ids) == text
@@ -174,13 +175,13 @@ def test_every_supervised_token_is_the_next_of_its_row(tokenizer: Tokenizer) -> 
     assert hidden[0, 1024:].all() and not hidden[0, :1024].any()
 
 
-def test_lessons_move_on_only_when_learnt() -> None:
+def test_lessons_move_on_only_when_learned() -> None:
     lessons = Lessons()
     for _ in range(300):
-        lessons.learnt(0.2)
+        lessons.learned(0.2)
     assert lessons.number == 0
     for _ in range(2000):
-        lessons.learnt(0.95)
+        lessons.learned(0.95)
     assert lessons.number == len(Lessons.PLAN) - 1
     assert rate_at(0, 1000) < 0.02 and rate_at(200, 1000) == 1 and rate_at(999, 1000) == 0.01
 
@@ -247,7 +248,7 @@ def test_shipped_folders_load_without_remote_code(name: str) -> None:
     assert "longctx" in (path / "README.md").read_text()
 
 
-def test_the_needle_folder_says_which_layer_sees_everything() -> None:
+def test_the_needle_folder_says_which_layer_is_global() -> None:
     config = json.loads((model_path("needle") / "config.json").read_text())
     assert config["layer_types"] == ["sliding_attention"] * 3 + ["full_attention"]
     assert config["no_rope_layers"] == [1, 1, 1, 0]
