@@ -18,6 +18,7 @@ from api.routes import routes
 from api.services import Services, open_services
 from longctx.config import EngineConfig
 from longctx.process.client import EngineClient
+from longctx.process.launcher import EngineProcesses
 from longctx.text.tokenizer import Tokenizer
 
 
@@ -39,11 +40,12 @@ async def open_application(
     folder: StoreDir,
     tokenizer: Tokenizer,
     tokenizer_process: TokenizerProcess,
+    processes: EngineProcesses | None = None,
 ) -> AsyncGenerator[Application, None]:
     """Opens the services and the application in front of them. Raises LongctxError.
 
-    `keys`: the accepted API keys; without any, every request is accepted. The tokenizer process is
-    ended too.
+    `keys`: the accepted API keys; without any, every request is accepted. `processes`: where the
+    engine was launched already. The tokenizer process is ended too.
     """
     async with open_services(
         engine_config,
@@ -51,6 +53,7 @@ async def open_application(
         folder=folder,
         tokenizer=tokenizer,
         tokenizer_process=tokenizer_process,
+        processes=processes,
     ) as services:
         asgi = make_asgi(services)
         asgi.add_middleware(Authentication, keys=keys, secret=folder.secret())

@@ -17,6 +17,7 @@ from api.stored_prompts.retention import Retention
 from api.stored_prompts.schema_library import SchemaLibrary
 from longctx.config import EngineConfig
 from longctx.process.client import EngineClient
+from longctx.process.launcher import EngineProcesses
 from longctx.text.chat_template import ChatPrompts
 from longctx.text.tokenizer import Tokenizer
 
@@ -46,15 +47,16 @@ async def open_services(
     folder: StoreDir,
     tokenizer: Tokenizer,
     tokenizer_process: TokenizerProcess,
+    processes: EngineProcesses | None = None,
 ) -> AsyncGenerator[Services, None]:
     """Starts the engine, then takes up documents, schemas and prompts. Raises LongctxError.
 
     The tokenizer process is ended too; the caller makes it, because it must be made before there
-    are threads.
+    are threads. `processes`: where the engine was launched already.
     """
     async with AsyncExitStack() as stack:
         stack.push_async_callback(tokenizer_process.close)
-        engine = EngineClient(engine_config, cache_dir=folder.models)
+        engine = EngineClient(engine_config, cache_dir=folder.models, processes=processes)
         stack.push_async_callback(engine.drain, 0)
         await engine.start()
         store = DocumentStore(folder.database)

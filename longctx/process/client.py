@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 from longctx.config import CACHE_DIR, EngineConfig
-from longctx.embedded import model_path
 from longctx.engine_info import EngineInfo
 from longctx.errors import EngineDied, InvalidRequest, LongctxError
 from longctx.ipc.channel import HEADER, frame
@@ -36,13 +35,12 @@ from longctx.ipc.protocol import (
     RankJoined,
     RanksLost,
     Rejected,
-    Start,
     Stop,
     Submit,
     decode_event,
     encode,
 )
-from longctx.process.launcher import engine_processes
+from longctx.process.launcher import EngineProcesses, engine_processes
 from longctx.request import (
     FinishReason,
     LevelVerdict,
@@ -62,16 +60,24 @@ State = Literal["starting", "ready", "restarting", "draining", "stopped"]
 
 
 class EngineClient:
-    def __init__(self, config: EngineConfig, *, cache_dir: Path = CACHE_DIR) -> None:
-        """`cache_dir`: as the `Engine`'s."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        cache_dir: Path = CACHE_DIR,
+        processes: EngineProcesses | None = None,
+    ) -> None:
+        """`cache_dir`: as that of `open_engine`.
+
+        `processes`: where the engine was launched already, with the same configuration.
+        """
         self.config = config
-        self.cache_dir = cache_dir
         self.state: State = "starting"
         self.on_restart: Callable[[], Awaitable[None]] | None = None
         self.durable_tokens: dict[str, int] = {}  # of each document, on stable storage
         self._info: EngineInfo | None = None
         self.restarts = 0
-        self.processes = engine_processes(config)
+        self.processes = processes or engine_processes(config, cache_dir)
         self._started = False
         self._heard = 0.0  # when the engine said something, by the loop's clock
         self._silence_seconds = LOADING_SILENCE_SECONDS
@@ -88,10 +94,6 @@ class EngineClient:
     def info(self) -> EngineInfo:
         assert self._info is not None, "not started"
         return self._info
-
-    @property
-    def model_folder(self) -> Path:
-        return self.config.model.model or model_path()
 
     async def start(self) -> EngineInfo:
         """Spawn the engine process and wait until its model is loaded.
@@ -243,7 +245,6 @@ class EngineClient:
             reader, self._writer = await asyncio.open_connection(sock=await self.processes.open())
         except OSError as error:
             raise EngineDied(f"no engine process could be started: {error.strerror}") from error
-        self._send(Start(self.config, str(self.model_folder), str(self.cache_dir)))
         loaded = await self._next_event(reader)
         while isinstance(loaded, Heartbeat):
             loaded = await self._next_event(reader)

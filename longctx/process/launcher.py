@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Protocol
 
 from longctx.config import EngineConfig
+from longctx.embedded import model_path
 from longctx.errors import EngineDied, LongctxError
-from longctx.ipc.protocol import RankJoined
+from longctx.ipc.channel import frame
+from longctx.ipc.protocol import RankJoined, Start, encode
 from longctx.ring.processes.cores import usable_cores
 from longctx.ring.processes.head import Head
 from longctx.ring.processes.secret import make_secret
@@ -31,11 +33,20 @@ PYTHON = (sys.executable, "-P")
 
 
 class EngineProcesses(Protocol):
-    async def open(self) -> socket.socket:
-        """Start what is not running; a connection to an engine that awaits `Start`.
+    """One engine's processes, again and again: `launch`, `open`, `reap`; at the end `stop`.
 
-        Raises EngineDied.
+    Called from the thread of the event loop, but for `launch` and `kill`, which need no loop.
+    """
+
+    def launch(self) -> None:
+        """Start what is not running yet, and do not wait for it. Raises OSError.
+
+        `open` does it where nobody has: only who has other work meanwhile calls it.
         """
+        ...
+
+    async def open(self) -> socket.socket:
+        """A connection to an engine that loads its model. Raises EngineDied, OSError."""
         ...
 
     async def reap(self) -> str:
@@ -53,24 +64,34 @@ class EngineProcesses(Protocol):
         """The engine was told to stop: wait for that, by force if need be. Nothing is left."""
         ...
 
+    def kill(self) -> None:
+        """End at once what still runs; nothing is left. After `stop` it does nothing."""
+        ...
 
-def engine_processes(config: EngineConfig) -> EngineProcesses:
-    """Raises LongctxError."""
-    return Child() if config.ring.ranks == 1 else Ring(config)
+
+def engine_processes(config: EngineConfig, cache_dir: Path) -> EngineProcesses:
+    """Those that `config` asks for, none started yet; without a model folder, the embedded model's.
+
+    `cache_dir`: as that of `open_engine`. Raises LongctxError.
+    """
+    start = Start(config, str(config.model.model or model_path()), str(cache_dir))
+    return Child(start) if config.ring.ranks == 1 else Ring(start)
 
 
 class Child:
     """One engine process, joined by a pair of sockets."""
 
-    def __init__(self) -> None:
+    def __init__(self, start: Start) -> None:
+        self._start = start
+        self._connection: socket.socket | None = None  # to a process that was launched
         self.process: subprocess.Popen[bytes] | None = None
 
-    async def open(self) -> socket.socket:
+    def launch(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
                 self.process = subprocess.Popen(
-                    [*PYTHON, "-m", "longctx.process.worker", str(theirs.fileno())],
+                    [*PYTHON, "-m", "longctx.process", str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,  # a terminal's Ctrl-C is for the server alone
@@ -78,7 +99,15 @@ class Child:
             except OSError:
                 ours.close()
                 raise
-        return ours
+        ours.sendall(frame(encode(self._start)))  # it waits in the socket's buffer
+        self._connection = ours
+
+    async def open(self) -> socket.socket:
+        if self._connection is None:
+            self.launch()
+        assert self._connection is not None
+        connection, self._connection = self._connection, None
+        return connection
 
     async def reap(self) -> str:
         assert self.process is not None
@@ -95,50 +124,68 @@ class Child:
         if self.process is not None:
             await self.reap()
 
+    def kill(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
 
 class Ring:
     """Many ranks, whose rank 0 calls here."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        self._ranks = config.ring.ranks
-        self._threads = config.model.threads
+    def __init__(self, start: Start) -> None:
+        """Listens for nobody yet: that takes a thread, which `open` starts."""
+        ring = start.config.ring
+        self._start = start
+        self._ranks = ring.ranks
+        self._head: Head | None = None
         self._leader: RankJoined | None = None
         self._connection: socket.socket | None = None
         self.launcher: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None  # of local ranks: private, so their sockets are too
-        address = config.ring.head
-        if address is None:
+        if ring.head is None:
             self._folder = Path(tempfile.mkdtemp(prefix="longctx-"))
-            address = f"unix:{self._folder}/head"
+            self._address = f"unix:{self._folder}/head"
             self._secret = self._folder / "secret"
-        elif config.ring.head_secret is not None:
-            self._secret = config.ring.head_secret
+        elif ring.head_secret is not None:
+            self._address, self._secret = ring.head, ring.head_secret
         else:
             raise LongctxError("ranks that call a head need a secret; name its file by head_secret")
-        secret = make_secret(self._secret)
-        try:
-            self._head = Head(address, secret, self._ranks)
-        except OSError as error:
-            raise LongctxError(
-                f"cannot listen for ranks on {address}: {error.strerror}; choose another --head"
-            ) from error
+        make_secret(self._secret)
+
+    def launch(self) -> None:
+        if self._folder is not None and (self.launcher is None or self.launcher.poll() is not None):
+            self.launcher = self._launch(self._folder)
 
     async def open(self) -> socket.socket:
+        if self._head is None:
+            self._head = self._listen()
         if self._folder is None:
             print(
                 f"longctx waits for {self._ranks} ranks, to be started by torchrun ... -m "
                 f"longctx.process.worker --head {self._head.address} --secret {self._secret}",
                 file=sys.stderr,
             )
-        elif self.launcher is None or self.launcher.poll() is not None:
-            self.launcher = self._launch(self._folder)
+        self.launch()
         calling = asyncio.ensure_future(self._head.next_leader())
         try:
             await self._wait_for(calling)
         finally:
             calling.cancel()
         self._connection, self._leader = calling.result()
+        self._connection.sendall(frame(encode(self._start)))
         return self._connection.dup()
+
+    def _listen(self) -> Head:
+        try:
+            return Head(self._address, make_secret(self._secret), self._ranks)
+        except OSError as error:
+            raise LongctxError(
+                f"cannot listen for ranks on {self._address}: {error.strerror}; choose another "
+                "--head"
+            ) from error
 
     async def _wait_for(self, calling: asyncio.Future[tuple[socket.socket, RankJoined]]) -> None:
         deadline = asyncio.get_running_loop().time() + CALL_SECONDS
@@ -153,22 +200,23 @@ class Ring:
                 raise EngineDied(f"the ranks did not call within {CALL_SECONDS:.0f} s")
 
     def _launch(self, folder: Path) -> subprocess.Popen[bytes]:
-        threads = self._threads or max(1, usable_cores() // self._ranks)
+        threads = self._start.config.model.threads or max(1, usable_cores() // self._ranks)
         options = {
             "--ranks": self._ranks,
             "--threads": threads,
             "--folder": folder,
-            "--head": self._head.address,
+            "--head": self._address,
             "--secret": self._secret,
         }
-        words = [str(word) for option in options.items() for word in option]
+        argv = [str(argument) for option in options.items() for argument in option]
         return subprocess.Popen(
-            [*PYTHON, "-m", "longctx.ring.processes.launcher", *words],
+            [*PYTHON, "-m", "longctx.ring.processes.launcher", *argv],
             stdin=subprocess.PIPE,  # its end is the launcher's
             start_new_session=True,
         )
 
     async def reap(self) -> str:
+        assert self._head is not None
         self._head.forget_leader()
         self._leader = None
         return "the ranks of the engine ended"
@@ -184,9 +232,16 @@ class Ring:
 
     async def stop(self) -> None:
         await self._end_launcher(0.0 if self._leader is None else STOP_SECONDS)
-        self._head.close()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._close()
+
+    def kill(self) -> None:
+        """The ranks end with their launcher."""
+        if self.launcher is not None:
+            assert self.launcher.stdin is not None
+            self.launcher.stdin.close()
+            self.launcher.kill()
+            self.launcher.wait()
+        self._close()
 
     async def _end_launcher(self, seconds: float) -> None:
         """By force after a while; its ranks end with it."""
@@ -194,6 +249,12 @@ class Ring:
             await _end(self.launcher, seconds)
             assert self.launcher.stdin is not None
             self.launcher.stdin.close()
+
+    def _close(self) -> None:
+        if self._head is not None:
+            self._head.close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 async def _end(process: subprocess.Popen[bytes], seconds: float = STOP_SECONDS) -> int:

@@ -66,14 +66,24 @@ SEND_BUFFER_BYTES = 4 << 20  # a server that is busy for a moment does not stop 
 REASON_SECONDS = 1.0
 
 
-def main(words: Sequence[str], environment: Mapping[str, str]) -> None:
+def run(argv: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
+    """Be the engine process, then end this process: status 1 and a line on stderr for an error."""
+    try:
+        main(argv, environment)
+    except LongctxError as error:
+        print(f"longctx: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)  # nothing is left to flush, and taking torch down takes seconds
+
+
+def main(argv: Sequence[str], environment: Mapping[str, str]) -> None:
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     parser = argparse.ArgumentParser(prog="longctx.process.worker", description=__doc__)
     parser.add_argument("descriptor", type=int, nargs="?", help="of a socket to the server")
     parser.add_argument("--head", metavar="HOST:PORT", help="the --head of longctx serve")
     parser.add_argument("--secret", type=Path, metavar="FILE", help="a copy of the head's file")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     if arguments.descriptor is not None:
         # A service manager signals every process of a service; the server decides what it means.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -250,9 +260,4 @@ def _token_ids(file: Path) -> "np.memmap[tuple[int, ...], np.dtype[np.int32]]":
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:], os.environ)
-    except LongctxError as error:
-        print(f"longctx: {error}", file=sys.stderr, flush=True)
-        os._exit(1)
-    os._exit(0)  # nothing is left to flush, and taking torch down takes seconds
+    run(sys.argv[1:], os.environ)

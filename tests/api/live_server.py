@@ -16,7 +16,8 @@ from api.background.store_dir import StoreDir
 from api.config import ServerConfig
 from api.files.tokenizer_process import TokenizerProcess
 from api.http.auth import read_keys
-from api.server import Server, listen
+from api.http_server import Server
+from api.listener import listen
 from longctx.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from longctx.text.tokenizer import Tokenizer
 from tests.support.waiting import patient

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from api.server import startup_line
+from api.http_server import startup_line
 from tests.api.files.test_files import ask, cached_tokens, upload, wait_until_done
 from tests.api.live_server import MODEL, LiveServer
 

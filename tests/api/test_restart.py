@@ -10,7 +10,7 @@ import pytest
 
 from api.background.store_dir import StoreDir
 from api.config import ServerConfig
-from api.server import listen
+from api.listener import listen
 from longctx.errors import LongctxError, ModelRefused
 from longctx.process.launcher import Child
 from tests.api.live_server import MODEL, LiveServer

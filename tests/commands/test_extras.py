@@ -48,7 +48,7 @@ def test_a_command_without_its_extra_ends_in_one_line_with_the_cure(
     assert ended.stderr.splitlines() == [line]
 
 
-@pytest.mark.parametrize("module", ["api.server", "longctx.process.worker", "longctx.llm"])
+@pytest.mark.parametrize("module", ["api.http_server", "longctx.process.worker", "longctx.llm"])
 def test_what_serves_loads_no_package_of_an_extra_and_no_tables(module: str) -> None:
     absent = sorted({name for names in EXTRAS.values() for name in names} | {"rich"})
     script = f"import sys, {module}; print([n for n in {absent!r} if n in sys.modules])"

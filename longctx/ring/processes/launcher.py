@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
         "signals-to-handle": "SIGHUP",
     }
     flags = [f"--{name}={value}" for name, value in options.items()]
-    rank = ["-m", "longctx.process.worker", "--head", arguments.head, "--secret", arguments.secret]
+    rank = ["-m", "longctx.process", "--head", arguments.head, "--secret", arguments.secret]
     with contextlib.suppress(ChildFailedError):  # the server has logged it by then
         torchrun([*flags, *rank])
 

@@ -1,0 +1,163 @@
+"""uvicorn in front of the application: answers until told to stop, then ends in order.
+
+The end: no new work, running answers get time to finish, then the engine process stops.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Generator
+from pathlib import Path
+
+import uvicorn
+
+from api.app import Application, open_application
+from api.background.store_dir import StoreDir
+from api.config import ServerConfig
+from api.files.tokenizer_process import TokenizerProcess
+from api.listener import BACKLOG
+from longctx.config import EngineConfig
+from longctx.engine_info import EngineInfo
+from longctx.process.launcher import EngineProcesses
+from longctx.text.tokenizer import Tokenizer
+
+KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections: they close them, not we
+LAST_BYTES_SECONDS = 5  # to send what is left of answers that the engine has ended
+
+
+def run(
+    engine_config: EngineConfig,
+    model_folder: Path,
+    config: ServerConfig,
+    *,
+    keys: tuple[str, ...],
+    listener: socket.socket,
+    folder: StoreDir,
+    processes: EngineProcesses,
+) -> None:
+    """Answer on `listener` until SIGTERM or Ctrl-C; `processes` have been launched.
+
+    Call it before there are threads: the tokenizer's process is forked here. Raises LongctxError,
+    and asyncio.CancelledError when it is told to stop before it is ready.
+    """
+    tokenizer = Tokenizer(model_folder)
+    tokenizer_process = TokenizerProcess(tokenizer)
+    asyncio.run(
+        _run(
+            engine_config,
+            config,
+            keys=keys,
+            listener=listener,
+            folder=folder,
+            tokenizer=tokenizer,
+            tokenizer_process=tokenizer_process,
+            processes=processes,
+        )
+    )
+
+
+async def _run(
+    engine_config: EngineConfig,
+    config: ServerConfig,
+    *,
+    keys: tuple[str, ...],
+    listener: socket.socket,
+    folder: StoreDir,
+    tokenizer: Tokenizer,
+    tokenizer_process: TokenizerProcess,
+    processes: EngineProcesses,
+) -> None:
+    server: Server | None = None
+    starting = asyncio.current_task()
+    assert starting is not None
+
+    def stop(number: int) -> None:
+        if server is None:
+            starting.cancel()
+        elif server.should_exit and number == signal.SIGINT:
+            os._exit(130)  # a second Ctrl-C: the other processes end when this one is gone
+        else:
+            server.should_exit = True
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
+    async with open_application(
+        engine_config,
+        config,
+        keys=keys,
+        folder=folder,
+        tokenizer=tokenizer,
+        tokenizer_process=tokenizer_process,
+        processes=processes,
+    ) as application:
+        info = application.engine.info
+        print(startup_line(info), file=sys.stderr)
+        print(f"longctx stores KV as {info.codec_choice.reason}", file=sys.stderr)
+        wanted = engine_config.model.attention_backend
+        if wanted == "auto" and info.backend == "torch" and info.device == "cpu":
+            print(
+                "longctx computes attention with torch, slowly: its compiled kernels are not "
+                "installed; they need an x86-64 CPU with AVX2, and a C++ compiler while installing",
+                file=sys.stderr,
+            )
+        server = Server(application, config)
+        await server.serve([listener])
+
+
+def startup_line(info: EngineInfo) -> str:
+    """Says what is served, and how many tokens each tier has room for."""
+    line = (
+        f"longctx serves {info.model_name} on {info.device} in {info.dtype}: "
+        f"{info.capacity_tokens:,} tokens of {info.kv_codec} KV fit the device"
+    )
+    capacity = info.tier_capacity_tokens
+    if capacity["host"]:
+        line += f", about {capacity['host']:,} the host's RAM"
+    if capacity["disk"]:
+        line += (
+            f", about {capacity['disk']:,} the disk ({info.disk_bytes / 1e9:.1f} of "
+            f"{info.disk_capacity_bytes / 1e9:.1f} GB are used)"
+        )
+    return f"{line}; a context has at most {info.max_context_tokens:,}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn with our ready line, and with the engine drained while connections finish."""
+
+    def __init__(self, application: Application, config: ServerConfig) -> None:
+        super().__init__(
+            uvicorn.Config(
+                application.asgi,
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                ws="none",
+                backlog=BACKLOG,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=int(config.drain_seconds) + LAST_BYTES_SECONDS,
+            )
+        )
+        self.application = application
+        self.drain_seconds = config.drain_seconds
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        assert sockets is not None
+        host, port = sockets[0].getsockname()[:2]
+        print(f"longctx ready http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.application.library.close()
+        draining = asyncio.create_task(self.application.engine.drain(self.drain_seconds))
+        await super().shutdown(sockets)
+        await draining
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Signals are `serve`'s: a stop that was asked for is a success, not death by signal."""
+        yield
