@@ -177,7 +177,7 @@ class KVMemory:
         return self._raw_rows[layer]
 
     def decoded(self, layer: int, pages: PoolIndices) -> Tensor:
-        """Decode sealed blocks, a view if possible: [blocks, block_tokens, 2, kv_heads, head_dim]."""
+        """Decode sealed blocks in place where possible: [blocks, rows, 2, kv_heads, head_dim]."""
         return self.codecs[layer].decode(_take(self.packed_pages(layer), pages))
 
     def own_blocks(self, layer: int, pages: PoolIndices) -> Tensor:
