@@ -42,7 +42,10 @@ def run(arguments: argparse.Namespace) -> None:
     config, folder = read_engine_config(arguments)
     tokenizer = Tokenizer(folder)
     process = TokenizerProcess(tokenizer)
-    asyncio.run(_ask(config, tokenizer, process, arguments.file, arguments.question))
+    try:
+        asyncio.run(_ask(config, tokenizer, process, arguments.file, arguments.question))
+    except asyncio.CancelledError:  # Ctrl-C, where a task that was cancelled raises it
+        raise KeyboardInterrupt from None
 
 
 async def _ask(
