@@ -217,16 +217,37 @@ def _load(folder: Path) -> Any:
 
 
 def _eos_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Join the tokenizer's own with those of generation_config.json, such as end-of-turn."""
+    """Join the tokenizer's own end token with those that `transformers` ends an answer at.
+
+    They are in generation_config.json, such as end-of-turn; a model without that file, or without
+    them in it, has them in config.json, in one with several parts in that of the text.
+    """
     found = {tokenizer.eos_token_id}
-    path = folder / "generation_config.json"
-    if path.exists():
-        try:
-            listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise ModelRefused(f"{path} is not a JSON object: {error}") from error
-        found.update(listed if isinstance(listed, list) else [listed])
+    config = _json_object(folder / "config.json")
+    text_config = config.get("text_config")
+    for each in (
+        _json_object(folder / "generation_config.json"),
+        config,
+        text_config if isinstance(text_config, dict) else {},
+    ):
+        listed = each.get("eos_token_id")
+        if listed is not None:
+            found.update(listed if isinstance(listed, list) else [listed])
+            break
     return frozenset(token_id for token_id in found if isinstance(token_id, int))
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; one without entries where there is no file. Raises ModelRefused."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelRefused(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ModelRefused(f"{path} is not a JSON object")
+    return found
 
 
 def _chat_template(tokenizer: Any) -> str | None:

@@ -165,6 +165,19 @@ def test_every_end_token_of_the_generation_config_ends_an_answer(folder, tmp_pat
     assert Tokenizer(folder).eos_token_ids == {1}
 
 
+@pytest.mark.parametrize(
+    "config", [{"eos_token_id": [3, 4]}, {"text_config": {"eos_token_id": [3, 4]}}]
+)
+def test_end_tokens_that_only_the_configuration_lists_end_an_answer_too(tmp_path, config):
+    write_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert Tokenizer(tmp_path).eos_token_ids == {1, 3, 4}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True}))
+    assert Tokenizer(tmp_path).eos_token_ids == {1, 3, 4}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    assert Tokenizer(tmp_path).eos_token_ids == {1, 2}  # as `transformers` reads the files
+
+
 def test_members_describe_the_folder(tokenizer, tmp_path):
     assert tokenizer.vocab_size == 512
     assert tokenizer.special_token_strings == set(SPECIAL_TOKENS)
