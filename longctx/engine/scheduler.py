@@ -66,22 +66,22 @@ class DutyCycle:
     """
 
     def __init__(self) -> None:
-        self._answer_seconds = 0.0
+        self._decode_seconds = 0.0
         self._debt: dict[RequestClass, float] = dict.fromkeys(RequestClass, 0.0)
 
     def allows(self, request_class: RequestClass) -> bool:
         return self._debt[request_class] <= 0
 
-    def record(self, tokens_of: dict[RequestClass, int], seconds: float, *, answers: bool) -> None:
+    def record(self, tokens_of: dict[RequestClass, int], seconds: float, *, decoding: bool) -> None:
         """One step took `seconds` with so many prompt tokens of each class."""
-        if not answers:
+        if not decoding:
             self._debt = {c: max(0.0, debt - seconds) for c, debt in self._debt.items()}
             return
         total = sum(tokens_of.values())
         if not total:
-            mean = self._answer_seconds
-            self._answer_seconds = seconds if mean == 0 else 0.9 * mean + 0.1 * seconds
-        extra = max(0.0, seconds - self._answer_seconds)
+            mean = self._decode_seconds
+            self._decode_seconds = seconds if mean == 0 else 0.9 * mean + 0.1 * seconds
+        extra = max(0.0, seconds - self._decode_seconds)
         for request_class, share in TIME_SHARE.items():
             tokens = tokens_of.get(request_class, 0)
             if tokens:
@@ -144,12 +144,12 @@ class Scheduler:
         return [(sequence, failure) for sequence, failure in failures if failure is not None]
 
     def schedule(self) -> SchedulerOutput:
-        answers = self._answers()
+        decodes = self._decode_chunks()
         prompts: list[Chunk] = []
-        budget = self._batch_tokens - len(answers)
+        budget = self._batch_tokens - len(decodes)
         queues = self._queues()
         for request_class in self._turns(queues):
-            if answers and not self._duty.allows(request_class):
+            if decodes and not self._duty.allows(request_class):
                 continue
             for sequence in queues[request_class]:
                 chunk = self._prompt_chunk(sequence, budget) if budget > 0 else None
@@ -158,32 +158,32 @@ class Scheduler:
                     begin = sequence.blocks.computed
                     budget -= sequence.blocks.layout.charge(begin, begin + chunk.num_tokens)
         # A prompt chunk may have preempted what was scheduled before it.
-        runs = (chunk for chunk in (*answers, *prompts) if _runs(chunk.sequence))
+        runs = (chunk for chunk in (*decodes, *prompts) if _runs(chunk.sequence))
         complete = (sequence for sequence in self.running if sequence.blocks.remaining == 0)
         return SchedulerOutput(tuple(runs), tuple(complete))
 
     def update(self, output: SchedulerOutput, seconds: float) -> None:
         """The step has run: account for it and publish what it computed."""
         tokens_of: dict[RequestClass, int] = defaultdict(int)
-        answers = False
+        decoding = False
         for chunk in output.chunks:
             if chunk.sequence.decoding:
-                answers = True
+                decoding = True
             else:
                 tokens_of[chunk.sequence.request.request_class] += chunk.num_tokens
         for request_class, tokens in tokens_of.items():
             self._served[request_class] += tokens / CLASS_WEIGHT[request_class]
-        self._duty.record(tokens_of, seconds, answers=answers)
+        self._duty.record(tokens_of, seconds, decoding=decoding)
         for chunk in output.chunks:
             share = seconds * chunk.num_tokens / output.num_tokens
             self._cache.commit(chunk.sequence.blocks, chunk.num_tokens, share)
             chunk.sequence.computed_tokens += chunk.num_tokens
 
-    def _answers(self) -> list[Chunk]:
+    def _decode_chunks(self) -> list[Chunk]:
         """One token for each answering sequence, lowest rank first."""
         chunks: list[Chunk] = []
-        answering = (sequence for sequence in self.running if sequence.decoding)
-        for sequence in sorted(answering, key=lambda sequence: sequence.blocks.preemption_key):
+        decoding = (sequence for sequence in self.running if sequence.decoding)
+        for sequence in sorted(decoding, key=lambda sequence: sequence.blocks.preemption_key):
             if _runs(sequence):  # or an earlier one has preempted it
                 if self._allocate(sequence, 1):
                     chunks.append(Chunk(sequence, 1))

@@ -214,23 +214,23 @@ def test_prompts_take_no_more_than_their_share_of_the_time(
     request_class: RequestClass, chunk_seconds: float
 ) -> None:
     duty = DutyCycle()
-    answer_seconds, total, taken = 0.01, 0.0, 0.0
+    decode_seconds, total, taken = 0.01, 0.0, 0.0
     for _ in range(20):
-        duty.record({}, answer_seconds, answers=True)
+        duty.record({}, decode_seconds, decoding=True)
     for _ in range(10_000):
         if duty.allows(request_class):
-            seconds = answer_seconds + chunk_seconds
-            duty.record({request_class: 512}, seconds, answers=True)
+            seconds = decode_seconds + chunk_seconds
+            duty.record({request_class: 512}, seconds, decoding=True)
             taken += chunk_seconds
         else:
-            seconds = answer_seconds
-            duty.record({}, seconds, answers=True)
+            seconds = decode_seconds
+            duty.record({}, seconds, decoding=True)
         total += seconds
     share = TIME_SHARE[request_class]
     assert taken - chunk_seconds < share * total  # the last chunk is not repaid yet
     # And it is used, but for what whole steps cost: a chunk, then as many steps as repay it.
-    steps = math.ceil(chunk_seconds * (1 - share) / (answer_seconds * share))
-    cycle_seconds = chunk_seconds + (1 + steps) * answer_seconds
+    steps = math.ceil(chunk_seconds * (1 - share) / (decode_seconds * share))
+    cycle_seconds = chunk_seconds + (1 + steps) * decode_seconds
     assert taken + chunk_seconds > 0.95 * total * chunk_seconds / cycle_seconds
 
 
