@@ -139,9 +139,9 @@ class Engine:
         modules = self._inputs.prompts.modules
         return module_states(modules, module_ids, self._cache, self._store, self._ingestion)
 
-    def durable_documents(self) -> dict[str, int]:
-        """Tokens that are on stable storage, of documents of which more or less is than before."""
-        return {} if self._ingestion is None else self._ingestion.news()
+    def durable_changes(self) -> dict[str, int]:
+        """Durable token counts of the documents whose count changed since the last call."""
+        return {} if self._ingestion is None else self._ingestion.durable_changes()
 
     def close(self, *, flush_seconds: float = 0.0) -> None:
         """End what runs, and let what it has sealed be written as long as that may take."""
@@ -170,7 +170,7 @@ class Engine:
         outputs, self._early = self._early, []
         transferred = self._cache.poll_transfers()
         if self._ingestion is not None:
-            for sequence in self._ingestion.settled(transferred=transferred):
+            for sequence in self._ingestion.take_durable(transferred=transferred):
                 outputs += self._finish(sequence, FinishReason.LENGTH)
         for sequence, failure in self._scheduler.failed():
             outputs += self._finish(sequence, FinishReason.ERROR, error=failure)
@@ -210,7 +210,7 @@ class Engine:
         if self._ingestion is None:
             return self._finish(sequence, FinishReason.LENGTH)
         self._scheduler.remove(sequence)
-        self._ingestion.settle(sequence)
+        self._ingestion.wait_durable(sequence)
         return []
 
     def _compute(self, scheduled: SchedulerOutput) -> list[tuple[Sequence, int | SamplingError]]:

@@ -31,7 +31,7 @@ class _Chain:
     before_tokens: int  # of the prompt, before the document
     end_tokens: int
     durable_blocks: int = 0
-    reported: int = -1
+    reported_tokens: int | None = None  # in the last `durable_changes`
 
 
 class Ingestion:
@@ -46,14 +46,10 @@ class Ingestion:
         self._store = store
         self._clock = clock
         self._chains: dict[str, _Chain] = {}
-        self._settling: list[Sequence] = []
-        self._changed = False  # what is durable, perhaps, since the last news
+        self._waiting: list[Sequence] = []
+        self._changed = False  # what is durable may differ from what was reported
         self._losses = 0
         self._checked_seconds = 0.0
-
-    @property
-    def settling(self) -> int:
-        return len(self._settling)
 
     def register(self, sequence: Sequence) -> bool:
         """Note the documents of a prompt that is to be kept; whether all of it is safe already."""
@@ -91,26 +87,25 @@ class Ingestion:
     def forget(self, document_id: str) -> None:
         self._chains.pop(document_id, None)
 
-    def settle(self, sequence: Sequence) -> None:
-        """It is computed: wait until it is written."""
-        self._settling.append(sequence)
+    def wait_durable(self, sequence: Sequence) -> None:
+        """Keep a computed sequence until `take_durable` finds its blocks written."""
+        self._waiting.append(sequence)
 
-    def settled(self, *, transferred: bool) -> list[Sequence]:
-        """Those whose blocks have all been written, as far as that was possible.
+    def take_durable(self, *, transferred: bool) -> list[Sequence]:
+        """Remove and return the sequences whose blocks are all written, as far as possible.
 
-        `transferred`: something was written or read since the last call.
+        Sequences that have ended meanwhile are removed too, and not returned. `transferred` says
+        that something was written or read since the last call.
         """
         self._changed |= transferred
         over = [
-            s
-            for s in self._settling
-            if s.blocks.offload.writing == 0 or s.finish_reason is not None
+            s for s in self._waiting if s.blocks.offload.writing == 0 or s.finish_reason is not None
         ]
-        self._settling = [s for s in self._settling if s not in over]
+        self._waiting = [s for s in self._waiting if s not in over]
         return [sequence for sequence in over if sequence.finish_reason is None]
 
-    def news(self) -> dict[str, int]:
-        """Tokens that are durable, of documents where that is more or less than was told last."""
+    def durable_changes(self) -> dict[str, int]:
+        """Return the durable tokens of the documents where they changed since the last call."""
         losses, now = self._store.losses, self._clock()
         lost = losses != self._losses and now - self._checked_seconds > RECHECK_SECONDS
         if not (self._changed or lost):
@@ -118,14 +113,14 @@ class Ingestion:
         self._changed = False
         if lost:
             self._losses, self._checked_seconds = losses, now
-        news = {}
+        changes = {}
         for document_id, chain in self._chains.items():
             if lost:
                 chain.durable_blocks = self._intact(chain)
             tokens = self._durable_tokens(chain)
-            if tokens != chain.reported:
-                chain.reported = news[document_id] = tokens
-        return news
+            if tokens != chain.reported_tokens:
+                chain.reported_tokens = changes[document_id] = tokens
+        return changes
 
     def _durable_tokens(self, chain: _Chain) -> int:
         if chain.durable_blocks < len(chain.keys):

@@ -195,7 +195,7 @@ def _serve(
             if event is not None:
                 channel.send(encode(event))
         outputs = engine.step()
-        documents = engine.durable_documents()
+        documents = engine.durable_changes()
         if documents:  # first: what ends with these outputs is durable by then
             channel.send(encode(Durable(documents)))
         if outputs:

@@ -98,7 +98,7 @@ def test_a_document_that_is_closed_before_its_turn_leaves_nothing_on_disk(tmp_pa
 
     second = LLM(config=config(tmp_path))
     second.engine.open_document("d", token_ids, keep=keep)
-    assert second.engine.durable_documents()["d"] == len(token_ids)
+    assert second.engine.durable_changes()["d"] == len(token_ids)
     second.engine.close_document("d")
     second.close()
     assert not list(tmp_path.glob("*.kv"))

@@ -59,7 +59,7 @@ def why(engine: RecordedEngine, request: Request) -> CacheExplanation:
     return explanation
 
 
-def settle(engine: RecordedEngine) -> None:
+def wait_for_transfers(engine: RecordedEngine) -> None:
     while engine.is_writing:
         engine.step()
 
@@ -125,7 +125,7 @@ def test_an_aborted_prompt_does_not_count_as_seen(engine: RecordedEngine) -> Non
 def test_each_tier_is_named_for_what_it_had(tiered: RecordedEngine) -> None:
     ids = some_ids(64 * 20, 1)
     tiered.finish(ask("first", ids))
-    settle(tiered)
+    wait_for_transfers(tiered)
     assert why(tiered, ask("device", ids)).found_tokens["device"] == 64 * 19
     tiered.clear(["device"])
     assert why(tiered, ask("host", ids)).found_tokens["host"] == 64 * 19
@@ -136,7 +136,7 @@ def test_each_tier_is_named_for_what_it_had(tiered: RecordedEngine) -> None:
 def test_a_document_under_another_prompt_is_known_by_its_id(tiered: RecordedEngine) -> None:
     tiered.open_document("report", np.array(some_ids(1000, 1), dtype=np.int32))
     tiered.finish(ask("ingest", some_ids(10, 2), "report", max_tokens=0))
-    settle(tiered)
+    wait_for_transfers(tiered)
     told = why(tiered, ask("question", some_ids(70, 3), "report", some_ids(5, 4)))
     assert (told.reason, told.found_tokens["device"]) == ("other_prefix", 0)
     assert "report" in told.detail
@@ -149,7 +149,7 @@ def test_a_document_under_another_prompt_is_known_by_its_id(tiered: RecordedEngi
 def test_a_damaged_file_is_the_reason(tiered: RecordedEngine, tmp_path: Path) -> None:
     ids = some_ids(64 * 25, 1)
     tiered.finish(ask("first", ids))
-    settle(tiered)
+    wait_for_transfers(tiered)
     for file in tmp_path.rglob("*.kv"):
         raw = bytearray(file.read_bytes())
         raw[-1] ^= 1
@@ -184,7 +184,7 @@ def test_a_deleted_document_is_forgotten(tiered: RecordedEngine) -> None:
     text = np.array(some_ids(1000, 1), dtype=np.int32)
     tiered.open_document("report", text)
     tiered.finish(ask("ingest", some_ids(10, 2), "report", max_tokens=0))
-    settle(tiered)
+    wait_for_transfers(tiered)
     tiered.close_document("report")
     literal = [int(token) for token in text]
     told = why(tiered, ask("question", some_ids(10, 2), [*literal[:500], 7, *literal[501:]]))

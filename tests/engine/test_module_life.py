@@ -184,7 +184,7 @@ def test_modules_come_back_from_disk(
     )
     first = with_modules(durable_engine(folder, tmp_path), MODULES)
     first.finish(*(encode(module_id) for module_id in MODULES))
-    assert first.durable_documents()["b"] == 85
+    assert first.durable_changes()["b"] == 85
     states = first.module_states(MODULES)
     assert {states[m].durable_tokens for m in ("a", "b")} == {100, 85}
     assert {state.tier for state in states.values()} == {"device"}

@@ -35,7 +35,7 @@ def test_what_two_ranks_wrote_one_three_and_four_restore(
     folder = model_folders(family)
     writer = durable_engine(folder, tmp_path, 2, codec)
     writer.finish(ask("read", "d", max_tokens=0))
-    assert writer.durable_documents() == {"d": len(DOCUMENT)}
+    assert writer.durable_changes() == {"d": len(DOCUMENT)}
     (written,) = writer.finish(ask("one", "d", QUESTION))
     expected = writer.logits["one", 0][len(DOCUMENT) + len(QUESTION)]
     writer.close(flush_seconds=10.0)
