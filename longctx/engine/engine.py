@@ -73,8 +73,8 @@ class Engine:
         return bool(self._requests or self._early)
 
     @property
-    def is_writing(self) -> bool:
-        """Blocks are on their way to or from a lower tier: `step` takes note when they arrive."""
+    def has_transfers(self) -> bool:
+        """Whether blocks are on their way to or from a lower tier; `step` notes what arrives."""
         return self._offloader is not None and self._offloader.busy
 
     def submit(self, request: Request) -> None:

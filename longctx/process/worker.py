@@ -184,7 +184,7 @@ def _serve(
     """Whether it was told to end."""
     judging = ThreadPoolExecutor(max_workers=1)  # takes seconds, and answers have to flow
     while True:
-        while not (engine.has_work or engine.is_writing) or not commands.empty():
+        while not (engine.has_work or engine.has_transfers) or not commands.empty():
             command = commands.get()
             if command is None or isinstance(command, Stop):
                 return command is not None

@@ -60,7 +60,7 @@ def why(engine: RecordedEngine, request: Request) -> CacheExplanation:
 
 
 def wait_for_transfers(engine: RecordedEngine) -> None:
-    while engine.is_writing:
+    while engine.has_transfers:
         engine.step()
 
 

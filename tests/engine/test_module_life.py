@@ -271,7 +271,7 @@ def test_modules_that_do_not_fit_together_come_from_disk_by_turns(
     assert engine.runner.computed_tokens - before == 8 * 5 + 3 * 16
     assert engine.stats()["disk_hits_total"] > 0
     assert_means(engine, DenseModel(folder), modules, *requests)
-    while engine.is_writing:
+    while engine.has_transfers:
         engine.step()
     engine.assert_idle()
     engine.close(flush_seconds=10)

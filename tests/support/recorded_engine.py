@@ -155,7 +155,7 @@ class RecordedEngine(Engine):
     def assert_idle(self) -> None:
         """Nothing runs, and no page is held once the prefixes are dropped."""
         assert not self.has_work
-        while self.is_writing:  # what is on its way to the disk is held until it is there
+        while self.has_transfers:  # what is on its way to the disk is held until it is there
             self.step()
         assert not self.scheduler.running and not self.scheduler.waiting
         assert self.memory.raw.held == 0
