@@ -64,13 +64,13 @@ class Engine:
         self._figures = Figures()
         self._requests: dict[str, RequestState] = {}
         self._steps = 0
-        self._early: list[RequestOutput] = []  # outputs that arose between steps
+        self._between_steps: list[RequestOutput] = []  # outputs that the next step returns
 
     # -- requests -------------------------------------------------------------------------------
 
     @property
     def has_work(self) -> bool:
-        return bool(self._requests or self._early)
+        return bool(self._requests or self._between_steps)
 
     @property
     def has_transfers(self) -> bool:
@@ -91,15 +91,15 @@ class Engine:
             self._inputs.prompts.modules.note(sequence)
             if self._ingestion is not None and self._ingestion.register(sequence):
                 self._explainer.explain(sequence, ())
-                self._early += self._finish(sequence, FinishReason.LENGTH)
+                self._between_steps += self._finish(sequence, FinishReason.LENGTH)
 
     def abort(self, request_id: str) -> None:
         """End a request; what its prefill has sealed stays cached. Unknown ids are ignored."""
-        answers = self._requests.get(request_id)
-        if answers is None:
+        state = self._requests.get(request_id)
+        if state is None:
             return
-        for sequence in [s for s in answers.sequences if s.finish_reason is None]:
-            self._early += self._finish(sequence, FinishReason.ABORT)
+        for sequence in [s for s in state.sequences if s.finish_reason is None]:
+            self._between_steps += self._finish(sequence, FinishReason.ABORT)
 
     def open_document(
         self, document_id: str, token_ids: NDArray[np.int32], *, keep: Request | None = None
@@ -155,8 +155,8 @@ class Engine:
             self._ingestion.register(self._inputs.sequence(keep))
 
     def _forget_blocks(self, document_id: str) -> None:
-        for answers in self._requests.values():
-            for sequence in answers.sequences:
+        for state in self._requests.values():
+            for sequence in state.sequences:
                 sequence.blocks.forget_document(document_id)
         self._cache.close_document(document_id)
         self._explainer.forget(document_id)
@@ -167,7 +167,7 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Compute one batch; the outputs that it, or calls since the last one, brought about."""
-        outputs, self._early = self._early, []
+        outputs, self._between_steps = self._between_steps, []
         transferred = self._cache.poll_transfers()
         if self._ingestion is not None:
             for sequence in self._ingestion.take_durable(transferred=transferred):
@@ -194,8 +194,8 @@ class Engine:
                 return outputs
             except Exception as error:  # of whatever kind: it ends these requests, not the engine
                 return outputs + self._fail(scheduled, f"{type(error).__name__}: {error}")
-            for answers in self._requests.values():
-                outputs += answers.progress(self._cache)
+            for state in self._requests.values():
+                outputs += state.progress(self._cache)
             for sequence, token in sampled:
                 outputs += self._advance(sequence, token)
             for chunk in scheduled.chunks:
@@ -284,15 +284,15 @@ class Engine:
         self._scheduler.remove(sequence)
         self._explainer.finished(sequence)
         sequence.finish_reason = reason
-        answers = self._requests[sequence.request.request_id]
+        state = self._requests[sequence.request.request_id]
         # Choices that have not forked yet end with the first one.
         indices = range(sequence.index, sequence.index + sequence.width)
-        answers.open_choices -= len(indices)
-        finished = answers.open_choices == 0
-        usage = answers.usage() if finished else None
+        state.open_choices -= len(indices)
+        finished = state.open_choices == 0
+        usage = state.usage() if finished else None
         if usage is not None:
             del self._requests[sequence.request.request_id]
-        if answers.hidden:
+        if state.internal:
             self._module_prefills.ended(sequence, error)
             return []
         if usage is not None:

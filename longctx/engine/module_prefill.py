@@ -59,26 +59,26 @@ class ModulePrefills:
             sequence.blocks.full_blocks() - sequence.blocks.layout.blocks(sequence.blocks.computed)
             for sequence in self._running.values()
         )
-        for name, (chain, asker) in urgent:
+        for name, (chain, waiter) in urgent:
             running = self._running.get(name)
             if running is not None:
-                running.prioritize(asker.request.request_class)
-            elif asker is first or len(chain.keys) <= room:
+                running.prioritize(waiter.request.request_class)
+            elif waiter is first or len(chain.keys) <= room:
                 room -= len(chain.keys)
-                sequence = self._prefill(chain, asker)
+                sequence = self._prefill(chain, waiter)
                 if sequence is not None:
                     self._running[name] = sequence
-                    answers = RequestState(sequence.request, [sequence], hidden=True)
-                    begun[sequence.request.request_id] = answers
+                    state = RequestState(sequence.request, [sequence], internal=True)
+                    begun[sequence.request.request_id] = state
         return begun
 
-    def _prefill(self, chain: CachedChain, asker: Sequence) -> Sequence | None:
-        """A sequence, already scheduled; None if the asker has to give up instead."""
-        asker.blocks.offload.module_prefills += 1
-        if asker.blocks.offload.module_prefills > MAX_MODULE_PREFILLS * len(
-            asker.blocks.layout.chains
+    def _prefill(self, chain: CachedChain, waiter: Sequence) -> Sequence | None:
+        """A sequence, already scheduled; None if the waiter has to give up instead."""
+        waiter.blocks.offload.module_prefills += 1
+        if waiter.blocks.offload.module_prefills > MAX_MODULE_PREFILLS * len(
+            waiter.blocks.layout.chains
         ):
-            asker.blocks.offload.failure = (
+            waiter.blocks.offload.failure = (
                 "what this prompt borrows does not stay on the device until all of it is there; "
                 "raise --device-pool-gib or lower --max-sequences"
             )
@@ -87,15 +87,15 @@ class ModulePrefills:
             request_id=f"fetch {next(self._numbers)} of {chain.owner}",
             segments=(Segment(encodes=chain.owner),),
             sampling=SamplingParams(max_tokens=0),
-            request_class=asker.request.request_class,
-            salt=asker.request.salt,
+            request_class=waiter.request.request_class,
+            salt=waiter.request.salt,
         )
         try:
             sequence = self._inputs.encoding(chain, request)
         except LongctxError as error:
-            asker.blocks.offload.failure = str(error)
+            waiter.blocks.offload.failure = str(error)
             return None
-        self._scheduler.waiting.append(sequence)  # however many wait: the asker was let in
+        self._scheduler.waiting.append(sequence)  # however many wait: the waiter was let in
         if self._ingestion is not None:
             self._ingestion.register(sequence)
         return sequence

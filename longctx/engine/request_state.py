@@ -12,8 +12,8 @@ from longctx.request import Progress, Request, RequestOutput, Usage
 class RequestState:
     request: Request
     sequences: list[Sequence]
-    hidden: bool = False  # the engine's own: nobody hears of it
-    reported: int = -1  # prompt tokens in the last progress
+    internal: bool = False  # the engine's own: it has no caller, and no outputs
+    reported_tokens: int | None = None  # prompt tokens in the last progress, if there was one
     open_choices: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -24,9 +24,11 @@ class RequestState:
         first = self.sequences[0]
         owner = cache.computed_by(first.blocks)
         done = min(first.blocks.prompt_tokens, (owner or first.blocks).computed)
-        if self.hidden or first.completion_tokens or done <= self.reported:
+        if self.internal or first.completion_tokens:
             return []
-        self.reported = done
+        if self.reported_tokens is not None and done <= self.reported_tokens:
+            return []
+        self.reported_tokens = done
         total = first.blocks.prompt_tokens + first.blocks.reused_tokens
         admitted = first.cached_tokens is not None
         reused = first.blocks.reused_tokens if admitted else 0  # or it still waits for that
