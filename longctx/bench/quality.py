@@ -24,7 +24,7 @@ from longctx.errors import InvalidRequest
 from longctx.model.loader import load_model
 from longctx.model.spec import ModelSpec
 from longctx.quality.gate import bits_per_value, judge_codec, refusal
-from longctx.quality.measure import EXACT, Workload, measure
+from longctx.quality.measure import RAW, Workload, measure
 from longctx.quality.texts import TEXTS, Text
 from longctx.text.tokenizer import Tokenizer
 
@@ -48,7 +48,7 @@ def run(
     backend = backend_for(engine.model.attention_backend, model.spec.device)
     verdicts: dict[str, Verdict] = {}
     for codec in _codecs(engine.cache.kv_codec, model.spec, say):
-        say(f"{codec} against {EXACT}")
+        say(f"{codec} against {RAW}")
         measured = measure(
             model,
             tokenizer,
@@ -81,16 +81,16 @@ def run(
 
 def _codecs(chosen: str, spec: ModelSpec, say: Callable[[str], None]) -> Iterator[str]:
     """Returns the codec that was named, or all that can hold the model's heads; never `raw`."""
-    if chosen == EXACT:
-        known = ", ".join(name for name in CODECS if name != EXACT)
+    if chosen == RAW:
+        known = ", ".join(name for name in CODECS if name != RAW)
         raise InvalidRequest(
             f"kv_codec {chosen!r} cannot be compared with raw; choose from {known}"
         )
     for name in CODECS if chosen == "auto" else (chosen,):
-        reason = None if name == EXACT else refusal(spec, name)
+        reason = None if name == RAW else refusal(spec, name)
         if reason is not None:
             say(f"{name} is left out: {reason}")
-        elif name != EXACT:
+        elif name != RAW:
             yield name
 
 

@@ -12,7 +12,7 @@ SPAN_ROWS = 16  # neighbouring rows are alike: they count as one observation
 
 
 @dataclass(slots=True)
-class Tally:
+class DamageMeter:
     """Collects rows, then gives their `Damage`."""
 
     _spans: list[Tensor] = field(default_factory=list)  # each [rows, (kl, flip, nats, more nats)]
@@ -48,11 +48,11 @@ class Tally:
         return errors
 
 
-def compare(exact: Tensor, coded: Tensor, targets: Tensor) -> Tensor:
+def compare(reference: Tensor, changed: Tensor, targets: Tensor) -> Tensor:
     """[rows, (KL, whether the likeliest token changed, nats of the target, how many more)]."""
-    exact, coded = exact.float().log_softmax(-1), coded.float().log_softmax(-1)
-    kl = F.kl_div(coded, exact, log_target=True, reduction="none").sum(-1).clamp_min(0)
-    flips = (exact.argmax(-1) != coded.argmax(-1)).float()
-    nats = -exact.gather(-1, targets[:, None])[:, 0]
-    more = -coded.gather(-1, targets[:, None])[:, 0] - nats
+    reference, changed = (each.float().log_softmax(-1) for each in (reference, changed))
+    kl = F.kl_div(changed, reference, log_target=True, reduction="none").sum(-1).clamp_min(0)
+    flips = (reference.argmax(-1) != changed.argmax(-1)).float()
+    nats = -reference.gather(-1, targets[:, None])[:, 0]
+    more = -changed.gather(-1, targets[:, None])[:, 0] - nats
     return torch.stack((kl, flips, nats, more), dim=-1).double().cpu()

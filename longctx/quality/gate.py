@@ -19,8 +19,8 @@ from longctx.engine_info import CodecChoice, Measured, Verdict
 from longctx.errors import ModelRefused
 from longctx.model.loader import LoadedModel
 from longctx.model.spec import ModelSpec
-from longctx.quality.measure import EXACT, Backend, Workload, measure
-from longctx.quality.remembered import Remembered, identity_of
+from longctx.quality.measure import RAW, Backend, Workload, measure
+from longctx.quality.measurement_cache import MeasurementCache, identity_of
 from longctx.quality.texts import TEXTS
 from longctx.quality.verdict import LOSSLESS, NARROW, judge
 from longctx.text.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ def choose_codec(
 def _automatic(gate: "Gate", spec: ModelSpec) -> CodecChoice:
     if gate.backend in UNPACKING:
         why = "without compiled kernels other pages would be unpacked for every token"
-        return CodecChoice(codec=EXACT, reason=f"{EXACT}, since {why}")
+        return CodecChoice(codec=RAW, reason=f"{RAW}, since {why}")
     why_not = ""
     for name in AUTO:
         refused = refusal(spec, name)
@@ -87,7 +87,7 @@ def _automatic(gate: "Gate", spec: ModelSpec) -> CodecChoice:
                 codec=name, reason=f"{name}, which passed: {verdict.reason}", verdict=verdict
             )
         why_not = f"{name} did not pass: {verdict.reason}"
-    return CodecChoice(codec=EXACT, reason=f"{EXACT}, since {why_not}")
+    return CodecChoice(codec=RAW, reason=f"{RAW}, since {why_not}")
 
 
 class Gate:
@@ -111,8 +111,8 @@ class Gate:
         return all(codec.lossless for codec in codecs_of(self._model.spec, name))
 
     def verdict(self, name: str) -> Verdict:
-        remembered = self._remembered(name)
-        measured = remembered.recall()
+        cache = self._cache_of(name)
+        measured = cache.load()
         if measured is None:
             found = measure(
                 self._model, self._tokenizer, self.backend, (name,), workload=self._workload
@@ -122,14 +122,14 @@ class Gate:
                 torch.cuda.empty_cache()  # the pools are sized by what is free
             # What could not be judged, with a short context for one, may be judged another time.
             if judge_codec(self._model.spec, name, measured).judged:
-                remembered.keep(measured)
+                cache.store(measured)
         return judge_codec(self._model.spec, name, measured)
 
-    def _remembered(self, name: str) -> Remembered:
+    def _cache_of(self, name: str) -> MeasurementCache:
         """Another model, type, codec or program has other figures."""
         spec = self._model.spec
         versions = {(codec.name, codec.version) for codec in codecs_of(spec, name)}
-        return Remembered(
+        return MeasurementCache(
             self._cache_dir,
             (
                 *identity_of(spec),

@@ -11,7 +11,7 @@ from compress.shape import KVShape
 from longctx.engine.engine import Engine
 from longctx.engine_info import Verdict
 from longctx.quality.level_measure import LevelWorkload, measure_levels
-from longctx.quality.remembered import Remembered, identity_of
+from longctx.quality.measurement_cache import MeasurementCache, identity_of
 from longctx.quality.texts import TEXTS
 from longctx.quality.verdict import NARROW, judge
 from longctx.request import LevelVerdict
@@ -51,11 +51,11 @@ def level_verdict(
     )
     versions = sorted({(each.name, each.version) for each in map(CODECS[codec], shapes)})
     identity = (*identity_of(spec), engine.info.backend, versions, workload, level, TEXTS)
-    remembered = Remembered(cache_dir, identity)
-    measured = remembered.recall()
+    cache = MeasurementCache(cache_dir, identity)
+    measured = cache.load()
     if measured is None:
         (measured,) = measure_levels(engine, (level,), workload=workload).values()
     verdict = judge(level.name, measured, LIMITS, vocab_size=spec.vocab_size)
     if verdict.judged:  # what is too short to tell may be longer another time
-        remembered.keep(measured)
+        cache.store(measured)
     return verdict

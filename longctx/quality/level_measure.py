@@ -23,7 +23,7 @@ from longctx.engine.model_runner import ModelRunner
 from longctx.engine.parts import one_rank_parts
 from longctx.engine_info import Measured
 from longctx.errors import LongctxError
-from longctx.quality.damage import Tally, compare
+from longctx.quality.damage import DamageMeter, compare
 from longctx.quality.measure import frame_of
 from longctx.quality.texts import TEXTS, Text
 from longctx.request import FinishReason, Piece, Request, SamplingParams, Segment
@@ -70,8 +70,8 @@ def measure_levels(
     """
     began = time.monotonic()
     watched = _Watched(serving)
-    text = {level: Tally() for level in levels}
-    own = {level: Tally() for level in levels}
+    text = {level: DamageMeter() for level in levels}
+    own = {level: DamageMeter() for level in levels}
     for number, prompt in enumerate(_prompts(serving, workload, texts)):
         sampling = SamplingParams(
             max_tokens=workload.own_tokens, temperature=1.0, seed=seed + number

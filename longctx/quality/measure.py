@@ -22,14 +22,14 @@ from longctx.engine_info import Measured
 from longctx.errors import InvalidRequest
 from longctx.kv.memory import KVMemory
 from longctx.model.loader import LoadedModel
-from longctx.quality.damage import SPAN_ROWS, Tally, compare
+from longctx.quality.damage import SPAN_ROWS, DamageMeter, compare
 from longctx.quality.replay import Replay
 from longctx.quality.texts import TEXTS, Text
 from longctx.request import SamplingParams
 from longctx.text.chat_template import ChatPrompts, FilePart, Message
 from longctx.text.tokenizer import Tokenizer
 
-EXACT: Final = "raw"
+RAW: Final = "raw"
 CHUNK_TOKENS = 2 * BLOCK_TOKENS
 READING_SHARE = 0.6  # of the time limit; the rest is for the answers
 
@@ -61,21 +61,23 @@ def measure(
     """
     began = time.monotonic()
     prompts = list(_prompts(model, tokenizer, workload, texts))
-    race = _Race(model, tokenizer, backend, codecs, prompts, workload, seed)
+    comparison = _CodecComparison(model, tokenizer, backend, codecs, prompts, workload, seed)
 
     def late(share: float) -> bool:
         limit = workload.limit_seconds
         return limit is not None and time.monotonic() - began > share * limit
 
     for prompt in prompts:
-        race.read(prompt)
+        comparison.read(prompt)
         if late(READING_SHARE):
             break
-    race.answer(lambda: late(1.0))
+    comparison.answer(lambda: late(1.0))
     seconds = time.monotonic() - began
     return {
         codec: Measured(
-            text=race.text[codec].damage(), own=race.own[codec].damage(), seconds=seconds
+            text=comparison.text[codec].damage(),
+            own=comparison.own[codec].damage(),
+            seconds=seconds,
         )
         for codec in codecs
     }
@@ -131,7 +133,7 @@ def _plain_frame(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]
     return () if bos is None else (bos,), ()
 
 
-class _Race:
+class _CodecComparison:
     """The same sequences in one cache of each codec, in step."""
 
     def __init__(
@@ -157,28 +159,28 @@ class _Race:
                 sequences=max(1, len(prompts)),
                 chunk_tokens=CHUNK_TOKENS,
             )
-            for codec in (EXACT, *codecs)
+            for codec in (RAW, *codecs)
         }
         self._coded = tuple(codecs)
-        self._lanes: list[_Lane] = []
-        self.text = {codec: Tally() for codec in codecs}
-        self.own = {codec: Tally() for codec in codecs}
+        self._replays: list[_PromptReplay] = []
+        self.text = {codec: DamageMeter() for codec in codecs}
+        self.own = {codec: DamageMeter() for codec in codecs}
 
     def read(self, prompt: _Prompt) -> None:
         """Compute a prompt chunk by chunk in every cache."""
         sampling = SamplingParams(
-            max_tokens=self._own_tokens, temperature=1.0, seed=self._seed + len(self._lanes)
+            max_tokens=self._own_tokens, temperature=1.0, seed=self._seed + len(self._replays)
         )
-        lane = _Lane(
+        replay = _PromptReplay(
             {
                 codec: cache.admit(prompt.token_ids, sampling)
                 for codec, cache in self._caches.items()
             }
         )
-        while (remaining := lane.exact.blocks.remaining) > 0:
-            first = lane.exact.blocks.computed
+        while (remaining := replay.raw.blocks.remaining) > 0:
+            first = replay.raw.blocks.computed
             count = min(remaining, CHUNK_TOKENS - first % BLOCK_TOKENS)
-            logits = self._feed([lane], count)
+            logits = self._feed([replay], count)
             judged = range(
                 max(first, prompt.text.start, BLOCK_TOKENS),
                 min(first + count, prompt.text.stop - 1),
@@ -187,59 +189,59 @@ class _Race:
                 rows = slice(judged.start - first, judged.stop - first)
                 targets = prompt.token_ids[judged.start + 1 : judged.stop + 1]
                 for codec in self._coded:
-                    self.text[codec].add(
-                        _compare(logits[EXACT][rows], logits[codec][rows], targets)
-                    )
-            lane.last = {codec: each[-1:] for codec, each in logits.items()}
-        self._lanes.append(lane)
+                    self.text[codec].add(_compare(logits[RAW][rows], logits[codec][rows], targets))
+            replay.last = {codec: each[-1:] for codec, each in logits.items()}
+        self._replays.append(replay)
 
     def answer(self, late: Callable[[], bool]) -> None:
         """Let the model speak with raw KV, and the others compute what it said."""
-        lanes = self._lanes
+        replays = self._replays
         for step in range(self._own_tokens):
-            enough = step * len(self._lanes) >= 2 * SPAN_ROWS  # for an interval
-            if not lanes or (enough and late()):
+            enough = step * len(self._replays) >= 2 * SPAN_ROWS  # for an interval
+            if not replays or (enough and late()):
                 break
-            exact = torch.cat([lane.last[EXACT] for lane in lanes])
-            sampled = sample(exact, [lane.exact.sampling for lane in lanes])
+            raw = torch.cat([replay.last[RAW] for replay in replays])
+            sampled = sample(raw, [replay.raw.sampling for replay in replays])
             tokens = [_token(draw) for draw in sampled]
             for codec in self._coded:
-                coded = torch.cat([lane.last[codec] for lane in lanes])
-                rows = _compare(exact, coded, tokens)
-                for lane, row in zip(lanes, rows[:, None].unbind(), strict=True):
-                    if lane.exact.blocks.computed > BLOCK_TOKENS:
-                        lane.own.setdefault(codec, []).append(row)
-            for lane, token in zip(lanes, tokens, strict=True):
-                lane.say(token)
-            lanes = [
-                lane for lane, token in zip(lanes, tokens, strict=True) if token not in self._eos
+                coded = torch.cat([replay.last[codec] for replay in replays])
+                rows = _compare(raw, coded, tokens)
+                for replay, row in zip(replays, rows[:, None].unbind(), strict=True):
+                    if replay.raw.blocks.computed > BLOCK_TOKENS:
+                        replay.own.setdefault(codec, []).append(row)
+            for replay, token in zip(replays, tokens, strict=True):
+                replay.append(token)
+            replays = [
+                replay
+                for replay, token in zip(replays, tokens, strict=True)
+                if token not in self._eos
             ]
-            if lanes and step + 1 < self._own_tokens:
-                logits = self._feed(lanes, 1)
-                for index, lane in enumerate(lanes):
-                    lane.last = {codec: each[index : index + 1] for codec, each in logits.items()}
-        for lane in self._lanes:
-            for codec, spoken in lane.own.items():
+            if replays and step + 1 < self._own_tokens:
+                logits = self._feed(replays, 1)
+                for index, replay in enumerate(replays):
+                    replay.last = {codec: each[index : index + 1] for codec, each in logits.items()}
+        for replay in self._replays:
+            for codec, spoken in replay.own.items():
                 self.own[codec].add(torch.cat(spoken))
 
-    def _feed(self, lanes: "Sequence[_Lane]", count: int) -> dict[str, Tensor]:
+    def _feed(self, replays: "Sequence[_PromptReplay]", count: int) -> dict[str, Tensor]:
         return {
-            codec: cache.feed([lane.sequences[codec] for lane in lanes], count)
+            codec: cache.feed([replay.sequences[codec] for replay in replays], count)
             for codec, cache in self._caches.items()
         }
 
 
-class _Lane:
+class _PromptReplay:
     """One prompt and its answer: a sequence per codec."""
 
     def __init__(self, sequences: dict[str, EngineSequence]) -> None:
         self.sequences = sequences
-        self.exact = sequences[EXACT]
+        self.raw = sequences[RAW]
         self.last: dict[str, Tensor] = {}  # logits [1, vocab] after the latest token
         self.own: dict[str, list[Tensor]] = {}
 
-    def say(self, token: int) -> None:
-        self.exact.sampling.observe(token)
+    def append(self, token: int) -> None:
+        self.raw.sampling.observe(token)
         for sequence in self.sequences.values():
             sequence.blocks.tokens.append(token)
 
@@ -249,8 +251,8 @@ def _blocks(prompts: Sequence[_Prompt], own_tokens: int) -> int:
     return sum((len(prompt.token_ids) + own_tokens) // BLOCK_TOKENS + 2 for prompt in prompts)
 
 
-def _compare(exact: Tensor, coded: Tensor, targets: Sequence[int]) -> Tensor:
-    return compare(exact, coded, torch.tensor(targets, device=exact.device))
+def _compare(raw: Tensor, coded: Tensor, targets: Sequence[int]) -> Tensor:
+    return compare(raw, coded, torch.tensor(targets, device=raw.device))
 
 
 def _token(draw: int | SamplingError) -> int:

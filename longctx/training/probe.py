@@ -22,7 +22,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from longctx.embedded import model_path
 from longctx.engine_info import Damage
-from longctx.quality.damage import Tally, compare
+from longctx.quality.damage import DamageMeter, compare
 from longctx.training import corpus
 from longctx.training.loop import Trainee, computes_in_half, save_checkpoint
 from longctx.training.rounding import ROUNDINGS
@@ -179,11 +179,11 @@ def damage(folder: Path, *, rows: int = 24, tokens: int = 512) -> dict[str, Dama
     targets = torch.tensor(ids[1:count]).view(rows, tokens)
     inputs[:, 0] = SPECIALS.index(BOS)
     exact = _logits(folder, "raw", inputs)
-    tallies = {codec: Tally() for codec in ("int8", "int4", "int2")}
-    for codec, tally in tallies.items():
+    meters = {codec: DamageMeter() for codec in ("int8", "int4", "int2")}
+    for codec, meter in meters.items():
         for of_row in zip(exact, _logits(folder, codec, inputs), targets, strict=True):
-            tally.add(compare(*of_row))
-    found = {codec: tally.damage() for codec, tally in tallies.items()}
+            meter.add(compare(*of_row))
+    found = {codec: meter.damage() for codec, meter in meters.items()}
     return {codec: each for codec, each in found.items() if each is not None}
 
 

@@ -18,7 +18,7 @@ from longctx.engine_info import CodecChoice, Measured
 from longctx.errors import ModelRefused
 from longctx.kv.memory import KVMemory
 from longctx.model.loader import LoadedModel, load_model
-from longctx.quality.damage import Tally, compare
+from longctx.quality.damage import DamageMeter, compare
 from longctx.quality.gate import choose_codec, judge_codec
 from longctx.quality.measure import Workload, measure
 from longctx.quality.replay import Replay
@@ -115,9 +115,9 @@ def test_chunks_and_single_tokens_show_the_same_damage(llama: Path) -> None:
 def test_the_figures_are_those_of_their_definitions() -> None:
     exact, coded = torch.randn(40, 9), torch.randn(40, 9)
     targets = torch.randint(9, (40,))
-    tally = Tally()
-    tally.add(compare(exact, coded, targets))
-    damage = tally.damage()
+    meter = DamageMeter()
+    meter.add(compare(exact, coded, targets))
+    damage = meter.damage()
     assert damage is not None and damage.rows == 40
     p, q = exact.double().softmax(-1), coded.double().softmax(-1)
     assert damage.kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-5)
@@ -131,7 +131,7 @@ def test_the_figures_are_those_of_their_definitions() -> None:
 def test_the_interval_knows_that_neighbours_are_alike() -> None:
     torch.manual_seed(0)
     levels = torch.rand(400, 1).expand(400, 16).reshape(-1, 1)
-    alike, independent = Tally(), Tally()
+    alike, independent = DamageMeter(), DamageMeter()
     alike.add(levels.expand(-1, 4))
     independent.add(torch.rand(6400, 1).expand(-1, 4))
     wide, narrow = alike.damage(), independent.damage()
@@ -307,9 +307,9 @@ def test_a_folder_that_cannot_be_written_costs_only_time(llama: Path, tmp_path: 
 
 def test_what_is_not_a_number_does_not_pass(llama: Path) -> None:
     rows = torch.full((64, 4), torch.nan)
-    tally = Tally()
-    tally.add(rows)
-    measured = Measured(text=tally.damage(), own=None, seconds=0.0)
+    meter = DamageMeter()
+    meter.add(rows)
+    measured = Measured(text=meter.damage(), own=None, seconds=0.0)
     assert not judge_codec(loaded(llama)[0].spec, "int8", measured).passed
 
 

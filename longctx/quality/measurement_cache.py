@@ -23,7 +23,7 @@ def identity_of(spec: ModelSpec) -> tuple[str, ...]:
     )
 
 
-class Remembered:
+class MeasurementCache:
     """One file in a folder of figures; without a folder nothing is remembered."""
 
     def __init__(self, cache_dir: Path | None, identity: tuple[object, ...]) -> None:
@@ -31,7 +31,7 @@ class Remembered:
         digest = hashlib.sha256(repr(identity).encode()).hexdigest()
         self._path = None if cache_dir is None else cache_dir / "quality" / f"{digest}.json"
 
-    def recall(self) -> Measured | None:
+    def load(self) -> Measured | None:
         try:
             if self._path is None:
                 return None
@@ -39,7 +39,7 @@ class Remembered:
         except (OSError, msgspec.DecodeError):
             return None
 
-    def keep(self, measured: Measured) -> None:
+    def store(self, measured: Measured) -> None:
         """What cannot be written is measured again another time."""
         if self._path is None:
             return
