@@ -12,9 +12,9 @@ and two own pages. Token 127 fills block 1, which the step seals into entry 1. T
 0 and 37 raw rows; token 130 sees entries 0 and 1, and 3 raw rows of block 2.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,8 +83,6 @@ class AttentionBackend(Protocol):
     One thread makes all calls.
     """
 
-    def __init__(self, memory: KVMemory) -> None: ...
-
     def plan(self, chunks: Sequence[ChunkRows], group: int) -> AttentionPlan:
         """Prepare the metadata that all layers of a group share."""
         ...
@@ -105,4 +103,14 @@ class AttentionBackend(Protocol):
         ...
 
 
-BackendFactory = Callable[[KVMemory], AttentionBackend]
+class RegisteredBackend(AttentionBackend, Protocol):
+    """A backend that is chosen by its name (`registry.BACKENDS`) and made over a memory alone."""
+
+    # Whether every step decodes each packed page that it reads, which costs more than it saves
+    # unless somebody asks for a codec. A backend whose kernels read pages as they are says False.
+    decodes_pages: ClassVar[bool]
+
+    def __init__(self, memory: KVMemory) -> None: ...
+
+
+BackendFactory = type[RegisteredBackend]

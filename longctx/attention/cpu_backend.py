@@ -4,7 +4,7 @@ One call per layer attends the whole batch; `kernels/csrc/tile.h` has what it do
 """
 
 from collections.abc import Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 class CPUAttention:
     """An `AttentionBackend` of compiled kernels; the addresses of each layer are looked up once."""
+
+    decodes_pages: ClassVar = False
 
     def __init__(self, memory: KVMemory, instruction_set: str | None = None) -> None:
         """Bind the kernels of one of `_kernels.instruction_sets()`, the fastest if none is named.

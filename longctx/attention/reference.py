@@ -1,7 +1,7 @@
 """Attention by its definition, one row at a time in float32: every other backend must equal it."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from longctx.model.layer_attention import AttentionCall
 
 class ReferenceAttention:
     """An `AttentionBackend` that is plain and slow, for tests."""
+
+    decodes_pages: ClassVar = True
 
     def __init__(self, memory: KVMemory) -> None:
         self._memory = memory

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ MANY_KEYS = 1024
 
 class TorchAttention:
     """An `AttentionBackend` of plain torch, for GPUs and for CPUs without compiled kernels."""
+
+    decodes_pages: ClassVar = True
 
     def __init__(self, memory: KVMemory) -> None:
         self._memory = memory

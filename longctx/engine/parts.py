@@ -7,6 +7,7 @@
 from dataclasses import dataclass
 
 from compress.shape import BLOCK_TOKENS
+from longctx.attention.backend import AttentionBackend
 from longctx.attention.registry import BACKENDS
 from longctx.attention.rotated import RotatedAttention
 from longctx.attention.streamed import StreamedAttention
@@ -70,7 +71,7 @@ def one_rank_parts(
     if store is not None:
         offloader = KVOffloader(memory, store, staged=spec.device.type != "cpu")
     manager = KVCacheManager(memory, offloader)
-    attention = BACKENDS[backend](memory)
+    attention: AttentionBackend = BACKENDS[backend](memory)
     if offloader is not None and manager.can_stream:
         staging = memory.reserve(STAGING_BLOCKS)
         attention = StreamedAttention(attention, memory, staging, offloader.read_layer)

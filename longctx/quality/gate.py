@@ -12,22 +12,19 @@ import torch
 
 from compress.codec import CODECS, Codec
 from compress.shape import KVShape, ShapeRefused
-from longctx.attention.reference import ReferenceAttention
-from longctx.attention.torch_backend import TorchAttention
+from longctx.attention.backend import BackendFactory
 from longctx.config import CacheConfig, KVCodec
 from longctx.engine_info import CodecChoice, Measured, Verdict
 from longctx.errors import ModelRefused
 from longctx.model.loader import LoadedModel
 from longctx.model.spec import ModelSpec
-from longctx.quality.measure import RAW, Backend, Workload, measure
+from longctx.quality.measure import RAW, Workload, measure
 from longctx.quality.measurement_cache import MeasurementCache, identity_of
 from longctx.quality.texts import TEXTS
 from longctx.quality.verdict import LOSSLESS, NARROW, judge
 from longctx.text.tokenizer import Tokenizer
 
 AUTO: tuple[KVCodec, ...] = ("int8",)  # what `auto` may choose, best first
-# They decode pages anew in every step that reads them; kernels read them as they lie.
-UNPACKING = (ReferenceAttention, TorchAttention)
 AT_START = Workload()
 
 
@@ -35,7 +32,7 @@ def choose_codec(
     config: CacheConfig,
     model: LoadedModel,
     tokenizer: Tokenizer,
-    backend: Backend,
+    backend: BackendFactory,
     *,
     cache_dir: Path | None,
     workload: Workload = AT_START,
@@ -72,7 +69,7 @@ def choose_codec(
 
 
 def _automatic(gate: "Gate", spec: ModelSpec) -> CodecChoice:
-    if gate.backend in UNPACKING:
+    if gate.backend.decodes_pages:
         why = "without compiled kernels other pages would be unpacked for every token"
         return CodecChoice(codec=RAW, reason=f"{RAW}, since {why}")
     why_not = ""
@@ -97,7 +94,7 @@ class Gate:
         self,
         model: LoadedModel,
         tokenizer: Tokenizer,
-        backend: Backend,
+        backend: BackendFactory,
         cache_dir: Path | None,
         workload: Workload,
     ) -> None:

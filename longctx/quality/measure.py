@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from compress.shape import BLOCK_TOKENS
-from longctx.attention.backend import AttentionBackend
+from longctx.attention.backend import BackendFactory
 from longctx.engine.sampler import SamplingError, sample
 from longctx.engine.sequence import Sequence as EngineSequence
 from longctx.engine_info import Measured
 from longctx.errors import InvalidRequest
-from longctx.kv.memory import KVMemory
 from longctx.model.loader import LoadedModel
 from longctx.quality.damage import SPAN_ROWS, DamageMeter, compare
 from longctx.quality.replay import Replay
@@ -32,8 +31,6 @@ from longctx.text.tokenizer import Tokenizer
 RAW: Final = "raw"
 CHUNK_TOKENS = 2 * BLOCK_TOKENS
 READING_SHARE = 0.6  # of the time limit; the rest is for the answers
-
-Backend = Callable[[KVMemory], AttentionBackend]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +45,7 @@ class Workload:
 def measure(
     model: LoadedModel,
     tokenizer: Tokenizer,
-    backend: Backend,
+    backend: BackendFactory,
     codecs: Sequence[str],
     *,
     workload: Workload,
@@ -140,7 +137,7 @@ class _CodecComparison:
         self,
         model: LoadedModel,
         tokenizer: Tokenizer,
-        backend: Backend,
+        backend: BackendFactory,
         codecs: Sequence[str],
         prompts: Sequence[_Prompt],
         workload: Workload,

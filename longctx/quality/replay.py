@@ -4,7 +4,6 @@ Tokens come in chunks, long ones for a prompt and single ones for an answer. Unl
 steps, these want the logits of every row.
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import replace
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from compress.codec import CODECS
 from compress.shape import BLOCK_TOKENS, KVShape
-from longctx.attention.backend import AttentionBackend
+from longctx.attention.backend import BackendFactory
 from longctx.engine.batch import Batch
 from longctx.engine.model_runner import ModelRunner
 from longctx.engine.sampler import SamplingState
@@ -40,7 +39,7 @@ class Replay:
         self,
         model: LoadedModel,
         tokenizer: Tokenizer,
-        backend: Callable[[KVMemory], AttentionBackend],
+        backend: BackendFactory,
         *,
         codec: str,
         blocks: int,

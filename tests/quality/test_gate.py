@@ -11,6 +11,7 @@ from torch import Tensor
 from compress.codec import CODECS
 from compress.shape import BLOCK_TOKENS, KVShape
 from compress.unscaled import Raw
+from longctx.attention.backend import BackendFactory
 from longctx.attention.torch_backend import TorchAttention
 from longctx.config import CacheConfig, ModelConfig
 from longctx.embedded import model_path
@@ -193,7 +194,9 @@ def test_time_that_is_up_leaves_enough_to_judge(llama: Path) -> None:
 
 
 class Kernels(TorchAttention):
-    """Stands for a backend that reads packed pages as they lie."""
+    """Takes the part of a backend that reads packed pages as they are."""
+
+    decodes_pages = False
 
 
 def choice(
@@ -201,7 +204,7 @@ def choice(
     codec: str,
     *,
     force: bool = False,
-    backend: Callable[[KVMemory], TorchAttention] | None = None,
+    backend: BackendFactory | None = None,
     cache_dir: Path | None = None,
 ) -> CodecChoice:
     return choose_codec(
