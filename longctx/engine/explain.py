@@ -47,14 +47,14 @@ REASONS = {
     "and extents end, and none ends later that this prompt shares",
 }
 
-Piece = NDArray[np.int32]
+TokenArray = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
 class _Known:
     """Tokens to compare with; documents by id, so that nothing of them is kept here."""
 
-    pieces: tuple[Piece | str, ...]
+    pieces: tuple[TokenArray | str, ...]
     covered_tokens: int  # whose blocks have been computed or found
     name: str  # the document's id, or "prompt"
 
@@ -63,7 +63,7 @@ class Explainer:
     def __init__(
         self,
         cache: KVCacheManager,
-        documents: Mapping[str, Piece],
+        documents: Mapping[str, TokenArray],
         tokenizer: Tokenizer,
         namespace_of: Callable[[str, Codec], BlockKey],
     ) -> None:
@@ -217,7 +217,7 @@ class Explainer:
         if not sequence.blocks.layout.plain:
             return 0, None  # what it borrows cannot be compared token by token
         own = self._resolve(_pieces(sequence))
-        best: tuple[int, list[Piece], str] = (0, [], "")
+        best: tuple[int, list[TokenArray], str] = (0, [], "")
         covered = 0
         for known in self._candidates(sequence, others):
             pieces = self._resolve(known.pieces)
@@ -252,9 +252,9 @@ class Explainer:
         names = self._cache.prefixes.names()
         return (name for name in names if name[0] == salt and _is_document(name[-1]))
 
-    def _resolve(self, pieces: Iterable[Piece | str]) -> list[Piece]:
+    def _resolve(self, pieces: Iterable[TokenArray | str]) -> list[TokenArray]:
         """As tokens; up to a document that is gone."""
-        found: list[Piece] = []
+        found: list[TokenArray] = []
         for piece in pieces:
             tokens = self._documents.get(piece) if isinstance(piece, str) else piece
             if tokens is None:
@@ -262,7 +262,7 @@ class Explainer:
             found.append(tokens)
         return found
 
-    def _text(self, pieces: Items[Piece], begin: int) -> str:
+    def _text(self, pieces: Items[TokenArray], begin: int) -> str:
         """Of a few tokens from there on."""
         shown: list[int] = []
         for piece in pieces:
@@ -277,7 +277,7 @@ class Explainer:
             del self._recent[namespace]
 
 
-def common_tokens(a: Items[Piece], b: Items[Piece]) -> int:
+def common_tokens(a: Items[TokenArray], b: Items[TokenArray]) -> int:
     """How many tokens two texts share from their beginning; each is a list of pieces."""
     same = i = j = at_a = at_b = 0
     while i < len(a) and j < len(b):
@@ -294,7 +294,7 @@ def common_tokens(a: Items[Piece], b: Items[Piece]) -> int:
     return same
 
 
-def _pieces(sequence: Sequence) -> tuple[Piece | str, ...]:
+def _pieces(sequence: Sequence) -> tuple[TokenArray | str, ...]:
     return tuple(
         np.array(segment.token_ids, dtype=np.int32)
         if segment.document_id is None
