@@ -1,6 +1,6 @@
 """One step as flat tensors: rows of several sequences packed one after another."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -16,21 +16,36 @@ from longctx.kv.block_entry import PAGE
 from longctx.kv.pool_indices import PoolIndices, pool_indices, to_device
 from longctx.kv.sequence_blocks import SequenceBlocks
 
+NO_PAGES = np.empty(0, dtype=np.int64)
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`token_ids`, `positions` [tokens]; `logits_rows` [drawing chunks], in the chunks' order.
+    """All chunks of one step, packed row after row: what a runner computes in one forward pass.
 
-    New rows go to `slots` of the raw pool (rows of its pages laid end to end), after `fresh_pages`
-    were zeroed; then `sealed_blocks` blocks, pages `sealed_raw`, are encoded into the pages
+    `token_ids` and `positions` are [tokens]; `logits_rows` [chunks that sample] are the rows whose
+    logits are sampled from, in the chunks' order. The keys and values of the rows go to `slots` of
+    the raw pool (rows of its pages laid end to end), after `fresh_pages` were zeroed. Then the
+    `sealed_blocks` blocks that are full, in the raw pages `sealed_raw`, are encoded into the pages
     `sealed_packed[group]`.
+
+    Two chunks: A computes its tokens 130 to 199 and samples; its blocks 2 and 3 are in raw pages 5
+    and 9. B decodes its token 63, the last one of its block 0, in raw page 7.
+
+        row           0 ... 61              62 ... 69           70
+        position      130 ... 191           192 ... 199         63
+        slot          5*64+2 ... 5*64+63    9*64 ... 9*64+7     7*64+63
+
+        logits_rows   [69, 70]
+        fresh_pages   [9]       begun in this step and not full at its end: A's block 3
+        sealed_raw    [5, 7]    full at the end of this step: A's block 2 and B's block 0
     """
 
     token_ids: Tensor
     positions: Tensor
     logits_rows: Tensor
     chunks: tuple[ChunkRows, ...]
-    last_chunks: tuple[ChunkRows, ...]  # cut down to the rows whose logits are wanted
+    last_chunks: tuple[ChunkRows, ...]  # cut down to the rows of `logits_rows`
     slots: PoolIndices
     fresh_pages: Tensor
     sealed_blocks: int
@@ -39,58 +54,40 @@ class Batch:
 
     @classmethod
     def build(cls, chunks: Items[Chunk], *, device: torch.device) -> "Batch":
-        """Pages for every chunk must have been allocated."""
-        begins = np.cumsum([0] + [chunk.num_tokens for chunk in chunks]).tolist()
-        parts = [
-            tuple(_chunk_rows(chunk.sequence.blocks, chunk.num_tokens, row_begin=begin))
-            for chunk, begin in zip(chunks, begins, strict=False)
-        ]
-        rows = tuple(row for part in parts for row in part)
-        sampled = [
-            (part[-1], part[-1].row_begin + part[-1].rows - 1)
-            for part, chunk in zip(parts, chunks, strict=True)
-            if chunk.samples
-        ]
-        token_ids = np.concatenate(
-            [
-                blocks.tokens.slice(blocks.computed, blocks.computed + num_tokens)
-                for blocks, num_tokens in ((c.sequence.blocks, c.num_tokens) for c in chunks)
-            ]
-        )
-        positions = [np.arange(r.first_position, r.first_position + r.rows) for r in rows]
-        ends = [r.own_row + r.rows for r in rows]  # where the rows end in their own blocks
-        sealed_raw = [r.own_pages[: r.sealed_pages] for r in rows]
-        sealed_packed = [
-            np.concatenate(
-                [
-                    r.entries[group][r.past_entries : r.past_entries + len(sealed), PAGE]
-                    for r, sealed in zip(rows, sealed_raw, strict=True)
-                ]
-            )
+        """Pack at least one chunk; the pages of all must have been allocated."""
+        rows: list[ChunkRows] = []
+        token_ids: list[NDArray[np.int32]] = []
+        sampled: list[tuple[ChunkRows, int]] = []
+        row_end = 0
+        for chunk in chunks:
+            blocks, num_tokens = chunk.sequence.blocks, chunk.num_tokens
+            rows += _chunk_rows(blocks, num_tokens, row_begin=row_end)
+            token_ids.append(blocks.tokens.slice(blocks.computed, blocks.computed + num_tokens))
+            row_end += num_tokens
+            if chunk.samples:
+                sampled.append((rows[-1], row_end - 1))
+        opening = [each for each in rows if _leaves_open_page(each)]
+        sealing = [each for each in rows if each.sealed_pages]
+        sealed_packed = (
+            _joined(_packed_pages(each, group) for each in sealing)
             for group in range(len(rows[0].entries))
-        ]
-        fresh = [
-            r.own_pages[-1:]
-            for r, end in zip(rows, ends, strict=True)
-            if end % BLOCK_TOKENS and (r.own_row == 0 or len(r.own_pages) > 1)
-        ]
-
+        )
         return cls(
-            token_ids=to_device(token_ids.astype(np.int64), device),
-            positions=to_device(np.concatenate(positions), device),
+            token_ids=to_device(np.concatenate(token_ids).astype(np.int64), device),
+            positions=to_device(np.concatenate([_positions(each) for each in rows]), device),
             logits_rows=to_device(np.array([row for _, row in sampled], dtype=np.int64), device),
-            chunks=rows,
-            last_chunks=tuple(r.pick(row) for r, row in sampled),
-            slots=pool_indices(np.concatenate([_slots(r) for r in rows]), device),
-            fresh_pages=to_device(np.concatenate([np.empty(0, dtype=np.int64), *fresh]), device),
-            sealed_blocks=sum(map(len, sealed_raw)),
-            sealed_raw=pool_indices(np.concatenate(sealed_raw), device),
+            chunks=tuple(rows),
+            last_chunks=tuple(each.pick(row) for each, row in sampled),
+            slots=pool_indices(np.concatenate([_slots(each) for each in rows]), device),
+            fresh_pages=to_device(_joined(each.own_pages[-1:] for each in opening), device),
+            sealed_blocks=sum(each.sealed_pages for each in sealing),
+            sealed_raw=pool_indices(_joined(_full_pages(each) for each in sealing), device),
             sealed_packed=tuple(pool_indices(pages, device) for pages in sealed_packed),
         )
 
 
 def _chunk_rows(blocks: SequenceBlocks, num_tokens: int, *, row_begin: int) -> Iterator[ChunkRows]:
-    """What the sequence's next `num_tokens` tokens see, run by run."""
+    """Yield the sequence's next `num_tokens` tokens run by run, with the blocks that they see."""
     layout = blocks.layout
     for begin, end in layout.cut(blocks.computed, blocks.computed + num_tokens):
         first, last = layout.blocks(begin), layout.blocks(end - 1)
@@ -110,8 +107,32 @@ def _chunk_rows(blocks: SequenceBlocks, num_tokens: int, *, row_begin: int) -> I
         )
 
 
+def _positions(rows: ChunkRows) -> NDArray[np.int64]:
+    return np.arange(rows.first_position, rows.first_position + rows.rows)
+
+
 def _slots(rows: ChunkRows) -> NDArray[np.int64]:
     own_row = rows.own_row + np.arange(rows.rows)
     block, row = np.divmod(own_row, BLOCK_TOKENS)
     slots: NDArray[np.int64] = rows.own_pages[block] * BLOCK_TOKENS + row
     return slots
+
+
+def _leaves_open_page(rows: ChunkRows) -> bool:
+    """Whether these rows begin the last of their raw pages and do not fill it."""
+    begun = rows.own_row == 0 or len(rows.own_pages) > 1
+    return begun and (rows.own_row + rows.rows) % BLOCK_TOKENS != 0
+
+
+def _full_pages(rows: ChunkRows) -> NDArray[np.int64]:
+    return rows.own_pages[: rows.sealed_pages]
+
+
+def _packed_pages(rows: ChunkRows, group: int) -> NDArray[np.int64]:
+    """The pages that take the encoded `_full_pages`, in the packed pool of a layer group."""
+    begin = rows.past_entries
+    return rows.entries[group][begin : begin + rows.sealed_pages, PAGE]
+
+
+def _joined(pages: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.concatenate([NO_PAGES, *pages])
