@@ -5,7 +5,7 @@ block) and asks for a victim when it needs room. Two rules hold for every policy
 before their parents, since a block without the blocks before it is of no use; and what a document
 retains leaves last. Calls are O(log n) in the number of things held.
 
-To add a policy, write a subclass of `_LeafHeap` and add a line to `POLICIES`.
+To add a policy, write a subclass of `LeafHeap` and add a line to `POLICIES`.
 """
 
 import heapq
@@ -70,7 +70,9 @@ class EvictionPolicy(Protocol[Name]):
 
 
 @dataclass(slots=True)
-class _Held(Generic[Name]):
+class Held(Generic[Name]):
+    """What a `LeafHeap` knows of one thing that is held."""
+
     entry: Evictable[Name]
     retained: bool
     priority: float = 0.0
@@ -79,7 +81,7 @@ class _Held(Generic[Name]):
     children: int = 0  # how many begin after one of its blocks; 0: a leaf
 
 
-class _LeafHeap(ABC, Generic[Name]):
+class LeafHeap(ABC, Generic[Name]):
     """What the policies share: a heap of the leaves by (retained, priority), lowest first.
 
     A leaf is pushed again when its priority changes, and its old item stays in the heap. So an item
@@ -89,7 +91,7 @@ class _LeafHeap(ABC, Generic[Name]):
     """
 
     def __init__(self) -> None:
-        self._held: dict[Name, _Held[Name]] = {}
+        self._held: dict[Name, Held[Name]] = {}
         self._holders: dict[GroupKey, list[Name]] = {}  # overlapping window checkpoints: several
         self._children: dict[GroupKey, int] = {}  # by parent block, which may not be held (yet)
         self._heap: list[tuple[bool, float, int, Name]] = []
@@ -100,7 +102,7 @@ class _LeafHeap(ABC, Generic[Name]):
 
     def added(self, entry: Evictable[Name]) -> None:
         assert entry.name not in self._held, f"added twice: {entry.name}"
-        held = _Held(entry, entry.retained)
+        held = Held(entry, entry.retained)
         self._held[entry.name] = held
         for block in entry.blocks:
             self._holders.setdefault(block, []).append(entry.name)
@@ -114,7 +116,7 @@ class _LeafHeap(ABC, Generic[Name]):
     def used(self, name: Name) -> None:
         held = self._held[name]
         held.uses += 1
-        held.priority = self._priority(held)
+        held.priority = self.priority_of(held)
         self._push(held)
 
     def retain(self, name: Name) -> None:
@@ -144,7 +146,7 @@ class _LeafHeap(ABC, Generic[Name]):
             _, priority, stamp, name = self._heap[0]
             held = self._held.get(name)
             if held is not None and held.stamp == stamp and not held.children:
-                self._on_victim(priority)
+                self.on_victim(priority)
                 return name
             heapq.heappop(self._heap)
         assert not self._held, "entries are each other's parents"
@@ -156,7 +158,7 @@ class _LeafHeap(ABC, Generic[Name]):
             held.retained = retained
             self._push(held)
 
-    def _push(self, held: _Held[Name]) -> None:
+    def _push(self, held: Held[Name]) -> None:
         """Push a leaf. Others are pushed once they become leaves: using a chain costs one push."""
         if held.children:
             return
@@ -173,30 +175,30 @@ class _LeafHeap(ABC, Generic[Name]):
         return held is not None and held.stamp == item[2]
 
     @abstractmethod
-    def _priority(self, held: _Held[Name]) -> float:
+    def priority_of(self, held: Held[Name]) -> float:
         """Return the priority of what is used now; the lowest one leaves first."""
 
     @abstractmethod
-    def _on_victim(self, priority: float) -> None:
+    def on_victim(self, priority: float) -> None:
         """Note that a leaf of this priority was named the victim."""
 
 
-class LRU(_LeafHeap[Name]):
+class LRU(LeafHeap[Name]):
     """Names the least recently used leaf."""
 
     def __init__(self) -> None:
         super().__init__()
         self._uses = 0
 
-    def _priority(self, held: _Held[Name]) -> float:
+    def priority_of(self, held: Held[Name]) -> float:
         self._uses += 1
         return self._uses
 
-    def _on_victim(self, priority: float) -> None:
+    def on_victim(self, priority: float) -> None:
         """Nothing changes: the number of a use is its age."""
 
 
-class GDSF(_LeafHeap[Name]):
+class GDSF(LeafHeap[Name]):
     """Names the leaf whose bytes save the least time: age + uses * cost_seconds / size_bytes.
 
     `age` is the priority of the latest victim, and each use starts from the age at its time. So
@@ -214,11 +216,11 @@ class GDSF(_LeafHeap[Name]):
         super().__init__()
         self._age = 0.0
 
-    def _priority(self, held: _Held[Name]) -> float:
+    def priority_of(self, held: Held[Name]) -> float:
         entry = held.entry
         return self._age + held.uses * entry.cost_seconds / max(entry.size_bytes, 1)
 
-    def _on_victim(self, priority: float) -> None:
+    def on_victim(self, priority: float) -> None:
         self._age = max(self._age, priority)
 
 
