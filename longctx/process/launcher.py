@@ -99,7 +99,8 @@ class Child:
             except OSError:
                 ours.close()
                 raise
-        ours.sendall(frame(encode(self._start)))  # it waits in the socket's buffer
+        with contextlib.suppress(BrokenPipeError):  # it has died already: who reads notices
+            ours.sendall(frame(encode(self._start)))  # kept in the socket's buffer until it reads
         self._connection = ours
 
     async def open(self) -> socket.socket:
