@@ -63,6 +63,7 @@ class RotatedAttention:
         self._kinds = [{rotations[layer] for layer in group.layers} for group in memory.groups]
 
     def plan(self, chunks: Sequence[ChunkRows], group: int) -> AttentionPlan:
+        """Plan the wide batch of the step, or the step as it is where no entry is rotated."""
         kinds = self._kinds[group]
         if kinds == {None} or not any(chunk.rotated_entries for chunk in chunks):
             return self._inner.plan(chunks, group)

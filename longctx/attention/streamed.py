@@ -66,6 +66,7 @@ class StreamedAttention:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="longctx-stream")
 
     def plan(self, chunks: Sequence[ChunkRows], group: int) -> AttentionPlan:
+        """Plan the present blocks and the tiles of absent ones, if the group may have any."""
         if self._memory.groups[group].window is not None or not any(c.absent_keys for c in chunks):
             return self._inner.plan(chunks, group)
         present = self._inner.plan([_present(chunk, group) for chunk in chunks], group)

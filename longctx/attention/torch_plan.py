@@ -106,6 +106,7 @@ class _Planner:
         self._begun: set[int] = set()  # first rows of the chunks that have a tile
 
     def tiles(self, chunks: Sequence[ChunkRows]) -> Iterator[Tile]:
+        """Yield the tiles of all chunks; those that are padded come last."""
         padded: dict[tuple[int, int], list[_Rectangle]] = defaultdict(list)
         for chunk in chunks:
             if len(chunk.own_pages) == 0:

@@ -123,7 +123,7 @@ def load_model(config: ModelConfig, folder: Path, *, cache_dir: Path | None = No
 
 
 def _read_settings(files: ModelFiles) -> Any:
-    """The folder's transformers configuration, of a class that transformers itself has."""
+    """Read the folder's configuration, of a class that transformers itself has."""
     architecture = files.config.get("model_type")
     if architecture not in CONFIG_MAPPING:
         reason = (

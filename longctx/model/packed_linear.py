@@ -61,6 +61,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
+        """The memory of the packed weights, without scales and bias."""
         return self._packed.bytes
 
     @property

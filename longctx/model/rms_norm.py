@@ -27,6 +27,7 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize each row of `x` [..., width] by itself."""
         width = self.weight.shape[0]
         assert x.shape[-1] == width and x.dtype == torch.float32
         x = x.contiguous()

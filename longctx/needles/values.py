@@ -37,30 +37,37 @@ class Words:
     extra: tuple[str, ...] = ()
 
     def adjective(self, rng: random.Random) -> str:
+        """Draw an adjective, or in training any word."""
         return self._word(rng, lexicon.ADJECTIVES)
 
     def noun(self, rng: random.Random) -> str:
+        """Draw a noun, or in training any word."""
         return self._word(rng, lexicon.NOUNS)
 
     def compound(self, rng: random.Random) -> str:
-        """An adjective and a noun with a hyphen, such as `amber-harbor`."""
+        """Join an adjective and a noun with a hyphen, as in `amber-harbor`."""
         return f"{self.adjective(rng)}-{self.noun(rng)}"
 
     def verb(self, rng: random.Random) -> str:
+        """Draw a verb in the third person; verbs are not split into halves."""
         return rng.choice(lexicon.VERBS)
 
     def place(self, rng: random.Random) -> str:
+        """Draw the name of a place, in training sometimes of two words."""
         if self.extra and rng.random() < 0.08:
             return f"{self._name(rng, lexicon.PLACES)} {self._name(rng, lexicon.PLACES)}"
         return self._name(rng, lexicon.PLACES)
 
     def first(self, rng: random.Random) -> str:
+        """Draw a first name."""
         return self._name(rng, lexicon.FIRST_NAMES)
 
     def surname(self, rng: random.Random) -> str:
+        """Draw a surname."""
         return self._name(rng, lexicon.SURNAMES)
 
     def person(self, rng: random.Random) -> str:
+        """Draw a first name and a surname."""
         return f"{self.first(rng)} {self.surname(rng)}"
 
     def invented(self, rng: random.Random) -> str:

@@ -79,6 +79,10 @@ class _Markers:
     def add(
         self, replaced: str | FilePart | Placeholder, label: str, *, required: bool = True
     ) -> str:
+        """Take a part out of the conversation; returns the marker to render in its place.
+
+        `label` names the part in error messages; a `required` part must appear exactly once.
+        """
         self.taken.append(_Marker(replaced, label, required))
         return f"{self.key}{len(self.taken) - 1:08d}"
 
@@ -144,7 +148,7 @@ class ChatPrompts:
     def frames(
         self, roles: Sequence[str], *, continued: bool, date: str | None = None
     ) -> tuple[tuple[int, ...], ...]:
-        """The tokens that the template puts before each of the first messages of a conversation.
+        """Find the tokens that the template puts before each of a conversation's first messages.
 
         `continued` adds those before the user's message that follows.
         """
@@ -156,9 +160,10 @@ class ChatPrompts:
     def document_prefix(
         self, system: str | None, *, title: str = "", date: str | None = None
     ) -> tuple[int, ...]:
-        """The tokens before the first document of a conversation that begins with its file.
+        """Find the tokens before the first document of a conversation that begins with its file.
 
-        That is: the system prompt, if any, then a user message whose first part is the file.
+        Such a conversation has the system prompt, if any, then a user message whose first part is
+        the file.
         `title` matters only where the template shows titles.
         """
         opening = [] if system is None else [Message("system", (system,))]

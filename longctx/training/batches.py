@@ -71,6 +71,7 @@ class HardFiller:
     spans: list[tuple[float, np.ndarray]] = field(default_factory=list)
 
     def add(self, score: float, span: np.ndarray) -> None:
+        """Keep a span [tokens] that got attention `score`."""
         self.spans.append((score, span))
         if len(self.spans) > self.capacity * 5 // 4:
             self.spans.sort(key=lambda item: -item[0])

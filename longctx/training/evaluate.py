@@ -44,6 +44,7 @@ class Trial:
 
     @property
     def right(self) -> bool:
+        """Whether every wanted value came, and nothing else where one was wanted."""
         if len(self.wanted) == 1:
             return self.got == self.wanted[0]
         return all(value in self.got for value in self.wanted)
@@ -207,6 +208,7 @@ class Cell:
 
     @property
     def accuracy(self) -> float:
+        """The share of right answers."""
         return sum(trial.right for trial in self.trials) / len(self.trials)
 
     @property
@@ -236,7 +238,7 @@ class Cell:
             print(f"    {trial.question!r} wanted {trial.wanted} got {trial.got!r}")
 
     def record(self) -> dict[str, object]:
-        """The cell's part of the JSON line."""
+        """Return the cell's part of the JSON line."""
         low, high = self.interval
         return {
             "metric": f"{self.task} exact match",

@@ -16,10 +16,10 @@ ADAM_BETAS = (0.9, 0.98)
 
 
 class Trainee:
-    """A model, its two optimizers (Muon for matrices, AdamW for embeddings and norms), its average.
+    """A model in training, with its optimizers and the average of its weights.
 
-    For each step: `set_rates`, then `descend` with the step's loss. The average is an exponential
-    moving one of the weights, and is what is exported.
+    Muon trains the matrices, AdamW the embeddings and norms. Each step calls `set_rates`, then
+    `descend` with its loss. The average is an exponential moving one, and is exported by default.
     """
 
     def __init__(

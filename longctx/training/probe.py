@@ -87,7 +87,7 @@ def batch(text: np.ndarray, seed: int, step: int) -> tuple[Tensor, list[int]]:
 
 
 def rate_at(step: int, steps: int) -> float:
-    """The multiplier of the learning rate at a step: warm-up, constant, then a straight decay."""
+    """Compute the multiplier of the learning rate: warm-up, constant, then a straight decay."""
     return min(1.0, (step + 1) / 60, max(0.01, (steps - step) / (0.4 * steps)))
 
 

@@ -36,6 +36,7 @@ class Memory:
 
     @property
     def tokens(self) -> int:
+        """The number of tokens that were read."""
         return self.keys.shape[1]
 
 
@@ -49,6 +50,7 @@ class Reader:
         self.last = self.model.model.layers[-1]
 
     def encode(self, text: str) -> list[int]:
+        """Encode the text, without any special token."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def document(self, text: str) -> list[int]:
@@ -56,6 +58,7 @@ class Reader:
         return [SPECIALS.index(BOS), *self.encode(text), *self.encode("\n")]
 
     def question(self, text: str) -> list[int]:
+        """Encode a user's turn, and the token that begins the answer."""
         return [SPECIALS.index(USER), *self.encode(text), SPECIALS.index(ASSISTANT)]
 
     @torch.no_grad()

@@ -104,7 +104,7 @@ class Lessons:
 
 
 def rate_at(step: int, steps: int) -> float:
-    """The multiplier of the learning rate at a step: warm-up, constant, then a straight decay."""
+    """Compute the multiplier of the learning rate: warm-up, constant, then a straight decay."""
     return min(1.0, (step + 1) / 100, max(0.01, (steps - step) / (DECAY_SHARE * steps)))
 
 
@@ -169,7 +169,7 @@ def train_needle(args: argparse.Namespace) -> None:
 def needle_loss(
     batches: Batches, batch: Batch, scores: Scores, first: torch.Tensor
 ) -> torch.Tensor:
-    """The weighted loss of one batch: wrong tokens, and attention on the wrong places.
+    """Compute the weighted loss of a batch: wrong tokens, and attention on the wrong places.
 
     `first` [answers] marks the first token of each answer, which counts most.
     """
@@ -194,6 +194,7 @@ class Progress:
         self._begun = time.monotonic()
 
     def add(self, loss: float, right: float, right_first: float) -> None:
+        """Note a step's loss, and its shares of right tokens and right first tokens."""
         self._losses.append(loss)
         self._right.append((right, right_first))
 
