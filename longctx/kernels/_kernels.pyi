@@ -1,12 +1,19 @@
-"""The compiled module; see csrc. Addresses are plain numbers, strides count values."""
+"""The compiled module of `csrc`. Addresses are plain numbers, and strides count values.
+
+Callers keep the memory alive whose address they pass. All but `Plan.add` and `layer` release the interpreter lock.
+"""
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-def instruction_sets() -> list[str]: ...
+def instruction_sets() -> list[str]:
+    """List the instruction sets that this CPU has, the fastest last; empty if it has none."""
+    ...
 
 class Plan:
+    """The chunks of one step, for all layers of a group; it keeps their arrays alive."""
+
     def __init__(self, window: int) -> None: ...
     def add(
         self,
@@ -19,7 +26,8 @@ class Plan:
         entries: NDArray[np.int64],
     ) -> None: ...
 
-class Layer: ...
+class Layer:
+    """The pools and the shape of one layer, as `layer` makes it."""
 
 def layer(
     codec: int,
@@ -33,9 +41,13 @@ def layer(
     raw: int,
     raw_page_bytes: int,
 ) -> Layer: ...
-def seal(layer: Layer, raw_pages: Tensor, packed_pages: Tensor) -> None: ...
+def seal(layer: Layer, raw_pages: Tensor, packed_pages: Tensor) -> None:
+    """Encode raw pages [n] into packed pages [n], both int64 indices on the CPU."""
+    ...
 
 class Attention:
+    """Attention kernels of one instruction set, with their working memory: one call at a time."""
+
     def __init__(self, instruction_set: str) -> None: ...
     def attend(
         self,
@@ -53,6 +65,8 @@ class Attention:
     ) -> None: ...
 
 class PackedLinear:
+    """One packed linear layer; see `csrc/linear.h`."""
+
     def __init__(
         self,
         weight: int,
