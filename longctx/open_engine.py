@@ -18,6 +18,7 @@ from longctx.quality.gate import choose_codec
 from longctx.ring.parts import many_rank_parts
 from longctx.ring.ranks import Ranks
 from longctx.text.tokenizer import Tokenizer
+from offload.machine_limits import cores
 
 
 def open_engine(
@@ -51,8 +52,8 @@ def engine_parts(
             "out here",
             param="ranks",
         )
-    if config.model.threads is not None:
-        torch.set_num_threads(config.model.threads)
+    # torch takes a thread for each core of the machine, also where a container may use fewer.
+    torch.set_num_threads(config.model.threads or min(torch.get_num_threads(), cores()))
     tokenizer = Tokenizer(model_folder)
     model = load_model(config.model, model_folder, cache_dir=cache_dir)
     backend = backend_for(config.model.attention_backend, model.spec.device)

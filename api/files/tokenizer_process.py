@@ -30,6 +30,8 @@ from typing import Any
 from api.background.finish import finish
 from longctx.errors import InvalidRequest, LongctxError
 from longctx.text.tokenizer import Tokenizer
+from offload.machine_limits import memory_bytes
+from offload.units import GIB
 
 # A piece of 2**20 characters takes about 1 s and 200 MiB to tokenize. The limits are for what has
 # gone wrong: 30 times that time, and memory that no vocabulary needs. Data, not address space:
@@ -174,7 +176,9 @@ def _cause_of_death(status: int, cpu_seconds: int, late: bool) -> str:
             case signal.SIGXCPU:
                 return f"reading it took more than {cpu_seconds} s of CPU; upload it in parts"
             case signal.SIGABRT:
-                return f"reading it took more than {DATA_BYTES >> 30} GiB; upload it in parts"
+                return (
+                    f"reading it took more than {_data_bytes() / GIB:.2g} GiB; upload it in parts"
+                )
             case number:
                 name = signal.Signals(number).name
                 return f"the process that read it was ended by {name}; upload it again"
@@ -217,13 +221,22 @@ def leave_processors_to_others() -> None:
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
+def _data_bytes() -> int:
+    """Returns what a child may hold: in a small container half of its memory, so that it lives."""
+    return min(DATA_BYTES, memory_bytes() // 2)
+
+
+def _too_much_memory() -> str:
+    return f"reading it took more than {_data_bytes() / GIB:.2g} GiB"
+
+
 def _run_child(tokenizer: Tokenizer, job: dict[str, Any], lines: TextIOWrapper) -> None:
     """Does one job and reports on it. Never returns: the process ends."""
     try:
         seconds = job["cpu_seconds"]
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_DATA, (DATA_BYTES, DATA_BYTES))
+        resource.setrlimit(resource.RLIMIT_DATA, (_data_bytes(), _data_bytes()))
         count = _write_tokens(
             tokenizer,
             Path(job["text"]),
@@ -235,7 +248,7 @@ def _run_child(tokenizer: Tokenizer, job: dict[str, Any], lines: TextIOWrapper) 
     except InvalidRequest as error:
         _write(lines, error=str(error))
     except MemoryError:
-        _write(lines, error=f"reading it took more than {DATA_BYTES >> 30} GiB")
+        _write(lines, error=_too_much_memory())
     except OSError as error:
         with suppress(OSError):
             _write(lines, error=f"its tokens cannot be written: {error.strerror}")

@@ -4,7 +4,6 @@ Layers with the same window form a `LayerGroup`; a sealed block has one page in 
 each group. Blocks that still grow lie in one raw pool that serves all layers.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from longctx.errors import ModelRefused
 from longctx.kv.pool_indices import PoolIndices
 from longctx.model.spec import LayerSpec
 from offload.block_pool import BlockPool
+from offload.machine_limits import memory_bytes
 from offload.units import GIB
 
 
@@ -219,14 +219,15 @@ def _take(pool: Tensor, pages: PoolIndices) -> Tensor:
 def pool_bytes(gib: float | None, device: torch.device, *, ranks: int = 1) -> int:
     """Return the bytes that the packed pools of one rank may take: as told, or what can be spared.
 
-    Ranks on CPUs are taken to share one machine's RAM.
+    On a CPU that is a quarter of the memory that the machine, or a container's limit, leaves this
+    process. Ranks on CPUs are taken to share one machine's RAM.
     """
     if gib is not None:
         return int(gib * GIB)
     if device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(device)
         return int(0.85 * free_bytes)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4 // ranks
+    return memory_bytes() // 4 // ranks
 
 
 def _pages_per_group(

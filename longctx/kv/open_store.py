@@ -16,6 +16,7 @@ from offload.disk.folder import FolderRefused
 from offload.disk.tier import DiskBounds, DiskTier, DiskTierConfig
 from offload.eviction import POLICIES
 from offload.host import HostTier
+from offload.machine_limits import memory_bytes
 from offload.store import KVStore
 from offload.units import GIB
 
@@ -43,7 +44,7 @@ def open_store(
 
 def _host(config: CacheConfig, memory: KVMemory) -> HostTier | None:
     cuda = memory.device.type == "cuda"
-    capacity = _ram_bytes() // HOST_SHARE if cuda else 0
+    capacity = memory_bytes() // HOST_SHARE if cuda else 0
     if config.host_pool_gib is not None:
         capacity = int(config.host_pool_gib * GIB)
     if not capacity:
@@ -89,10 +90,6 @@ def _cap_bytes(config: CacheConfig, folder: Path) -> int:
     stored = sum(file.stat().st_size for file in folder.glob("*.kv"))
     status = os.statvfs(folder)
     return (status.f_bavail * status.f_frsize + stored) // 2
-
-
-def _ram_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _pinned(size_bytes: int) -> NDArray[np.uint8]:

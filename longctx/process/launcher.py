@@ -21,9 +21,9 @@ from longctx.embedded import model_path
 from longctx.errors import EngineDied, LongctxError
 from longctx.ipc.channel import frame
 from longctx.ipc.protocol import RankJoined, Start, encode
-from longctx.ring.processes.cores import usable_cores
 from longctx.ring.processes.head import Head
 from longctx.ring.processes.secret import make_secret
+from offload.machine_limits import cores
 
 STOP_SECONDS = 10.0  # a process that was told to stop and has not done so by then is killed
 CALL_SECONDS = 90.0  # for ranks that are started to call: Python and torch, from a cold disk
@@ -201,7 +201,7 @@ class Ring:
                 raise EngineDied(f"the ranks did not call within {CALL_SECONDS:.0f} s")
 
     def _launch(self, folder: Path) -> subprocess.Popen[bytes]:
-        threads = self._start.config.model.threads or max(1, usable_cores() // self._ranks)
+        threads = self._start.config.model.threads or max(1, cores() // self._ranks)
         options = {
             "--ranks": self._ranks,
             "--threads": threads,

@@ -34,10 +34,10 @@ from longctx.ipc.handshake import authenticate
 from longctx.ipc.protocol import Heartbeat, LeaderAddress, RankJoined, decode_command, encode
 from longctx.ring.process_group import ProcessGroupTransport
 from longctx.ring.processes import messages
-from longctx.ring.processes.cores import usable_cores
 from longctx.ring.processes.heartbeat import send_heartbeats
 from longctx.ring.processes.listener import Listener
 from longctx.ring.processes.messages import FollowerJoined, JoinGroup, decode_to_leader
+from offload.machine_limits import cores
 
 GATHERING_SECONDS = 120.0  # until every rank is there: Python and torch load slowly from cold disks
 CONNECT_SECONDS = 5.0
@@ -77,7 +77,7 @@ class RankCoordinates:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda":
             device = f"cuda:{self.local_rank}"
-        threads = config.model.threads or max(1, usable_cores() // self.local_ranks)
+        threads = config.model.threads or max(1, cores() // self.local_ranks)
         return replace(config, model=replace(config.model, device=device, threads=threads))
 
 
