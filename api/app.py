@@ -24,7 +24,7 @@ from longctx.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Application:
-    """What the server needs to answer requests, and to end in order."""
+    """Holds what the server needs to answer requests, and to end in order."""
 
     asgi: FastAPI
     engine: EngineClient
@@ -63,7 +63,7 @@ async def open_application(
 
 
 def make_asgi(services: Services) -> FastAPI:
-    """The routes and error answers, without middleware."""
+    """Makes the ASGI application of the routes and error answers, without middleware."""
     app = FastAPI(title="longctx", exception_handlers=HANDLERS)
     add_routes(app, routes(services))
     return app

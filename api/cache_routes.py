@@ -27,6 +27,8 @@ CLEAR_BODY = Body(content={JSON: ClearRequest}, required=False)
 
 
 class CacheRoutes:
+    """The endpoints of `/v1/cache`. They ask the engine between two of its steps."""
+
     def __init__(self, engine: EngineClient, library: DocumentLibrary) -> None:
         self.engine = engine
         self.library = library

@@ -9,6 +9,8 @@ from prompt_cache.level import Level, parse_level
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
+    """Frozen, and checked when it is made: ValueError names the field, its value and the limit."""
+
     host: Annotated[str, "address to listen on"] = "127.0.0.1"
     port: Annotated[int, "port to listen on; 0 takes a free one"] = 8000
     store_dir: Annotated[Path, "folder of everything durable: files, their state, the secret"] = (

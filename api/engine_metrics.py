@@ -27,7 +27,7 @@ LABEL_PATTERNS = {
 
 @dataclass(frozen=True, slots=True)
 class EngineMetric:
-    """One exported metric. The unit, if it has one, is in its name, as Prometheus wants it."""
+    """Describes one exported metric. Its name ends in its unit, if any, as Prometheus wants it."""
 
     stat: str  # the engine's name, with labels in braces
     name: str  # without `longctx_`; the name of a counter ends in `_total`
@@ -42,7 +42,7 @@ class EngineMetric:
         return tuple(label for _, label, _, _ in string.Formatter().parse(self.stat) if label)
 
     def match(self, stat: str) -> dict[str, str] | None:
-        """The labels that `stat` carries; None when it is not a name of this metric."""
+        """Returns the labels that `stat` carries; None when it is no name of this metric."""
         pattern = "".join(
             re.escape(text) + (f"(?P<{label}>{LABEL_PATTERNS[label]})" if label else "")
             for text, label, _, _ in string.Formatter().parse(self.stat)
@@ -118,14 +118,14 @@ class Sample:
 
 
 def samples(stats: Mapping[str, float]) -> Iterator[Sample]:
-    """Every statistic as a sample of its metric. One that no row exports keeps its own name."""
+    """Yields every statistic as a sample of its metric; one that no row exports keeps its name."""
     for stat, value in stats.items():
         metric, labels = _metric_of(stat)
         yield Sample(metric, labels, value)
 
 
 def values(found: Iterable[Sample], name: str, label: str) -> dict[str, float]:
-    """The values of the metric of that name, by the value of one of its labels."""
+    """Returns the values of the metric of that name, by the value of one of its labels."""
     return {sample.labels[label]: sample.value for sample in found if sample.metric.name == name}
 
 

@@ -36,7 +36,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 
 
 class HTTPMetrics:
-    """The counters that requests move as they are answered. They outlive each scrape."""
+    """Holds what is counted as requests are answered, from the start of the server on."""
 
     def __init__(self) -> None:
         self.requests = Counter(
@@ -89,7 +89,7 @@ class MetricsMiddleware:
 
 
 class MetricsRoute:
-    """The endpoint of a scrape. It asks the engine between two of its steps."""
+    """Answers a scrape. It asks the engine, which answers between two of its steps."""
 
     def __init__(self, engine: EngineClient, library: DocumentLibrary, http: HTTPMetrics) -> None:
         self.engine = engine
@@ -128,7 +128,7 @@ class MetricsRoute:
 
 @dataclass(frozen=True, slots=True, eq=False)  # a registry wants it hashable
 class Snapshot:
-    """All metrics but those of HTTP at one moment, as a collector that a registry takes."""
+    """Collects all metrics but those of HTTP, as of one moment, for a registry."""
 
     stats: Mapping[str, float]
     engine_state: State

@@ -21,7 +21,7 @@ from api.stored_prompts.schema_routes import SCHEMA_BODY, SchemaRoutes
 
 
 def routes(services: Services) -> list[Route]:
-    """The route table, with endpoints that use `services`."""
+    """Returns the route table, with endpoints that use `services`."""
     config, engine, documents = services.config, services.engine, services.documents
     generation = Generation(
         engine,

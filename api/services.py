@@ -24,7 +24,7 @@ from longctx.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """Everything that endpoints are made of. All of it belongs to the server's event loop."""
+    """Holds everything that endpoints use. All of it belongs to the server's event loop."""
 
     config: ServerConfig
     folder: StoreDir

@@ -16,6 +16,8 @@ from longctx.text.tokenizer import Tokenizer
 
 
 class StatusRoutes:
+    """Tells what is served, and how it is doing."""
+
     def __init__(self, generation: Generation, tokenizer: Tokenizer, chat: ChatRoutes) -> None:
         self.generation = generation
         self.tokenizer = tokenizer

@@ -29,7 +29,7 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 class Database:
-    """One database file. `open` comes first, `close` last; all methods run on the event loop."""
+    """Runs work on one database file. `open` comes first, `close` last, all on the event loop."""
 
     def __init__(self, path: Path, *, tables: str, version: int) -> None:
         """`tables` is SQL that creates missing tables; `version` grows with their format."""
@@ -40,7 +40,7 @@ class Database:
         self._connection: sqlite3.Connection | None = None
 
     async def open(self) -> None:
-        """Raises LongctxError when the file is no database of ours."""
+        """Opens the file, or makes it. Raises LongctxError when it is no database of ours."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self._open)
 
     async def close(self) -> None:

@@ -11,7 +11,7 @@ from api.http.errors import logger
 
 
 class JobQueue:
-    """A queue of names, with one job for all of them. All methods are called on the event loop.
+    """Queues names and runs one job for each. All methods are called on the event loop.
 
     A name that waits can be moved to the front, and any name cancelled.
     """

@@ -21,7 +21,7 @@ class StoreDir:
     """Names the paths in the folder, and holds its lock until `close`."""
 
     def __init__(self, path: Path) -> None:
-        """Raises LongctxError when the folder cannot be used or another server has it."""
+        """Makes and locks the folder. Raises LongctxError when it cannot or another server has."""
         self.path = path
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ class StoreDir:
         return self.path / "documents" / f"{document_id}.tokens"
 
     def new_upload_path(self) -> Path:
-        """A new path for an upload until it is complete, on the same file system."""
+        """Returns a new path for an upload until it is complete, on the same file system."""
         return self.path / "documents" / f"{secrets.token_hex(16)}.partial"
 
     def secret(self) -> bytes:

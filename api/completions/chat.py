@@ -31,6 +31,8 @@ from longctx.text.chat_template import ChatPrompts, FilePart
 
 
 class ChatFormat:
+    """Writes choices as messages, and chunks as deltas of messages."""
+
     id_prefix = "chatcmpl"
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
@@ -61,6 +63,8 @@ class ChatFormat:
 
 
 class ChatRoutes:
+    """Answers conversations: resolves what each refers to, then hands it to a `Reply`."""
+
     def __init__(
         self,
         generation: Generation,

@@ -17,6 +17,8 @@ from longctx.text.tokenizer import Tokenizer
 
 
 class CompletionFormat:
+    """Writes choices and chunks as plain text."""
+
     id_prefix = "cmpl"
     whole_object = "text_completion"
     chunk_object = "text_completion"
@@ -41,6 +43,8 @@ class CompletionFormat:
 
 
 class CompletionRoutes:
+    """Answers completions, of one prompt or of many."""
+
     def __init__(
         self, generation: Generation, tokenizer: Tokenizer, *, ping_seconds: float
     ) -> None:
@@ -58,7 +62,7 @@ class CompletionRoutes:
 
 
 class LiteralPrompts(PromptSource):
-    """The prompts of a completion, which stand in its body and wait for nothing."""
+    """Takes the prompts of a completion from its body; they wait for nothing."""
 
     def __init__(self, wanted: CompletionRequest, tokenizer: Tokenizer, vocab_size: int) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ SHORT_CHARACTERS = 4096
 
 
 class Conversation(PromptSource):
-    """The prompt of a chat: messages with a preamble and files, which may still be waited for."""
+    """Makes the prompt of a chat: of a preamble, messages and files, which may be waited for."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Conversation(PromptSource):
                 yield {"waiting_for": document.tokenizing_progress()}
 
     async def prompts(self) -> list[EnginePrompt]:
-        """Raises ApiError when a file has failed or was deleted."""
+        """Renders the prompt. Raises ApiError when a file has failed or was deleted."""
         for document in self._files:
             self._library.check(document)
         split = await self._preamble.split(await self._rendered())

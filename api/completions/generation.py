@@ -40,7 +40,7 @@ class Generation:
         *,
         on_first_token: Callable[[float], None],
     ) -> None:
-        """`on_first_token` is told how many seconds a request waited for its first token."""
+        """`on_first_token` is called with the seconds that a request waited for its first token."""
         self.engine = engine
         self.served_name = served_name
         self._on_first_token = on_first_token

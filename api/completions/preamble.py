@@ -1,4 +1,7 @@
-"""What a conversation begins with before its own messages: nothing, a named prompt, a schema."""
+"""Preambles: what a conversation begins with before its own messages.
+
+That is nothing, a named prompt, or modules of a schema.
+"""
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -20,7 +23,7 @@ REPORT_SECONDS = 1.0  # a stream that waits tells so this often
 
 @dataclass(frozen=True, slots=True)
 class SplitPrompt:
-    """A rendered conversation: what the preamble says as segments, and the pieces that follow."""
+    """Holds a rendered conversation: the preamble as segments, and the pieces that follow it."""
 
     segments: tuple[Segment, ...]
     rest: tuple[PromptPiece, ...]
@@ -29,14 +32,14 @@ class SplitPrompt:
 
 
 class Preamble(Waitable):
-    """What a conversation begins with: nothing, unless a subclass says otherwise.
+    """Begins a conversation with nothing, unless a subclass says otherwise.
 
     It is used in this order: `messages`, `waiting`, `split`.
     """
 
     @property
     def date(self) -> str | None:
-        """The date that the template takes for today; None leaves it to the files, or is today."""
+        """The date that the template takes for today; None stands for the first file's or today."""
         return None
 
     @property
@@ -55,7 +58,7 @@ class Preamble(Waitable):
 
 @dataclass(slots=True)
 class PromptPreamble(Preamble):
-    """A named prompt, as messages: its blocks are found like those of any prefix."""
+    """Begins with a named prompt, as messages: its blocks are found like those of any prefix."""
 
     stored: StoredPrompt
     files: tuple[FilePart, ...]
@@ -83,7 +86,7 @@ class PromptPreamble(Preamble):
 
 @dataclass(slots=True)
 class SchemaPreamble(Preamble):
-    """Modules of a schema, with arguments, at a level of exactness."""
+    """Begins with modules of a schema, with arguments, at a level of exactness."""
 
     library: SchemaLibrary
     stored: StoredSchema

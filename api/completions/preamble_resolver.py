@@ -32,7 +32,7 @@ class PreambleResolver:
         level: Level,
         force_level: bool,
     ) -> None:
-        """`level`: of requests that name none. `force_level`: no level is measured or refused."""
+        """Requests that name no level get `level`. `force_level`: none is measured or refused."""
         self._schemas = schemas
         self._prompts = prompts
         self._library = library

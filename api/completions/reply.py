@@ -25,7 +25,7 @@ from longctx.request import Request as EngineRequest
 
 @dataclass(slots=True)
 class Choice:
-    """One answer while it is collected."""
+    """Collects one answer."""
 
     index: int
     texts: list[str] = field(default_factory=list)
@@ -38,7 +38,7 @@ class Choice:
 
 
 class ResponseFormat(Protocol):
-    """What chat and completions call things; each method makes one element of `choices`.
+    """Says what chat and completions call things; each method makes one element of `choices`.
 
     `whole` is an element of an answer that is not streamed. A stream has, for each choice,
     `first_delta` unless that is None, a `delta` for each text, and `finish`.
@@ -70,7 +70,7 @@ class PromptSource(Waitable):
         return {}
 
     async def prompts(self) -> list[EnginePrompt]:
-        """Returns the prompts. Raises what the client is told."""
+        """Returns the prompts, when nothing is waited for. Raises what the client is told."""
         raise NotImplementedError
 
     async def on_answered(self) -> None:
@@ -79,7 +79,7 @@ class PromptSource(Waitable):
 
 @dataclass(slots=True)
 class UsageTotals:
-    """Token counts over all prompts of one request."""
+    """Adds up the token counts of all prompts of one request."""
 
     prompt: int = 0
     cached: int = 0
@@ -109,7 +109,7 @@ class UsageTotals:
 
 @dataclass(slots=True)
 class Reply:
-    """One HTTP request on its way from its prompts to the answer. `respond` is called once."""
+    """Takes one HTTP request from its prompts to the answer. `respond` is called once."""
 
     generation: Generation
     response_format: ResponseFormat
@@ -238,7 +238,7 @@ class Reply:
         return {"prompt_cache": {**told, **counts}}
 
     def _explanation(self) -> JSONObject:
-        """The object that says why the cache had what it had, where that was asked for."""
+        """Tells why the cache had what it had, where that was asked for."""
         told = self.totals.explanation
         if told is None:
             return {}

@@ -6,10 +6,11 @@ from api.http.sse import JSONObject
 
 
 class Waitable:
-    """Something that is ready at once, unless a subclass says otherwise."""
+    """Is ready at once, unless a subclass says otherwise."""
 
     @property
     def is_ready(self) -> bool:
+        """Whether nothing has to be waited for."""
         return True
 
     async def waiting(self) -> AsyncGenerator[JSONObject, None]:

@@ -13,7 +13,7 @@ DocumentState = Literal["queued", "processing", "ready", "error"]
 
 @dataclass(slots=True, eq=False)
 class Document:
-    """One uploaded file. Only code on the server's event loop may read or change it.
+    """Holds the state of one uploaded file. Only code on the event loop may read or change it.
 
     `DocumentJobs` sets what the jobs find out, `DocumentLibrary` sets `removed`.
     """
@@ -42,5 +42,5 @@ class Document:
         return self.record.tokens
 
     def tokenizing_progress(self) -> dict[str, Any]:
-        """What a stream tells while it waits for the document."""
+        """Returns what a stream tells while it waits for the document."""
         return {"file_id": self.id, "bytes": self.record.bytes, "read_bytes": self.read_bytes}

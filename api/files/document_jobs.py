@@ -29,9 +29,11 @@ logger = logging.getLogger("longctx.api")
 
 
 class DocumentJobs:
-    """Runs on the event loop. A document is started once, and cancelled before it is dropped.
+    """Does the work on documents. All methods are called on the event loop.
 
-    Jobs end by setting the document's `computed` or `error`, and never raise.
+       A document is started once, and cancelled before it is dropped.
+    Jobs end by
+       setting its `computed` or `error`, and never raise.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class DocumentJobs:
         return self._tokenizing.is_running(document.id) or self._ingesting.is_running(document.id)
 
     async def cancel(self, document: Document) -> None:
-        """When this returns nothing is done about the document, and nothing writes its files."""
+        """Ends all work on the document; when this returns nothing writes its files any more."""
         self._documents.pop(document.id, None)
         await self._tokenizing.cancel(document.id)
         await self._ingesting.cancel(document.id)
@@ -187,7 +189,7 @@ class DocumentJobs:
 
 
 def _request_of(document: Document) -> Request:
-    """The request that computes the document, after the tokens it is computed under."""
+    """Makes the request that computes the document, after the tokens it is computed under."""
     before = (Segment(token_ids=document.prefix),) if document.prefix else ()
     return ingest_request(
         f"ingest-{document.id}",

@@ -31,7 +31,7 @@ TOKEN_BYTES = 4
 
 
 class DocumentLibrary:
-    """All documents of all tenants. Every method is called on the server's event loop.
+    """Knows all documents of all tenants. Every method is called on the server's event loop.
 
     `open` comes first; `reopen` after each restart of the engine; `close` last, while the engine
     still runs, so that a deletion at work can end.
@@ -97,15 +97,15 @@ class DocumentLibrary:
         await self._jobs.drop(document)
 
     def find(self, tenant: str, document_id: str, *, param: str | None = None) -> Document:
-        """Raises ApiError 404 when the tenant has no such document."""
+        """Returns the document. Raises ApiError 404 when the tenant has none of that id."""
         document = self._documents.get(document_id)
         if document is None or document.record.tenant != tenant:
             raise _unknown(document_id, param)
         return document
 
     def find_same(self, tenant: str, sha256: str, filename: str) -> Document | None:
-        """The tenant's document of that content and name without a system prompt, if there is one
-        that has not failed."""
+        """Returns a document of the tenant of that content and name, without a system prompt, that
+        has not failed; None when there is none."""
         for document in self._documents.values():
             record = document.record
             same_content = (record.tenant, record.sha256) == (tenant, sha256)
@@ -115,7 +115,7 @@ class DocumentLibrary:
         return None
 
     def documents(self) -> Iterator[Document]:
-        """All documents of all tenants, in order of upload."""
+        """Yields all documents of all tenants, in order of upload."""
         return iter(self._documents.values())
 
     async def page(
@@ -127,7 +127,7 @@ class DocumentLibrary:
         after: str | None,
         limit: int,
     ) -> list[Document]:
-        """At most `limit` documents of the tenant in order of upload, after the one named."""
+        """Returns at most `limit` documents of the tenant after the one named, by upload."""
         records = await self._store.page(
             tenant, purpose=purpose, order=order, after=after, limit=limit
         )
@@ -138,6 +138,7 @@ class DocumentLibrary:
         return self._folder.text_path(document.id)
 
     def state(self, document: Document) -> DocumentState:
+        """Derives the state that the API tells."""
         if document.error is not None:
             return "error"
         if self.is_ready(document):
@@ -148,7 +149,7 @@ class DocumentLibrary:
         return document.computed and self._engine.state != "restarting"
 
     def prefilled_tokens(self, document: Document) -> int:
-        """How many of its tokens the engine has computed."""
+        """Counts the tokens of it that the engine has computed."""
         if self.is_ready(document):
             return document.tokens
         if document.progress is None or document.computed:
@@ -156,15 +157,15 @@ class DocumentLibrary:
         return max(0, document.progress.processed - len(document.prefix))
 
     def durable_tokens(self, document: Document) -> int:
-        """How many of its tokens need not be computed again after a restart."""
+        """Counts the tokens of it that need not be computed again after a restart."""
         return self._engine.durable_tokens.get(document.id, 0)
 
     def kv_bytes(self, document: Document) -> int:
-        """The device memory of what is computed, counted as if no other document shared it."""
+        """Returns the device memory of what is computed, as if no other document shared it."""
         return self._engine.info.kv_bytes(self.prefilled_tokens(document))
 
     def eta_seconds(self, document: Document) -> float | None:
-        """The time until it is computed, at the pace so far; None while there is no pace."""
+        """Estimates the time until it is computed, by the pace so far; None while there is none."""
         if self.is_ready(document):
             return 0.0
         progress = document.progress

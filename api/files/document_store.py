@@ -33,7 +33,7 @@ CREATE TABLE IF NOT EXISTS deleted (id TEXT PRIMARY KEY) STRICT;
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DocumentRecord:
-    """What is stored of one file. `date` is the chat template's today, frozen at upload. `tokens`
+    """Holds what is stored of one file. `date` is the template's today, frozen at upload. `tokens`
     counts the file's tokens for the model whose `fingerprint` is beside it."""
 
     id: str
@@ -59,11 +59,16 @@ def _document(row: tuple[object, ...]) -> DocumentRecord:
 
 
 class DocumentStore:
+    """The table of documents, and that of deletions that have not ended.
+
+    `open` comes first, `close` last; all methods are called on the event loop.
+    """
+
     def __init__(self, path: Path) -> None:
         self._database = Database(path, tables=SCHEMA, version=SCHEMA_VERSION)
 
     async def open(self) -> None:
-        """Raises LongctxError when the file is no database of ours."""
+        """Opens the file, or makes it. Raises LongctxError when it is no database of ours."""
         await self._database.open()
 
     async def close(self) -> None:

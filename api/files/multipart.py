@@ -18,7 +18,7 @@ class MultipartReader:
     """Reads one form: after `receive`, `fields` and `filename` are set, the upload is finished."""
 
     def __init__(self, upload: Upload, *, allowed: frozenset[str]) -> None:
-        """`allowed`: the names of text fields that the form may have."""
+        """`allowed` are the names of the text fields that the form may have."""
         self.fields: dict[str, str] = {}
         self.filename: str | None = None
         self._upload = upload
@@ -32,7 +32,7 @@ class MultipartReader:
         self._unwritten = bytearray()
 
     async def receive(self, request: Request) -> None:
-        """Raises ApiError for a body that is no such form, and for a file that is refused."""
+        """Reads the form. Raises ApiError for another body, and for a file that is refused."""
         kind, options = parse_options_header(request.headers.get("content-type", ""))
         boundary = options.get(b"boundary")
         if kind != b"multipart/form-data" or boundary is None:

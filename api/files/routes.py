@@ -52,6 +52,8 @@ class ListQuery(RequestBody):
 
 
 class FileRoutes:
+    """The endpoints of `/v1/files`. Each tenant sees only its own files."""
+
     def __init__(
         self,
         library: DocumentLibrary,

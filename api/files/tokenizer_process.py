@@ -61,7 +61,7 @@ class _Child:
 
 
 class TokenizerProcess:
-    """The server's end of it: made before there are threads, used and closed on the event loop."""
+    """Is made before there are threads, and then used and closed on the event loop."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Forks the zygote, so it must be called before there are threads."""

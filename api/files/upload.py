@@ -29,7 +29,7 @@ FORMATS = {
 
 
 class Upload:
-    """A file that is being received: `write` as often as needed, then `finish`.
+    """Receives one file: `write` is called as often as needed, then `finish`.
 
     It is used as a context, which in the end removes the file unless it was moved away. `write` and
     `finish` wait for the disk, so on a server a thread calls them, one call at a time.

@@ -162,7 +162,7 @@ class TextPart(RequestBody):
 
 
 class FileReference(RequestBody):
-    """An uploaded file, or one that travels inside the message as a data URL."""
+    """Names an uploaded file, or holds one that travels inside the message as a data URL."""
 
     file_id: Annotated[str | None, Field(description="of an upload")] = None
     file_data: Annotated[str | None, Field(description="a data URL with the text")] = None
@@ -176,8 +176,8 @@ class FileReference(RequestBody):
 
 
 class FileContent(RequestBody):
-    """`reuse`: where the file stands after other text than it was computed after, its state may be
-    borrowed from there, a level of `prompt_cache.level`."""
+    """Puts a file into a message. `reuse` is a level of `prompt_cache.level`: where a file follows
+    other text than it was computed after, what was computed there may be reused at that level."""
 
     type: Literal["file"]
     file: FileReference
@@ -215,7 +215,7 @@ class Message(RequestBody):
 
 
 class PromptCache(RequestBody):
-    """What the conversation begins with: a named prompt, or modules of a schema."""
+    """Says what the conversation begins with: a named prompt, or modules of a schema."""
 
     prompt: Annotated[str | None, Field(description="name of a stored prompt")] = None
     schema_name: Annotated[str | None, Field(alias="schema", description="name of a schema")] = None
@@ -246,6 +246,8 @@ class PromptCacheOptions(RequestBody):
 
 
 class ChatRequest(GenerationRequest):
+    """Asks for the next message of a conversation."""
+
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     prompt_cache: Annotated[
@@ -311,6 +313,8 @@ Prompt = Annotated[
 
 
 class CompletionRequest(GenerationRequest):
+    """Asks for what comes after one prompt or several."""
+
     prompt: Prompt
 
     best_of: Annotated[Any, neutral(None, 1)] = None
@@ -334,6 +338,8 @@ class CompletionRequest(GenerationRequest):
 
 
 class ClearRequest(RequestBody):
+    """Names the tier whose idle blocks are to be evicted."""
+
     tier: Annotated[
         Literal[MemoryTierName, "all"],
         Field(description="the tier to evict from; all: every one in memory"),
@@ -341,7 +347,7 @@ class ClearRequest(RequestBody):
 
 
 class TokenizeRequest(RequestBody):
-    """Plain text, or messages to be put through the chat template."""
+    """Asks for the tokens of plain text, or of messages in the chat template."""
 
     model: str | None = None
     prompt: str | None = None

@@ -25,7 +25,7 @@ JSONSchema: TypeAlias = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Body:
-    """A request body: for each media type that is accepted, a model or a plain JSON schema."""
+    """Describes a request body: for each media type, a model or a plain JSON schema."""
 
     content: Mapping[str, type[BaseModel] | JSONSchema]
     required: bool = True
@@ -36,7 +36,7 @@ class Body:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One endpoint. A model as `body` stands for a required JSON body of that type."""
+    """Binds an endpoint to a method and a path. A model as `body` is a required JSON body."""
 
     method: str
     path: str
@@ -48,7 +48,7 @@ class Route:
         return Body(content={JSON: self.body}) if isinstance(self.body, type) else self.body
 
     def operation(self) -> dict[str, Any]:
-        """The parts of the route's OpenAPI operation that its signature does not show."""
+        """Makes the parts of its OpenAPI operation that the endpoint's signature does not show."""
         described: dict[str, Any] = {}
         if names := PARAMETER.findall(self.path):
             described["parameters"] = [

@@ -21,7 +21,7 @@ Modules: TypeAlias = Sequence[tuple[str, tuple[Piece, ...]]]  # id and pieces of
 
 @dataclass(slots=True, eq=False)
 class StoredModules:
-    """Modules that come and go together, and how far they are in this process.
+    """Holds modules that come and go together, and how far they are in this process.
 
     `prepare` makes them, each time that the engine is to be told of them. It may wait, and raises
     LongctxError where they cannot be had.
@@ -53,7 +53,7 @@ class StoredModules:
 
 
 class ModuleKeeper:
-    """All modules that are kept, of schemas, named prompts and retained prompts.
+    """Keeps the modules of all schemas, named prompts and retained prompts.
 
     Every method is called on the server's event loop: `keep`, perhaps `replace`, in the end `drop`;
     `reopen` after each restart of the engine; `close` at the end.
@@ -202,5 +202,5 @@ class ModuleKeeper:
 
 
 def _request_of(module_id: str, stored: StoredModules) -> Request:
-    """The request that encodes one of the modules."""
+    """Makes the request that encodes one of the modules."""
     return ingest_request(f"encode-{module_id}", (Segment(encodes=module_id),), salt=stored.salt)

@@ -1,4 +1,4 @@
-"""What tenants have stored under names of their own, whatever it is: one library for each kind."""
+"""A library of what tenants have stored under names of their own, whatever kind of thing it is."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator
@@ -18,7 +18,7 @@ class NamedRecord(Protocol):
 
 
 class NamedItem(Protocol):
-    """A record, and the modules that are kept computed for it: None where that is impossible."""
+    """Has a record, and the modules that are kept computed for it: None where they cannot be."""
 
     @property
     def record(self) -> NamedRecord: ...
@@ -30,7 +30,7 @@ Item = TypeVar("Item", bound=NamedItem)
 
 
 class NamedLibrary(ABC, Generic[Item]):
-    """The items of one kind, in order of storing. All methods are called on the event loop.
+    """Holds the items of one kind, in order of storing. Its methods are called on the event loop.
 
     One change at a time is made to a name; each leaves memory and database alike.
     """
@@ -43,7 +43,7 @@ class NamedLibrary(ABC, Generic[Item]):
         self._locks = NameLocks()
 
     def find(self, tenant: str, name: str, *, param: str | None = None) -> Item:
-        """Raises ApiError 404 when the tenant has no item of that name, or no more."""
+        """Returns the item. Raises ApiError 404 when the tenant has none of that name now."""
         item = self._items.get((tenant, name))
         if item is None or self._is_expired(item):
             raise ApiError(
@@ -56,7 +56,7 @@ class NamedLibrary(ABC, Generic[Item]):
         return item
 
     def of_tenant(self, tenant: str) -> Iterator[Item]:
-        """The tenant's items, oldest first."""
+        """Yields the tenant's items, oldest first."""
         return (
             item
             for (owner, _), item in self._items.items()

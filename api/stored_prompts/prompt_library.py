@@ -29,7 +29,7 @@ WAIT_SECONDS = 60.0  # at a time, for a file to be tokenized
 
 @dataclass(slots=True, eq=False)
 class StoredPrompt:
-    """A prompt of a tenant, with its beginning as one module."""
+    """Holds a prompt of a tenant, with its beginning as one module."""
 
     record: PromptRecord
     modules: StoredModules
@@ -38,7 +38,7 @@ class StoredPrompt:
 
 
 class PromptLibrary(NamedLibrary[StoredPrompt]):
-    """All named prompts of all tenants. `open` comes first, `close` last; see `NamedLibrary`."""
+    """Knows all named prompts of all tenants. `open` comes first, `close` last."""
 
     kind = "prompt"
 
@@ -117,7 +117,7 @@ class PromptLibrary(NamedLibrary[StoredPrompt]):
                 await self._forget(stored)
 
     def _stored(self, record: PromptRecord) -> StoredPrompt:
-        """The prompt with its module, which is not kept yet."""
+        """Makes the prompt with its module, which is not kept yet."""
 
         async def prepare() -> Modules:
             token_ids = await self._token_ids(record)
@@ -131,8 +131,8 @@ class PromptLibrary(NamedLibrary[StoredPrompt]):
         return stored
 
     async def _token_ids(self, record: PromptRecord) -> tuple[int, ...]:
-        """The tokens of everything before the user's own text. Waits for files that are still being
-        tokenized. Raises InvalidRequest for a file that has failed or is gone."""
+        """Returns the tokens of all that precedes the user's own text. Waits for files that are
+        still being tokenized. Raises InvalidRequest for a file that has failed or is gone."""
         files = []
         for file_id in record.file_ids:
             try:
@@ -158,7 +158,7 @@ class PromptLibrary(NamedLibrary[StoredPrompt]):
     def _pieces(
         self, record: PromptRecord, files: Sequence[FilePart]
     ) -> list[tuple[int, ...] | FilePart]:
-        """The template's tokens and the files, in order, up to where the user's text begins."""
+        """Returns the template's tokens and the files in order, up to the user's text."""
         system = [] if record.system is None else [Message("system", (record.system,))]
         begin: tuple[FilePart | Placeholder, ...] = tuple(files) or (Placeholder(0),)
         question = Message("user", (*begin, "?"))

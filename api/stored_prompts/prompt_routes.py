@@ -63,6 +63,8 @@ class PromptRequest(RequestBody):
 
 
 class PromptRoutes:
+    """The endpoints of `/v1/prompt_cache/prompts`. Each tenant has names of its own."""
+
     def __init__(self, library: PromptLibrary, engine: EngineClient, keeper: ModuleKeeper) -> None:
         self.library = library
         self.engine = engine

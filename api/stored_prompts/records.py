@@ -50,7 +50,7 @@ CREATE TABLE IF NOT EXISTS retained_files (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchemaRecord:
-    """A schema. `date` is the chat template's today, frozen when it was stored."""
+    """Holds a schema. `date` is the chat template's today, frozen when it was stored."""
 
     tenant: str
     name: str
@@ -61,7 +61,7 @@ class SchemaRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptRecord:
-    """A system text, then files, in the order in which a conversation begins with them."""
+    """Holds a system text, then files, in the order in which a conversation begins with them."""
 
     tenant: str
     name: str
@@ -74,7 +74,7 @@ class PromptRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetainedRecord:
-    """A prompt that is to be retained. `token_ids` are little-endian int32."""
+    """Holds a prompt that is to be retained. `token_ids` are little-endian int32."""
 
     id: str
     tenant: str
@@ -84,11 +84,16 @@ class RetainedRecord:
 
 
 class PromptRecords:
+    """The tables of schemas, named prompts and retained prompts.
+
+    `open` comes first, `close` last; all methods are called on the event loop.
+    """
+
     def __init__(self, path: Path) -> None:
         self._database = Database(path, tables=TABLES, version=VERSION)
 
     async def open(self) -> None:
-        """Raises LongctxError when the file is no database of ours."""
+        """Opens the file, or makes it. Raises LongctxError when it is no database of ours."""
         await self._database.open()
 
     async def close(self) -> None:

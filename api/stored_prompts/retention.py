@@ -28,8 +28,8 @@ BLOCK_BYTES = (
 
 
 class Retention:
-    """The retained prompts of all tenants. `open` comes first, `close` last; all methods are called
-    on the event loop, which makes one change at a time."""
+    """Holds the retained prompts of all tenants. `open` comes first, `close` last; all methods are
+    called on the event loop, and one change is made at a time."""
 
     def __init__(
         self, records: PromptRecords, folder: StoreDir, engine: EngineClient, keeper: ModuleKeeper
@@ -155,7 +155,7 @@ def _plain(segments: Sequence[Segment]) -> bool:
 
 
 def _extends(later: RetainedRecord, earlier: RetainedRecord) -> bool:
-    """Whether all blocks of the earlier prompt begin the later one, which stays as long."""
+    """Tells whether the later prompt begins with all blocks of the earlier, and stays as long."""
     blocks_bytes = len(earlier.token_ids) // BLOCK_BYTES * BLOCK_BYTES
     return (
         later.id != earlier.id

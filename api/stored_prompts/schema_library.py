@@ -29,8 +29,8 @@ from prompt_cache.schema import Schema
 
 @dataclass(slots=True, eq=False)
 class StoredSchema:
-    """A schema of a tenant. All fields are there unless it does not suit the model: then `error`
-    says why, and there is only the record."""
+    """Holds a schema of a tenant. All fields are there unless it does not suit the model: then
+    `error` says why, and there is only the record."""
 
     record: SchemaRecord
     layout: SchemaLayout | None = None
@@ -43,19 +43,19 @@ class StoredSchema:
         return f"{self.modules.id}/{name}"
 
     def preamble(self) -> list[Message]:
-        """The messages that every conversation begins with; placeholders stand for their text."""
+        """Returns the messages that conversations begin with, with placeholders for their text."""
         roles = self.record.schema.roles
         return [Message(role.role, (Placeholder(number),)) for number, role in enumerate(roles)]
 
     @property
     def last_text(self) -> Placeholder | None:
-        """Stands for the text after the last role: it begins the request's first message."""
+        """The placeholder of the text after the last role, which begins the first message."""
         schema = self.record.schema
         return Placeholder(len(schema.roles)) if schema.content else None
 
 
 class SchemaLibrary(NamedLibrary[StoredSchema]):
-    """All schemas of all tenants. `open` comes first; see `NamedLibrary` for the rest."""
+    """Knows all schemas of all tenants. `open` comes first."""
 
     kind = "schema"
 
@@ -129,7 +129,7 @@ class SchemaLibrary(NamedLibrary[StoredSchema]):
         await self._records.remove_schema(item.record.tenant, item.record.name)
 
     async def _laid_out(self, record: SchemaRecord) -> tuple[StoredSchema, StoredModules]:
-        """The schema in this model's tokens, and its modules, which are not kept yet."""
+        """Lays the schema out in this model's tokens; returns it with its modules, not kept yet."""
         frames, layout = await asyncio.to_thread(self._lay_out, record.schema, record.date)
         name = f"schema-{secrets.token_hex(12)}"
 

@@ -25,6 +25,8 @@ SCHEMA_BODY = Body(content={"application/xml": {"type": "string"}, JSON: {"type"
 
 
 class SchemaRoutes:
+    """The endpoints of `/v1/prompt_cache/schemas`. Each tenant has names of its own."""
+
     def __init__(self, library: SchemaLibrary, engine: EngineClient, keeper: ModuleKeeper) -> None:
         self.library = library
         self.engine = engine
