@@ -53,40 +53,64 @@ class EngineMetric:
 
 _ROWS = (
     # Requests
-    ("requests_running", "requests_running", "Answers and prompts in the current batch"),
-    ("requests_waiting", "requests_waiting", "Prompts that wait for room or for others"),
+    ("requests_running", "requests_running", "Requests in the current batch"),
+    ("requests_waiting", "requests_waiting", "Requests that wait for memory or for each other"),
     ("requests_{reason}_total", "requests_total", "Requests ended"),
     ("steps_total", "steps_total", "Batches computed"),
-    ("computed_tokens_total", "computed_tokens_total", "Tokens that the model really computed"),
+    ("computed_tokens_total", "computed_tokens_total", "Tokens computed by the model"),
     ("prompt_tokens_total", "prompt_tokens_total", "Tokens in the prompts of ended requests"),
-    ("cached_tokens_total", "cached_tokens_total", "Of these, tokens found in a cache"),
+    (
+        "cached_tokens_total",
+        "cached_tokens_total",
+        "Prompt tokens of ended requests that were cached",
+    ),
     ("generated_tokens_total", "generated_tokens_total", "Tokens in the answers of ended requests"),
-    ("preemptions_total", "preemptions_total", "Sequences that gave way for want of memory"),
+    ("preemptions_total", "preemptions_total", "Sequences preempted for lack of memory"),
     # What the engine knows and holds
     ("documents_open", "documents_open", "Documents that the engine knows"),
     ("modules_open", "modules_open", "Modules of schemas and kept prompts that the engine knows"),
-    ("prefixes_held", "prefixes_held", "Documents, each after its prompt, whole on the device"),
+    ("prefixes_held", "prefixes_held", "Prefixes that are complete on the device"),
     ("raw_blocks_held", "raw_blocks_in_use", "Blocks that are being filled"),
-    ("group{group}_blocks_held", "kv_group_blocks_in_use", "Blocks of a layer group"),
-    ("group{group}_capacity_blocks", "kv_group_capacity_blocks", "Blocks that fit"),
+    ("group{group}_blocks_held", "kv_group_blocks_in_use", "Blocks of a layer group in use"),
+    (
+        "group{group}_capacity_blocks",
+        "kv_group_capacity_blocks",
+        "Blocks of a layer group that fit",
+    ),
     # Processes
     ("ranks", "ranks", "Processes that share each prompt"),
-    ("engine_restarts_total", "engine_restarts_total", "Times that the engine was lost"),
+    (
+        "engine_restarts_total",
+        "engine_restarts_total",
+        "Times that the engine ended and was restarted",
+    ),
     ("ring_sent_bytes_total", "ring_sent_bytes_total", "Bytes that ranks sent to each other"),
     ("ring_wait_seconds_total", "ring_wait_seconds_total", "Time rank 0 waited for other ranks"),
-    ("ring_link_latency_seconds", "ring_link_latency_seconds", "Between ranks, as measured"),
-    ("ring_link_bytes_per_second", "ring_link_bytes_per_second", "Between ranks, as measured"),
+    (
+        "ring_link_latency_seconds",
+        "ring_link_latency_seconds",
+        "Latency between ranks, as measured",
+    ),
+    (
+        "ring_link_bytes_per_second",
+        "ring_link_bytes_per_second",
+        "Bandwidth between ranks, as measured",
+    ),
     # Transfers between tiers
-    ("store_queue_bytes", "kv_write_queue_bytes", "On their way to host memory and disk"),
-    ("store_loads", "kv_loads_running", "Prompts that are read from host memory or disk"),
-    ("store_loads_late_total", "kv_loads_late_total", "Reads that were given up for their time"),
-    ("store_failures_total", "kv_transfer_failures_total", "Transfers that failed by a bug"),
-    ("store_read_bytes_per_second", "kv_disk_read_bytes_per_second", "As measured lately"),
+    ("store_queue_bytes", "kv_write_queue_bytes", "Bytes queued for host memory and disk"),
+    ("store_loads", "kv_loads_running", "Requests whose blocks are being loaded"),
+    ("store_loads_late_total", "kv_loads_late_total", "Loads abandoned because they took too long"),
+    ("store_failures_total", "kv_transfer_failures_total", "Transfers that failed unexpectedly"),
+    (
+        "store_read_bytes_per_second",
+        "kv_disk_read_bytes_per_second",
+        "Bandwidth of reads from disk, measured lately",
+    ),
     # Each tier
     ("{tier}_bytes", "kv_bytes", "Bytes of KV blocks held"),
     ("{tier}_capacity_bytes", "kv_capacity_bytes", "Bytes of KV blocks that may be held"),
     ("{tier}_blocks", "kv_blocks", "KV blocks held, counted once for each layer group"),
-    ("{tier}_blocks_held", "kv_blocks_in_use", "Blocks that may not be evicted now"),
+    ("{tier}_blocks_held", "kv_blocks_in_use", "KV blocks in use, which are not evicted"),
     ("{tier}_extents", "kv_extents", "Files of KV blocks"),
     ("{tier}_hits_total", "kv_hits_total", "Blocks that were looked for and found"),
     ("{tier}_misses_total", "kv_misses_total", "Blocks that were looked for and not found"),
@@ -103,8 +127,8 @@ _ROWS = (
     ("{tier}_quarantine_bytes", "kv_quarantine_bytes", "Bytes of damaged files, kept to look at"),
     ("{tier}_quarantine_files", "kv_quarantine_files", "Damaged files, kept to look at"),
     ("{tier}_writes_off", "kv_writes_off", "1 while nothing is written after a failure"),
-    ("{tier}_evictions_{reason}_total", "kv_evictions_total", "Blocks or files that left"),
-    ("{tier}_{kind}_total", "kv_incidents_total", "What went wrong below"),
+    ("{tier}_evictions_{reason}_total", "kv_evictions_total", "Blocks or files evicted"),
+    ("{tier}_{kind}_total", "kv_incidents_total", "Faults of a tier, by kind"),
 )
 # In this order: a name belongs to the first row that it matches.
 ENGINE_METRICS = tuple(EngineMetric(*row) for row in _ROWS)

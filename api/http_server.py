@@ -1,6 +1,6 @@
-"""uvicorn in front of the application: answers until told to stop, then ends in order.
+"""Runs uvicorn in front of the application: answers until told to stop, then ends in order.
 
-The end: no new work, running answers get time to finish, then the engine process stops.
+At the end nothing new is taken, running answers get time to finish, then the engine process stops.
 """
 
 import asyncio
@@ -126,7 +126,7 @@ def startup_line(info: EngineInfo) -> str:
 
 
 class Server(uvicorn.Server):
-    """uvicorn with our ready line, and with the engine drained while connections finish."""
+    """Runs uvicorn with our ready line, and drains the engine while connections finish."""
 
     def __init__(self, application: Application, config: ServerConfig) -> None:
         super().__init__(
@@ -152,10 +152,14 @@ class Server(uvicorn.Server):
         print(f"longctx ready http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await self.application.library.close()
+        # A deletion at work needs the engine to end. Where that does not answer in time, stopping
+        # the engine ends the wait, and the next start takes the deletion up again.
+        closing = asyncio.create_task(self.application.library.close())
+        await asyncio.wait({closing}, timeout=self.drain_seconds)
         draining = asyncio.create_task(self.application.engine.drain(self.drain_seconds))
         await super().shutdown(sockets)
         await draining
+        await closing
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:

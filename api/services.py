@@ -1,4 +1,4 @@
-"""What stands behind the routes: started in order, and ended in the opposite order."""
+"""Starts what the endpoints use in order, and ends it in the opposite order."""
 
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager

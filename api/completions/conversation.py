@@ -113,7 +113,7 @@ class Conversation(PromptSource):
         return await asyncio.to_thread(self._prompts.pieces, self._messages, date=date)
 
     def _note_prefixes(self, preamble: Sequence[Segment], segments: Sequence[Segment]) -> None:
-        """Notes which files stand after other text than they were computed after, and why."""
+        """Notes which files follow other text than they were computed after, and why."""
         by_id = {document.id: document for document in self._files}
         before: tuple[int, ...] = preamble[0].token_ids if preamble else ()
         seen: list[str] = []

@@ -85,7 +85,7 @@ class UsageTotals:
     cached: int = 0
     completion: int = 0
     computed: int = 0
-    borrowed: int = 0
+    reused: int = 0
     linked: int = 0
     explanation: CacheExplanation | None = None
 
@@ -94,7 +94,7 @@ class UsageTotals:
         self.cached += usage.cached_tokens
         self.completion += usage.completion_tokens
         self.computed += usage.computed_tokens
-        self.borrowed += usage.reused_tokens
+        self.reused += usage.reused_tokens
         self.linked += usage.linked_tokens
         self.explanation = usage.explanation
 
@@ -234,7 +234,7 @@ class Reply:
         told = self.prompt_source.prompt_cache
         if not told:
             return {}
-        counts = {"borrowed_tokens": self.totals.borrowed, "linked_tokens": self.totals.linked}
+        counts = {"borrowed_tokens": self.totals.reused, "linked_tokens": self.totals.linked}
         return {"prompt_cache": {**told, **counts}}
 
     def _explanation(self) -> JSONObject:

@@ -1,4 +1,4 @@
-"""The documents there are: found by tenant and id, added, removed, and told how far each has come.
+"""The library of documents: adds, finds and removes them, and tells how far each has come.
 
     upload -> queued -> tokenized (`tokenizer_process.py`) -> computed by the engine -> ready
                  \\________________\\______________________________\\____________-> error
