@@ -88,7 +88,7 @@ class Engine:
         self._scheduler.add(sequence)
         self._requests[request.request_id] = RequestState(request, [sequence])
         if request.sampling.max_tokens == 0:
-            self._inputs.prompts.modules.note(sequence)
+            self._inputs.prompts.modules.note_ingested(sequence)
             if self._ingestion is not None and self._ingestion.register(sequence):
                 self._explainer.explain(sequence, ())
                 self._between_steps += self._finish(sequence, FinishReason.LENGTH)
@@ -293,7 +293,7 @@ class Engine:
         if usage is not None:
             del self._requests[sequence.request.request_id]
         if state.internal:
-            self._module_prefills.ended(sequence, error)
+            self._module_prefills.on_ended(sequence, error)
             return []
         if usage is not None:
             self._figures.finished(reason, usage)

@@ -89,9 +89,9 @@ class InputProcessor:
 
         Raises InvalidRequest, ContextTooLong or DocumentMissing where it can never be served.
         """
-        return self._sequence(request, self.prompts.read(request))
+        return self._sequence(request, self.prompts.resolve(request))
 
-    def encoding(self, chain: CachedChain, request: Request) -> Sequence:
+    def prefill_of(self, chain: CachedChain, request: Request) -> Sequence:
         """What computes a source, so that others can borrow from it; `request` says for whom.
 
         Raises DocumentMissing where it was closed.
@@ -99,8 +99,8 @@ class InputProcessor:
         ingested = self.prompts.modules.ingested(chain.owner, request.salt)
         if ingested is not None and ingested.name == chain.name:
             request = replace(request, segments=ingested.segments)
-            return self._sequence(request, self.prompts.read(request))
-        return self._sequence(request, self.prompts.modules.upto(chain))
+            return self._sequence(request, self.prompts.resolve(request))
+        return self._sequence(request, self.prompts.modules.prompt_of(chain))
 
     def _sequence(self, request: Request, prompt: Prompt) -> Sequence:
         sampling = request.sampling
@@ -126,7 +126,7 @@ class InputProcessor:
             index=0,
             arrival=self._arrivals,
             arrival_seconds=time.monotonic(),
-            sampling=SamplingState(sampling, seed=seed, prompt_token_ids=_said(prompt)),
+            sampling=SamplingState(sampling, seed=seed, prompt_token_ids=_prompt_token_ids(prompt)),
             seed=seed,
             text=TextStream(self._tokenizer, stop=sampling.stop),
             blocks=SequenceBlocks(
@@ -239,7 +239,7 @@ def block_namespace(spec: ModelSpec, codec: Codec, *, salt: str) -> BlockKey:
     )
 
 
-def _said(prompt: Prompt) -> Callable[[], NDArray[np.int32]]:
+def _prompt_token_ids(prompt: Prompt) -> Callable[[], NDArray[np.int32]]:
     """What penalties count: the prompt's tokens, though the sequence appends its answer to them."""
     tokens, prompt_tokens = prompt.tokens, len(prompt.tokens)
     return lambda: np.concatenate([tokens.slice(0, prompt_tokens), *prompt.reused_ids])

@@ -44,30 +44,30 @@ class ModulePrefills:
         """
         resident = self._cache.prefixes
         waiting = {sequence.blocks: sequence for sequence in self._scheduler.waiting}
-        wanted = {
-            name: (chain, waiting[blocks])
+        missing = [
+            (waiting[blocks], chain)
             for name, (chain, blocks) in self._cache.wanted.items()
             if name not in resident and blocks in waiting  # else its request has ended meanwhile
-        }
+        ]
         self._cache.wanted = {}
-        if not wanted:
+        if not missing:
             return {}
-        begun = {}
-        urgent = sorted(wanted.items(), key=lambda item: item[1][1].blocks.preemption_key)
-        first = urgent[0][1][1]
-        room = self._cache.memory.packed[0].available - sum(
+        missing.sort(key=lambda pair: pair[0].blocks.preemption_key)
+        first, _ = missing[0]
+        free_blocks = self._cache.memory.packed[0].available - sum(
             sequence.blocks.full_blocks() - sequence.blocks.layout.blocks(sequence.blocks.computed)
             for sequence in self._running.values()
         )
-        for name, (chain, waiter) in urgent:
-            running = self._running.get(name)
+        begun = {}
+        for waiter, chain in missing:
+            running = self._running.get(chain.name)
             if running is not None:
                 running.prioritize(waiter.request.request_class)
-            elif waiter is first or len(chain.keys) <= room:
-                room -= len(chain.keys)
+            elif waiter is first or len(chain.keys) <= free_blocks:
+                free_blocks -= len(chain.keys)
                 sequence = self._prefill(chain, waiter)
                 if sequence is not None:
-                    self._running[name] = sequence
+                    self._running[chain.name] = sequence
                     state = RequestState(sequence.request, [sequence], internal=True)
                     begun[sequence.request.request_id] = state
         return begun
@@ -91,7 +91,7 @@ class ModulePrefills:
             salt=waiter.request.salt,
         )
         try:
-            sequence = self._inputs.encoding(chain, request)
+            sequence = self._inputs.prefill_of(chain, request)
         except LongctxError as error:
             waiter.blocks.offload.failure = str(error)
             return None
@@ -100,7 +100,7 @@ class ModulePrefills:
             self._ingestion.register(sequence)
         return sequence
 
-    def ended(self, sequence: Sequence, error: str | None) -> None:
+    def on_ended(self, sequence: Sequence, error: str | None) -> None:
         """A fetch is over; who waits for what it was to compute shares its error."""
         ended = [name for name, running in self._running.items() if running is sequence]
         for name in ended:

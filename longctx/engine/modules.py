@@ -140,7 +140,7 @@ class Modules:
     def find(self, module_id: str) -> Module | None:
         return self._modules.get(module_id)
 
-    def count(self, owners: Iterable[str]) -> None:
+    def count_hits(self, owners: Iterable[str]) -> None:
         """A prompt borrows of these."""
         for module in filter(None, map(self._modules.get, owners)):
             module.hits += 1
@@ -159,7 +159,7 @@ class Modules:
         """From which that piece is borrowed."""
         return module.chain(salt, root, piece + 1 if self._by_piece else len(module.pieces))
 
-    def whole(self, module_id: str, salt: str, root: BlockKey) -> Prompt:
+    def encoding_prompt(self, module_id: str, salt: str, root: BlockKey) -> Prompt:
         """The prompt that encodes a module. Raises DocumentMissing."""
         module = self.get(module_id)
         first = 1 if self._by_piece else len(module.pieces)
@@ -169,7 +169,7 @@ class Modules:
         ]
         return Prompt(TokenIds(module.token_ids, []), module.layout, tuple(ends))
 
-    def upto(self, chain: CachedChain) -> Prompt:
+    def prompt_of(self, chain: CachedChain) -> Prompt:
         """The prompt that computes a source. Raises DocumentMissing where its owner was closed."""
         module = self._modules.get(chain.owner)
         if module is None or chain not in module.chains.values():
@@ -182,7 +182,7 @@ class Modules:
 
     # -- documents --------------------------------------------------------------------------------
 
-    def note(self, sequence: Sequence) -> None:
+    def note_ingested(self, sequence: Sequence) -> None:
         """A prompt is to be computed and kept: its last document can be borrowed from it."""
         if sequence.blocks.document_ends and sequence.blocks.layout.plain:
             ends = sequence.blocks.document_ends

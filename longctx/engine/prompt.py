@@ -60,7 +60,7 @@ class PromptBuilder:
         if not len(token_ids):
             return
         if self._cut or position != self._position:
-            block, entry = self._reached()
+            block, entry = self._next_block_and_entry()
             self._runs.append(Run(self._own_tokens, block, position, entry))
             self._cut = False
         self._tail += token_ids
@@ -77,12 +77,12 @@ class PromptBuilder:
         end = begin + len(token_ids)
         if begin < end:
             self._reused_ids.append(token_ids)
-            _, entry = self._reached()
+            _, entry = self._next_block_and_entry()
             self._reused.append(ReusedSpan(chain, begin, end, position, entry))
             self._cut = True
             self._position = position + end - begin
 
-    def link(self, tokens: int) -> None:
+    def count_linked(self, tokens: int) -> None:
         """So many of the tokens that were computed would else have been borrowed."""
         self._linked_tokens += tokens
 
@@ -111,7 +111,7 @@ class PromptBuilder:
     def _last_entry(self) -> int:
         return self._reused[-1].entry + len(self._reused[-1].blocks)
 
-    def _reached(self) -> tuple[int, int]:
+    def _next_block_and_entry(self) -> tuple[int, int]:
         """Own blocks so far, where the last run ends here; and entries."""
         block = entry = 0
         if self._runs:

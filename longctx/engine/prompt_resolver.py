@@ -1,6 +1,6 @@
 """From the segments of a request to its prompt: documents and modules are found by their ids.
 
-Read `PromptResolver.read` first.
+Read `PromptResolver.resolve` first.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class PromptResolver:
         self._root_of = root_of
         self._check = check
 
-    def read(self, request: Request) -> Prompt:
+    def resolve(self, request: Request) -> Prompt:
         """What a request says. Raises InvalidRequest or DocumentMissing."""
         segments = request.segments
         if any(segment.encodes is not None for segment in segments):
@@ -46,7 +46,7 @@ class PromptResolver:
                 )
             assert segments[0].encodes is not None
             salt = request.salt
-            return self.modules.whole(segments[0].encodes, salt, self._root_of(salt))
+            return self.modules.encoding_prompt(segments[0].encodes, salt, self._root_of(salt))
         ordinary = [_is_ordinary(segment) for segment in segments]
         if all(ordinary):
             return self._plain(segments, request.salt)
@@ -68,7 +68,7 @@ class PromptResolver:
                 self._check(segment.token_ids)
                 builder.compute(segment.token_ids, segment.position)
         prompt = builder.prompt()
-        self.modules.count({chain.owner for chain in prompt.layout.chains})
+        self.modules.count_hits({chain.owner for chain in prompt.layout.chains})
         return prompt
 
     def _add_piece(self, builder: PromptBuilder, segment: Segment, salt: str) -> None:
@@ -82,7 +82,7 @@ class PromptResolver:
         builder.cut()
         if segment.link_tokens is None:
             return
-        builder.link(computed)
+        builder.count_linked(computed)
         if computed < size:
             end = module.ends[segment.piece]
             begin = end - size + computed
@@ -113,13 +113,13 @@ class PromptResolver:
         builder.cut()
         builder.compute(tokens[:link].tolist(), segment.position)
         builder.cut()
-        builder.link(link)
+        builder.count_linked(link)
         if link < end:
             position = segment.position if link == 0 else None
             builder.reuse(chain, before + link, tokens[link:end], position)
         rest = tokens[max(end, 0) :]
         builder.compute(rest.tolist(), None if end > 0 else segment.position)
-        builder.link(len(rest))
+        builder.count_linked(len(rest))
 
     def _keys(self, ingested: Ingested, salt: str) -> tuple[BlockKey, ...]:
         """Of the blocks up to the end of a document."""

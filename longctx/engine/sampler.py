@@ -46,7 +46,7 @@ class SamplingState:
         self._seed = seed
         self._prompt_token_ids = prompt_token_ids
         self._stream: np.ndarray = np.empty(0)  # uniforms of the block that holds `step`
-        self._stream_block = -1
+        self._stream_block: int | None = None
         self._uncounted: list[int] = []
         self._counts: Tensor | None = None  # [vocab] float32, times each token was put out
         self._in_prompt: Tensor | None = None  # [vocab] bool
@@ -171,13 +171,13 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[int | Sampli
             sampled.append(row)
     if sampled:
         chosen = logits if len(sampled) == rows else logits[sampled]
-        tokens = _draw(chosen, [states[row] for row in sampled])
+        tokens = _sample_rows(chosen, [states[row] for row in sampled])
         for row, token in zip(sampled, tokens, strict=True):
             results[row] = token
     return results
 
 
-def _draw(logits: Tensor, states: Sequence[SamplingState]) -> list[int]:
+def _sample_rows(logits: Tensor, states: Sequence[SamplingState]) -> list[int]:
     """One token of each row of `logits` [rows, vocab], all finite at their largest."""
     tokens = [0] * len(states)
     filtered = [row for row, state in enumerate(states) if _filters(state.params)]
@@ -192,7 +192,7 @@ def _draw(logits: Tensor, states: Sequence[SamplingState]) -> list[int]:
     while filtered:
         chosen = [states[row] for row in filtered]
         rows = logits if len(filtered) == len(states) else logits[filtered]
-        found = _draw_ordered(rows, chosen, min(width, logits.shape[1]))
+        found = _sample_likeliest(rows, chosen, min(width, logits.shape[1]))
         for row, candidate in zip(filtered, found, strict=True):
             tokens[row] = candidate if candidate is not None else 0
         filtered = [row for row, token in zip(filtered, found, strict=True) if token is None]
@@ -204,7 +204,9 @@ def _filters(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
 
 
-def _draw_ordered(logits: Tensor, states: Sequence[SamplingState], width: int) -> list[int | None]:
+def _sample_likeliest(
+    logits: Tensor, states: Sequence[SamplingState], width: int
+) -> list[int | None]:
     """As `_draw`, from the `width` likeliest tokens; None where the filters need to see more."""
     params = [state.params for state in states]
     everything = logits.shape[1]
@@ -215,14 +217,14 @@ def _draw_ordered(logits: Tensor, states: Sequence[SamplingState], width: int) -
     shares = _shares(values, values[:, :1], states)
     running = shares.cumsum(dim=1)
 
-    wanted = [min(entry.top_k or everything, everything) for entry in params]
-    top_k = _column(wanted, logits, torch.int64)
+    top_ks = [min(entry.top_k or everything, everything) for entry in params]
+    top_k = _column(top_ks, logits, torch.int64)
     kth = values.gather(1, top_k.clamp_max(width) - 1)
     kept = (values >= kth).sum(dim=1, keepdim=True)
     top_p = _column([entry.top_p for entry in params], logits)
     mass = running.gather(1, kept - 1)
     unsummed = [
-        row for row, entry in enumerate(params) if wanted[row] == everything and entry.top_p < 1.0
+        row for row, entry in enumerate(params) if top_ks[row] == everything and entry.top_p < 1.0
     ]
     if unsummed and width < everything:
         whole = _shares(logits[unsummed], values[unsummed, :1], [states[row] for row in unsummed])
@@ -235,15 +237,15 @@ def _draw_ordered(logits: Tensor, states: Sequence[SamplingState], width: int) -
 
     # Each cut must lie above the last token seen, or equals of it may lie further down.
     last = values[:, -1:]
-    settled = (values.gather(1, kept - 1) > last) & ((kth > last) | (top_k == everything))
-    settled |= width == everything
+    certain = (values.gather(1, kept - 1) > last) & ((kth > last) | (top_k == everything))
+    certain |= width == everything
     shares *= torch.arange(width, device=logits.device) < kept
     ids, order = ids.sort(dim=1)
     places = _invert(shares.gather(1, order), states)
     tokens = ids.gather(1, torch.tensor(places, device=logits.device)[:, None])[:, 0]
     return [
         token if known else None
-        for token, known in zip(tokens.tolist(), settled[:, 0].tolist(), strict=True)
+        for token, known in zip(tokens.tolist(), certain[:, 0].tolist(), strict=True)
     ]
 
 

@@ -158,9 +158,9 @@ class Scheduler:
                     begin = sequence.blocks.computed
                     budget -= sequence.blocks.layout.charge(begin, begin + chunk.num_tokens)
         # A prompt chunk may have preempted what was scheduled before it.
-        runs = (chunk for chunk in (*decodes, *prompts) if _runs(chunk.sequence))
+        chunks = (chunk for chunk in (*decodes, *prompts) if _is_running(chunk.sequence))
         complete = (sequence for sequence in self.running if sequence.blocks.remaining == 0)
-        return SchedulerOutput(tuple(runs), tuple(complete))
+        return SchedulerOutput(tuple(chunks), tuple(complete))
 
     def update(self, output: SchedulerOutput, seconds: float) -> None:
         """The step has run: account for it and publish what it computed."""
@@ -184,7 +184,7 @@ class Scheduler:
         chunks: list[Chunk] = []
         decoding = (sequence for sequence in self.running if sequence.decoding)
         for sequence in sorted(decoding, key=lambda sequence: sequence.blocks.preemption_key):
-            if _runs(sequence):  # or an earlier one has preempted it
+            if _is_running(sequence):  # or an earlier one has preempted it
                 if self._allocate(sequence, 1):
                     chunks.append(Chunk(sequence, 1))
                 else:
@@ -227,7 +227,7 @@ class Scheduler:
     def _prompt_chunk(self, sequence: Sequence, budget: int) -> Chunk | None:
         if sequence.state is SequenceState.WAITING and not self._admit(sequence):
             return None
-        if not _runs(sequence):
+        if not _is_running(sequence):
             return None  # an earlier chunk of this step has preempted it
         layout, begin = sequence.blocks.layout, sequence.blocks.computed
         num_tokens = min(sequence.blocks.remaining, layout.within(begin, budget))
@@ -272,5 +272,5 @@ class Scheduler:
         self.waiting.append(sequence)
 
 
-def _runs(sequence: Sequence) -> bool:
+def _is_running(sequence: Sequence) -> bool:
     return sequence.state is SequenceState.RUNNING
