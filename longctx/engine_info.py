@@ -1,4 +1,4 @@
-"""What a loaded engine says of itself: plain data, which travels between processes as it is."""
+"""Defines what a loaded engine says of itself: plain data, sent between processes as it is."""
 
 import math
 from dataclasses import dataclass
@@ -9,6 +9,14 @@ from offload.tier_names import TierName
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextLimits:
+    """How long prompts and answers may be.
+
+    A model of 131,072 tokens, a device that holds 20,000, and a disk below it that holds a million:
+    `longest_tokens` is 131,072, since blocks can be streamed from the disk, but what is decoded is
+    not stored: an answer may have 20,000 tokens less the prompt, or `streamed_answer_tokens` where
+    that is more.
+    """
+
     max_context_tokens: int  # the model's
     capacity_tokens: int  # tokens of KV that the device pool holds
     longest_tokens: int  # prompt and answer together that can be served
@@ -16,13 +24,13 @@ class ContextLimits:
 
     @property
     def cure(self) -> str:
-        """What lets longer ones be served."""
+        """What a user can do so that longer ones are served."""
         if self.longest_tokens == self.max_context_tokens:
             return "raise --max-context where the model allows it"
         return "raise --device-pool-gib"
 
     def answer_tokens(self, prompt_tokens: int) -> int:
-        """The longest answer to a prompt of that length.
+        """Return the largest number of tokens that the answer to such a prompt may have.
 
         Only what is stored can leave the device while it is needed, and answers are not stored.
         """
@@ -32,7 +40,9 @@ class ContextLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Damage:
-    """Means over rows; each `*_error` is half the width of the 95% interval of that mean.
+    """What a codec or level does to a model: means over rows of next-token distributions.
+
+    Each `*_error` is half the width of the 95% interval of that mean.
 
     `kl` is KL(raw || codec) in nats; `flips` the share of rows whose likeliest token changed;
     `nats` what a token of the text costs with raw KV, `more_nats` how much more with the codec.
@@ -49,6 +59,7 @@ class Damage:
 
     @property
     def raw_perplexity(self) -> float:
+        """Perplexity of the text with raw KV."""
         return math.exp(min(self.nats, 700.0))
 
     @property
@@ -59,16 +70,16 @@ class Damage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What one codec does; a part is None where no row could be compared."""
+    """What was measured of one codec or level; a part is None where no row could be compared."""
 
     text: Damage | None
     own: Damage | None
-    seconds: float  # of the measurement, all of its codecs together
+    seconds: float  # that the measurement took, of all its codecs together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a codec or level may cost.
+    """What a codec or level may cost a model.
 
     `kl` holds for the whole 95% interval, the others for the mean.
     """
@@ -83,7 +94,7 @@ PARTS = {"text": "on text", "own": "in its own answers"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """`text` and `own` say how the two parts were judged, `faults` what is beyond the limits.
+    """What the gate says of a codec or level: which parts it judged, and what exceeds the limits.
 
     A model for which nothing could be judged has no faults, and it has not passed either.
     """
@@ -91,16 +102,18 @@ class Verdict:
     name: str  # of the codec or level
     measured: Measured
     limits: Limits
-    judged: tuple[str, ...]  # parts
+    judged: tuple[str, ...]  # the parts: "text" and "own"
     faults: tuple[str, ...]
-    text_is_foreign: bool  # predicted worse than by guessing: no text of this model's
+    text_is_foreign: bool  # predicted worse than by guessing, so not judged
 
     @property
     def passed(self) -> bool:
+        """Whether something was judged and nothing exceeds the limits."""
         return bool(self.judged) and not self.faults
 
     @property
     def reason(self) -> str:
+        """One line for people: the faults, or what was measured and allowed."""
         if self.faults:
             return "; ".join(self.faults)
         if not self.judged:
@@ -113,7 +126,10 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodecChoice:
-    """`verdict` is None where nothing had to be measured; `reason` is for people, in one line."""
+    """Which codec an engine serves with, and why; `reason` is one line for people.
+
+    `verdict` is None where nothing had to be measured.
+    """
 
     codec: KVCodec
     reason: str
@@ -123,10 +139,15 @@ class CodecChoice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
+    """What an engine says of its model, memory, tiers and codec when it is ready to serve.
+
+    It is read when the engine opens and does not change; the server keeps a copy of it.
+    """
+
     model_name: str
     fingerprint: str
     limits: ContextLimits
-    tier_capacity_tokens: dict[TierName, int]  # about so many fit; 0 where there is no such tier
+    tier_capacity_tokens: dict[TierName, int]  # that fit, about; 0 where there is no such tier
     disk_capacity_bytes: int
     disk_bytes: int  # stored there when the engine started, of any model
     block_tokens: int
@@ -151,6 +172,6 @@ class EngineInfo:
         return self.limits.capacity_tokens
 
     def kv_bytes(self, tokens: int) -> int:
-        """Device memory of a computed prompt of that many tokens; open blocks do not count."""
+        """Return the device memory of a computed prompt; its open block does not count."""
         blocks = tokens // self.block_tokens
         return blocks * self.kv_block_bytes + (self.kv_window_bytes if blocks else 0)

@@ -1,4 +1,4 @@
-"""longctx as a library: the engine in this process, synchronous.
+"""Runs longctx as a library: the engine in this process, with calls that block.
 
     llm = LLM("path/to/model")
     document = llm.document("report.txt")      # read once
@@ -33,6 +33,8 @@ from longctx.text.chat_template import ChatPrompts, FilePart, Message
 
 @dataclass(frozen=True, slots=True)
 class Answer:
+    """What the model said: the first choice of one request."""
+
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
@@ -40,8 +42,20 @@ class Answer:
 
 
 class LLM:
+    """A model that is loaded and ready, in this process.
+
+        with LLM("path/to/model") as llm:
+            (answer,) = llm.generate("Once upon a time", SamplingParams(max_tokens=50))
+            answer = llm.chat([Message("user", ("What is a page table?",))])
+            report = llm.document("report.txt")          # computed once, then held
+            print(report.ask("What does it say about X?").text)
+
+    Each method returns when its answers are complete. One thread at a time may call them. `close`,
+    or leaving the `with` block, comes last.
+    """
+
     def __init__(self, model: str | Path | None = None, config: EngineConfig | None = None) -> None:
-        """`model`: a Hugging Face folder; the embedded retrieval model if absent.
+        """Load `model`, a Hugging Face folder; the embedded retrieval model if absent.
 
         Raises ModelRefused where the folder cannot be served exactly.
         """
@@ -52,7 +66,7 @@ class LLM:
         self._ids = itertools.count()
 
     def close(self, *, flush_seconds: float = 60.0) -> None:
-        """Let what is on its way to the disk arrive, as long as that may take. Ends the engine."""
+        """End the engine; wait up to `flush_seconds` for what is on its way to the disk."""
         self.engine.close(flush_seconds=flush_seconds)
 
     def __enter__(self) -> "LLM":
@@ -64,14 +78,18 @@ class LLM:
     def generate(
         self, prompts: str | Sequence[str], sampling: SamplingParams | None = None
     ) -> list[Answer]:
-        """Continue plain text; one answer per prompt (its first choice if `n` > 1)."""
+        """Continue plain texts, which are computed together; return one answer for each.
+
+        Raises InvalidRequest or ContextTooLong before anything is computed, and LongctxError where
+        the engine fails. Of `n` > 1 choices the first is returned.
+        """
         texts = [prompts] if isinstance(prompts, str) else prompts
         encode = self.engine.tokenizer.encode_completion
         segments = [(Segment(token_ids=tuple(encode(text))),) for text in texts]
         return self._answers(segments, sampling or SamplingParams())
 
     def chat(self, messages: Sequence[Message], sampling: SamplingParams | None = None) -> Answer:
-        """Answer a conversation through the model's chat template."""
+        """Answer a conversation, which is rendered by the model's chat template."""
         segments = self._prompts.render(messages)
         (answer,) = self._answers([segments], sampling or SamplingParams())
         return answer
@@ -82,7 +100,11 @@ class LLM:
         return answer
 
     def open_module(self, pieces: Sequence[Piece], *, module_id: str | None = None) -> str:
-        """Compute the attention state of a module, by itself; its id, for `Segment.module_id`."""
+        """Compute the attention state of a module by itself; return its id for `Segment.module_id`.
+
+        module_id = llm.open_module([Piece(token_ids=tokens, position=0)])
+        llm.answer([Segment(module_id=module_id, link_tokens=0), Segment(token_ids=question)])
+        """
         module_id = module_id or f"module-{next(self._ids)}"
         self.engine.open_module(module_id, pieces)
         segments = (Segment(encodes=module_id),)
@@ -90,11 +112,11 @@ class LLM:
         return module_id
 
     def close_module(self, module_id: str) -> None:
-        """Free its blocks."""
+        """Forget a module and free its blocks."""
         self.engine.close_module(module_id)
 
     def document(self, path: str | Path, *, system: str | None = None) -> "Document":
-        """Read a UTF-8 text file and compute its attention state."""
+        """Read a UTF-8 text file and compute its attention state, after `system` if given."""
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8-sig")
@@ -107,6 +129,7 @@ class LLM:
     def document_from_text(
         self, text: str, *, title: str = "document", system: str | None = None
     ) -> "Document":
+        """Compute the attention state of a text, as `document` does for a file."""
         token_ids = np.array(self.engine.tokenizer.encode(text), dtype=np.int32)
         document_id = f"document-{next(self._ids)}"
         self.engine.open_document(document_id, token_ids)
@@ -156,7 +179,7 @@ class LLM:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A document whose attention state is held by an engine."""
+    """A document whose attention state an engine holds; questions on it compute only themselves."""
 
     llm: LLM
     part: FilePart
@@ -171,7 +194,7 @@ class Document:
         return self.llm.chat(messages, sampling or SamplingParams(temperature=0.0))
 
     def close(self) -> None:
-        """Free its blocks. Asking it afterwards raises DocumentMissing."""
+        """Forget the document and free its blocks; `ask` raises DocumentMissing afterwards."""
         self.llm.engine.close_document(self.part.document_id)
 
 

@@ -1,7 +1,7 @@
-"""From a configuration and a model folder to an engine that is ready to serve.
+"""Makes an engine that is ready to serve, from a configuration and a model folder.
 
-Everything that has to be settled once is settled here, in this order: the model, the attention
-backend, the codec (which may have to be measured), memory and tiers.
+Everything that is decided once for an engine is decided here, in this order: the model, the
+attention backend, the codec (which may have to be measured), memory and tiers.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ def open_engine(
     cache_dir: Path = CACHE_DIR,
     ranks: Ranks | None = None,
 ) -> Engine:
-    """An engine that serves the model of a folder; arguments and errors as `engine_parts`."""
+    """Open an engine that serves the model of a folder, as `engine_parts` says."""
     return Engine(engine_parts(config, model_folder, cache_dir=cache_dir, ranks=ranks))
 
 
@@ -39,10 +39,10 @@ def engine_parts(
     cache_dir: Path = CACHE_DIR,
     ranks: Ranks | None = None,
 ) -> EngineParts:
-    """Loads the model, settles its codec and makes what an engine is given.
+    """Load the model, choose its codec and make the parts that an engine is given.
 
     `config.model.model` may differ from the folder. `cache_dir` keeps what was measured of models
-    between starts. `ranks`: further ones, which share the work and keep a part of the KV blocks
+    between starts. `ranks` are further ones, which share the work and keep a part of the KV blocks
     each. Raises ModelRefused, also for a codec that costs the model too much, and InvalidRequest
     where `config` asks for ranks that are not given.
     """

@@ -1,6 +1,6 @@
-"""What was asked, and what comes back: the words between the engine and everybody else.
+"""Defines what the engine is asked and what it returns, as plain frozen data.
 
-A `Request` is frozen; how far it has come is a `Sequence` (`sequence.py`). Every request ends in
+How far a request has come is a `Sequence` (`engine/sequence.py`). Every request ends in
 exactly one `RequestOutput` with `finished=True`, and each of its `n` choices in exactly one
 `FinishReason`.
 """
@@ -13,6 +13,8 @@ from offload.tier_names import TierName
 
 
 class FinishReason(StrEnum):
+    """Why a choice ended."""
+
     STOP = "stop"  # end-of-text token, stop string or stop id
     LENGTH = "length"  # max_tokens or the context is used up; also a prefill without an answer
     ABORT = "abort"  # the caller went away
@@ -20,7 +22,7 @@ class FinishReason(StrEnum):
 
 
 class RequestClass(IntEnum):
-    """Who is served first when prompts compete; smaller is sooner."""
+    """Says which prompts are served first when they compete; smaller is sooner."""
 
     INTERACTIVE = 0
     BATCH = 1
@@ -29,14 +31,14 @@ class RequestClass(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the answer is drawn. Neutral values switch a step off."""
+    """How the answer is sampled. A neutral value switches a step off."""
 
     max_tokens: int = 256  # 0: prefill only, nothing is sampled
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0
     top_k: int = 0  # 0: off
     min_p: float = 0.0
-    seed: int | None = None  # None: the engine draws one
+    seed: int | None = None  # None: the engine chooses one at random
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -73,7 +75,7 @@ def _between(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """Consecutive tokens of a module; `position` is that of the first one."""
+    """Consecutive tokens of a module; `position` is the position of the first one."""
 
     token_ids: tuple[int, ...]
     position: int
@@ -83,14 +85,21 @@ class Piece:
 class Segment:
     """One part of a prompt: literal tokens, a document or a piece of a module that is open.
 
-    `position`: of its first token. If absent, literal tokens and documents follow on, and a piece
-    of a module stands where it was encoded. Positions may leave gaps and never go back. A block
-    ends before and after a piece of a module, where a position jumps, and before a `cut`.
+    `position` is that of its first token. If absent, literal tokens and documents follow on, and a
+    piece of a module is at the position where it was encoded. Positions may leave gaps and never go
+    back. A block ends before and after a piece of a module, where a position jumps, and before a
+    `cut`.
 
-    `link_tokens`: a piece or document is computed in context (None), or borrowed as it was encoded
-    elsewhere, but for its first `link_tokens` tokens, which are computed in context.
+    `link_tokens` says whether a piece or document is computed in context (None), or reused as it
+    was encoded elsewhere, but for its first `link_tokens` tokens, which are computed in context.
 
-    `encodes`: all pieces of that module, to be computed and kept; nothing else is in its request.
+    `encodes` names a module all of whose pieces are to be computed and kept; nothing else is in its
+    request. Some segments:
+
+        Segment(token_ids=(5, 6, 7))                    text
+        Segment(document_id="file-1")                   a document, computed or found in the cache
+        Segment(module_id="m", piece=1, link_tokens=0)  a piece, reused as it was encoded
+        Segment(encodes="m")                            a whole request: compute the module "m"
     """
 
     token_ids: tuple[int, ...] = ()
@@ -114,7 +123,11 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """`segments` in reading order; their tokens concatenated are the prompt."""
+    """What is asked: a prompt, how to sample its answers, and for whom.
+
+    `segments` are in reading order; their tokens concatenated are the prompt. With `max_tokens` 0
+    the prompt is computed to be kept, and the request ends when that is durable.
+    """
 
     request_id: str
     segments: tuple[Segment, ...]
@@ -127,7 +140,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Divergence:
-    """Where a prompt parts from what is known and begins alike: the first token, and some text.
+    """Where a prompt parts from known text that begins alike: the first token, and some text.
 
     `known` is the id of a document, or "prompt" for another recent prompt of the same tenant.
     """
@@ -143,8 +156,8 @@ class CacheExplanation:
     """What the cache had of a prompt when it was admitted, and why no more (`explain.py`).
 
     `found_tokens` counts them by tier. Of those found on the device, `waited_tokens` were still
-    being computed by other requests when this one came. Borrowed tokens are counted apart;
-    `linked_tokens` are those of borrowed parts that were to be computed in context.
+    being computed by other requests when this one came. Reused tokens are counted apart;
+    `linked_tokens` are those of reused parts that were to be computed in context.
     """
 
     prompt_tokens: int
@@ -161,7 +174,7 @@ class CacheExplanation:
 class Usage:
     """Token counts of one request. `computed_tokens` counts what the runner really computed.
 
-    Of the `cached_tokens`, `reused_tokens` were encoded apart from what stands before them here;
+    Of the `cached_tokens`, `reused_tokens` were encoded without what comes before them here;
     `linked_tokens` are those of the same parts that are computed in context.
     """
 
@@ -176,7 +189,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far the prefill is, in tokens of the prompt: `cache` found, `processed` so far in all."""
+    """How far the prefill is, in tokens of the prompt: `cache` were found, `processed` are done."""
 
     total: int
     cache: int
@@ -186,9 +199,9 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleState:
-    """An open module. `tier`: the best one that has all of it; `hits`: how often it was borrowed.
+    """Where an open module is. `tier` is the best that has all of it; `hits` counts its reuses.
 
-    `kv_bytes`: of its sealed blocks in all global layers, or in all where none does.
+    `kv_bytes` counts its sealed blocks in all global layers, or in all layers where none is.
     """
 
     tokens: int
@@ -201,7 +214,7 @@ class ModuleState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
-    """One event of one request: prefill progress, new text of choice `index`, or the end of it."""
+    """One event of one request: prefill progress, new text of choice `index`, or its end."""
 
     request_id: str
     index: int = 0

@@ -1,1 +1,1 @@
-"""Who runs now: requests in, steps, outputs out."""
+"""Decides what runs now: takes requests, computes steps, returns outputs."""

@@ -1,4 +1,4 @@
-"""One step as flat tensors: rows of several sequences packed one after another."""
+"""Packs one step into flat tensors: the rows of several sequences, one after another."""
 
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items

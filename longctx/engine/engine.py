@@ -1,4 +1,4 @@
-"""The engine: requests in, steps, outputs out. One class for the engine process, tests and library.
+"""Runs requests step by step; the engine process, the library and tests all use this class.
 
     engine.submit(request)
     while engine.has_work:
@@ -32,8 +32,9 @@ from longctx.kv.clear import clear_tiers
 from longctx.request import FinishReason, ModuleState, Piece, Request, RequestOutput
 from longctx.text.detokenizer import TextStream
 
-MAX_RETRIES = 3  # of one sequence, before it ends: its context does not stay in any tier
-IDLE_SECONDS = 0.005  # a step that can only wait for a lower tier waits at most so long
+# A sequence whose streamed blocks are lost so often ends: its context does not stay in any tier.
+MAX_RETRIES = 3
+IDLE_SECONDS = 0.005  # the longest wait of a step that can only wait for a lower tier
 
 
 class Engine:
@@ -70,6 +71,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
+        """Whether `step` has anything to compute or return."""
         return bool(self._requests or self._between_steps)
 
     @property
@@ -78,9 +80,9 @@ class Engine:
         return self._offloader is not None and self._offloader.busy
 
     def submit(self, request: Request) -> None:
-        """Queue a request.
+        """Queue a request; its outputs come from `step`.
 
-        Raises InvalidRequest, ContextTooLong, DocumentMissing or Overloaded; then it is forgotten.
+        Raises InvalidRequest, ContextTooLong, DocumentMissing or Overloaded; then it is not queued.
         """
         if request.request_id in self._requests:
             raise InvalidRequest(f"request id {request.request_id} is in use", param="request_id")
@@ -94,7 +96,7 @@ class Engine:
                 self._between_steps += self._finish(sequence, FinishReason.LENGTH)
 
     def abort(self, request_id: str) -> None:
-        """End a request; what its prefill has sealed stays cached. Unknown ids are ignored."""
+        """End a request; blocks that it has sealed stay cached. Unknown ids are ignored."""
         state = self._requests.get(request_id)
         if state is None:
             return
@@ -106,12 +108,12 @@ class Engine:
     ) -> None:
         """Make a document known by its tokens; requests may then name it as a segment.
 
-        `keep`: the request for no answer that will be submitted to compute it. What the tiers have
-        of its prompt is retained from now on, and leaves them when the document is closed.
-        Raises as `submit`.
+        `keep` is the request for no answer that will be submitted to compute it. What the tiers
+        have of its prompt is retained from now on, and leaves them when the document is closed.
+        Raises as `submit` does.
         """
         if self._inputs.open_document(document_id, token_ids):
-            self._forget_blocks(document_id)  # it said something else before
+            self._forget_blocks(document_id)  # the id had other tokens before
         self._retain(keep)
 
     def close_document(self, document_id: str) -> None:
@@ -124,27 +126,30 @@ class Engine:
     ) -> None:
         """Make a module known; requests may then encode it, and use its pieces as segments.
 
-        `keep` and what it raises: as `open_document`. Also raises ContextTooLong.
+        `keep` is as in `open_document`, and so are the errors; it raises ContextTooLong as well.
         """
         if self._inputs.open_module(module_id, pieces):
             self._forget_blocks(module_id)
         self._retain(keep)
 
     def close_module(self, module_id: str) -> None:
-        """As `close_document`. Prompts that still wait to borrow of it end with an error."""
+        """Forget a module, as a document; prompts that still wait to reuse it end with an error."""
         self.close_document(module_id)
 
     def module_states(self, module_ids: Iterable[str]) -> dict[str, ModuleState]:
-        """Of those that are open."""
+        """Return the states of those modules that are open, by id."""
         modules = self._inputs.prompts.modules
         return module_states(modules, module_ids, self._cache, self._store, self._ingestion)
 
     def durable_changes(self) -> dict[str, int]:
-        """Durable token counts of the documents whose count changed since the last call."""
+        """Return the durable token counts of the documents whose count changed since the last call.
+
+        Ids of modules are among them. A count falls where the disk has lost blocks.
+        """
         return {} if self._ingestion is None else self._ingestion.durable_changes()
 
     def close(self, *, flush_seconds: float = 0.0) -> None:
-        """End what runs, and let what it has sealed be written as long as that may take."""
+        """Abort all requests, and wait up to `flush_seconds` for what they sealed to be written."""
         for request_id in list(self._requests):
             self.abort(request_id)
         if self._offloader is not None:
@@ -166,7 +171,13 @@ class Engine:
     # -- steps ----------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
-        """Compute one batch; the outputs that it, or calls since the last one, brought about."""
+        """Compute one batch; return its outputs, and those of calls since the last step.
+
+        In order: take note of transfers and end what is durable or failed; schedule, and prefill
+        what is missing; compute the batch and sample; append the tokens, and end the choices that
+        have come to their end. A step without chunks waits a moment for the lower tiers instead.
+        Raises PeerLost where another rank is gone; any other failure ends the step's requests.
+        """
         outputs, self._between_steps = self._between_steps, []
         transferred = self._cache.poll_transfers()
         if self._ingestion is not None:
@@ -175,9 +186,9 @@ class Engine:
         for sequence, failure in self._scheduler.failed():
             outputs += self._finish(sequence, FinishReason.ERROR, error=failure)
         scheduled = self._scheduler.schedule()
-        fetched = self._module_prefills.begin()
-        self._requests |= fetched
-        if fetched and not scheduled.chunks:
+        prefills = self._module_prefills.begin()
+        self._requests |= prefills
+        if prefills and not scheduled.chunks:
             scheduled = self._scheduler.schedule()
         for sequence in scheduled.complete:
             outputs += self._prefilled(sequence)
@@ -192,7 +203,7 @@ class Engine:
             except BlocksLost as error:
                 self._retry(scheduled, str(error))
                 return outputs
-            except Exception as error:  # of whatever kind: it ends these requests, not the engine
+            except Exception as error:  # whatever it is, it ends these requests, not the engine
                 return outputs + self._fail(scheduled, f"{type(error).__name__}: {error}")
             for state in self._requests.values():
                 outputs += state.progress(self._cache)
@@ -206,7 +217,7 @@ class Engine:
         return outputs
 
     def _prefilled(self, sequence: Sequence) -> list[RequestOutput]:
-        """A prompt without an answer is computed: it ends as soon as it is safe."""
+        """Let a computed prompt without an answer wait until it is durable, which ends it."""
         if self._ingestion is None:
             return self._finish(sequence, FinishReason.LENGTH)
         self._scheduler.remove(sequence)
@@ -214,12 +225,12 @@ class Engine:
         return []
 
     def _compute(self, scheduled: SchedulerOutput) -> list[tuple[Sequence, int | SamplingError]]:
-        """Run the batch; each sequence that is to go on, with its next token."""
+        """Run the batch; return the sequences that sample, each with its next token."""
         began = time.perf_counter()
         sampling_sequences = [chunk.sequence for chunk in scheduled.chunks if chunk.samples]
         logits = self._runner.run_chunks(scheduled.chunks)
         self._scheduler.update(scheduled, time.perf_counter() - began)
-        # The choices of a request part here: they share the prompt and draw from the same row.
+        # The choices of a request fork here: they share the prompt and sample from the same row.
         families = [[sequence, *self._fork(sequence)] for sequence in sampling_sequences]
         if not families:
             return []
@@ -230,7 +241,7 @@ class Engine:
         return list(zip(members, tokens, strict=True))
 
     def _fork(self, first: Sequence) -> list[Sequence]:
-        """The other choices of a request whose prompt is computed, if it has not begun yet."""
+        """Make the other choices of a request whose prompt is computed, unless that was done."""
         forks = []
         for index in range(1, first.width):
             fork = first.fork(index, TextStream(self.tokenizer, stop=first.request.sampling.stop))
@@ -242,7 +253,7 @@ class Engine:
         return forks
 
     def _advance(self, sequence: Sequence, token: int | SamplingError) -> list[RequestOutput]:
-        """Append a drawn token; the choice ends here if it must."""
+        """Append a sampled token, and end the choice where the token or a limit says so."""
         if isinstance(token, SamplingError):
             return self._finish(sequence, FinishReason.ERROR, error=str(token))
         sampling = sequence.request.sampling
@@ -280,12 +291,12 @@ class Engine:
         stop_reason: str | int | None = None,
         error: str | None = None,
     ) -> list[RequestOutput]:
-        """End one choice, and with the last one the request."""
+        """End one choice, and with the last open one the request."""
         self._scheduler.remove(sequence)
         self._explainer.finished(sequence)
         sequence.finish_reason = reason
         state = self._requests[sequence.request.request_id]
-        # Choices that have not forked yet end with the first one.
+        # n=4 that has not forked: choices 0 to 3 end together, with the same output.
         indices = range(sequence.index, sequence.index + sequence.width)
         state.open_choices -= len(indices)
         finished = state.open_choices == 0
@@ -310,7 +321,7 @@ class Engine:
         return outputs
 
     def _retry(self, scheduled: SchedulerOutput, message: str) -> None:
-        """A tier has lost what some of these sequences need: they begin again with what is left."""
+        """Preempt the step's sequences after a tier lost blocks; they resume with what is left."""
         for chunk in scheduled.chunks:
             self._scheduler.preempt(chunk.sequence)
             tier = chunk.sequence.blocks.offload
@@ -319,7 +330,7 @@ class Engine:
                 tier.failure = message
 
     def _fail(self, scheduled: SchedulerOutput, message: str) -> list[RequestOutput]:
-        """A step broke: its requests end, the others go on."""
+        """End the requests of a step that failed, and no others."""
         failed = dict.fromkeys(chunk.sequence.request.request_id for chunk in scheduled.chunks)
         outputs: list[RequestOutput] = []
         for request_id in failed:
@@ -330,7 +341,7 @@ class Engine:
         return outputs
 
     def clear(self, tiers: Iterable[str]) -> dict[str, float]:
-        """Let go of what is cached in `device` or `host` and not in use; what that was.
+        """Evict what is cached in `device` or `host` and not in use; return what that was, by name.
 
         Documents stay on disk, and known. Raises InvalidRequest for a tier that there is not.
         """

@@ -1,8 +1,9 @@
-"""Why the cache had as much of a prompt as it had, and no more: for requests that ask.
+"""Explains why the cache had as much of a prompt as it had, and no more, to requests that ask.
 
-Where the blocks were is in the prompt's trace (`trace.py`). Why the next one was not there follows
-from what the tiers remember of blocks that left, and from comparing tokens: with the prompts that
-the same tenant sent lately, and with its documents. Another tenant's are never looked at.
+In which tier the blocks were is in the prompt's `LookupTrace`. Why the next one was not found
+follows from what the tiers remember of blocks that left, and from comparing tokens: with the
+prompts that the same tenant sent lately, and with its documents. Another tenant's are never looked
+at.
 """
 
 from collections import Counter, OrderedDict, deque
@@ -28,20 +29,21 @@ RECENT_PROMPTS = 32  # of each tenant
 RECENT_TOKENS = 1 << 21  # of all tenants together, documents not counted
 SHOWN_TOKENS = 12  # of a divergence
 
-# Why the first block that was computed was not found; `{place}`: the tier that lost it.
+# Why the first block that was computed was not found. `{subject}` is the tier that lost it, the
+# document or the codec.
 REASONS = {
     "below_block": "the rest fills no block of 64 tokens, or is the block of the last token, and "
     "is computed always",
     "never_seen": "what follows was never seen after the text before it, under this model, KV "
     "codec and API key; or so long ago that nothing remembers it",
-    "other_prefix": "document {place} is known after other text than it stands after here",
-    "other_codec": "the text is stored by KV codec {place}, which is not the one in use",
-    "evicted": "the next block left the {place} to make room",
+    "other_prefix": "document {subject} is known after other text than it follows here",
+    "other_codec": "the text is stored by KV codec {subject}, which is not the one in use",
+    "evicted": "the next block left the {subject} to make room",
     "expired": "the next block was stored and not used for longer than --disk-ttl-days",
-    "corrupt": "the next block was stored, but what the {place} gave back was damaged",
+    "corrupt": "the next block was stored, but what the {subject} gave back was damaged",
     "deleted": "the next block was deleted with its document, or its file was removed",
-    "flushed": "the {place} was emptied on request",
-    "slow": "the next block is stored, but the {place} has not answered in time lately",
+    "flushed": "the {subject} was emptied on request",
+    "slow": "the next block is stored, but the {subject} has not answered in time lately",
     "recomputed": "reading the next blocks would have taken longer than computing them",
     "checkpoint": "layers with a sliding window keep their blocks only where prompts, documents "
     "and extents end, and none ends later that this prompt shares",
@@ -52,7 +54,7 @@ TokenArray = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """Tokens to compare with; documents by id, so that nothing of them is kept here."""
+    """Tokens to compare a prompt with; documents are named by id, so none of theirs is kept."""
 
     pieces: tuple[TokenArray | str, ...]
     covered_tokens: int  # whose blocks have been computed or found
@@ -60,6 +62,14 @@ class _Known:
 
 
 class Explainer:
+    """Remembers recent prompts, and explains to a request what the cache had of its own.
+
+    The engine calls `explain` for the sequences of each step (only the first call for a sequence
+    that asks does anything), `finished` when a choice ends, and `forget` when a document is closed.
+    It remembers the last 32 prompts of each tenant, 2 million tokens in all. Only the engine's
+    thread calls it.
+    """
+
     def __init__(
         self,
         cache: KVCacheManager,
@@ -75,7 +85,7 @@ class Explainer:
         self._recent_tokens = 0
 
     def finished(self, sequence: Sequence) -> None:
-        """Remember what the prompt and its answer said."""
+        """Remember the tokens of a prompt and its answer, to compare later ones with."""
         blocks = sequence.blocks
         covered = (sequence.cached_tokens or 0) + sequence.computed_tokens
         if sequence.index or not covered or not blocks.layout.plain:
@@ -94,7 +104,7 @@ class Explainer:
             self._forget_oldest(next(iter(self._recent)))
 
     def forget(self, document_id: str) -> None:
-        """The document is gone or says something else now."""
+        """Forget the prompts with a document that is closed or has other tokens now."""
         for namespace, recent in list(self._recent.items()):
             kept = deque(known for known in recent if document_id not in _documents(known))
             self._recent_tokens -= sum(map(_own_tokens, recent)) - sum(map(_own_tokens, kept))
@@ -103,7 +113,10 @@ class Explainer:
                 del self._recent[namespace]
 
     def explain(self, sequence: Sequence, others: Iterable[Sequence]) -> None:
-        """Fill the trace of a sequence that was just admitted; `others` are being answered."""
+        """Put an explanation into the trace of a sequence that was just admitted.
+
+        Its prompt is compared with those of the running sequences `others` as well.
+        """
         blocks = sequence.blocks
         trace = blocks.trace
         if trace is None or trace.explanation is not None or sequence.cached_tokens is None:
@@ -111,13 +124,13 @@ class Explainer:
         layout = blocks.layout
         depth = layout.blocks(sequence.cached_tokens)
         limit = layout.blocks(blocks.prompt_tokens - 1)
-        if trace.first is None:  # all of it is safe below, and nothing was looked for
+        if trace.first is None:  # it is all durable, and was not admitted
             trace.note([self._cache.tier_of(blocks, 0, block) for block in range(depth)])
         counts, waited = self._found(trace, sequence, depth)
-        reason, place, divergence = "below_block", "", None
+        reason, subject, divergence = "below_block", "", None
         if depth < limit:
             covered, divergence = self._compare(sequence, others)
-            reason, place = self._why(sequence, depth, covered)
+            reason, subject = self._why(sequence, depth, covered)
         trace.explanation = CacheExplanation(
             prompt_tokens=blocks.prompt_tokens + blocks.reused_tokens,
             found_tokens={tier: counts[tier] for tier in TIERS},
@@ -127,31 +140,31 @@ class Explainer:
             reason=reason,
             detail=_reuse_detail(sequence)
             + f"found up to token {layout.tokens(depth)}; "
-            + REASONS[reason].format(place=place),
+            + REASONS[reason].format(subject=subject),
             divergence=divergence,
         )
 
     def _found(
         self, trace: LookupTrace, sequence: Sequence, depth: int
     ) -> tuple[Counter[TierName], int]:
-        """Tokens that were found, by place, and how many of them another computed meanwhile."""
+        """Count the tokens that were found by tier, and those that another computed meanwhile."""
         assert trace.first is not None
         counts: Counter[TierName] = Counter()
         waited = 0
         layout = sequence.blocks.layout
         windows_only = self._cache.memory.groups[0].window is not None
-        place: TierName = "device"
+        tier: TierName = "device"
         for block in reversed(range(depth)):
             last = trace.last[block]
-            # Of layers with windows, blocks before the last window are not there, nor missed.
-            place = last or (place if windows_only else "device")
+            # Layers with windows neither have nor miss the blocks before the last window.
+            tier = last or (tier if windows_only else "device")
             tokens = layout.tokens(block + 1) - layout.tokens(block)
-            counts[place] += tokens
+            counts[tier] += tokens
             waited += tokens if trace.first[block] is None and not windows_only else 0
         return counts, waited
 
     def _why(self, sequence: Sequence, depth: int, covered_tokens: int) -> tuple[str, str]:
-        """The reason why block `depth` was not found, and the place in its text."""
+        """Return the reason why block `depth` was not found, and the subject in its text."""
         blocks = sequence.blocks
         groups, layout = self._cache.memory.groups, blocks.layout
         needed = [
@@ -194,7 +207,7 @@ class Explainer:
         return ("never_seen", "") if codec is None else ("other_codec", codec)
 
     def _other_codec(self, sequence: Sequence) -> str | None:
-        """The codec by which the prompt's first block is stored."""
+        """Return another codec by which the prompt's first block is stored, if there is one."""
         if self._cache.offloader is None:
             return None
         used = self._cache.memory.codecs[0]
@@ -213,9 +226,13 @@ class Explainer:
     def _compare(
         self, sequence: Sequence, others: Iterable[Sequence]
     ) -> tuple[int, Divergence | None]:
-        """With what is known and begins alike: tokens that were computed before, the difference."""
+        """Compare the prompt with known ones that begin alike.
+
+        Returns how many of its first tokens were computed before, and where it parts from the one
+        that it shares most with.
+        """
         if not sequence.blocks.layout.plain:
-            return 0, None  # what it borrows cannot be compared token by token
+            return 0, None  # what it reuses cannot be compared token by token
         own = self._resolve(_pieces(sequence))
         best: tuple[int, list[TokenArray], str] = (0, [], "")
         covered = 0
@@ -247,13 +264,13 @@ class Explainer:
             yield _Known(pieces, 0, str(name[-1][1]))  # type: ignore[arg-type]
 
     def _names(self, sequence: Sequence) -> Iterator[PrefixName]:
-        """The tenant's documents, each after the text that it is known after."""
+        """Return the names of the tenant's documents, each with the text that it is known after."""
         salt = sequence.request.salt
         names = self._cache.prefixes.names()
         return (name for name in names if name[0] == salt and _is_document(name[-1]))
 
     def _resolve(self, pieces: Iterable[TokenArray | str]) -> list[TokenArray]:
-        """As tokens; up to a document that is gone."""
+        """Return the pieces as tokens, up to the first document that is closed."""
         found: list[TokenArray] = []
         for piece in pieces:
             tokens = self._documents.get(piece) if isinstance(piece, str) else piece
@@ -263,7 +280,7 @@ class Explainer:
         return found
 
     def _text(self, pieces: Items[TokenArray], begin: int) -> str:
-        """Of a few tokens from there on."""
+        """Decode the first few tokens from token `begin` on."""
         shown: list[int] = []
         for piece in pieces:
             shown += piece[begin : begin + SHOWN_TOKENS - len(shown)].tolist()
@@ -278,7 +295,7 @@ class Explainer:
 
 
 def common_tokens(a: Items[TokenArray], b: Items[TokenArray]) -> int:
-    """How many tokens two texts share from their beginning; each is a list of pieces."""
+    """Return how many tokens two texts share from their beginning; each is a list of pieces."""
     same = i = j = at_a = at_b = 0
     while i < len(a) and j < len(b):
         size = min(len(a[i]) - at_a, len(b[j]) - at_b)

@@ -1,4 +1,4 @@
-"""From an engine's memory and tiers to the plain data that it says of itself (`EngineInfo`)."""
+"""Makes the plain data that an engine says of itself (`EngineInfo`) from its memory and tiers."""
 
 from compress.shape import BLOCK_TOKENS
 from longctx.engine_info import CodecChoice, ContextLimits, EngineInfo
@@ -11,9 +11,9 @@ from offload.tier_names import TIERS
 def context_limits(
     max_context_tokens: int, memory: KVMemory, *, below_tokens: int = 0
 ) -> ContextLimits:
-    """How long a prompt and its answer may be: what the model allows, and what memory can hold.
+    """Return how long prompts and answers may be: what the model allows and memory can hold.
 
-    `below_tokens`: what the largest tier below the device holds. Nothing is streamed through a
+    `below_tokens` is what the largest tier below the device holds. Nothing is streamed through a
     device that does not hold the blocks of one step.
     """
     capacity = held = memory.capacity_tokens
@@ -30,7 +30,7 @@ def context_limits(
 def engine_info(
     spec: ModelSpec, memory: KVMemory, codec: CodecChoice, store: KVStore | None, *, backend: str
 ) -> EngineInfo:
-    """Describes an engine that is about to serve; tiers are read as they are now."""
+    """Describe an engine that is about to serve, and its tiers as they are now."""
     stored = {} if store is None else store.stats()
     capacity_tokens = {
         tier: memory.tokens_in(int(stored.get(f"{tier}_capacity_bytes", 0))) for tier in TIERS

@@ -1,4 +1,4 @@
-"""From a request to a sequence: checked against what can be served, its tokens found and named.
+"""Turns a request into a sequence: checks that it can be served, and finds and names its tokens.
 
 Whatever can never be answered is refused here, at once. Documents are known by id, so that a
 question carries only its own tokens.
@@ -34,6 +34,14 @@ from offload.key import BlockKey, namespace
 
 
 class InputProcessor:
+    """Opens documents and modules, and makes the first sequence of each request.
+
+    Everything that can be known of a request before it runs is checked here: ids, token ids,
+    lengths, positions, ranks and room. A request that passes may still fail, but never wait for
+    something that cannot come. Documents and modules are opened before requests name them, and
+    closed when they are to be forgotten. Only the engine's thread calls it.
+    """
+
     def __init__(
         self,
         spec: ModelSpec,
@@ -59,7 +67,10 @@ class InputProcessor:
         self._arrivals = 0
 
     def open_document(self, document_id: str, token_ids: NDArray[np.int32]) -> bool:
-        """Know a document by its tokens; whether it replaces other tokens under this id."""
+        """Make a document known; return whether it replaces other tokens under this id.
+
+        Raises InvalidRequest for token ids outside the vocabulary, or the id of a module.
+        """
         self._check_ids(token_ids, f"document {document_id}", "document_id")
         if document_id in self.prompts.modules:
             raise InvalidRequest(f"{document_id} is a module; close it first", param="document_id")
@@ -68,7 +79,10 @@ class InputProcessor:
         return known is not None and not np.array_equal(known, token_ids)
 
     def open_module(self, module_id: str, pieces: Items[Piece]) -> bool:
-        """Know a module by its pieces; whether it replaces other pieces under this id."""
+        """Make a module known; return whether it replaces other pieces under this id.
+
+        Raises InvalidRequest or ContextTooLong where it can never be encoded.
+        """
         self._check_ranks()
         if module_id in self.prompts.documents:
             raise InvalidRequest(f"{module_id} is a document; close it first", param="module_id")
@@ -80,21 +94,22 @@ class InputProcessor:
         return self.prompts.modules.open(module)
 
     def close(self, owner: str) -> None:
-        """A document or module is forgotten."""
+        """Forget a document or module; an unknown id is ignored."""
         self.prompts.documents.pop(owner, None)
         self.prompts.modules.forget(owner)
 
     def sequence(self, request: Request) -> Sequence:
-        """The first choice of a request.
+        """Make the sequence of a request's first choice.
 
         Raises InvalidRequest, ContextTooLong or DocumentMissing where it can never be served.
         """
         return self._sequence(request, self.prompts.resolve(request))
 
     def prefill_of(self, chain: CachedChain, request: Request) -> Sequence:
-        """What computes a source, so that others can borrow from it; `request` says for whom.
+        """Make a sequence that computes a chain, so that others can reuse it.
 
-        Raises DocumentMissing where it was closed.
+        `request` says for which tenant, and in which class. Raises DocumentMissing where the
+        chain's module or document was closed.
         """
         ingested = self.prompts.modules.ingested(chain.owner, request.salt)
         if ingested is not None and ingested.name == chain.name:
@@ -153,11 +168,11 @@ class InputProcessor:
             for chain in layout.chains:
                 reused[chain.owner] = max(len(chain.keys), reused.get(chain.owner, 0))
             blocks = layout.blocks(longest) + 1 + sum(reused.values())
-            self._check_blocks(blocks, "the prompt with what it borrows")
+            self._check_blocks(blocks, "the prompt with what it reuses")
         return sequence
 
     def namespace(self, salt: str, codec: Codec) -> BlockKey:
-        """The root of what this model stores by that codec for a tenant."""
+        """Return the root of all keys of what this model stores by that codec for a tenant."""
         return block_namespace(self._spec, codec, salt=salt)
 
     def _check_ranks(self) -> None:
@@ -189,7 +204,7 @@ class InputProcessor:
         limit = self._limits.max_context_tokens
         if end > limit:
             raise ContextTooLong(
-                f"the last token would stand at position {end - 1}, beyond the limit of {limit}; "
+                f"the last token would be at position {end - 1}, beyond the limit of {limit}; "
                 "shorten the prompt or raise --max-context where the model allows it",
                 param="messages",
             )
@@ -198,13 +213,14 @@ class InputProcessor:
         relocation = self._spec.relocation
         if not relocation.shiftable and any(reused.rotation for reused in layout.reused):
             raise InvalidRequest(
-                "a part of the prompt stands elsewhere than it was encoded, which this model does "
-                f"not allow: {relocation.reason}; leave it there or use it with exact reuse",
+                "a part of the prompt is at another position than it was encoded at, which this "
+                f"model does not allow: {relocation.reason}; leave it where it was encoded, or use "
+                "it with exact reuse",
                 param="position",
             )
 
     def _check_blocks(self, blocks: int, what: str) -> None:
-        """Raises ContextTooLong for more than the device holds: what is borrowed never streams."""
+        """Raise ContextTooLong for more than the device holds; reused rows never stream."""
         capacity = self._cache.memory.capacity_blocks
         if blocks > capacity:
             raise ContextTooLong(
@@ -228,7 +244,7 @@ class InputProcessor:
 
 
 def block_namespace(spec: ModelSpec, codec: Codec, *, salt: str) -> BlockKey:
-    """The parent of the first block of every prompt of one tenant; equal for equal KV alone."""
+    """Return the parent of a tenant's first blocks; it is equal only for equal KV."""
     return namespace(
         fingerprint=spec.fingerprint,
         dtype=str(spec.dtype),
@@ -240,13 +256,13 @@ def block_namespace(spec: ModelSpec, codec: Codec, *, salt: str) -> BlockKey:
 
 
 def _prompt_token_ids(prompt: Prompt) -> Callable[[], NDArray[np.int32]]:
-    """What penalties count: the prompt's tokens, though the sequence appends its answer to them."""
+    """Return a function of the tokens that penalties count: the prompt's, without its answer."""
     tokens, prompt_tokens = prompt.tokens, len(prompt.tokens)
     return lambda: np.concatenate([tokens.slice(0, prompt_tokens), *prompt.reused_ids])
 
 
 def _owners(request: Request) -> frozenset[str]:
-    """Ids of the documents and modules in the prompt."""
+    """Return the ids of the documents and modules in the prompt."""
     return frozenset(
         owner
         for segment in request.segments

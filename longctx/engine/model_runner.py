@@ -1,4 +1,4 @@
-"""One forward pass: the model computes, we hold the keys and values and do the attention."""
+"""Runs one forward pass: the model computes, and the KV cache and attention are ours."""
 
 from collections.abc import Sequence as Items
 from typing import Protocol
@@ -19,10 +19,12 @@ class Runner(Protocol):
     """Computes chunks whose pages have been allocated; called by the engine's thread alone."""
 
     @property
-    def computed_tokens(self) -> int: ...
+    def computed_tokens(self) -> int:
+        """Rows that went through the model since the runner was made."""
+        ...
 
     def run_chunks(self, chunks: Items[Chunk]) -> Tensor:
-        """Logits [drawing chunks, vocab], float32. The chunks' KV is in the pools afterwards."""
+        """Return logits [chunks that sample, vocab], float32; the KV is in the pools then."""
         ...
 
     def stats(self) -> dict[str, float]:
@@ -31,6 +33,12 @@ class Runner(Protocol):
 
 
 class ModelRunner:
+    """The `Runner` of one rank: builds a batch, and calls the model with attention over the pools.
+
+    Pages of the chunks must have been allocated. A subclass that overrides `run` sees every batch.
+    Only the engine's thread calls it.
+    """
+
     def __init__(self, model: LoadedModel, memory: KVMemory, backend: AttentionBackend) -> None:
         self.model = model
         self._memory = memory
@@ -38,7 +46,7 @@ class ModelRunner:
         self.computed_tokens = 0  # rows that went through the model, ever
 
     def run_chunks(self, chunks: Items[Chunk]) -> Tensor:
-        """`run` for chunks whose pages have been allocated."""
+        """Build the batch of some chunks, whose pages have been allocated, and `run` it."""
         return self.run(Batch.build(chunks, device=self._memory.device))
 
     def stats(self) -> dict[str, float]:
@@ -46,7 +54,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
-        """Logits [drawing chunks, vocab], float32. The batch's KV is in the pools afterwards."""
+        """Return logits [`logits_rows`, vocab], float32; the batch's KV is in the pools then."""
         step = _StepAttention(batch, self._memory, self.backend)
         self._memory.clear_raw(batch.fresh_pages)
         logits = self.model.forward(batch.token_ids, batch.positions, step, batch.logits_rows)
@@ -55,7 +63,10 @@ class ModelRunner:
 
 
 class _StepAttention:
-    """What the model's layers call in one step (a `LayerAttention`)."""
+    """The `LayerAttention` of one step, which each of the model's layers calls once.
+
+    It writes the new keys and values, seals the blocks that are full, and attends.
+    """
 
     def __init__(self, batch: Batch, memory: KVMemory, backend: AttentionBackend) -> None:
         self._batch = batch
@@ -64,7 +75,7 @@ class _StepAttention:
         groups = range(len(memory.groups))
         self._plans = [backend.plan(batch.chunks, group) for group in groups]
         self._last_layer = max(memory.group_of)
-        # In the last layer only rows whose logits are wanted need attention; all need K and V.
+        # In the last layer only the rows of `logits_rows` need attention; all need K and V.
         self._last_plan: AttentionPlan = backend.plan(
             batch.last_chunks, memory.group_of[self._last_layer]
         )

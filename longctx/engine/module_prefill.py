@@ -1,8 +1,9 @@
-"""Whatever waiting prompts want to borrow and the device does not hold is computed first.
+"""Computes what waiting prompts are to reuse and the device does not hold.
 
-That is an ordinary prompt without an answer, in the class of who waits: it finds what is cached,
-waits for what another computes, loads what lower tiers have, and computes the rest as it was
-computed before. So a missing block makes an answer later, never different.
+A module prefill is an ordinary request without an answer, in the class of the request that waits:
+it finds what is cached, waits for what another sequence computes, loads what lower tiers have, and
+computes the rest as it was computed before. So a missing block makes an answer later, never
+different.
 """
 
 import itertools
@@ -18,10 +19,17 @@ from longctx.kv.layout import CachedChain
 from longctx.kv.prefix_index import PrefixName
 from longctx.request import Request, SamplingParams, Segment
 
-MAX_MODULE_PREFILLS = 8  # of each thing that a prompt borrows, before it gives up
+MAX_MODULE_PREFILLS = 8  # for each chain that a prompt reuses, before it fails
 
 
 class ModulePrefills:
+    """Starts the internal requests that compute missing chains, one at a time for each chain.
+
+    The cache manager notes which chains waiting sequences miss (`KVCacheManager.wanted`). In each
+    step, after admission, the engine calls `begin`, which schedules prefills for them, and when one
+    of these has ended it calls `on_ended`. Only the engine's thread calls it.
+    """
+
     def __init__(
         self,
         cache: KVCacheManager,
@@ -37,10 +45,14 @@ class ModulePrefills:
         self._numbers = itertools.count()
 
     def begin(self) -> dict[str, RequestState]:
-        """By id: requests, scheduled now, that compute what is wanted and not computed yet.
+        """Schedule prefills of the chains that are missing; return their requests by id.
 
-        What the first in rank wants may take the place of what nobody uses; what others want only
-        room that is free. Else they would take each other's modules away.
+        Only the highest-priority waiter may evict idle prefixes; others use free pages. Otherwise
+        waiters would evict each other's modules forever (livelock). On a device of 10 blocks, A
+        reuses modules x and y of 4 blocks each, and B reuses u and v, as large. If both evicted,
+        B's u and v could take the place of A's x and y before A runs, then A's that of B's, and so
+        on. Since only A evicts, x and y stay until A has run; B's u waits for free pages, and
+        after A, B is the one that evicts.
         """
         resident = self._cache.prefixes
         waiting = {sequence.blocks: sequence for sequence in self._scheduler.waiting}
@@ -73,18 +85,18 @@ class ModulePrefills:
         return begun
 
     def _prefill(self, chain: CachedChain, waiter: Sequence) -> Sequence | None:
-        """A sequence, already scheduled; None if the waiter has to give up instead."""
+        """Schedule a prefill and return its sequence; None where the waiter fails instead."""
         waiter.blocks.offload.module_prefills += 1
         if waiter.blocks.offload.module_prefills > MAX_MODULE_PREFILLS * len(
             waiter.blocks.layout.chains
         ):
             waiter.blocks.offload.failure = (
-                "what this prompt borrows does not stay on the device until all of it is there; "
+                "what this prompt reuses does not stay on the device until all of it is there; "
                 "raise --device-pool-gib or lower --max-sequences"
             )
             return None
         request = Request(
-            request_id=f"fetch {next(self._numbers)} of {chain.owner}",
+            request_id=f"prefill {next(self._numbers)} of {chain.owner}",
             segments=(Segment(encodes=chain.owner),),
             sampling=SamplingParams(max_tokens=0),
             request_class=waiter.request.request_class,
@@ -95,13 +107,13 @@ class ModulePrefills:
         except LongctxError as error:
             waiter.blocks.offload.failure = str(error)
             return None
-        self._scheduler.waiting.append(sequence)  # however many wait: the waiter was let in
+        self._scheduler.waiting.append(sequence)  # not `add`: the waiter was let in already
         if self._ingestion is not None:
             self._ingestion.register(sequence)
         return sequence
 
     def on_ended(self, sequence: Sequence, error: str | None) -> None:
-        """A fetch is over; who waits for what it was to compute shares its error."""
+        """Note that a prefill has ended; sequences that wait for its chain share its error."""
         ended = [name for name, running in self._running.items() if running is sequence]
         for name in ended:
             del self._running[name]

@@ -1,4 +1,4 @@
-"""Where a module is: for those who keep schemas."""
+"""Says in which tier modules are, for the server that keeps schemas."""
 
 from collections.abc import Iterable
 
@@ -20,7 +20,7 @@ def module_states(
     store: KVStore | None,
     ingestion: Ingestion | None,
 ) -> dict[str, ModuleState]:
-    """Of those that are open."""
+    """Return the states of those modules that are open, by id."""
     states = {}
     for module_id in module_ids:
         module = modules.find(module_id)
@@ -33,7 +33,7 @@ def module_states(
 def _state(
     module: Module, cache: KVCacheManager, store: KVStore | None, durable_tokens: int
 ) -> ModuleState:
-    """Of the tenants that use it, the one that has it in the best tier counts."""
+    """Return a module's state; of its tenants, the one that has it in the best tier counts."""
     keys = [chain.keys for chain in module.chains.values() if chain.tokens == len(module.token_ids)]
     tiers = [_tier(own, cache, store) for own in keys] or ["none"]
     blocks = module.layout.runs[-1].block
@@ -50,11 +50,12 @@ def _state(
 
 
 def _tier(keys: tuple[BlockKey, ...], cache: KVCacheManager, store: KVStore | None) -> str:
+    """Return the slowest of the tiers that have the blocks, "none" where one is in none."""
     if all(cache.memory.packed[0].lookup(key) is not None for key in keys):
         return "device"
     if store is None:
         return "none"
-    places = {store.tier_of(0, key) for key in keys}
-    if None in places:
+    tiers = {store.tier_of(0, key) for key in keys}
+    if None in tiers:
         return "none"
-    return max((place for place in places if place is not None), key=TIERS.index)
+    return max((tier for tier in tiers if tier is not None), key=TIERS.index)

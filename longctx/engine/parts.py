@@ -1,6 +1,6 @@
-"""What an engine is made of, and how its parts are put together on one rank.
+"""Names the parts that an engine is made of, and puts them together on one rank.
 
-`longctx/open_engine.py` settles what they need (model, codec, backend); with many ranks
+`longctx/open_engine.py` loads and chooses what they need (model, codec, backend). With many ranks
 `longctx/ring/parts.py` puts them together.
 """
 
@@ -24,12 +24,13 @@ from longctx.model.loader import LoadedModel
 from longctx.text.tokenizer import Tokenizer
 from offload.store import KVStore
 
-STAGING_BLOCKS = 64  # of the device's, at most an eighth of them, where absent blocks pass through
+# Blocks of the device, at most an eighth of them, through which absent blocks are streamed.
+STAGING_BLOCKS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineParts:
-    """Everything that an `Engine` is given; whoever measures or tests it may replace a part.
+    """Everything that an `Engine` is given. Benchmarks and tests may replace a part.
 
     A runner that wraps this one sees every batch:
     `Engine(replace(parts, runner=Recording(parts.runner)))`.
@@ -55,7 +56,7 @@ def one_rank_parts(
     cache: CacheConfig,
     scheduler: SchedulerConfig,
 ) -> EngineParts:
-    """The parts of an engine that computes alone; `codec` and `backend` as they were settled."""
+    """Make the parts of an engine that computes alone, with a codec and a backend chosen before."""
     spec = model.spec
     batch_tokens = scheduler.batch_tokens(spec.device.type)
     memory = KVMemory(
@@ -91,9 +92,10 @@ def one_rank_parts(
 
 
 def step_blocks(scheduler: SchedulerConfig, batch_tokens: int) -> int:
-    """Blocks that grow in one step, at most.
+    """Return the largest number of blocks that can be open or fill up in one step.
 
     A batch of T tokens touches at most T / 64 full blocks and one begun before; each sequence may
-    add a block where it begins and one where it ends.
+    add a block where it begins and one where it ends. With 512 tokens and 8 sequences that is
+    512 / 64 + 1 + 2 * 8 = 25 blocks.
     """
     return batch_tokens // BLOCK_TOKENS + 1 + 2 * scheduler.max_sequences

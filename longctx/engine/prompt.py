@@ -1,8 +1,8 @@
-"""One prompt in the making: its own tokens, how they lie, and what it borrows between them.
+"""Builds one prompt: its own tokens, the runs that they form, and what it reuses between them.
 
 An ordinary prompt is one run of tokens. A prompt with pieces of modules, positions or cuts is built
-run by run: what is computed here is appended to its own tokens, what is borrowed only names the
-rows of another chain. The last token is always its own, so that there is a row to sample from.
+run by run: what is computed here is appended to its own tokens, and what is reused only names rows
+of another chain. The last token is always its own, so that there is a row to sample from.
 """
 
 from collections.abc import Sequence as Items
@@ -20,22 +20,30 @@ from longctx.kv.sequence_blocks import TokenIds
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a request says, as its sequences begin: own tokens, and how they lie."""
+    """What a request says, as its sequences begin with it: own tokens and their layout.
+
+    `ends` are the token counts and names up to the end of each document, or of each piece of a
+    module that is encoded. `reused_ids` are the tokens that the reused spans say, in order.
+    """
 
     tokens: TokenIds
     layout: Layout = PLAIN
-    ends: tuple[tuple[int, PrefixName], ...] = ()  # of its documents, or of the pieces of a module
+    ends: tuple[tuple[int, PrefixName], ...] = ()
     linked_tokens: int = 0
     reused_ids: tuple[NDArray[np.int32], ...] = ()
 
 
 class PromptBuilder:
-    """One prompt in the making; call in reading order, then `prompt`."""
+    """Builds a prompt that has modules, positions or cuts.
+
+    Call `cut`, `compute` and `reuse` in reading order, then `prompt` once. Tokens follow on those
+    before them unless a position is given; positions may leave gaps and never go back.
+    """
 
     def __init__(
         self, base: NDArray[np.int32], ends: tuple[tuple[int, PrefixName], ...] = ()
     ) -> None:
-        """`base`: tokens that it begins with, as an ordinary prompt would."""
+        """Begin with an ordinary prompt of the tokens `base`, whose documents end at `ends`."""
         self._base = base
         self._ends = ends
         self._tail: list[int] = []
@@ -51,11 +59,11 @@ class PromptBuilder:
         return len(self._base) + len(self._tail)
 
     def cut(self) -> None:
-        """The block ends here."""
+        """End the block here, so that the next tokens begin another one."""
         self._cut = True
 
     def compute(self, token_ids: Items[int], position: int | None = None) -> None:
-        """Tokens of its own. Raises InvalidRequest where the position is taken."""
+        """Append tokens to compute. Raises InvalidRequest where their position is taken."""
         position = self._check(position)
         if not len(token_ids):
             return
@@ -69,7 +77,7 @@ class PromptBuilder:
     def reuse(
         self, chain: CachedChain, begin: int, token_ids: NDArray[np.int32], position: int | None
     ) -> None:
-        """The tokens of a source from `begin` on, which say `token_ids`.
+        """Append the rows of a chain from its token `begin` on, which say `token_ids`.
 
         Raises InvalidRequest where the position is taken.
         """
@@ -83,10 +91,17 @@ class PromptBuilder:
             self._position = position + end - begin
 
     def count_linked(self, tokens: int) -> None:
-        """So many of the tokens that were computed would else have been borrowed."""
+        """Count tokens that were given to `compute` and belong to a part that is else reused."""
         self._linked_tokens += tokens
 
     def prompt(self) -> Prompt:
+        """Return the prompt.
+
+        If the prompt ends with a reused span, its last token is computed instead: a reused row has
+        keys and values but no logits, and the answer is sampled from the logits of the last row. A
+        prompt that is nothing but a module of 100 tokens reuses 99 and computes the 100th, at its
+        position, as its only own token.
+        """
         if self._reused and (not self._runs or self._last_entry > self._runs[-1].entry):
             last = self._reused.pop()
             self._position -= 1
@@ -112,7 +127,7 @@ class PromptBuilder:
         return self._reused[-1].entry + len(self._reused[-1].blocks)
 
     def _next_block_and_entry(self) -> tuple[int, int]:
-        """Own blocks so far, where the last run ends here; and entries."""
+        """Return the own block and the table entry that come next if the last run ends here."""
         block = entry = 0
         if self._runs:
             run = self._runs[-1]
@@ -127,7 +142,7 @@ class PromptBuilder:
             return self._position
         if position < self._position:
             raise InvalidRequest(
-                f"a segment is to stand at position {position}, but what stands before it ends at "
+                f"a segment is to begin at position {position}, but what comes before it ends at "
                 f"{self._position}; positions may leave gaps and never go back",
                 param="position",
             )

@@ -1,4 +1,4 @@
-"""From the segments of a request to its prompt: documents and modules are found by their ids.
+"""Turns the segments of a request into its prompt; documents and modules are found by id.
 
 Read `PromptResolver.resolve` first.
 """
@@ -21,6 +21,13 @@ from offload.key import BlockKey
 
 
 class PromptResolver:
+    """Knows the documents and modules that are open, and turns requests into prompts.
+
+    A request is resolved in one of three ways: as the encoding of a module, as an ordinary prompt,
+    or, from its first segment with a module, a position, a link or a cut on, by a `PromptBuilder`.
+    Only the engine's thread calls it.
+    """
+
     def __init__(
         self,
         prefixes: PrefixIndex,
@@ -29,7 +36,7 @@ class PromptResolver:
         root_of: Callable[[str], BlockKey],
         check: Callable[[Items[int]], None],
     ) -> None:
-        """`root_of(salt)`: the namespace of a tenant. `check(token_ids)` raises InvalidRequest."""
+        """`root_of(salt)` is a tenant's namespace; `check(token_ids)` raises InvalidRequest."""
         self.documents: dict[str, NDArray[np.int32]] = {}
         self.modules = Modules(by_piece=by_piece)
         self._prefixes = prefixes
@@ -37,7 +44,7 @@ class PromptResolver:
         self._check = check
 
     def resolve(self, request: Request) -> Prompt:
-        """What a request says. Raises InvalidRequest or DocumentMissing."""
+        """Return what a request says. Raises InvalidRequest or DocumentMissing."""
         segments = request.segments
         if any(segment.encodes is not None for segment in segments):
             if len(segments) > 1 or request.sampling.max_tokens:
@@ -53,7 +60,7 @@ class PromptResolver:
         return self._assembled(request, ordinary.index(False))
 
     def _assembled(self, request: Request, plain: int) -> Prompt:
-        """A prompt of which the first `plain` segments are as in an ordinary one."""
+        """Build a prompt of which the first `plain` segments are as in an ordinary one."""
         start = self._plain(request.segments[:plain], request.salt)
         builder = PromptBuilder(start.tokens.upto(len(start.tokens)), start.ends)
         for number, segment in enumerate(request.segments[plain:], plain + 1):
@@ -92,7 +99,11 @@ class PromptResolver:
     def _add_document(
         self, builder: PromptBuilder, segment: Segment, salt: str, *, last: bool
     ) -> None:
-        """The rows that it has in full blocks of the prompt that it was ingested under."""
+        """Reuse the rows that the document has in full blocks of the prompt it was ingested under.
+
+        A document of 200 tokens that was ingested after 7 others fills blocks up to token 192 of
+        that prompt: its first 185 tokens can be reused, and the other 15 are computed here.
+        """
         document_id = segment.document_id
         assert document_id is not None
         tokens = self._document(document_id)
@@ -122,7 +133,7 @@ class PromptResolver:
         builder.count_linked(len(rest))
 
     def _keys(self, ingested: Ingested, salt: str) -> tuple[BlockKey, ...]:
-        """Of the blocks up to the end of a document."""
+        """Return the keys of the full blocks up to the end of a document."""
         keys = self._prefixes.known_keys(ingested.name)
         if not keys:
             tokens = self._plain(ingested.segments, salt).tokens
@@ -132,16 +143,16 @@ class PromptResolver:
         return keys
 
     def _document(self, document_id: str) -> NDArray[np.int32]:
-        """Raises DocumentMissing."""
+        """Return a document's tokens. Raises DocumentMissing where it is not open."""
         if document_id not in self.documents:
             raise DocumentMissing(f"document {document_id} is not open")
         return self.documents[document_id]
 
     def _plain(self, segments: tuple[Segment, ...], salt: str) -> Prompt:
-        """The tokens of an ordinary prompt, and where each document ends under which name.
+        """Return an ordinary prompt, with the end and the name of each document.
 
-        Up to the last document they are an array that is shared, not copied, with earlier prompts
-        that began alike.
+        Up to the last document its tokens are an array that is shared, not copied, with earlier
+        prompts that began alike.
         """
         name: PrefixName = (salt,)
         ends: list[tuple[int, PrefixName]] = []
@@ -172,6 +183,6 @@ class PromptResolver:
 
 
 def _is_ordinary(segment: Segment) -> bool:
-    """Literal tokens or a document that follow on and are computed in context."""
+    """Whether it is literal tokens or a document, follows on and is computed in context."""
     apart = segment.module_id is not None or segment.position is not None
     return not (apart or segment.link_tokens is not None or segment.cut)

@@ -1,4 +1,4 @@
-"""One request in the engine: its choices, what its caller was told last, and what it came to."""
+"""Follows one request in the engine: its choices, the progress last reported, its usage."""
 
 import time
 from dataclasses import dataclass, field
@@ -10,6 +10,12 @@ from longctx.request import Progress, Request, RequestOutput, Usage
 
 @dataclass(slots=True)
 class RequestState:
+    """A request that has been submitted and has not ended, with the sequences of its choices.
+
+    `sequences[0]` is the first choice, which computes the prompt; the others are added when they
+    fork from it. `open_choices` counts those that have not ended, those not forked yet included.
+    """
+
     request: Request
     sequences: list[Sequence]
     internal: bool = False  # the engine's own: it has no caller, and no outputs
@@ -20,7 +26,10 @@ class RequestState:
         self.open_choices = self.request.sampling.n
 
     def progress(self, cache: KVCacheManager) -> list[RequestOutput]:
-        """News of the prompt, if there are any: computed by its own sequence or by another's."""
+        """Return one progress output if more of the prompt is computed than was reported last.
+
+        While the sequence waits for blocks that another one computes, it is the other's progress.
+        """
         first = self.sequences[0]
         owner = cache.computed_by(first.blocks)
         done = min(first.blocks.prompt_tokens, (owner or first.blocks).computed)
@@ -31,7 +40,7 @@ class RequestState:
         self.reported_tokens = done
         total = first.blocks.prompt_tokens + first.blocks.reused_tokens
         admitted = first.cached_tokens is not None
-        reused = first.blocks.reused_tokens if admitted else 0  # or it still waits for that
+        reused = first.blocks.reused_tokens if admitted else 0  # before, it may still wait for them
         progress = Progress(
             total=total,
             cache=(first.cached_tokens or 0) + reused,
@@ -41,6 +50,7 @@ class RequestState:
         return [RequestOutput(request_id=self.request.request_id, progress=progress)]
 
     def usage(self) -> Usage:
+        """Count the tokens of all choices so far; the prompt's are those of the first one."""
         first = self.sequences[0]
         reused = first.blocks.reused_tokens
         found = None if first.cached_tokens is None else first.cached_tokens + reused

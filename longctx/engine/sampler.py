@@ -1,7 +1,7 @@
-"""From logits to tokens, so that a token depends on its own sequence alone.
+"""Samples tokens from logits, so that a token depends on its own sequence alone.
 
 The random stream of a sequence is a counter-based generator under its seed, read at the number of
-tokens drawn so far, and a draw inverts the distribution in the order of token ids. Neighbours in
+tokens sampled so far, and sampling inverts the distribution in the order of token ids. Neighbors in
 the batch, preemption and the device's own generator therefore change nothing. The laws are those
 of Hugging Face and vLLM, in the order of `sample`'s docstring.
 """
@@ -19,19 +19,24 @@ from longctx.request import SamplingParams
 NUMBERS_PER_TICK = 4
 STREAM_BLOCK = 64
 
-# How many of the likeliest tokens are put in order to find where the filters cut. Where they do
-# not suffice, that many times more are, with the same result: ordering 256 of 150,000 takes 0.4 ms
-# on a CPU core, ordering all of them 14.
+# The filters are found on so many of the likeliest tokens, in order. Where these do not suffice,
+# WIDENING times as many are ordered, with the same result: ordering 256 of 150,000 takes 0.4 ms on
+# a CPU core, ordering all of them 14 ms.
 ORDERED_TOKENS = 256
 WIDENING = 16
 
 
 class SamplingError(LongctxError):
-    """This row has no next token; the message says why. Returned in its place, not raised."""
+    """Says why a row has no next token; `sample` returns it in the token's place."""
 
 
 class SamplingState:
-    """What one sequence's sampling remembers: its place in the random stream and its counts."""
+    """What sampling remembers of one sequence: its step in the random stream, and its counts.
+
+    `sample` reads the state and changes nothing that shows; the engine calls `observe` with each
+    token that it appends, once, and `fork` where the choices of a request part. Only the engine's
+    thread touches it.
+    """
 
     def __init__(
         self,
@@ -40,7 +45,7 @@ class SamplingState:
         seed: int,
         prompt_token_ids: Callable[[], np.ndarray],
     ) -> None:
-        """`prompt_token_ids` is called once, and only where a repetition penalty needs it."""
+        """Begin at step 0; only a repetition penalty calls `prompt_token_ids`, once."""
         self.params = params
         self.step = 0  # tokens observed
         self._seed = seed
@@ -48,11 +53,12 @@ class SamplingState:
         self._stream: np.ndarray = np.empty(0)  # uniforms of the block that holds `step`
         self._stream_block: int | None = None
         self._uncounted: list[int] = []
-        self._counts: Tensor | None = None  # [vocab] float32, times each token was put out
+        self._counts: Tensor | None = None  # [vocab] float32, how often each token was output
         self._in_prompt: Tensor | None = None  # [vocab] bool
 
     @property
     def adjusts_logits(self) -> bool:
+        """Whether a bias or a penalty changes the sequence's logits (`adjust`)."""
         params = self.params
         return bool(params.logit_bias) or self._counts_output
 
@@ -66,13 +72,13 @@ class SamplingState:
         )
 
     def observe(self, token_id: int) -> None:
-        """Count `token_id` as put out; the next draw is the next number of the stream."""
+        """Count `token_id` as output; the next token takes the next number of the stream."""
         self.step += 1
         if self._counts_output:
             self._uncounted.append(token_id)
 
     def fork(self, seed: int) -> "SamplingState":
-        """The same past under another seed."""
+        """Return a state with the same past and another seed."""
         other = SamplingState(self.params, seed=seed, prompt_token_ids=self._prompt_token_ids)
         other.step = self.step
         other._uncounted = list(self._uncounted)
@@ -81,7 +87,7 @@ class SamplingState:
         return other
 
     def uniform(self) -> float:
-        """The number in [0, 1) that belongs to this seed and step, with 53 bits."""
+        """Return the number in [0, 1) that belongs to this seed and step, with 53 bits."""
         block, offset = divmod(self.step, STREAM_BLOCK)
         if block != self._stream_block:
             generator = np.random.Philox(
@@ -130,12 +136,14 @@ class SamplingState:
 
 @torch.inference_mode()
 def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[int | SamplingError]:
-    """The next token of each row, or why it has none; `logits` [rows, vocab] float32, unchanged.
+    """Return the next token of each row, or why it has none.
 
-    Per row: logit_bias; repetition penalty over prompt and output; frequency and presence
-    penalties over the output; temperature (0: the largest logit, of equals the smallest id);
-    top_k (ties with the k-th stay); top_p (the fewest likeliest tokens whose share reaches it, of
-    equals the smaller ids); min_p relative to the likeliest. Shares are float64.
+    `logits` [rows, vocab] are float32 and stay unchanged.
+
+    Per row, in this order: logit_bias; repetition penalty over prompt and output; frequency and
+    presence penalties over the output; temperature (0: the largest logit, of equals the smallest
+    id); top_k (ties with the k-th stay); top_p (the fewest likeliest tokens whose share reaches it,
+    of equals the smaller ids); min_p relative to the likeliest. Shares are float64.
     """
     rows, vocab_size = logits.shape
     assert rows == len(states), f"{rows} rows of logits for {len(states)} sequences"
@@ -178,7 +186,7 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[int | Sampli
 
 
 def _sample_rows(logits: Tensor, states: Sequence[SamplingState]) -> list[int]:
-    """One token of each row of `logits` [rows, vocab], all finite at their largest."""
+    """Sample one token of each row of `logits` [rows, vocab], all finite at their largest."""
     tokens = [0] * len(states)
     filtered = [row for row, state in enumerate(states) if _filters(state.params)]
     plain = [row for row, state in enumerate(states) if not _filters(state.params)]
@@ -207,7 +215,7 @@ def _filters(params: SamplingParams) -> bool:
 def _sample_likeliest(
     logits: Tensor, states: Sequence[SamplingState], width: int
 ) -> list[int | None]:
-    """As `_draw`, from the `width` likeliest tokens; None where the filters need to see more."""
+    """Sample from the `width` likeliest tokens alone; None where the filters need more."""
     params = [state.params for state in states]
     everything = logits.shape[1]
     values, ids = logits.topk(width, dim=1)  # [rows, width], falling, equals in any order
@@ -241,8 +249,8 @@ def _sample_likeliest(
     certain |= width == everything
     shares *= torch.arange(width, device=logits.device) < kept
     ids, order = ids.sort(dim=1)
-    places = _invert(shares.gather(1, order), states)
-    tokens = ids.gather(1, torch.tensor(places, device=logits.device)[:, None])[:, 0]
+    indices = _invert(shares.gather(1, order), states)
+    tokens = ids.gather(1, torch.tensor(indices, device=logits.device)[:, None])[:, 0]
     return [
         token if known else None
         for token, known in zip(tokens.tolist(), certain[:, 0].tolist(), strict=True)
@@ -250,7 +258,7 @@ def _sample_likeliest(
 
 
 def _shares(logits: Tensor, peaks: Tensor, states: Sequence[SamplingState]) -> Tensor:
-    """float64 [rows, tokens]: what each weighs beside the likeliest, which weighs 1."""
+    """Return float64 [rows, tokens]: what each token weighs if the likeliest weighs 1."""
     shares = logits.double()
     shares -= peaks
     shares /= _column([state.params.temperature for state in states], logits)
@@ -258,7 +266,10 @@ def _shares(logits: Tensor, peaks: Tensor, states: Sequence[SamplingState]) -> T
 
 
 def _invert(shares: Tensor, states: Sequence[SamplingState]) -> list[int]:
-    """The place in each row of `shares` [rows, tokens] where its sequence's uniform number falls.
+    """Return the index in each row of `shares` [rows, tokens] that its uniform number picks.
+
+    Shares 2 0 1 1 have the running sums 2 2 3 4; the number 0.5 is the target 2, and the first
+    sum above it is that of index 2.
 
     A running sum from left to right is the same in every batch, as a sum by pairs need not be.
     """
@@ -266,9 +277,9 @@ def _invert(shares: Tensor, states: Sequence[SamplingState]) -> list[int]:
     total = running[:, -1:]
     target = _column([state.uniform() for state in states], shares) * total
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-    # The first place whose running sum exceeds the target; one without a share never does.
-    places: list[int] = torch.searchsorted(running, target, right=True)[:, 0].tolist()
-    return places
+    # The first index whose running sum exceeds the target; one without a share never is that.
+    indices: list[int] = torch.searchsorted(running, target, right=True)[:, 0].tolist()
+    return indices
 
 
 def _column(values: Sequence[float], beside: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -1,14 +1,14 @@
-"""Who runs in the next step, and with how many tokens.
+"""Decides which sequences run in the next step, and with how many tokens each.
 
-Answers first: every answering sequence computes its one token. Prompt chunks share the rest of the
-step's token budget: classes by turns, each with a guaranteed share, and within a class the least
-remaining work first, with ageing. While answers run, each class may take only so much of the
-*time*: `DutyCycle` measures what its chunks cost the answers and holds it back until that is
-repaid.
+Decoding comes first: every decoding sequence computes its one token. Prompt chunks share the rest
+of the step's token budget: classes take turns, each with a guaranteed share, and within a class the
+least remaining work comes first, with ageing. While sequences decode, each class may take only so
+much of the *time*: `DutyCycle` measures by how much its chunks delay decoding, and holds the class
+back until that is repaid.
 
-When memory runs out, blocks that nobody holds have gone already; then the sequence of the highest
-rank (youngest of the lowest class) gives way, back to waiting. The lowest rank never gives way,
-so it always progresses.
+When memory runs out, blocks that nobody holds have gone already. Then the sequence with the largest
+preemption key (the youngest of the lowest class) is preempted, back to waiting. The sequence with
+the smallest key is never preempted, so it always progresses.
 """
 
 import time
@@ -23,22 +23,26 @@ from longctx.kv.cache_manager import Admission, KVCacheManager
 from longctx.kv.sequence_blocks import SequenceBlocks
 from longctx.request import RequestClass
 
-# Shares of the prompt tokens when several classes compete.
+# Relative shares of the prompt tokens that classes get when they compete.
 CLASS_WEIGHT = {RequestClass.INTERACTIVE: 8, RequestClass.BATCH: 2, RequestClass.INGEST: 1}
-# Shares of the time that prompt chunks of a class may take from running answers.
+# The share of the time by which prompt chunks of a class may delay decoding sequences.
 TIME_SHARE = {RequestClass.INTERACTIVE: 0.7, RequestClass.BATCH: 0.4, RequestClass.INGEST: 0.1}
-# Waiting a second counts as this much less work, so that a long prompt's turn comes.
+# Each second of waiting counts as this much less work, so that a long prompt's turn comes: one of
+# 2,000 tokens that has waited for 4 s counts as 2,000 - 4 * 500 = 0 tokens, and goes before one of
+# 128 tokens that has just come.
 AGEING_TOKENS_PER_SECOND = 500.0
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
+    """A sequence, and how many of its tokens that are not computed yet a step computes."""
+
     sequence: Sequence
     num_tokens: int
 
     @property
     def samples(self) -> bool:
-        """A token is drawn after this chunk: it computes all that the sequence has."""
+        """Whether a token is sampled after this chunk, since it computes all tokens so far."""
         return (
             self.num_tokens == self.sequence.blocks.remaining
             and self.sequence.request.sampling.max_tokens > 0
@@ -47,7 +51,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """`complete`: prompts without an answer of which nothing was left to compute."""
+    """What one step computes.
+
+    `complete` holds the prompts to be kept (`max_tokens` 0) of which nothing is left to compute.
+    """
 
     chunks: tuple[Chunk, ...]
     complete: tuple[Sequence, ...] = ()
@@ -58,11 +65,20 @@ class SchedulerOutput:
 
 
 class DutyCycle:
-    """Keeps prompt chunks to their share of the time while answers run.
+    """Keeps prompt chunks to their share of the time while sequences decode.
 
-    A step's cost beyond that of a step with answers alone is a debt of the classes that had chunks
-    in it; steps without chunks of a class repay it, and so does time in which no answer runs. The
-    answers' own time is a running mean.
+    What a step takes beyond a step that only decodes is a debt of the classes that had chunks in
+    it, split by their tokens; a class with a debt gets no chunk. Steps without chunks of a class
+    repay its debt, by `share / (1 - share)` of their time, so that in the long run the class takes
+    its share. A step in which nothing decodes repays by all of its time. What a step that only
+    decodes takes is known as a running mean.
+
+    An ingestion has the share 0.1. Decoding alone takes 10 ms a step, and a step with a chunk of
+    the ingestion takes 50 ms: a debt of 40 ms. Each step without one repays 10 ms * 0.1 / 0.9 =
+    1.1 ms, so the next chunk comes after 36 steps. The chunk has then taken 40 ms of the 410 ms
+    that went by, a tenth.
+
+    The scheduler calls `allows` before each step and `record` after it, in the engine's thread.
     """
 
     def __init__(self) -> None:
@@ -70,10 +86,11 @@ class DutyCycle:
         self._debt: dict[RequestClass, float] = dict.fromkeys(RequestClass, 0.0)
 
     def allows(self, request_class: RequestClass) -> bool:
+        """Whether the class has repaid its debt, so that the step may have chunks of it."""
         return self._debt[request_class] <= 0
 
     def record(self, tokens_of: dict[RequestClass, int], seconds: float, *, decoding: bool) -> None:
-        """One step took `seconds` with so many prompt tokens of each class."""
+        """Account for a step that took `seconds` with so many prompt tokens of each class."""
         if not decoding:
             self._debt = {c: max(0.0, debt - seconds) for c, debt in self._debt.items()}
             return
@@ -92,6 +109,16 @@ class DutyCycle:
 
 
 class Scheduler:
+    """Holds the sequences that run and wait, and says what the next step computes.
+
+    A sequence comes in through `add` (or `add_fork`), is admitted to `running` by `schedule` as
+    soon as there is room for it, may be preempted back to `waiting` any number of times, and
+    leaves through `remove`. For each step the engine calls `schedule`, computes what that returns,
+    and calls `update`; only then is the next `schedule` right.
+
+    One thread, the engine's, makes all calls. All blocks are had through the `KVCacheManager`.
+    """
+
     def __init__(
         self,
         config: SchedulerConfig,
@@ -105,7 +132,7 @@ class Scheduler:
         self._batch_tokens = batch_tokens
         self._clock = clock
         self._duty = DutyCycle()
-        self._served = dict.fromkeys(RequestClass, 0.0)  # prompt tokens by weight, for taking turns
+        self._served = dict.fromkeys(RequestClass, 0.0)  # prompt tokens / weight
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -115,6 +142,7 @@ class Scheduler:
         return self._config.max_sequences
 
     def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. Raises Overloaded where `max_waiting` others wait already."""
         if len(self.waiting) >= self._config.max_waiting:
             raise Overloaded(
                 f"{len(self.waiting)} requests are waiting and --max-waiting allows no more; "
@@ -123,12 +151,12 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def add_fork(self, sequence: Sequence) -> None:
-        """A sequence that shares the memory of a running one, and runs at once."""
+        """Let a sequence run at once, which shares the memory of a running one."""
         sequence.state = SequenceState.RUNNING
         self.running.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Finished or aborted; its memory is free from now on."""
+        """Forget a sequence that has finished or is aborted, and free its memory."""
         if sequence.state is SequenceState.RUNNING:
             self.running.remove(sequence)
             self._cache.release(sequence.blocks)
@@ -138,12 +166,27 @@ class Scheduler:
         sequence.state = SequenceState.FINISHED
 
     def failed(self) -> list[tuple[Sequence, str]]:
-        """Sequences that the lower tiers cannot serve, which are to be ended, and why."""
+        """Return the sequences that the lower tiers cannot serve, and why; the engine ends them."""
         everyone = (*self.running, *self.waiting)
         failures = ((sequence, sequence.blocks.offload.failure) for sequence in everyone)
         return [(sequence, failure) for sequence, failure in failures if failure is not None]
 
     def schedule(self) -> SchedulerOutput:
+        """Choose the chunks of the next step and allocate their pages.
+
+        A budget of 512 tokens, 12 sequences that decode, a question with 700 tokens left, and an
+        ingestion with 5,000:
+
+        - the 12 get one token each, which leaves 500;
+        - the question's class has the turn. Its 700 tokens do not fit, so its chunk ends at a block
+          boundary: from token 0 on it is 448 tokens, 7 blocks, which leaves 52;
+        - the ingestion gets 52 tokens, unless its class still has a debt (`DutyCycle`). They end
+          within a block, since they reach no boundary.
+
+        In the next step the question has 252 tokens left. The class that was served least for its
+        weight then has the first turn: 448 / 8 = 56 for the question, 52 / 1 = 52 for the
+        ingestion, so it is the ingestion's.
+        """
         decodes = self._decode_chunks()
         prompts: list[Chunk] = []
         budget = self._batch_tokens - len(decodes)
@@ -157,13 +200,13 @@ class Scheduler:
                     prompts.append(chunk)
                     begin = sequence.blocks.computed
                     budget -= sequence.blocks.layout.charge(begin, begin + chunk.num_tokens)
-        # A prompt chunk may have preempted what was scheduled before it.
+        # A later chunk may have preempted a sequence that was scheduled before it.
         chunks = (chunk for chunk in (*decodes, *prompts) if _is_running(chunk.sequence))
         complete = (sequence for sequence in self.running if sequence.blocks.remaining == 0)
         return SchedulerOutput(tuple(chunks), tuple(complete))
 
     def update(self, output: SchedulerOutput, seconds: float) -> None:
-        """The step has run: account for it and publish what it computed."""
+        """Account for a step that has run in `seconds`, and publish the blocks that it filled."""
         tokens_of: dict[RequestClass, int] = defaultdict(int)
         decoding = False
         for chunk in output.chunks:
@@ -180,7 +223,7 @@ class Scheduler:
             chunk.sequence.computed_tokens += chunk.num_tokens
 
     def _decode_chunks(self) -> list[Chunk]:
-        """One token for each answering sequence, lowest rank first."""
+        """Return a chunk of one token for each decoding sequence, smallest preemption key first."""
         chunks: list[Chunk] = []
         decoding = (sequence for sequence in self.running if sequence.decoding)
         for sequence in sorted(decoding, key=lambda sequence: sequence.blocks.preemption_key):
@@ -192,9 +235,9 @@ class Scheduler:
         return chunks
 
     def _queues(self) -> dict[RequestClass, list[Sequence]]:
-        """Who has prompt to compute, by class, the least work first.
+        """Return the sequences that have prompt to compute, by class, the least work first.
 
-        A sequence that others wait for is as urgent as the most urgent of them.
+        A sequence that others wait for counts in the most urgent class of them.
         """
         urgency: dict[SequenceBlocks, RequestClass] = {}
         for waiting in self.waiting:
@@ -216,9 +259,9 @@ class Scheduler:
         return queues
 
     def _turns(self, present: Iterable[RequestClass]) -> list[RequestClass]:
-        """The classes present, the one served least for its weight first."""
+        """Return the classes present, the one that was served least for its weight first."""
         present = set(present)
-        if present:  # who is away does not save up turns
+        if present:  # a class that is absent does not save up turns
             least = min(self._served[c] for c in present)
             for request_class in set(RequestClass) - present:
                 self._served[request_class] = max(self._served[request_class], least)
@@ -254,7 +297,7 @@ class Scheduler:
         return True
 
     def _allocate(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Pages for the next tokens, if need be from sequences of higher rank."""
+        """Allocate pages for the next tokens, preempting sequences with larger keys if need be."""
         while not self._cache.allocate(sequence.blocks, num_tokens):
             victim = max(self.running, key=lambda running: running.blocks.preemption_key)
             if victim.blocks.preemption_key <= sequence.blocks.preemption_key:
@@ -263,7 +306,7 @@ class Scheduler:
         return True
 
     def preempt(self, sequence: Sequence) -> None:
-        """A running sequence gives its memory back and waits to be admitted again."""
+        """Free the memory of a running sequence, which then waits to be admitted again."""
         self.running.remove(sequence)
         self._cache.release(sequence.blocks)
         sequence.state = SequenceState.WAITING

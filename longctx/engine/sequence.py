@@ -1,4 +1,4 @@
-"""How far a request has come: one `Sequence` for each of its choices."""
+"""Says how far a request has come: there is one `Sequence` for each of its choices."""
 
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -10,6 +10,8 @@ from longctx.text.detokenizer import TextStream
 
 
 class SequenceState(Enum):
+    """Where a sequence is: it waits, runs, may be preempted to wait again, and finishes once."""
+
     WAITING = "waiting"  # holds no memory; also after a preemption
     RUNNING = "running"
     FINISHED = "finished"
@@ -32,7 +34,7 @@ class Sequence:
     seed: int
     text: TextStream
     blocks: SequenceBlocks
-    linked_tokens: int = 0  # of what it borrows: computed in context all the same
+    linked_tokens: int = 0  # of the parts that it reuses, those computed in context
     state: SequenceState = SequenceState.WAITING
     cached_tokens: int | None = None  # prompt tokens that were found when it was first admitted
     computed_tokens: int = 0  # tokens really computed, again after preemptions too
@@ -42,16 +44,20 @@ class Sequence:
 
     @property
     def decoding(self) -> bool:
-        """Its prompt is computed and one sampled token is not: each step computes that one."""
+        """Whether its prompt is computed and only the token sampled last is not."""
         return self.blocks.computed >= self.blocks.prompt_tokens and self.blocks.remaining == 1
 
     @property
     def completion_tokens(self) -> int:
+        """Tokens that were sampled so far."""
         return len(self.blocks.tokens) - self.blocks.prompt_tokens
 
     @property
     def width(self) -> int:
-        """Sequences that this one is or is about to become: choices fork at the first token."""
+        """Sequences that this one is or will become, since choices fork at the first token.
+
+        With `n` = 4 the first choice counts as 4 until it has forked, then each counts as 1.
+        """
         return 1 if self.index or self.forked else self.request.sampling.n
 
     def prioritize(self, request_class: RequestClass) -> None:
@@ -61,7 +67,7 @@ class Sequence:
             self.blocks.preemption_key = preemption_key(self.request, self.arrival, self.index)
 
     def fork(self, index: int, text: TextStream) -> "Sequence":
-        """Another choice of the request, which continues from this one's tokens."""
+        """Make another choice of the request, which continues from this one's tokens."""
         return Sequence(
             request=self.request,
             index=index,
@@ -77,5 +83,5 @@ class Sequence:
 
 
 def preemption_key(request: Request, arrival: int, index: int) -> tuple[int, int, int]:
-    """Preemption priority; lower is kept. A total order: two sequences never preempt in turn."""
+    """Return the preemption priority; lower is kept. A total order: no two preempt in turn."""
     return (request.request_class, arrival, index)

@@ -122,7 +122,7 @@ def test_a_model_whose_keys_cannot_be_turned_uses_modules_where_they_were_encode
     request = prompt("q", reused("a"), reused("b", link=9), literal(5, 1, 300))
     engine.finish(request)
     assert_means(engine, DenseModel(folder), MODULES, request)
-    with pytest.raises(InvalidRequest, match="elsewhere than it was encoded"):
+    with pytest.raises(InvalidRequest, match="another position than it was encoded at"):
         engine.submit(prompt("moved", reused("a", position=1), literal(5, 1)))
     engine.assert_idle()
 
@@ -365,7 +365,7 @@ def test_what_cannot_be_is_refused(llama: Path) -> None:
         (InvalidRequest, "pieces 0 to 1, not 2", prompt("q", reused("b", 2), literal(1, 1))),
         (
             InvalidRequest,
-            "stand at position 100, but what stands before it ends at 213",
+            "begin at position 100, but what comes before it ends at 213",
             prompt("q", reused("c"), reused("b"), literal(1, 1)),
         ),
         (InvalidRequest, "alone", prompt("q", Segment(encodes="a"), literal(1, 1))),
