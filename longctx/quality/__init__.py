@@ -1,5 +1,6 @@
-"""What a codec costs a model: measured through the cache that serves, judged, remembered.
+"""Measures what a codec or a level of exactness costs a model, judges that, and remembers it.
 
 `texts` is what is read, `replay` computes it through real blocks, `measure` compares a codec's
-distributions with those of `raw`, `damage` sums that up, `gate` decides which codec is used.
+distributions with those of `raw`, `damage` sums that up, and `gate` decides which codec is used.
+`level_measure` and `level_gate` do the same for levels. `verdict` has the limits.
 """

@@ -1,4 +1,4 @@
-"""What a codec does to next-token distributions, summed up with its uncertainty."""
+"""Sums up what a codec or level does to next-token distributions, with its uncertainty."""
 
 from dataclasses import dataclass, field
 
@@ -8,21 +8,21 @@ from torch import Tensor
 
 from longctx.engine_info import Damage
 
-SPAN_ROWS = 16  # neighbouring rows are alike: they count as one observation
+SPAN_ROWS = 16  # neighboring rows are alike, so that many count as one observation
 
 
 @dataclass(slots=True)
 class DamageMeter:
-    """Collects rows, then gives their `Damage`."""
+    """Collects the rows of many sequences with `add`; `damage` sums them up."""
 
     _spans: list[Tensor] = field(default_factory=list)  # each [rows, (kl, flip, nats, more nats)]
 
     def add(self, rows: Tensor) -> None:
-        """Consecutive rows of one sequence, as `compare` gives them: [rows, 4]."""
+        """Add consecutive rows of one sequence, [rows, 4], as `compare` returns them."""
         self._spans += torch.split(rows, SPAN_ROWS)
 
     def damage(self) -> Damage | None:
-        """None with fewer spans than an interval needs."""
+        """Return the means with their errors; None with fewer than two spans, too few for these."""
         if len(self._spans) < 2:
             return None
         rows = torch.cat(self._spans)
@@ -40,7 +40,7 @@ class DamageMeter:
         )
 
     def _errors(self, means: Tensor, rows: int) -> list[float]:
-        """1.96 cluster-robust standard errors, a span being a cluster."""
+        """Return 1.96 cluster-robust standard errors of each mean, where each span is a cluster."""
         count = len(self._spans)
         sums = torch.stack([(span - means).sum(0) for span in self._spans])
         variance = sums.square().sum(0) * count / (count - 1)
@@ -49,7 +49,11 @@ class DamageMeter:
 
 
 def compare(reference: Tensor, changed: Tensor, targets: Tensor) -> Tensor:
-    """[rows, (KL, whether the likeliest token changed, nats of the target, how many more)]."""
+    """Compare the logits [rows, vocab] of the same rows, without and with what is measured.
+
+    Returns [rows, 4]: the KL divergence from `reference` to `changed`, 1 where the likeliest token
+    changed, the nats that the target costs in `reference`, and how many more in `changed`.
+    """
     reference, changed = (each.float().log_softmax(-1) for each in (reference, changed))
     kl = F.kl_div(changed, reference, log_target=True, reduction="none").sum(-1).clamp_min(0)
     flips = (reference.argmax(-1) != changed.argmax(-1)).float()

@@ -1,8 +1,8 @@
-"""Which codec stores a model's KV: the gate that a lossy one has to pass, and what it decided.
+"""Chooses the codec that stores a model's KV; a lossy one has to pass the gate.
 
-A codec is measured once per model, judged by fixed limits, and the figures are kept on disk under
-everything that they depend on. `auto` takes the first of AUTO that passes, else `raw`; a codec
-that was asked for and fails is refused, unless it is forced. Read `choose_codec`.
+A codec is measured once per model and judged by fixed limits, and the measurements are kept on disk
+under everything that they depend on. `auto` takes the first of AUTO that passes, else `raw`. A
+codec that was asked for and fails is refused, unless it is forced. Read `choose_codec`.
 """
 
 from collections.abc import Iterator
@@ -37,9 +37,9 @@ def choose_codec(
     cache_dir: Path | None,
     workload: Workload = AT_START,
 ) -> CodecChoice:
-    """The codec to serve with. Raises ModelRefused for one that was asked for and fails.
+    """Return the codec to serve with. Raises ModelRefused for one that was asked for and fails.
 
-    `cache_dir` keeps figures between starts; None: they are taken each time.
+    `cache_dir` keeps measurements between starts; with None codecs are measured each time.
     """
     spec = model.spec
     gate = Gate(model, tokenizer, backend, cache_dir, workload)
@@ -88,7 +88,11 @@ def _automatic(gate: "Gate", spec: ModelSpec) -> CodecChoice:
 
 
 class Gate:
-    """Measures codecs on one model, or remembers that it did."""
+    """Judges codecs on one model by what was measured, now or at an earlier start.
+
+    `verdict` takes seconds where it has to measure, and then computes with the model, so nothing
+    else may use it meanwhile. `choose_codec` is its only caller, before an engine is made.
+    """
 
     def __init__(
         self,
@@ -105,9 +109,11 @@ class Gate:
         self._cache_dir = cache_dir
 
     def is_lossless(self, name: str) -> bool:
+        """Whether the codec gives back what it stored, bit for bit, so needs no measurement."""
         return all(codec.lossless for codec in codecs_of(self._model.spec, name))
 
     def verdict(self, name: str) -> Verdict:
+        """Return what the gate says of a codec, after measuring it if that was not done yet."""
         cache = self._cache_of(name)
         measured = cache.load()
         if measured is None:
@@ -123,7 +129,7 @@ class Gate:
         return judge_codec(self._model.spec, name, measured)
 
     def _cache_of(self, name: str) -> MeasurementCache:
-        """Another model, type, codec or program has other figures."""
+        """Return the cache entry of a codec; another model, dtype, codec or program has another."""
         spec = self._model.spec
         versions = {(codec.name, codec.version) for codec in codecs_of(spec, name)}
         return MeasurementCache(
@@ -139,13 +145,13 @@ class Gate:
 
 
 def codecs_of(spec: ModelSpec, name: str) -> Iterator[Codec]:
-    """The codec for each distinct layer. Raises ShapeRefused."""
+    """Yield the codec of each distinct shape of layers. Raises ShapeRefused."""
     for kv_heads, head_dim in {(layer.kv_heads, layer.head_dim) for layer in spec.layers}:
         yield CODECS[name](KVShape(kv_heads=kv_heads, head_dim=head_dim, dtype=spec.dtype))
 
 
 def refusal(spec: ModelSpec, name: str) -> str | None:
-    """Why the codec cannot store this model's heads; None if it can."""
+    """Return why the codec cannot store this model's heads; None if it can."""
     try:
         list(codecs_of(spec, name))
     except ShapeRefused as error:
@@ -154,11 +160,13 @@ def refusal(spec: ModelSpec, name: str) -> str | None:
 
 
 def bits_per_value(spec: ModelSpec, name: str) -> float:
+    """Return the bits that a codec stores for each key and value, with its scales and padding."""
     codecs = list(codecs_of(spec, name))
     stored = sum(codec.page_bytes for codec in codecs)
     return 8 * stored / sum(codec.shape.values_per_page for codec in codecs)
 
 
 def judge_codec(spec: ModelSpec, name: str, measured: Measured) -> Verdict:
+    """Judge what was measured of a codec by the limits of its width."""
     limits = LOSSLESS if bits_per_value(spec, name) >= 8 else NARROW
     return judge(name, measured, limits, vocab_size=spec.vocab_size)

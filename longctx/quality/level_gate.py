@@ -1,7 +1,8 @@
-"""Which levels of exactness a model stands: the gate of prompts that are made of modules.
+"""Says which levels of exactness a model tolerates, for prompts that are made of modules.
 
-`exact` needs no gate. Another level is measured when it is first asked for on a model, against
-fixed limits, and the figures are kept on disk like those of codecs. Read `judge_level`.
+The level `exact` needs no gate. Another level is measured when it is first asked for on a model,
+and judged by fixed limits; the measurements are kept on disk like those of codecs. Read
+`judge_level`.
 """
 
 from pathlib import Path
@@ -29,10 +30,10 @@ def judge_level(
     cache_dir: Path | None,
     workload: LevelWorkload = AT_FIRST_USE,
 ) -> LevelVerdict:
-    """What the gate says of a level on the engine's model, with the codec that it serves with.
+    """Return what the gate says of a level on the engine's model and codec.
 
-    Takes up to `workload.limit_seconds` and a little, the first time. `cache_dir` keeps figures
-    between starts; None: they are taken each time.
+    The first time this takes up to `workload.limit_seconds` and a little. `cache_dir` keeps
+    measurements between starts; with None levels are measured each time.
     """
     if level == EXACT:
         return LevelVerdict(level=level.name, passed=True, reason="it is exact")
@@ -43,7 +44,7 @@ def judge_level(
 def level_verdict(
     engine: Engine, level: Level, workload: LevelWorkload, *, cache_dir: Path | None
 ) -> Verdict:
-    """The same, with its figures."""
+    """Return the same verdict with what was measured."""
     spec, codec = engine.model.spec, engine.info.kv_codec
     shapes = (
         KVShape(kv_heads=layer.kv_heads, head_dim=layer.head_dim, dtype=spec.dtype)

@@ -1,10 +1,11 @@
-"""Levels of exactness against `exact`, teacher-forced: the same prompts through one engine.
+"""Measures levels of exactness against `exact`, teacher-forced: the same prompts in one engine.
 
 A prompt is what the chat template puts before a file, two modules (another text, and the beginning
 of this one), and then what is computed at every level: the rest of this text, a question, and the
-answer. With `exact` the model answers (drawn at temperature 1); the other levels read what it
+answer. With `exact` the model answers (sampled at temperature 1); the other levels read what it
 said. Two kinds of rows are compared, as for codecs: the rest of the text, and the model's own
-answer. Modules stand where they were encoded, as those of a schema do. Read `measure_levels`.
+answer. Modules are at the positions where they were encoded, as those of a schema are. Read
+`measure_levels`.
 """
 
 import time
@@ -47,7 +48,7 @@ class LevelWorkload:
 
 @dataclass(frozen=True, slots=True)
 class _Prompt:
-    """`text`: how many of the first tokens of `tail` are judged as text."""
+    """A prompt in its three parts; the first `text` tokens of `tail` are judged as text."""
 
     before: tuple[int, ...]
     modules: tuple[tuple[int, ...], ...]
@@ -63,10 +64,10 @@ def measure_levels(
     texts: Sequence[Text] = TEXTS,
     seed: int = 0,
 ) -> dict[Level, Measured]:
-    """What each of `levels` does to the model of an engine; another `seed`, other answers.
+    """Measure what each of `levels` does to the model of an engine.
 
-    The engine goes on with what it does afterwards: another one with the same model, codec and
-    backend is measured.
+    Another engine with the same model, codec and backend is measured, so the serving one is
+    undisturbed but for its time. Another `seed` lets the model give other answers.
     """
     began = time.monotonic()
     watched = _Watched(serving)
@@ -76,15 +77,15 @@ def measure_levels(
         sampling = SamplingParams(
             max_tokens=workload.own_tokens, temperature=1.0, seed=seed + number
         )
-        wanted = len(prompt.tail) if prompt.text else 1
-        exact, answer = watched.read(prompt, EXACT, (), sampling, tail_rows=wanted)
-        targets = torch.tensor((*prompt.tail, *answer)[len(prompt.tail) - wanted + 1 :])
+        tail_rows = len(prompt.tail) if prompt.text else 1
+        exact, answer = watched.read(prompt, EXACT, (), sampling, tail_rows=tail_rows)
+        targets = torch.tensor((*prompt.tail, *answer)[len(prompt.tail) - tail_rows + 1 :])
         for level in levels:
             once = replace(sampling, max_tokens=1)
-            found, _ = watched.read(prompt, level, answer[:-1], once, tail_rows=wanted)
+            found, _ = watched.read(prompt, level, answer[:-1], once, tail_rows=tail_rows)
             rows = compare(exact, found, targets.to(exact.device))
             text[level].add(rows[: max(0, prompt.text - 1)])
-            own[level].add(rows[wanted - 1 :])
+            own[level].add(rows[tail_rows - 1 :])
         late = workload.limit_seconds is not None
         if late and time.monotonic() - began > (workload.limit_seconds or 0):
             break
@@ -96,17 +97,17 @@ def measure_levels(
 
 
 def _prompts(engine: Engine, workload: LevelWorkload, texts: Sequence[Text]) -> Iterator[_Prompt]:
-    """Every text with its first question, then with its second; its text is judged once."""
+    """Yield every text with its first question, then with its second; a text is judged once."""
     tokenizer, max_context = engine.tokenizer, engine.info.max_context_tokens
     bodies = [tokenizer.encode(text.body) for text in texts]
     for number in range(max(len(text.questions) for text in texts)):
-        for place, text in enumerate(texts):
+        for index, text in enumerate(texts):
             if number >= len(text.questions):
                 continue
             before, after = frame_of(tokenizer, text, text.questions[number])
             room = max_context - len(before) - len(after) - workload.own_tokens
             module = min(workload.module_tokens, (room - workload.text_tokens) // 2)
-            body, other = bodies[place], bodies[place - 1]
+            body, other = bodies[index], bodies[index - 1]
             rest = body[module : module + workload.text_tokens]
             if module >= BLOCK_TOKENS and len(rest) > 1:
                 yield _Prompt(
@@ -118,7 +119,10 @@ def _prompts(engine: Engine, workload: LevelWorkload, texts: Sequence[Text]) -> 
 
 
 class _Watched:
-    """Another engine with the serving one's model: one prompt at a time, every logit kept."""
+    """Another engine with the serving one's model, which runs one prompt at a time.
+
+    Its runner keeps the logits of every row that is asked for.
+    """
 
     def __init__(self, serving: Engine) -> None:
         model, info = serving.model, serving.info
@@ -150,10 +154,11 @@ class _Watched:
         *,
         tail_rows: int,
     ) -> tuple[Tensor, list[int]]:
-        """Logits after each of the last `tail_rows` tokens of the prompt and each of the answer.
+        """Return logits [rows, vocab] and the sampled tokens.
 
-        Of the answer's tokens, those that are given and then those that are drawn, the last one
-        is only drawn, so it has none. Returns logits [rows, vocab], and what was drawn.
+        There is a row after each of the last `tail_rows` tokens of the prompt, and after each
+        token of the answer, first those given and then those sampled, but for the last one: it is
+        sampled and never computed.
         """
         self._asked += 1
         salt = level.name  # levels find nothing of each other
@@ -196,12 +201,13 @@ class _Watched:
 
 
 class _WatchedRunner(ModelRunner):
-    """Computes the logits of every row, and keeps those of the latest `rows` and some more."""
+    """Computes the logits of every row, and keeps those of at least the latest `rows`."""
 
     rows = 0
     seen: tuple[Tensor, ...] = ()  # [rows, vocab] of each step
 
     def watch(self, rows: int) -> None:
+        """Forget what was kept, and keep the latest `rows` from now on."""
         self.rows, self.seen = rows, ()
 
     def run(self, batch: Batch) -> Tensor:

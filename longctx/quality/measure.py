@@ -1,7 +1,7 @@
-"""Codecs against `raw`, teacher-forced: the same tokens through one cache of each.
+"""Measures codecs against `raw`, teacher-forced: the same tokens through one cache of each.
 
 Two kinds of rows are compared. *Text*: the built-in texts, computed in chunks as any document.
-*Own*: what the model goes on to say with raw KV (drawn at temperature 1, asked about the text
+*Own*: what the model goes on to say with raw KV (sampled at temperature 1, asked about the text
 where it has a chat template), computed token by token. Only rows that see a sealed block count:
 a row's own block is never encoded. Read `measure`.
 """
@@ -52,9 +52,10 @@ def measure(
     texts: Sequence[Text] = TEXTS,
     seed: int = 0,
 ) -> dict[str, Measured]:
-    """What each of `codecs` does to the model; another `seed`, other answers.
+    """Measure what each of `codecs` does to the model.
 
-    Raises ValueError where a codec cannot hold the model's heads.
+    Another `seed` lets the model give other answers. Raises ValueError where a codec cannot hold
+    the model's heads.
     """
     began = time.monotonic()
     prompts = list(_prompts(model, tokenizer, workload, texts))
@@ -82,7 +83,7 @@ def measure(
 
 @dataclass(frozen=True, slots=True)
 class _Prompt:
-    """`text`: the places whose tokens are judged as text."""
+    """A text with a question; `text` are the indices of the tokens that are judged as text."""
 
     token_ids: tuple[int, ...]
     text: range
@@ -91,9 +92,10 @@ class _Prompt:
 def _prompts(
     model: LoadedModel, tokenizer: Tokenizer, workload: Workload, texts: Sequence[Text]
 ) -> Iterator[_Prompt]:
-    """Every text with its first question, then with its second: each counts if time is short.
+    """Yield every text with its first question, then with its second.
 
-    A text is judged once, with its first question.
+    In that order each text counts even if time is short. A text is judged once, with its first
+    question.
     """
     for number in range(max(len(text.questions) for text in texts)):
         for text in texts:
@@ -111,16 +113,16 @@ def _prompts(
 def frame_of(
     tokenizer: Tokenizer, text: Text, question: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The tokens before and after the text: the question in the model's own form, if it has one."""
+    """Return the tokens before and after the text, by the chat template if there is one."""
     if tokenizer.has_chat_template:
         message = Message("user", (FilePart(text.title, text.title), question))
         try:
             segments = ChatPrompts(tokenizer).render([message])
         except InvalidRequest:  # the template wants another kind of conversation
             return _plain_frame(tokenizer)
-        place = next(i for i, segment in enumerate(segments) if segment.document_id is not None)
-        before = [token for segment in segments[:place] for token in segment.token_ids]
-        after = [token for segment in segments[place + 1 :] for token in segment.token_ids]
+        index = next(i for i, segment in enumerate(segments) if segment.document_id is not None)
+        before = [token for segment in segments[:index] for token in segment.token_ids]
+        after = [token for segment in segments[index + 1 :] for token in segment.token_ids]
         return tuple(before), tuple(after)
     return _plain_frame(tokenizer)
 
@@ -131,7 +133,11 @@ def _plain_frame(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]
 
 
 class _CodecComparison:
-    """The same sequences in one cache of each codec, in step."""
+    """The same sequences in one cache of each codec, computed side by side.
+
+    `read` takes prompts, one after the other; `answer` comes once, after them. `text` and `own`
+    then have what was measured of each codec.
+    """
 
     def __init__(
         self,
@@ -164,7 +170,7 @@ class _CodecComparison:
         self.own = {codec: DamageMeter() for codec in codecs}
 
     def read(self, prompt: _Prompt) -> None:
-        """Compute a prompt chunk by chunk in every cache."""
+        """Compute a prompt chunk by chunk in every cache, and compare the rows of its text."""
         sampling = SamplingParams(
             max_tokens=self._own_tokens, temperature=1.0, seed=self._seed + len(self._replays)
         )
@@ -191,7 +197,10 @@ class _CodecComparison:
         self._replays.append(replay)
 
     def answer(self, late: Callable[[], bool]) -> None:
-        """Let the model speak with raw KV, and the others compute what it said."""
+        """Let the model answer with raw KV while the other caches compute what it says.
+
+        Stops where `late()` says so, but not before there is enough for an interval.
+        """
         replays = self._replays
         for step in range(self._own_tokens):
             enough = step * len(self._replays) >= 2 * SPAN_ROWS  # for an interval
@@ -229,7 +238,7 @@ class _CodecComparison:
 
 
 class _PromptReplay:
-    """One prompt and its answer: a sequence per codec."""
+    """One prompt and its answer: the same tokens as a sequence in the cache of each codec."""
 
     def __init__(self, sequences: dict[str, EngineSequence]) -> None:
         self.sequences = sequences
@@ -238,13 +247,14 @@ class _PromptReplay:
         self.own: dict[str, list[Tensor]] = {}
 
     def append(self, token: int) -> None:
+        """Append a token that was sampled with raw KV to every codec's sequence."""
         self.raw.sampling.observe(token)
         for sequence in self.sequences.values():
             sequence.blocks.tokens.append(token)
 
 
 def _blocks(prompts: Sequence[_Prompt], own_tokens: int) -> int:
-    """Enough for all; what the prompts of a text share is left over."""
+    """Return enough blocks for all sequences; those that two prompts share are left over."""
     return sum((len(prompt.token_ids) + own_tokens) // BLOCK_TOKENS + 2 for prompt in prompts)
 
 

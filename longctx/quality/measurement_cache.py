@@ -1,4 +1,4 @@
-"""Figures that are kept between starts, each under everything that it depends on."""
+"""Keeps measurements between starts, each under everything that it depends on."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ from longctx.version import __version__
 
 
 def identity_of(spec: ModelSpec) -> tuple[str, ...]:
-    """What of a model and of this program figures depend on."""
+    """Return what measurements depend on of a model and of this program."""
     return (
         __version__,
         spec.fingerprint,
@@ -24,14 +24,15 @@ def identity_of(spec: ModelSpec) -> tuple[str, ...]:
 
 
 class MeasurementCache:
-    """One file in a folder of figures; without a folder nothing is remembered."""
+    """One measurement in a file of a folder; without a folder nothing is kept."""
 
     def __init__(self, cache_dir: Path | None, identity: tuple[object, ...]) -> None:
-        """`identity`: its `repr` says everything; another one is another file."""
+        """Name the file by the `repr` of `identity`, which has to say all that matters."""
         digest = hashlib.sha256(repr(identity).encode()).hexdigest()
         self._path = None if cache_dir is None else cache_dir / "quality" / f"{digest}.json"
 
     def load(self) -> Measured | None:
+        """Return what was measured at an earlier start; None where nothing readable is there."""
         try:
             if self._path is None:
                 return None
@@ -40,7 +41,7 @@ class MeasurementCache:
             return None
 
     def store(self, measured: Measured) -> None:
-        """What cannot be written is measured again another time."""
+        """Keep a measurement; where it cannot be written it is measured again at the next start."""
         if self._path is None:
             return
         try:

@@ -1,7 +1,7 @@
-"""Given tokens through the cache that serves: real blocks, sealed by a codec, and real attention.
+"""Computes given tokens through the cache that serves: blocks that a codec seals, real attention.
 
-Tokens come in chunks, long ones for a prompt and single ones for an answer. Unlike the engine's
-steps, these want the logits of every row.
+Tokens come in chunks, long ones for a prompt and single ones for an answer. Unlike a step of the
+engine, each returns the logits of every row.
 """
 
 from collections.abc import Sequence as Items
@@ -28,12 +28,17 @@ from longctx.text.detokenizer import TextStream
 from longctx.text.tokenizer import Tokenizer
 from offload.key import namespace
 
-# Nobody else sees these blocks
+# The blocks are in pools of their own, so one namespace does for all.
 OWN_SPACE = namespace(fingerprint="", dtype="", rope="", codec="", codec_version=0, salt="")
 
 
 class Replay:
-    """A model with a small cache of its own. Sequences share blocks as they do when it serves."""
+    """A model with a small cache, in which sequences share blocks as they do in an engine.
+
+    `admit` a prompt, `feed` it in chunks until nothing remains, then append a token to its
+    `blocks.tokens` and feed one token at a time. The pools are made for as many blocks and
+    sequences as were stated; more is an assertion. One thread makes all calls.
+    """
 
     def __init__(
         self,
@@ -46,7 +51,7 @@ class Replay:
         sequences: int,
         chunk_tokens: int,
     ) -> None:
-        """`blocks` that fit; `sequences` at once; at most `chunk_tokens` of one of them a time."""
+        """Make room for `blocks`, and for `sequences` that are fed `chunk_tokens` each at most."""
         spec = model.spec
         shapes = [
             KVShape(kv_heads=layer.kv_heads, head_dim=layer.head_dim, dtype=spec.dtype)
@@ -66,7 +71,7 @@ class Replay:
         self._admitted = 0
 
     def admit(self, token_ids: Items[int], sampling: SamplingParams) -> Sequence:
-        """A sequence that begins so; `computed` tokens of it were in the cache already."""
+        """Admit a prompt; the first `blocks.computed` tokens of it were in the cache already."""
         ids = np.array(token_ids, dtype=np.int32)
         segments = (Segment(token_ids=tuple(token_ids)),)
         seed = sampling.seed or 0
@@ -91,7 +96,7 @@ class Replay:
         return sequence
 
     def feed(self, sequences: Items[Sequence], num_tokens: int) -> Tensor:
-        """Compute the next `num_tokens` of each: logits [sequences * num_tokens, vocab]."""
+        """Compute the next `num_tokens` of each; return logits [sequences * num_tokens, vocab]."""
         for sequence in sequences:
             allocated = self._cache.allocate(sequence.blocks, num_tokens)
             assert allocated, "the pool was made for these sequences"

@@ -1,4 +1,4 @@
-"""What the quality gate reads: prose, code, a conversation and clauses that refer to each other.
+"""Holds what the gate reads: prose, code, a conversation and clauses that refer to each other.
 
 Each text is read as a document and is asked two questions; words, numbers and names come back in
 it, so that a model which copies from far back has something to copy.
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
+    """A text that is read as a document with this title, and what is asked about it."""
+
     title: str
     body: str
     questions: tuple[str, ...]

@@ -1,12 +1,11 @@
-"""What was measured of a codec or a level, against fixed limits."""
+"""Judges what was measured of a codec or a level by fixed limits."""
 
 import math
 from collections.abc import Iterator
 
 from longctx.engine_info import PARTS, Damage, Limits, Measured, Verdict
 
-MIN_ROWS = 16  # of a part, or it is not judged
-
+MIN_ROWS = 16  # a part with fewer rows is not judged
 
 # A codec that stores 8 bits and more per value has to be lossless in practice; a narrower one,
 # which nobody gets without asking for it, may cost about what weights of 5 bits do.
@@ -15,6 +14,11 @@ NARROW = Limits(kl=2e-2, flips=0.10, perplexity_rise=0.03)
 
 
 def judge(name: str, measured: Measured, limits: Limits, *, vocab_size: int) -> Verdict:
+    """Judge the parts that have enough rows, of a text only if the model predicts it at all.
+
+    A text that costs more nats per token than guessing among `vocab_size` tokens is foreign to the
+    model: what a codec does to such predictions says nothing.
+    """
     text, own = measured.text, measured.own
     foreign = text is not None and text.nats >= math.log(vocab_size)
     parts = {
@@ -34,7 +38,7 @@ def judge(name: str, measured: Measured, limits: Limits, *, vocab_size: int) -> 
 
 
 def _faults(part: str, damage: Damage, limits: Limits) -> Iterator[str]:
-    """Not-a-number is a fault: nothing is known to be within a limit then."""
+    """Yield what exceeds a limit; not-a-number does, since nothing is known to be within it."""
     where = PARTS[part]
     if not damage.kl + damage.kl_error <= limits.kl:
         yield (
