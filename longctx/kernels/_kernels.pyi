@@ -1,6 +1,7 @@
 """The compiled module of `csrc`. Addresses are plain numbers, and strides count values.
 
-Callers keep the memory alive whose address they pass. All but `Plan.add` and `layer` release the interpreter lock.
+Callers keep the memory alive whose address they pass. Calls that compute release the interpreter
+lock.
 """
 
 import numpy as np
