@@ -279,8 +279,8 @@ def test_an_unused_document_makes_room_for_a_prompt_that_needs_it(llama: Path) -
 def test_choices_share_the_prompt_and_each_equals_a_request_of_its_own(llama: Path) -> None:
     prompt = some_ids(300, 0)
     engine = build_engine(llama)
-    # A batch of three rounds otherwise than one row alone, so in a long answer some draw would fall
-    # on the edge between two tokens. 24 tokens seal a block on the way.
+    # A batch of three rounds otherwise than one row alone, so in a long answer some number would
+    # fall on the edge between two tokens. 24 tokens seal a block on the way.
     options = {"max_tokens": 24, "temperature": 1.0}
     engine.submit(ask("all", prompt, n=3, seed=5, **options))
     while len(engine.scheduler.running) < 3:

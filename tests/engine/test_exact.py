@@ -124,10 +124,10 @@ def test_questions_on_documents_equal_eager(architecture: str, model_folders: Mo
 
 # -- every codec: the way to a result does not show in it ---------------------------------------
 
-# Name -> (tokens per step, prompt tokens computed before, lengths of neighbours, blocks that fit)
+# Name -> (tokens per step, prompt tokens computed before, lengths of neighbors, blocks that fit)
 WAYS: dict[str, tuple[int, int, tuple[int, ...], int]] = {
     "small chunks": (17, 0, (), 200),
-    "between neighbours": (64, 0, (50, 150), 200),
+    "between neighbors": (64, 0, (50, 150), 200),
     "after a shallow hit": (100, 64, (30,), 200),
     "after a deep hit": (512, 256, (), 200),
     "preempted": (64, 0, (250, 251), 12),
@@ -138,8 +138,8 @@ PROMPTS = 3
 def logits_by_way(
     folder: Path, codec: str, seed: int, way: tuple[int, int, tuple[int, ...], int]
 ) -> tuple[Tensor, list[int]]:
-    """Logits [draws, vocab] of one greedy answer, and its tokens."""
-    max_batch_tokens, hit, neighbours, pool_blocks = way
+    """Return the logits [sampled tokens, vocab] of one greedy answer, and its tokens."""
+    max_batch_tokens, hit, neighbors, pool_blocks = way
     engine = build_engine(
         folder,
         codec=codec,
@@ -151,7 +151,7 @@ def logits_by_way(
         engine.finish(ask("before", prompt[: hit + 1], max_tokens=0))
     rivals = [
         ask(f"rival {index}", some_ids(length, 50 + index), max_tokens=150)
-        for index, length in enumerate(neighbours)
+        for index, length in enumerate(neighbors)
     ]
     one = ask("one", prompt, max_tokens=30, request_class=RequestClass.BATCH)
     *_, answered = engine.finish(*rivals, one)
@@ -163,7 +163,7 @@ def logits_by_way(
 
 @pytest.mark.parametrize("codec", sorted(CODECS))
 def test_the_way_to_a_result_does_not_show_in_it(codec: str, llama: Path) -> None:
-    """Chunk size, hit depth, neighbours and preemption change float32's last bits at most.
+    """Chunk size, hit depth, neighbors and preemption change float32's last bits at most.
 
     With one exception: a key or value whose last bits differ may lie on the edge between two
     codes; among the 60,000 values of such a prompt a few do for bfloat16, and one now and then for
@@ -179,7 +179,7 @@ def test_the_way_to_a_result_does_not_show_in_it(codec: str, llama: Path) -> Non
         losses.append(float((rows[0] - exact[0]).abs().max()))
         for way in WAYS.values():
             other_rows, other_answer = logits_by_way(llama, codec, seed, way)
-            # As long as the same tokens were drawn, that is until two are equally good.
+            # As long as the same tokens were sampled, that is until two are equally good.
             pairs = zip(answer, other_answer, strict=True)
             same = 1 + sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
             differences.append(float((other_rows[:same] - rows[:same]).abs().max()))

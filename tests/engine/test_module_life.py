@@ -12,7 +12,7 @@ from tests.conftest import ModelFolders
 from tests.support.assembled import (
     MODULES,
     DenseModel,
-    assert_means,
+    assert_equals_dense_pass,
     encode,
     literal,
     prompt,
@@ -61,7 +61,9 @@ def test_fifty_requests_at_different_places_hold_one_copy(
     # Eight blocks of the module, and for each request the short one before it.
     assert held == 8 + 50, held
     engine.finish()
-    assert_means(engine, DenseModel(folder), modules, requests[0], requests[17], requests[49])
+    assert_equals_dense_pass(
+        engine, DenseModel(folder), modules, requests[0], requests[17], requests[49]
+    )
     engine.assert_idle()
 
 
@@ -70,7 +72,7 @@ def test_requests_that_need_the_same_module_wait_for_one_computation(llama: Path
     requests = [prompt(f"{i}", reused("d"), literal(1, i), max_tokens=1) for i in range(6)]
     engine.finish(*requests)
     assert engine.runner.computed_tokens == 128 + 6
-    assert_means(engine, DenseModel(llama), MODULES, *requests)
+    assert_equals_dense_pass(engine, DenseModel(llama), MODULES, *requests)
     engine.assert_idle()
 
 
@@ -79,7 +81,7 @@ def test_the_choices_of_a_request_share_what_it_borrows(llama: Path) -> None:
     request = prompt("p", reused("a"), literal(5, 1), reused("d"), literal(3, 2), n=3)
     (answered,) = engine.finish(request)
     assert answered.tokens[0] == answered.tokens[1] == answered.tokens[2]
-    assert_means(engine, DenseModel(llama), MODULES, request)
+    assert_equals_dense_pass(engine, DenseModel(llama), MODULES, request)
     engine.assert_idle()
 
 
@@ -110,7 +112,9 @@ def test_pieces_stand_in_any_order_and_place(
         with_modules(engine, MODULES)
         engine.finish(*requests)
         tolerance = 5e-4 if codec == "raw" else 0.7
-        assert_means(engine, DenseModel(folder), MODULES, *requests, tolerance=tolerance)
+        assert_equals_dense_pass(
+            engine, DenseModel(folder), MODULES, *requests, tolerance=tolerance
+        )
         engine.assert_idle()
 
 
@@ -121,7 +125,7 @@ def test_a_model_whose_keys_cannot_be_turned_uses_modules_where_they_were_encode
     engine = with_modules(build_engine(folder), MODULES)
     request = prompt("q", reused("a"), reused("b", link=9), literal(5, 1, 300))
     engine.finish(request)
-    assert_means(engine, DenseModel(folder), MODULES, request)
+    assert_equals_dense_pass(engine, DenseModel(folder), MODULES, request)
     with pytest.raises(InvalidRequest, match="another position than it was encoded at"):
         engine.submit(prompt("moved", reused("a", position=1), literal(5, 1)))
     engine.assert_idle()
@@ -147,11 +151,11 @@ def test_documents_are_reused_after_any_text_and_in_any_order(
     assert answered.counts.reused_tokens == (192 - 7) + (256 - 7) + 0
     assert engine.runner.computed_tokens - before == 556 - answered.counts.reused_tokens
     documents = {name: (opening, token_ids) for name, token_ids in texts.items()}
-    assert_means(engine, DenseModel(folder), {}, request, documents=documents)
+    assert_equals_dense_pass(engine, DenseModel(folder), {}, request, documents=documents)
     linked = [Segment(document_id=name, link_tokens=16) for name in ("z", "y")]
     request = prompt("linked", system, *linked, question)
     engine.finish(request)
-    assert_means(engine, DenseModel(folder), {}, request, documents=documents)
+    assert_equals_dense_pass(engine, DenseModel(folder), {}, request, documents=documents)
     engine.close_document("x")
     with pytest.raises(DocumentMissing, match="document x is not open"):
         engine.submit(prompt("gone", *reused, question))
@@ -196,7 +200,7 @@ def test_modules_come_back_from_disk(
     assert {state.tier for state in second.module_states(MODULES).values()} == {"disk"}
     second.finish(request)
     assert second.runner.computed_tokens == 4 + 5 + 3
-    assert_means(second, DenseModel(folder), MODULES, request)
+    assert_equals_dense_pass(second, DenseModel(folder), MODULES, request)
     assert second.module_states(["a"])["a"].hits == 1
     second.close(flush_seconds=10)
 
@@ -219,7 +223,7 @@ def test_evicted_modules_are_encoded_again(architecture: str, model_folders: Mod
     ]
     engine.finish(*requests)
     assert engine.cache.resident_prefixes.freed > 0, "the pool is too large to show anything"
-    assert_means(engine, DenseModel(folder), modules, *requests)
+    assert_equals_dense_pass(engine, DenseModel(folder), modules, *requests)
     engine.assert_idle()
 
 
@@ -241,7 +245,7 @@ def test_preemption_changes_nothing(architecture: str, model_folders: ModelFolde
     ]
     engine.finish(*requests)
     assert engine.preemptions > 0, "the pool is too large to show anything"
-    assert_means(engine, DenseModel(folder), MODULES, *requests)
+    assert_equals_dense_pass(engine, DenseModel(folder), MODULES, *requests)
     engine.assert_idle()
 
 
@@ -270,7 +274,7 @@ def test_modules_that_do_not_fit_together_come_from_disk_by_turns(
     # The linked beginning of the last one is that of the second.
     assert engine.runner.computed_tokens - before == 8 * 5 + 3 * 16
     assert engine.stats()["disk_hits_total"] > 0
-    assert_means(engine, DenseModel(folder), modules, *requests)
+    assert_equals_dense_pass(engine, DenseModel(folder), modules, *requests)
     while engine.has_transfers:
         engine.step()
     engine.assert_idle()
@@ -290,7 +294,7 @@ def test_a_module_whose_file_is_gone_is_encoded_again(
     second = with_modules(durable_engine(folder, tmp_path), MODULES)
     request = prompt("q", reused("a"), reused("d"), literal(5, 2))
     second.finish(encode("a"), request)
-    assert_means(second, DenseModel(folder), MODULES, request)
+    assert_equals_dense_pass(second, DenseModel(folder), MODULES, request)
     second.close(flush_seconds=10)
 
 
@@ -325,7 +329,7 @@ def test_a_module_that_is_closed_serves_those_who_have_it(llama: Path) -> None:
     with pytest.raises(DocumentMissing, match="module a is not open"):
         engine.submit(prompt("late", reused("a"), literal(5, 1)))
     engine.finish()
-    assert_means(engine, DenseModel(llama), MODULES, request)
+    assert_equals_dense_pass(engine, DenseModel(llama), MODULES, request)
     engine.assert_idle()
 
 
@@ -350,7 +354,7 @@ def test_a_module_that_says_something_else_now_is_not_confused_with_the_old_one(
     with_modules(engine, new)
     request = prompt("new", reused("a"), literal(5, 1))
     engine.finish(request)
-    assert_means(engine, DenseModel(llama), new, request)
+    assert_equals_dense_pass(engine, DenseModel(llama), new, request)
     engine.assert_idle()
 
 
@@ -396,5 +400,5 @@ def test_many_who_want_different_modules_do_not_take_them_from_each_other(llama:
     answered = engine.finish(*requests)
     assert all(each.reason is FinishReason.LENGTH for each in answered)
     assert engine.runner.computed_tokens < 3 * 10 * 2 * 180
-    assert_means(engine, DenseModel(llama), modules, requests[3], requests[9])
+    assert_equals_dense_pass(engine, DenseModel(llama), modules, requests[3], requests[9])
     engine.assert_idle()

@@ -1,4 +1,4 @@
-"""The embedded retrieval model finds facts in modules, wherever they stand and whatever the level.
+"""The embedded retrieval model finds facts in modules, at whatever position and level.
 
 It has layers with a window and layers without positions beside rotary ones, so all kinds of layers
 take part.

@@ -1,4 +1,4 @@
-"""Modules and prompts made of them: what they mean, whatever the model, level or neighbour."""
+"""Modules and prompts made of them: what they mean, whatever the model, level or neighbor."""
 
 import itertools
 from dataclasses import replace
@@ -14,7 +14,7 @@ from tests.conftest import ModelFolders
 from tests.support.assembled import (
     MODULES,
     DenseModel,
-    assert_means,
+    assert_equals_dense_pass,
     encode,
     literal,
     prompt,
@@ -47,7 +47,7 @@ def test_text_with_gaps_and_cuts_equals_a_dense_pass_at_these_positions(
     for max_batch_tokens in (17, 96, 512):
         engine = build_engine(folder, backend=backend, max_batch_tokens=max_batch_tokens)
         engine.finish(*requests)
-        assert_means(engine, model, {}, *requests)
+        assert_equals_dense_pass(engine, model, {}, *requests)
         engine.assert_idle()
 
 
@@ -87,12 +87,12 @@ def test_assembled_prompts_equal_a_dense_pass(
         engine = with_modules(build_engine(folder, max_batch_tokens=max_batch_tokens), MODULES)
         engine.finish(encode("a"), encode("b"))
         engine.finish(*requests)
-        assert_means(engine, model, MODULES, *requests)
+        assert_equals_dense_pass(engine, model, MODULES, *requests)
         engine.assert_idle()
 
 
 def logits_of(engine: RecordedEngine, *requests: Request) -> list[list[torch.Tensor]]:
-    """All rows that each request drew from, in order."""
+    """Return all rows of logits that each request sampled from, in order."""
     engine.finish(*requests)
     assert not any(engine.answered[request.request_id].errors for request in requests)
     return [
@@ -154,9 +154,9 @@ def test_a_scaffold_is_its_members_encoded_together(
     ]
     with_modules(engine, {"scaffold": members})
     question = literal(11, 4)
-    borrowing, computing = logits_of(
+    reusing, computing = logits_of(
         engine,
-        prompt("borrowing", *(reused("scaffold", i) for i in range(3)), question),
+        prompt("reusing", *(reused("scaffold", i) for i in range(3)), question),
         prompt(
             "computing",
             *(reused("scaffold", i, link=None) for i in range(3)),
@@ -164,11 +164,11 @@ def test_a_scaffold_is_its_members_encoded_together(
             salt="apart",
         ),
     )
-    assert_equal_rows(borrowing, computing, 1e-4)
-    assert engine.answered["borrowing"].counts.cached_tokens == 194
+    assert_equal_rows(reusing, computing, 1e-4)
+    assert engine.answered["reusing"].counts.cached_tokens == 194
 
 
-def test_borrowing_computes_only_what_is_new(llama: Path) -> None:
+def test_reuse_computes_only_what_is_new(llama: Path) -> None:
     engine = with_modules(build_engine(llama), MODULES)
     engine.finish(encode("a"), encode("b"))
     before = engine.runner.computed_tokens
@@ -183,7 +183,7 @@ def test_borrowing_computes_only_what_is_new(llama: Path) -> None:
     assert answered.progress[-1].processed == answered.progress[-1].total == 172
 
 
-def test_an_explanation_tells_what_is_borrowed_from_what_is_computed(llama: Path) -> None:
+def test_an_explanation_tells_what_is_reused_from_what_is_computed(llama: Path) -> None:
     engine = with_modules(build_engine(llama), MODULES)
     segments = reused("a", link=16), reused("d"), literal(70, 1)
     explanations = []
@@ -210,7 +210,7 @@ def test_a_module_that_was_never_encoded_is_encoded_when_it_is_needed(llama: Pat
     engine = with_modules(build_engine(llama), MODULES)
     request = prompt("p", reused("a"), reused("d"), literal(7, 1))
     engine.finish(request)
-    assert_means(engine, DenseModel(llama), MODULES, request)
+    assert_equals_dense_pass(engine, DenseModel(llama), MODULES, request)
     assert set(engine.answered) == {"p"}, "the engine's own requests are nobody's business"
 
 
@@ -269,7 +269,7 @@ def test_any_prompt_of_any_modules_equals_a_dense_pass(
         for engine in engines:
             with_modules(engine, modules)
             engine.finish(request)
-            assert_means(engine, model, modules, request, tolerance=5e-4)
+            assert_equals_dense_pass(engine, model, modules, request, tolerance=5e-4)
             for module_id in modules:
                 engine.close_module(module_id)
 
@@ -297,13 +297,13 @@ def test_what_follows_equal_modules_is_shared_only_after_equal_beginnings(llama:
     for request in requests:
         (answered,) = engine.finish(request)
         assert answered.counts.cached_tokens == answered.counts.reused_tokens, request.request_id
-    assert_means(engine, model, MODULES, *requests)
+    assert_equals_dense_pass(engine, model, MODULES, *requests)
     engine.logits.clear()
     again = [prompt(f"{request.request_id} again", *request.segments) for request in requests]
     for request, answered in zip(again, engine.finish(*again), strict=True):
         found = answered.counts.cached_tokens - answered.counts.reused_tokens
         assert found >= 128, request.request_id
-    assert_means(engine, model, MODULES, *again)
+    assert_equals_dense_pass(engine, model, MODULES, *again)
     engine.assert_idle()
 
 
@@ -320,13 +320,13 @@ def test_a_plain_hash_chain_would_have_served_wrong_blocks(
     wrong = prompt("after c", reused("c"), reused("d"), tail)
     engine.finish(wrong)
     with pytest.raises(AssertionError):
-        assert_means(engine, DenseModel(llama), MODULES, wrong)
+        assert_equals_dense_pass(engine, DenseModel(llama), MODULES, wrong)
 
 
 def test_what_a_module_leaves_is_the_ordinary_prefix_where_nothing_differs(llama: Path) -> None:
     engine = with_modules(build_engine(llama), MODULES)
     tail = literal(130, 1)
-    engine.finish(prompt("borrowed", reused("a"), tail))
+    engine.finish(prompt("reused", reused("a"), tail))
     (exact,) = engine.finish(prompt("exact", reused("a", link=None), tail))
     assert exact.counts.cached_tokens == 100 + 128
 

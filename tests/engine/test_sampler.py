@@ -1,4 +1,4 @@
-"""Each law of sampling against an obvious twin, and what a draw must not depend on."""
+"""Each law of sampling against an obvious twin, and what a sampled token must not depend on."""
 
 import math
 from typing import Any
@@ -35,7 +35,7 @@ def state_of(
     )
 
 
-def draw_one(logits: torch.Tensor, state: SamplingState) -> int:
+def sample_one(logits: torch.Tensor, state: SamplingState) -> int:
     (token,) = sample(logits[None], [state])
     assert isinstance(token, int)
     return token
@@ -44,7 +44,7 @@ def draw_one(logits: torch.Tensor, state: SamplingState) -> int:
 def slow_shares(
     logits: list[float], params: SamplingParams, prompt: list[int], output: list[int]
 ) -> list[float]:
-    """The distribution that one row is drawn from, by the letter, without normalization."""
+    """Return the distribution that one row is sampled from, by the letter, not normalized."""
     scores = np.array(logits, dtype=np.float32)
     for token, bias in params.logit_bias.items():
         scores[token] += np.float32(bias)
@@ -123,9 +123,11 @@ def test_every_law_equals_its_slow_twin_in_any_mixture_of_rows(rows: list[Any]) 
         states.append(state)
     logits = torch.tensor([row[0] for row in rows], dtype=torch.float32)
     before = logits.clone()
-    drawn = sample(logits, states)
+    sampled = sample(logits, states)
     assert torch.equal(logits, before)
-    for token, state, (scores, params, prompt, output, _) in zip(drawn, states, rows, strict=True):
+    for token, state, (scores, params, prompt, output, _) in zip(
+        sampled, states, rows, strict=True
+    ):
         shares = slow_shares(scores, params, prompt, output)
         assert token == slow_draw(shares, state.uniform())
 
@@ -153,18 +155,18 @@ def test_filters_that_keep_many_tokens_equal_their_slow_twin(params: SamplingPar
     assert sample(rows, states) == expected
 
 
-def test_draws_follow_the_distribution() -> None:
+def test_samples_follow_the_distribution() -> None:
     params = SamplingParams(temperature=0.8, top_p=0.95)
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(1))
     shares = np.array(slow_shares(logits.tolist(), params, [], []))
-    draws = 20_000
+    samples = 20_000
     found = np.zeros(VOCAB)
     for seed in range(4):
-        states = [state_of(params, seed=seed * 100_000 + row) for row in range(draws // 4)]
-        for token in sample(logits.expand(draws // 4, VOCAB), states):
+        states = [state_of(params, seed=seed * 100_000 + row) for row in range(samples // 4)]
+        for token in sample(logits.expand(samples // 4, VOCAB), states):
             assert isinstance(token, int)
             found[token] += 1
-    expected = shares / shares.sum() * draws
+    expected = shares / shares.sum() * samples
     kept = expected > 0
     assert found[~kept].sum() == 0
     chi_square = ((found - expected)[kept] ** 2 / expected[kept]).sum()
@@ -190,18 +192,18 @@ def test_a_seed_repeats_and_another_seed_differs() -> None:
 
     def text(seed: int) -> list[int]:
         state = state_of(SamplingParams(), seed=seed)
-        drawn = []
+        sampled = []
         for _ in range(20):
-            drawn.append(draw_one(logits, state))
-            state.observe(drawn[-1])
-        return drawn
+            sampled.append(sample_one(logits, state))
+            state.observe(sampled[-1])
+        return sampled
 
     assert text(5) == text(5)
     assert text(5) != text(6)
     assert text(-1) == text(-1)
 
 
-def test_neighbours_and_their_order_change_nothing() -> None:
+def test_neighbors_and_their_order_change_nothing() -> None:
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(40, 3000, generator=generator)
     choices = [
@@ -217,7 +219,7 @@ def test_neighbours_and_their_order_change_nothing() -> None:
 
     together = sample(logits, states())
     backwards = sample(logits.flip(0), states()[::-1])[::-1]
-    alone = [draw_one(row, state) for row, state in zip(logits, states(), strict=True)]
+    alone = [sample_one(row, state) for row, state in zip(logits, states(), strict=True)]
     assert together == backwards == alone
 
 
@@ -225,34 +227,34 @@ def test_a_fork_keeps_the_past_and_goes_its_own_way() -> None:
     params = SamplingParams(temperature=0.0, frequency_penalty=2.0, repetition_penalty=1.1)
     parent = state_of(params, seed=1, prompt=[3])
     logits = torch.linspace(1.0, 2.0, VOCAB)
-    first = draw_one(logits, parent)
+    first = sample_one(logits, parent)
     parent.observe(first)
-    assert draw_one(logits, parent) != first
+    assert sample_one(logits, parent) != first
     child = parent.fork(2)
     assert child.step == parent.step == 1
     assert child.uniform() != parent.uniform()
     for _ in range(3):
-        parent.observe(draw_one(logits, parent))
-    assert draw_one(logits, child) == VOCAB - 2  # only `first` counts against it
+        parent.observe(sample_one(logits, parent))
+    assert sample_one(logits, child) == VOCAB - 2  # only `first` counts against it
 
 
 def test_equal_logits_give_the_smallest_id() -> None:
     greedy = state_of(SamplingParams(temperature=0.0))
-    assert draw_one(torch.tensor([1.0, 4.0, 4.0, 4.0]), greedy) == 1
+    assert sample_one(torch.tensor([1.0, 4.0, 4.0, 4.0]), greedy) == 1
     narrow = state_of(SamplingParams(top_p=0.01))
-    assert draw_one(torch.tensor([1.0, 4.0, 4.0, 4.0]), narrow) == 1
+    assert sample_one(torch.tensor([1.0, 4.0, 4.0, 4.0]), narrow) == 1
 
 
-def test_a_forbidden_token_is_never_drawn() -> None:
+def test_a_forbidden_token_is_never_sampled() -> None:
     logits = torch.full((8,), float("-inf"))
     logits[5] = -3.0
     for seed in range(20):
-        assert draw_one(logits, state_of(SamplingParams(temperature=100.0), seed=seed)) == 5
+        assert sample_one(logits, state_of(SamplingParams(temperature=100.0), seed=seed)) == 5
 
 
 def test_a_tiny_temperature_is_greedy_without_overflow() -> None:
     logits = torch.tensor([1e4, 1.0001e4, -1e30])
-    assert draw_one(logits, state_of(SamplingParams(temperature=1e-12))) == 1
+    assert sample_one(logits, state_of(SamplingParams(temperature=1e-12))) == 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -297,5 +299,5 @@ def test_the_prompt_is_read_once() -> None:
     logits = torch.zeros(VOCAB)
     logits[4], logits[9], logits[11] = 1.9, 1.5, 1.0
     for _ in range(3):
-        assert draw_one(logits, state) == 11
+        assert sample_one(logits, state) == 11
     assert reads == [1]

@@ -1,4 +1,4 @@
-"""Answers flow, prompts take turns, memory goes to who came first, and nobody waits for ever."""
+"""Decoding goes on, prompts take turns, memory goes to who came first, and nobody waits forever."""
 
 import math
 from pathlib import Path
@@ -26,7 +26,7 @@ def tokens_in(output: SchedulerOutput, sequence: Sequence) -> int:
     return sum(chunk.num_tokens for chunk in output.chunks if chunk.sequence is sequence)
 
 
-def test_answers_come_first_and_prompts_share_the_rest(tokenizer: Tokenizer) -> None:
+def test_decoding_comes_first_and_prompts_share_the_rest(tokenizer: Tokenizer) -> None:
     bench = Bench(tokenizer, bare_cache(blocks=100))
     answer = bench.add(numbers(10), max_tokens=50)
     bench.step()
@@ -45,7 +45,7 @@ def test_chunks_end_at_block_boundaries(tokenizer: Tokenizer) -> None:
         assert prompt.blocks.computed == computed or prompt.state is SequenceState.FINISHED
 
 
-def test_a_budget_below_a_block_still_moves(tokenizer: Tokenizer) -> None:
+def test_a_budget_below_a_block_still_progresses(tokenizer: Tokenizer) -> None:
     bench = Bench(tokenizer, bare_cache(blocks=20), batch_tokens=7, max_sequences=2)
     bench.add(numbers(150))
     bench.finish(steps=30)
@@ -95,7 +95,9 @@ def test_a_question_does_not_wait_behind_an_ingestion(tokenizer: Tokenizer) -> N
     assert question.state is SequenceState.FINISHED
 
 
-def test_an_ingestion_moves_under_constant_questions_and_answers(tokenizer: Tokenizer) -> None:
+def test_an_ingestion_progresses_beside_constant_questions_and_decoding(
+    tokenizer: Tokenizer,
+) -> None:
     bench = Bench(tokenizer, bare_cache(blocks=2000), seconds_of=seconds_by_tokens)
     ingestion = bench.add(numbers(5_000), request_class=INGEST)
     bench.add(numbers(5, 90_000), max_tokens=20_000)
@@ -112,7 +114,7 @@ def seconds_by_tokens(output: SchedulerOutput) -> float:
     return 0.01 + 0.001 * output.num_tokens
 
 
-def test_waiting_for_a_block_lends_its_computer_the_urgency(tokenizer: Tokenizer) -> None:
+def test_who_computes_a_block_is_as_urgent_as_those_who_wait_for_it(tokenizer: Tokenizer) -> None:
     bench = Bench(tokenizer, bare_cache(blocks=200))
     document = numbers(1000)
     ingestion = bench.add(document, request_class=INGEST, max_tokens=0)
@@ -146,7 +148,7 @@ def test_a_full_queue_refuses(tokenizer: Tokenizer) -> None:
 # -- memory -----------------------------------------------------------------------------------
 
 
-def test_the_youngest_of_the_lowest_class_gives_way(tokenizer: Tokenizer) -> None:
+def test_the_youngest_of_the_lowest_class_is_preempted_first(tokenizer: Tokenizer) -> None:
     bench = Bench(tokenizer, bare_cache(blocks=9), batch_tokens=512)
     assert bench.cache.memory.packed[0].capacity == 9  # the four need 12 at 192 tokens
     prompts = {
@@ -181,7 +183,7 @@ def test_the_youngest_of_the_lowest_class_gives_way(tokenizer: Tokenizer) -> Non
     ),
     pool_blocks=st.integers(11, 16),
 )
-def test_the_first_of_the_highest_class_never_gives_way_and_all_end(
+def test_the_first_of_the_highest_class_is_never_preempted_and_all_end(
     tokenizer: Tokenizer, prompts: list[tuple[int, int, RequestClass]], pool_blocks: int
 ) -> None:
     bench = Bench(tokenizer, bare_cache(blocks=pool_blocks))
@@ -234,7 +236,7 @@ def test_prompts_take_no_more_than_their_share_of_the_time(
     assert taken + chunk_seconds > 0.95 * total * chunk_seconds / cycle_seconds
 
 
-def test_an_ingestion_slows_running_answers_by_less_than_a_fifth(tokenizer: Tokenizer) -> None:
+def test_an_ingestion_slows_decoding_by_less_than_a_fifth(tokenizer: Tokenizer) -> None:
     bench = Bench(tokenizer, bare_cache(blocks=3000), seconds_of=seconds_by_tokens)
     answer = bench.add(numbers(5), max_tokens=100_000)
     for _ in range(50):
@@ -246,13 +248,13 @@ def test_an_ingestion_slows_running_answers_by_less_than_a_fifth(tokenizer: Toke
 
 
 def rate_of(bench: Bench, answer: Sequence) -> float:
-    began, drawn = bench.now, answer.completion_tokens
+    began, sampled = bench.now, answer.completion_tokens
     for _ in range(2000):
         bench.step()
-    return (answer.completion_tokens - drawn) / (bench.now - began)
+    return (answer.completion_tokens - sampled) / (bench.now - began)
 
 
-def test_without_answers_nothing_is_held_back(tokenizer: Tokenizer) -> None:
+def test_while_nothing_decodes_nothing_is_held_back(tokenizer: Tokenizer) -> None:
     bench = Bench(tokenizer, bare_cache(blocks=3000), seconds_of=seconds_by_tokens)
     bench.add(numbers(20_000), request_class=INGEST)
     assert all(bench.step().num_tokens == 128 for _ in range(100))

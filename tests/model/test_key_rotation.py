@@ -16,7 +16,7 @@ from longctx.model.loader import LoadedModel
 from tests.support.assembled import (
     MODULES,
     DenseModel,
-    assert_means,
+    assert_equals_dense_pass,
     literal,
     prompt,
     reused,
@@ -158,4 +158,4 @@ def test_modules_that_moved_far_equal_a_dense_pass(tmp_path: Path, name: str) ->
     engine = build_engine(tmp_path, codec="raw", max_batch_tokens=64)
     with_modules(engine, MODULES)
     engine.finish(*requests)
-    assert_means(engine, DenseModel(tmp_path), MODULES, *requests, tolerance=2e-3)
+    assert_equals_dense_pass(engine, DenseModel(tmp_path), MODULES, *requests, tolerance=2e-3)

@@ -136,7 +136,7 @@ def test_the_figures_are_those_of_their_definitions() -> None:
     assert damage.perplexity_rise == pytest.approx(float(more.exp()) - 1, rel=1e-4)
 
 
-def test_the_interval_knows_that_neighbours_are_alike() -> None:
+def test_the_interval_knows_that_neighbors_are_alike() -> None:
     torch.manual_seed(0)
     levels = torch.rand(400, 1).expand(400, 16).reshape(-1, 1)
     alike, independent = DamageMeter(), DamageMeter()

@@ -1,7 +1,7 @@
-"""What an assembly means, as plainly as it can be said: one dense mask, and transformers' own pass.
+"""Computes a prompt made of modules as plainly as can be: a dense mask and transformers' own pass.
 
 Every module is a chain of rows that see nothing but the rows before them in the module. A prompt is
-a chain too; its rows see the rows that it borrowed and its own, as far as they stand before them in
+a chain too; its rows see the rows that it reuses and its own, as far as they come before them in
 the prompt. All chains go through the model in one row, float32, eager.
 """
 
@@ -25,7 +25,7 @@ Pieces = Sequence[Piece]
 
 @dataclass
 class Rows:
-    """The rows of all chains: `seen[i]`, those before row i that it sees."""
+    """The rows of all chains; `seen[i]` are those before row i that it sees."""
 
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Rows:
 
 @dataclass
 class Assembled:
-    """`own`: the rows that the prompt computes, in order."""
+    """All rows of a prompt; `own` are those that the prompt computes, in order."""
 
     rows: Rows
     own: list[int]
@@ -52,9 +52,9 @@ def assembled(
     answer: Sequence[int] = (),
     documents: Mapping[str, tuple[Sequence[int], Sequence[int]]] = MappingProxyType({}),
 ) -> Assembled:
-    """The rows of one prompt and of what it borrows.
+    """Return the rows of one prompt and of what it reuses.
 
-    `documents`: the tokens that each was ingested after, and its own.
+    `documents` are the tokens that each was ingested after, and its own.
     """
     rows, own = Rows(), list[int]()
     visible: list[int] = []
@@ -104,7 +104,7 @@ def assembled(
 
 
 def _encode(rows: Rows, pieces: Pieces, shift: int) -> list[list[int]]:
-    """The rows of a module's pieces."""
+    """Add the rows of a module's pieces; return those of each piece."""
     seen: list[int] = []
     found = []
     for piece in pieces:
@@ -116,7 +116,7 @@ def _encode(rows: Rows, pieces: Pieces, shift: int) -> list[list[int]]:
 
 
 class DenseModel:
-    """transformers' own float32 forward pass under a mask that is written out."""
+    """Runs transformers' own float32 forward pass under a mask that is written out."""
 
     def __init__(self, folder: Path) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -126,7 +126,7 @@ class DenseModel:
         self._by_type = "causal_mask_mapping" in inspect.getsource(type(model.base_model).forward)
 
     def logits(self, rows: Rows) -> Tensor:
-        """[rows, vocab]."""
+        """Return logits [rows, vocab]."""
         count = len(rows.tokens)
         full = torch.full((count, count), torch.finfo(torch.float32).min)
         for row, seen in enumerate(rows.seen):
@@ -201,7 +201,7 @@ def with_modules(engine: RecordedEngine, modules: Mapping[str, Pieces]) -> Recor
     return engine
 
 
-def assert_means(
+def assert_equals_dense_pass(
     engine: RecordedEngine,
     model: DenseModel,
     modules: Mapping[str, Pieces],
@@ -209,14 +209,14 @@ def assert_means(
     tolerance: float = 2e-4,
     documents: Mapping[str, tuple[Sequence[int], Sequence[int]]] = MappingProxyType({}),
 ) -> None:
-    """All logits that the engine drew from equal those of the dense twin."""
+    """Assert that all logits that were sampled from equal those of the dense twin."""
     for request in requests:
         answer = engine.answered[request.request_id].answer
         assert not engine.answered[request.request_id].errors
         twin = assembled(request.segments, modules, answer, documents)
         rows = model.logits(twin.rows)[twin.own]
         sampled = engine.logits[request.request_id, 0]
-        assert sampled, "nothing was drawn"
+        assert sampled, "nothing was sampled"
         for own_tokens, row in sampled.items():
             difference = float((row - rows[own_tokens - 1]).abs().max())
             assert difference < tolerance, (request.request_id, own_tokens, difference)

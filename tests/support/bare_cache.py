@@ -1,4 +1,4 @@
-"""Pools, sequences and a scheduler without a model: steps that take the time they are told."""
+"""Makes pools, sequences and a scheduler without a model; steps take the time they are told."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ def window_of(tokens: int) -> LayerSpec:
 def bare_cache(
     *, blocks: int, layers: Sequence[LayerSpec] = (GLOBAL,), step_blocks: int = 16
 ) -> KVCacheManager:
-    """`blocks` fit into the global pool if all layers are global, fewer beside windows."""
+    """Make a cache; `blocks` fit into the global pool if all layers are global, fewer otherwise."""
     page_bytes = SHAPE.values_per_page * SHAPE.dtype.itemsize
     memory = KVMemory(
         layers,
@@ -50,7 +50,7 @@ def bare_cache(
 
 @dataclass
 class Bench:
-    """A scheduler whose steps compute nothing."""
+    """A scheduler whose steps compute nothing, and take `seconds_of` what they would compute."""
 
     tokenizer: Tokenizer
     cache: KVCacheManager
@@ -76,7 +76,7 @@ class Bench:
         max_tokens: int = 1,
         document: tuple[str, int] | None = None,
     ) -> EngineSequence:
-        """`document`: its id, and the prompt tokens up to its end."""
+        """Make a sequence; `document` is an id, and the prompt tokens up to the document's end."""
         arrival = next(self.arrivals)
         sampling = SamplingParams(max_tokens=max_tokens)
         tokens = TokenIds(np.array(token_ids, dtype=np.int32), [])
@@ -115,7 +115,7 @@ class Bench:
         return sequence
 
     def step(self) -> SchedulerOutput:
-        """Schedule, pass the time, draw token 7 for whoever draws, end whoever is done."""
+        """Schedule, pass the time, sample token 7 where a token is due, end what is done."""
         output = self.scheduler.schedule()
         seconds = self.seconds_of(output)
         self.now += seconds
@@ -142,5 +142,5 @@ def numbers(count: int, begin: int = 0) -> list[int]:
 
 
 def blocks(count: int, begin: int = 0) -> list[int]:
-    """Tokens of `count` full blocks."""
+    """Return the tokens of `count` full blocks."""
     return numbers(count * BLOCK_TOKENS, begin)

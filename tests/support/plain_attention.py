@@ -1,4 +1,4 @@
-"""Attention as plainly as it can be written, and the comparison of a loaded model with eager.
+"""Computes attention as plainly as can be, and compares a loaded model with eager.
 
 Everything is float32 and dense; the loop over sequences is what packing must equal.
 """
@@ -22,7 +22,7 @@ LENGTHS = (80, 23, 1, 40)  # packed; the longest exceeds the windows and the ori
 
 
 class PlainAttention:
-    """The whole of `lengths` packed sequences at once, float32, one loop per sequence."""
+    """Attends within `lengths` packed sequences, in float32, by one loop over the sequences."""
 
     def __init__(self, layers: Sequence[LayerSpec], lengths: list[int]) -> None:
         self._layers = layers

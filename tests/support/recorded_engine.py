@@ -1,7 +1,7 @@
-"""An engine whose logits are kept at the seam of the model runner, beside eager transformers.
+"""Runs an engine whose logits are kept, to compare them with those of eager transformers.
 
-The engine is the real one, step by step; only what `ModelRunner.run` returns is written down, with
-the choice and the number of tokens that it belongs to.
+The engine is the real one, step by step. Its runner is wrapped, and the logits that it returns are
+kept with the choice and the number of tokens that they belong to.
 """
 
 from collections import defaultdict
@@ -39,7 +39,7 @@ from tests.support.tiny_models import BASE, HEAD_DIM, VOCAB_SIZE
 
 @dataclass
 class Answered:
-    """Everything that one request brought about."""
+    """Everything that one request returned, checked to come in order."""
 
     tokens: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     texts: dict[int, str] = field(default_factory=lambda: defaultdict(str))
@@ -84,7 +84,7 @@ class Answered:
 class RecordingRunner:
     """A `Runner` that keeps the logits of every step, and fails when it is told to.
 
-    `logits[request_id, index][tokens]`: the row that followed the first `tokens` tokens.
+    `logits[request_id, index][tokens]` is the row that followed the first `tokens` tokens.
     """
 
     def __init__(self, runner: Runner) -> None:
@@ -132,7 +132,7 @@ class RecordedEngine(Engine):
         return self.scheduler.preemptions
 
     def tokens_of(self, name: tuple[str, int]) -> list[int]:
-        """Prompt and answer of one choice that has drawn at least once."""
+        """Return prompt and answer of a choice that has sampled at least once."""
         tokens = self.runner.texts_of[name]
         return [int(token) for token in tokens.slice(0, len(tokens))]
 
@@ -143,7 +143,7 @@ class RecordedEngine(Engine):
         return outputs
 
     def finish(self, *requests: Request, steps: int = 5000) -> list[Answered]:
-        """Submit, run until nothing is left, and what each brought about."""
+        """Submit requests and run until nothing is left; return what each of them returned."""
         for request in requests:
             self.submit(request)
         while self.has_work:
@@ -153,7 +153,7 @@ class RecordedEngine(Engine):
         return [self.answered[request.request_id] for request in requests]
 
     def assert_idle(self) -> None:
-        """Nothing runs, and no page is held once the prefixes are dropped."""
+        """Assert that nothing runs, and that no page is held once the prefixes are dropped."""
         assert not self.has_work
         while self.has_transfers:  # what is on its way to the disk is held until it is there
             self.step()
@@ -202,7 +202,7 @@ def build_engine(folder: Path, *, ranks: Ranks | None = None, **options: Any) ->
 def gib_of_blocks(
     blocks: int, layers: int = BASE["num_hidden_layers"], *, codec: str = "raw"
 ) -> float:
-    """`device_pool_gib` for so many blocks of a tiny float32 model without windows."""
+    """Return the `device_pool_gib` of so many blocks of a tiny float32 model without windows."""
     shape = KVShape(kv_heads=BASE["num_key_value_heads"], head_dim=HEAD_DIM, dtype=torch.float32)
     return (blocks + 1) * layers * CODECS[codec](shape).page_bytes / GIB
 
@@ -223,7 +223,7 @@ def ask(
     request_class: RequestClass = RequestClass.INTERACTIVE,
     ignore_eos: bool = True,
 ) -> Request:
-    """A request; a piece is literal token ids, or the name of a document."""
+    """Make a request; a piece is literal token ids, or the name of a document."""
     return Request(
         request_id=name,
         segments=tuple(
@@ -241,7 +241,7 @@ def ask(
 
 
 class Eager:
-    """transformers' own float32 forward pass; the same tokens are computed once."""
+    """Runs transformers' own float32 forward pass; the same tokens are computed once."""
 
     def __init__(self, folder: Path, **changes: Any) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -251,7 +251,7 @@ class Eager:
         self._rows: dict[tuple[int, ...], Tensor] = {}
 
     def rows(self, tokens: Sequence[int]) -> Tensor:
-        """Logits [tokens, vocab]."""
+        """Return logits [tokens, vocab]."""
         name = tuple(tokens)
         if name not in self._rows:
             with torch.inference_mode():
@@ -261,7 +261,7 @@ class Eager:
 
 
 def assert_equals_eager(engine: RecordedEngine, eager: Eager, tolerance: float = 1e-4) -> None:
-    """All logits that the engine drew from, and each greedy token unless two are as good."""
+    """Compare all logits that were sampled from, and greedy tokens unless two are as good."""
     assert engine.logits
     for name, sampled in engine.logits.items():
         tokens = engine.tokens_of(name)

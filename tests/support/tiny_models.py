@@ -1,7 +1,7 @@
-"""Tiny random Hugging Face folders, one per architecture, for tests that need no download.
+"""Writes tiny random Hugging Face folders, one per architecture, so that no test downloads.
 
-Weights are drawn with a standard deviation of 0.2: at the usual 0.02 attention is nearly uniform
-and a wrong key goes unnoticed.
+The weights have a standard deviation of 0.2: at the usual 0.02 attention is nearly uniform and a
+wrong key goes unnoticed.
 """
 
 from pathlib import Path
@@ -124,7 +124,7 @@ ROPE_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 def write_model(
     folder: Path, architecture: str = "llama", *, seed: int = 0, **overrides: Any
 ) -> Path:
-    """A float32 safetensors folder without a tokenizer; `overrides` replace configuration."""
+    """Write a float32 safetensors folder without a tokenizer; `overrides` go into its config."""
     config_class = CONFIG_MAPPING[architecture]
     derived = {name for name in BASE if isinstance(getattr(config_class, name, None), property)}
     base = {} if architecture == "gpt2" else {k: v for k, v in BASE.items() if k not in derived}

@@ -1,4 +1,4 @@
-"""A real Hugging Face tokenizer folder, small enough to be trained inside a test.
+"""Writes a real Hugging Face tokenizer folder, small enough to be trained inside a test.
 
 Byte-level BPE on a page of inline text: any Unicode string survives encode and decode. Training
 is deterministic and takes milliseconds, so two tests that ask for the same folder get the same ids.
@@ -32,8 +32,8 @@ DOCUMENTS_FIRST_TEMPLATE = """\
 {{- '<|assistant|>' }}
 {%- endif %}"""
 
-# As Llama 2's: the system prompt stands inside the first user turn, contents are trimmed, and turns
-# must alternate.
+# This is Llama 2's: the system prompt is inside the first user turn, contents are trimmed, and
+# turns must alternate.
 INST_TEMPLATE = """\
 {%- if messages[0]['role'] == 'system' %}
 {%- set system = '<<SYS>>\\n' + messages[0]['content'] | trim + '\\n<</SYS>>\\n\\n' %}
@@ -70,7 +70,7 @@ Größe, Übermut, façade, naïve, señor; das Wort für heute ist Straße. П�
 def write_tokenizer(
     folder: Path, *, vocab_size: int = 512, chat_template: str | None = PLAIN_TEMPLATE
 ) -> None:
-    """Writes `tokenizer.json`, its configuration and the template; at least 261 tokens.
+    """Write `tokenizer.json`, its configuration and the template; at least 261 tokens.
 
     Ids 0 to 4 are SPECIAL_TOKENS in their order; `<s>` is added by default in front of text.
     """
