@@ -237,7 +237,7 @@ class Engine:
         if any(len(family) > 1 for family in families):
             logits = logits[[row for row, family in enumerate(families) for _ in family]]
         members = [sequence for family in families for sequence in family]
-        tokens = sample(logits, [sequence.sampling for sequence in members])
+        tokens = sample(logits, [sequence.sampling_state for sequence in members])
         return list(zip(members, tokens, strict=True))
 
     def _fork(self, first: Sequence) -> list[Sequence]:
@@ -258,7 +258,7 @@ class Engine:
             return self._finish(sequence, FinishReason.ERROR, error=str(token))
         sampling = sequence.request.sampling
         sequence.blocks.tokens.append(token)
-        sequence.sampling.observe(token)
+        sequence.sampling_state.observe(token)
         if token in sampling.stop_token_ids:
             return self._finish(sequence, FinishReason.STOP, token=token, stop_reason=token)
         if token in self.tokenizer.eos_token_ids and not sampling.ignore_eos:

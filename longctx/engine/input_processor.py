@@ -141,7 +141,9 @@ class InputProcessor:
             index=0,
             arrival=self._arrivals,
             arrival_seconds=time.monotonic(),
-            sampling=SamplingState(sampling, seed=seed, prompt_token_ids=_prompt_token_ids(prompt)),
+            sampling_state=SamplingState(
+                sampling, seed=seed, prompt_token_ids=_prompt_token_ids(prompt)
+            ),
             seed=seed,
             text=TextStream(self._tokenizer, stop=sampling.stop),
             blocks=SequenceBlocks(

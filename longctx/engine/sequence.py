@@ -30,7 +30,7 @@ class Sequence:
     index: int  # which of the request's choices
     arrival: int  # order of submission; never changes, so preemption has a total order
     arrival_seconds: float
-    sampling: SamplingState
+    sampling_state: SamplingState
     seed: int
     text: TextStream
     blocks: SequenceBlocks
@@ -73,7 +73,7 @@ class Sequence:
             index=index,
             arrival=self.arrival,
             arrival_seconds=self.arrival_seconds,
-            sampling=self.sampling.fork(self.seed + index),
+            sampling_state=self.sampling_state.fork(self.seed + index),
             seed=self.seed + index,
             text=text,
             blocks=self.blocks.fork(preemption_key(self.request, self.arrival, index)),

@@ -207,7 +207,7 @@ class _CodecComparison:
             if not replays or (enough and late()):
                 break
             raw = torch.cat([replay.last[RAW] for replay in replays])
-            sampled = sample(raw, [replay.raw.sampling for replay in replays])
+            sampled = sample(raw, [replay.raw.sampling_state for replay in replays])
             tokens = [_token(draw) for draw in sampled]
             for codec in self._coded:
                 coded = torch.cat([replay.last[codec] for replay in replays])
@@ -248,7 +248,7 @@ class _PromptReplay:
 
     def append(self, token: int) -> None:
         """Append a token that was sampled with raw KV to every codec's sequence."""
-        self.raw.sampling.observe(token)
+        self.raw.sampling_state.observe(token)
         for sequence in self.sequences.values():
             sequence.blocks.tokens.append(token)
 

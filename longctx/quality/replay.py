@@ -81,7 +81,7 @@ class Replay:
             index=0,
             arrival=self._admitted,
             arrival_seconds=0.0,
-            sampling=SamplingState(sampling, seed=seed, prompt_token_ids=lambda: ids),
+            sampling_state=SamplingState(sampling, seed=seed, prompt_token_ids=lambda: ids),
             seed=seed,
             text=TextStream(self._tokenizer, stop=()),
             blocks=SequenceBlocks(

@@ -94,7 +94,7 @@ class Bench:
             index=0,
             arrival=arrival,
             arrival_seconds=self.now,
-            sampling=SamplingState(
+            sampling_state=SamplingState(
                 sampling, seed=0, prompt_token_ids=lambda: np.array(token_ids, dtype=np.int32)
             ),
             seed=0,
