@@ -14,32 +14,9 @@ from typing import Literal
 from longctx.config import CACHE_DIR, EngineConfig
 from longctx.engine_info import EngineInfo
 from longctx.errors import EngineDied, InvalidRequest, LongctxError
+from longctx.ipc import protocol
 from longctx.ipc.channel import HEADER, frame
-from longctx.ipc.protocol import (
-    Abort,
-    Clear,
-    CloseDocument,
-    CloseModule,
-    Command,
-    Done,
-    Durable,
-    Event,
-    GetModules,
-    GetStats,
-    Heartbeat,
-    JudgeLevel,
-    Loaded,
-    OpenDocument,
-    OpenModule,
-    Outputs,
-    RankJoined,
-    RanksLost,
-    Rejected,
-    Stop,
-    Submit,
-    decode_event,
-    encode,
-)
+from longctx.ipc.protocol import Command, Done, Event, decode_event, encode
 from longctx.process.launcher import EngineProcesses, engine_processes
 from longctx.request import (
     FinishReason,
@@ -60,6 +37,15 @@ State = Literal["starting", "ready", "restarting", "draining", "stopped"]
 
 
 class EngineClient:
+    """An engine in processes of its own, asked and outlived.
+
+    `start` first; then every question, in any order and at the same time; at the end `drain`
+    or `stop`. All of it belongs to one event loop: nothing here may be called from another
+    thread. A question that the engine's death interrupts raises EngineDied, or is a request whose
+    last output is an error; meanwhile another engine is started, of which `on_restart` is told:
+    it has none of the documents and modules that were opened.
+    """
+
     def __init__(
         self,
         config: EngineConfig,
@@ -96,7 +82,7 @@ class EngineClient:
         return self._info
 
     async def start(self) -> EngineInfo:
-        """Spawn the engine process and wait until its model is loaded.
+        """Start the engine's processes where nobody has, and wait until the model is loaded.
 
         Raises ModelRefused, or EngineDied if the process ends before it is ready.
         """
@@ -108,7 +94,7 @@ class EngineClient:
         return self.info
 
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
-        """The request's outputs; the last one is `finished`. Closing the iterator aborts it.
+        """Yields the request's outputs; the last one is `finished`. Closing the iterator aborts it.
 
         The first step raises InvalidRequest, ContextTooLong, DocumentMissing, Overloaded or
         EngineDied where the request cannot be taken.
@@ -120,7 +106,7 @@ class EngineClient:
         self._requests[request.request_id] = outputs
         over = False
         try:
-            self._send(Submit(request))
+            self._send(protocol.Submit(request))
             while not over:
                 output = await outputs.get()
                 if isinstance(output, LongctxError):
@@ -131,61 +117,64 @@ class EngineClient:
         finally:
             self._requests.pop(request.request_id, None)
             if not over:
-                self._send(Abort(request.request_id))
+                self._send(protocol.Abort(request.request_id))
 
     async def open_document(
         self, document_id: str, tokens: Path, *, keep: Request | None = None
     ) -> None:
         """Make a document known: `tokens` is a file of little-endian int32 ids, kept in place.
 
-        `keep`: as the `Engine`'s.
+        `keep` is that of `Engine.open_document`. Raises InvalidRequest where the file cannot be
+        read.
         """
-        await self._call(lambda ticket: OpenDocument(ticket, document_id, str(tokens), keep))
+        await self._call(
+            lambda ticket: protocol.OpenDocument(ticket, document_id, str(tokens), keep)
+        )
 
     async def close_document(self, document_id: str) -> None:
         """Forget a document and free the blocks that only it uses."""
         self.durable_tokens.pop(document_id, None)
-        await self._call(lambda ticket: CloseDocument(ticket, document_id))
+        await self._call(lambda ticket: protocol.CloseDocument(ticket, document_id))
 
     async def open_module(
         self, module_id: str, pieces: Sequence[Piece], *, keep: Request | None = None
     ) -> None:
-        """Make a module known; `keep`: as the `Engine`'s.
+        """Make a module known; `keep` is that of `Engine.open_module`.
 
         Raises InvalidRequest or ContextTooLong.
         """
-        await self._call(lambda ticket: OpenModule(ticket, module_id, tuple(pieces), keep))
+        await self._call(lambda ticket: protocol.OpenModule(ticket, module_id, tuple(pieces), keep))
 
     async def close_module(self, module_id: str) -> None:
         """Forget a module and free the blocks that only it uses."""
         self.durable_tokens.pop(module_id, None)
-        await self._call(lambda ticket: CloseModule(ticket, module_id))
+        await self._call(lambda ticket: protocol.CloseModule(ticket, module_id))
 
     async def module_states(self, module_ids: Sequence[str]) -> dict[str, ModuleState]:
-        """Of those that are open."""
-        done = await self._call(lambda ticket: GetModules(ticket, tuple(module_ids)))
+        """Returns the states of those modules that are open, by their ids."""
+        done = await self._call(lambda ticket: protocol.GetModules(ticket, tuple(module_ids)))
         assert done.modules is not None
         return done.modules
 
     async def judge_level(self, level: Level) -> LevelVerdict:
-        """Whether the model stands a level of exactness.
+        """Says whether a level of exactness costs the model too much.
 
-        Measured the first time that anybody asks: for so long, up to about half a minute, the
-        engine does nothing else.
+        It is measured the first time that anybody asks, beside what is served: about half a
+        minute. Raises LongctxError where it cannot be measured.
         """
-        done = await self._call(lambda ticket: JudgeLevel(ticket, level))
+        done = await self._call(lambda ticket: protocol.JudgeLevel(ticket, level))
         assert done.level is not None
         return done.level
 
     async def stats(self) -> dict[str, float]:
-        """The engine's gauges and counters."""
-        done = await self._call(GetStats)
+        """Returns the engine's gauges and counters, by name."""
+        done = await self._call(protocol.GetStats)
         assert done.stats is not None
         return done.stats
 
     async def clear(self, tiers: tuple[str, ...]) -> dict[str, float]:
-        """Let go of what is cached in `device` or `host` and not in use; what that was."""
-        done = await self._call(lambda ticket: Clear(ticket, tiers))
+        """Evict what `device` or `host` caches and nobody uses; returns how much that was."""
+        done = await self._call(lambda ticket: protocol.Clear(ticket, tiers))
         assert done.stats is not None
         return done.stats
 
@@ -204,7 +193,7 @@ class EngineClient:
             return
         self._started = False
         self._end_all("the server is shutting down")
-        self._send(Stop())
+        self._send(protocol.Stop())
         tasks = [task for task in (self._reading, self._watching) if task is not None]
         for task in tasks:
             task.cancel()
@@ -237,7 +226,7 @@ class EngineClient:
             self._writer.write(frame(encode(command)))
 
     async def _spawn(self) -> asyncio.StreamReader:
-        """A new engine process with its model loaded."""
+        """Open a new engine and wait until its model is loaded. Raises as `start` does."""
         self.durable_tokens.clear()
         self._started, self._lost = True, None
         self._silence_seconds = LOADING_SILENCE_SECONDS
@@ -246,14 +235,14 @@ class EngineClient:
         except OSError as error:
             raise EngineDied(f"no engine process could be started: {error.strerror}") from error
         loaded = await self._next_event(reader)
-        while isinstance(loaded, Heartbeat):
+        while isinstance(loaded, protocol.Heartbeat):
             loaded = await self._next_event(reader)
-        if isinstance(loaded, RanksLost):
+        if isinstance(loaded, protocol.RanksLost):
             await self._reap()
             raise EngineDied(f"{loaded.reason}, while loading the model")
         if loaded is None:
             raise EngineDied(f"{await self._reap()} while loading the model")
-        assert isinstance(loaded, Loaded), loaded
+        assert isinstance(loaded, protocol.Loaded), loaded
         if loaded.fault is not None:
             await self._reap()
             raise loaded.fault.error()
@@ -262,7 +251,7 @@ class EngineClient:
         return reader
 
     async def _next_event(self, reader: asyncio.StreamReader) -> Event | None:
-        """None when the process is gone."""
+        """Returns None when the process is gone."""
         try:
             header = await reader.readexactly(HEADER.size)
             body = await reader.readexactly(*HEADER.unpack(header))
@@ -293,7 +282,7 @@ class EngineClient:
                 self._restarted = asyncio.ensure_future(self.on_restart())
 
     async def _restart(self) -> asyncio.StreamReader:
-        """What ended it, a lack of memory say, may last: a few times that is tried once more."""
+        """Try several times: what ended the engine, such as a lack of memory, may last a while."""
         self.restarts += 1
         for restart in range(RESTARTS):
             with contextlib.suppress(EngineDied):
@@ -302,7 +291,7 @@ class EngineClient:
         return await self._spawn()
 
     async def _watch(self) -> None:
-        """A process that hangs keeps its connection: only its silence gives it away."""
+        """Kill an engine that hangs: it keeps its connection, so only its silence shows it."""
         loop = asyncio.get_running_loop()
         looked = self._heard = loop.time()
         while True:
@@ -318,24 +307,24 @@ class EngineClient:
 
     def _hand_out(self, event: Event) -> None:
         match event:
-            case Outputs():
+            case protocol.Outputs():
                 for output in event.outputs:
                     if output.request_id in self._requests:
                         self._requests[output.request_id].put_nowait(output)
-            case Rejected():
+            case protocol.Rejected():
                 if event.request_id in self._requests:
                     self._requests[event.request_id].put_nowait(event.fault.error())
-            case Durable():
+            case protocol.Durable():
                 self.durable_tokens.update(event.documents)
             case Done():
                 future = self._calls.get(event.ticket)
                 if future is not None and not future.done():
                     future.set_result(event)
-            case RanksLost():
+            case protocol.RanksLost():
                 self._lost = event.reason
-            case Heartbeat():
+            case protocol.Heartbeat():
                 pass
-            case Loaded() | RankJoined():
+            case protocol.Loaded() | protocol.RankJoined():
                 raise AssertionError(f"a second {type(event).__name__}")
 
     def _end_all(self, reason: str) -> None:
@@ -353,7 +342,7 @@ class EngineClient:
                 future.set_exception(EngineDied(reason))
 
     async def _reap(self) -> str:
-        """After the engine was lost: which process ended, in words."""
+        """Close the connection to a lost engine; returns which of its processes ended, in words."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None

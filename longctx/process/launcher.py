@@ -79,7 +79,10 @@ def engine_processes(config: EngineConfig, cache_dir: Path) -> EngineProcesses:
 
 
 class Child:
-    """One engine process, joined by a pair of sockets."""
+    """One engine process, joined by a pair of sockets.
+
+    It is told what to load before it has imported anything; it ends when its socket does.
+    """
 
     def __init__(self, start: Start) -> None:
         self._start = start
@@ -134,7 +137,12 @@ class Child:
 
 
 class Ring:
-    """Many ranks, whose rank 0 calls here."""
+    """Many ranks, whose rank 0 calls here.
+
+    Without `--head` a launcher is started, which starts the ranks and all of them again whenever
+    one ends; it ends with its standard input, whose other end is here. With `--head` torchrun
+    starts them, and all that is done here is to wait for the next rank 0.
+    """
 
     def __init__(self, start: Start) -> None:
         """Listens for nobody yet: that takes a thread, which `open` starts."""
@@ -223,7 +231,7 @@ class Ring:
         return "the ranks of the engine ended"
 
     def kill_unresponsive(self) -> None:
-        """A local rank 0 is killed; one elsewhere ends when its connection does."""
+        """Kill a local rank 0; one elsewhere ends when its connection does, which is ended here."""
         if self._folder is not None and self._leader is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._leader.pid, signal.SIGKILL)
@@ -245,7 +253,7 @@ class Ring:
         self._close()
 
     async def _end_launcher(self, seconds: float) -> None:
-        """By force after a while; its ranks end with it."""
+        """Wait for the launcher, by force after a while; its ranks end with it."""
         if self.launcher is not None:
             await _end(self.launcher, seconds)
             assert self.launcher.stdin is not None
@@ -259,7 +267,7 @@ class Ring:
 
 
 async def _end(process: subprocess.Popen[bytes], seconds: float = STOP_SECONDS) -> int:
-    """Wait for a process, by force after a while; its exit code."""
+    """Wait for a process, by force after a while; returns its exit code."""
     try:
         return await asyncio.to_thread(process.wait, seconds)
     except subprocess.TimeoutExpired:

@@ -2,6 +2,7 @@
 
 It reads commands from the socket, steps the engine while there is work, and writes what comes out.
 It ends when it is told to, or when the other end is gone: an engine never outlives its server.
+One thread has the engine; a second one receives commands, and a third measures levels.
 
 With many ranks torchrun starts it (`-m longctx.process.worker --head ADDRESS --secret FILE`):
 rank 0 calls the head and is the engine, the other ranks do what rank 0 says.
@@ -26,34 +27,10 @@ import transformers
 
 from longctx.engine.engine import Engine
 from longctx.errors import ConnectionLost, InvalidRequest, LongctxError, PeerLost
+from longctx.ipc import protocol
 from longctx.ipc.channel import Channel
 from longctx.ipc.lifetime import die_with_parent
-from longctx.ipc.protocol import (
-    Abort,
-    Clear,
-    CloseDocument,
-    CloseModule,
-    Command,
-    Done,
-    Durable,
-    Event,
-    Fault,
-    GetModules,
-    GetStats,
-    JudgeLevel,
-    LeaderAddress,
-    Loaded,
-    OpenDocument,
-    OpenModule,
-    Outputs,
-    RanksLost,
-    Rejected,
-    Start,
-    Stop,
-    Submit,
-    decode_command,
-    encode,
-)
+from longctx.ipc.protocol import Command, Done, Event, Fault, decode_command, encode
 from longctx.open_engine import open_engine
 from longctx.quality.level_gate import judge_level
 from longctx.ring.processes.follower import follow
@@ -77,6 +54,7 @@ def run(argv: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
 
 
 def main(argv: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Be what `argv` says: an engine alone, rank 0, or another rank. Raises LongctxError."""
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     parser = argparse.ArgumentParser(prog="longctx.process.worker", description=__doc__)
@@ -102,30 +80,35 @@ def main(argv: Sequence[str], environment: Mapping[str, str]) -> None:
 
 
 def _alone(channel: Channel) -> None:
+    """Be an engine of one rank until the server says stop or is gone."""
     commands = _commands(channel)
     start = commands.get()
-    if isinstance(start, Start):
+    if isinstance(start, protocol.Start):
         with contextlib.suppress(ConnectionLost):  # nobody is there to hear it
             _run(channel, commands, start, ranks=None)
 
 
 def _lead(rendezvous: LeaderRendezvous, coordinates: RankCoordinates) -> None:
+    """Be rank 0: the engine, with other ranks behind it. Ends the process where one is lost."""
+
     def lost(reason: str) -> NoReturn:
         with contextlib.suppress(ConnectionLost):
-            rendezvous.channel.send(encode(RanksLost(reason)))
+            rendezvous.channel.send(encode(protocol.RanksLost(reason)))
         rendezvous.kill_local_followers()
         os._exit(1)  # whatever other threads wait for will not come
 
     commands = _commands(rendezvous.channel)
     start = commands.get()
-    if isinstance(start, LeaderAddress) and start.fault is not None:
+    if isinstance(start, protocol.LeaderAddress) and start.fault is not None:
         raise start.fault.error()
-    if not isinstance(start, Start):
+    if not isinstance(start, protocol.Start):
         lost("the head is gone")
     try:
         transport = rendezvous.join_group(start.config, start.model_folder, start.cache_dir)
         ranks = RemoteRanks(transport, rendezvous.followers, lost)
-        start = Start(coordinates.rank_config(start.config), start.model_folder, start.cache_dir)
+        start = protocol.Start(
+            coordinates.rank_config(start.config), start.model_folder, start.cache_dir
+        )
         if _run(rendezvous.channel, commands, start, ranks=ranks):
             ranks.close()
         else:
@@ -140,20 +123,23 @@ def _lead(rendezvous: LeaderRendezvous, coordinates: RankCoordinates) -> None:
 def _run(
     channel: Channel,
     commands: "queue.SimpleQueue[Command | None]",
-    start: Start,
+    start: protocol.Start,
     *,
     ranks: RemoteRanks | None,
 ) -> bool:
-    """Whether it was told to end. Raises ConnectionLost (the server), PeerLost (a rank)."""
+    """Load the model and serve; returns False where the server is gone before it says stop.
+
+    Raises ConnectionLost (the server), PeerLost (a rank).
+    """
     folder, cache_dir = Path(start.model_folder), Path(start.cache_dir)
     try:
         engine = open_engine(start.config, folder, cache_dir=cache_dir, ranks=ranks)
     except PeerLost:
         raise
     except LongctxError as error:
-        channel.send(encode(Loaded(None, Fault.of(error))))
+        channel.send(encode(protocol.Loaded(None, Fault.of(error))))
         return True
-    channel.send(encode(Loaded(engine.info)))
+    channel.send(encode(protocol.Loaded(engine.info)))
     try:
         return _serve(engine, channel, commands, ranks, cache_dir)
     finally:
@@ -162,7 +148,7 @@ def _run(
 
 
 def _commands(channel: Channel) -> "queue.SimpleQueue[Command | None]":
-    """Commands as they come, then None when the other end is gone."""
+    """Start to receive: commands as they come, then None when the server is gone."""
     commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
 
     def receive() -> None:
@@ -181,14 +167,17 @@ def _serve(
     ranks: RemoteRanks | None,
     cache_dir: Path,
 ) -> bool:
-    """Whether it was told to end."""
+    """Obey and step, until told to stop; returns False where the server is gone before that.
+
+    Without work it sleeps until a command comes; with work it looks for commands between steps.
+    """
     judging = ThreadPoolExecutor(max_workers=1)  # takes seconds, and answers have to flow
     while True:
         while not (engine.has_work or engine.has_transfers) or not commands.empty():
             command = commands.get()
-            if command is None or isinstance(command, Stop):
+            if command is None or isinstance(command, protocol.Stop):
                 return command is not None
-            if isinstance(command, JudgeLevel):
+            if isinstance(command, protocol.JudgeLevel):
                 judging.submit(_judge, engine, command, channel, cache_dir)
                 continue
             event = _obey(engine, command, ranks)
@@ -197,49 +186,56 @@ def _serve(
         outputs = engine.step()
         documents = engine.durable_changes()
         if documents:  # first: what ends with these outputs is durable by then
-            channel.send(encode(Durable(documents)))
+            channel.send(encode(protocol.Durable(documents)))
         if outputs:
-            channel.send(encode(Outputs(outputs)))
+            channel.send(encode(protocol.Outputs(outputs)))
 
 
 def _obey(engine: Engine, command: Command, ranks: RemoteRanks | None) -> Event | None:
+    """Carry a command out; returns the answer to it, where there is one."""
     try:
         match command:
-            case Submit():
+            case protocol.Submit():
                 engine.submit(command.request)
-            case Abort():
+            case protocol.Abort():
                 engine.abort(command.request_id)
-            case OpenDocument():
+            case protocol.OpenDocument():
                 token_ids = _token_ids(Path(command.tokens))
                 engine.open_document(command.document_id, token_ids, keep=command.keep)
                 return Done(command.ticket)
-            case CloseDocument():
+            case protocol.CloseDocument():
                 engine.close_document(command.document_id)
                 return Done(command.ticket)
-            case OpenModule():
+            case protocol.OpenModule():
                 engine.open_module(command.module_id, command.pieces, keep=command.keep)
                 return Done(command.ticket)
-            case CloseModule():
+            case protocol.CloseModule():
                 engine.close_module(command.module_id)
                 return Done(command.ticket)
-            case GetModules():
+            case protocol.GetModules():
                 modules = engine.module_states(command.module_ids)
                 return Done(command.ticket, modules=modules)
-            case GetStats():
+            case protocol.GetStats():
                 more = {} if ranks is None else ranks.stats()
                 return Done(command.ticket, stats=engine.stats() | more)
-            case Clear():
+            case protocol.Clear():
                 return Done(command.ticket, stats=engine.clear(command.tiers))
     except LongctxError as error:
-        if isinstance(command, Submit):
-            return Rejected(command.request.request_id, Fault.of(error))
-        assert isinstance(command, OpenDocument | CloseDocument | OpenModule | Clear), command
+        if isinstance(command, protocol.Submit):
+            return protocol.Rejected(command.request.request_id, Fault.of(error))
+        assert isinstance(
+            command,
+            protocol.OpenDocument | protocol.CloseDocument | protocol.OpenModule | protocol.Clear,
+        ), command
         return Done(command.ticket, Fault.of(error))
     return None
 
 
-def _judge(engine: Engine, command: JudgeLevel, channel: Channel, cache_dir: Path) -> None:
-    """With an engine of its own, beside what is served. Whatever happens, who asked is told."""
+def _judge(engine: Engine, command: protocol.JudgeLevel, channel: Channel, cache_dir: Path) -> None:
+    """Measure a level with an engine of its own, beside what is served.
+
+    Whatever happens, who asked is told.
+    """
     try:
         done = Done(command.ticket, level=judge_level(engine, command.level, cache_dir=cache_dir))
     except LongctxError as error:
@@ -252,7 +248,10 @@ def _judge(engine: Engine, command: JudgeLevel, channel: Channel, cache_dir: Pat
 
 
 def _token_ids(file: Path) -> "np.memmap[tuple[int, ...], np.dtype[np.int32]]":
-    """The file's ids, mapped: pages of it come into memory when they are needed."""
+    """Map the file's ids: pages of it come into memory when they are needed.
+
+    Raises InvalidRequest.
+    """
     try:
         return np.memmap(file, dtype="<i4", mode="r")
     except (OSError, ValueError) as error:

@@ -15,7 +15,7 @@ from longctx.errors import EngineDied
 from longctx.process import client as client_module
 from longctx.process.client import EngineClient
 from tests.process.test_client import (
-    PATIENCE_SECONDS,
+    HANGING_SECONDS,
     collect,
     config_of,
     process_of,
@@ -23,12 +23,13 @@ from tests.process.test_client import (
     tokens_of,
 )
 from tests.support.recorded_engine import ask
+from tests.support.waiting import eventually, patient
 
 
 def with_client(folder: Path, test: Callable[[EngineClient], Awaitable[None]]) -> None:
     async def run() -> None:
         async with started(folder, pool_gib=0.5) as client:
-            await asyncio.wait_for(test(client), PATIENCE_SECONDS)
+            await asyncio.wait_for(test(client), patient(HANGING_SECONDS))
 
     asyncio.run(run())
 
@@ -72,8 +73,7 @@ def test_an_engine_that_cannot_be_started_any_more_is_stopped_and_says_why(
         with monkeypatch.context() as broken:
             broken.setattr(subprocess, "Popen", without_memory)
             os.kill(process_of(client).pid, signal.SIGKILL)
-            while client.state != "stopped":
-                await asyncio.sleep(0.01)
+            await eventually(lambda: client.state == "stopped")
             with pytest.raises(EngineDied, match="stopped"):
                 await client.stats()
             fresh = EngineClient(config_of(llama))
