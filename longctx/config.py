@@ -113,9 +113,9 @@ class SchedulerConfig:
             )
 
     def batch_tokens(self, device_type: str, *, ranks: int = 1) -> int:
-        """As told, or enough to keep such devices busy without making answers wait.
+        """How many tokens a step computes: as told, or enough to keep such devices busy.
 
-        Each of many ranks needs a few blocks of its own.
+        Not so many that answers wait. Each of many ranks needs a few blocks of its own.
         """
         if self.max_batch_tokens is not None:
             return self.max_batch_tokens

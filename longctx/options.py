@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, 
 from typing import get_type_hints as type_hints
 
 _PREFIX = "LONGCTX_"
-_WORDS = {"1": True, "true": True, "yes": True, "on": True}
-_WORDS |= {"0": False, "false": False, "no": False, "off": False}
+_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True}
+_BOOLEANS |= {"0": False, "false": False, "no": False, "off": False}
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}
 _METAVARS = {int: "N", float: "N", str: "TEXT", Path: "PATH"}
 
@@ -36,7 +36,7 @@ class _Option:
     default: Any
 
     def parse(self, value: object, source: str) -> Any:
-        """From the environment (text) or TOML (typed)."""
+        """Turn text of the environment, or a value of TOML, into the field's value, or end."""
         if self.many:
             parts = value.split(",") if isinstance(value, str) else value
             if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
@@ -45,7 +45,7 @@ class _Option:
         if self.choices is not None and value not in self.choices:
             _fail(f"{source} is {value!r}; choose from {', '.join(self.choices)}")
         if isinstance(value, str) and self.kind is bool:
-            value = _WORDS.get(value.lower(), value)
+            value = _BOOLEANS.get(value.lower(), value)
         elif isinstance(value, int) and not isinstance(value, bool) and self.kind is float:
             value = float(value)
         elif isinstance(value, str) and self.kind is not str and source.startswith(_PREFIX):
@@ -63,7 +63,7 @@ class _Option:
 def add_options(
     parser: argparse.ArgumentParser, config_type: type, *, only: Container[str] | None = None
 ) -> None:
-    """Adds the options of a config tree, and `--config`; call once for each tree of a command.
+    """Add the options of a config tree, and `--config`; call once for each tree of a command.
 
     With `only`, no others than the fields of these names: a command may need a part of a tree.
     """
@@ -102,7 +102,7 @@ def read_options(
     file: Path | None,
     others: Iterable[type] = (),
 ) -> Config:
-    """The config that command line, environment, file and defaults give together.
+    """Merge command line, environment, file and defaults into a config.
 
     A key may belong to any config tree that the parser was given, or to `others`: those of
     other commands, since file and environment are shared. Ends the program with one line on

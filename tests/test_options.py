@@ -199,11 +199,11 @@ def test_the_engines_options_have_the_names_of_its_fields():
     assert all(len(line) < 200 for line in parser.format_help().splitlines())
 
 
-@pytest.mark.parametrize("words", [("--disk-compress",), ("--host-pool-gib", "1")])
-def test_what_many_ranks_cannot_do_is_refused(words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("argv", [("--disk-compress",), ("--host-pool-gib", "1")])
+def test_what_many_ranks_cannot_do_is_refused(argv: tuple[str, ...]) -> None:
     parser = argparse.ArgumentParser()
     add_options(parser, EngineConfig)
-    namespace = parser.parse_args([*words, "--ranks", "2"])
+    namespace = parser.parse_args([*argv, "--ranks", "2"])
     with pytest.raises(SystemExit, match="is for one rank; with ranks=2 blocks"):
         read_options(namespace, EngineConfig, environment={}, file=None)
 

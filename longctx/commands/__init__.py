@@ -1,1 +1,1 @@
-"""One file for each `longctx COMMAND` that is more than a call."""
+"""What each `longctx COMMAND` takes (`arguments`), and one file for what each of them runs."""

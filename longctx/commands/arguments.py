@@ -35,20 +35,20 @@ Config = TypeVar("Config")
 
 
 def serve_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds every option of the engine and of the server."""
+    """Add every option of the engine and of the server."""
     add_options(parser, EngineConfig)
     add_options(parser, ServerConfig)
 
 
 def ask_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the file, the question and every option of the engine."""
+    """Add the file, the question and every option of the engine."""
     parser.add_argument("file", type=Path, help="UTF-8 text or Markdown")
     parser.add_argument("question")
     add_options(parser, EngineConfig)
 
 
 def cache_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds one subcommand for each action on the disk tier; `action` is its name."""
+    """Add one subcommand for each action on the disk tier; `action` is its name."""
     actions = _actions(parser, CACHE_ACTIONS)
     actions["ls"].add_argument("--extents", action="store_true", help="a line for each extent")
     actions["rm"].add_argument(
@@ -62,7 +62,7 @@ def cache_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def prompt_cache_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds one subcommand for each action on a schema; `action` is its name."""
+    """Add one subcommand for each action on a schema; `action` is its name."""
     actions = _actions(parser, PROMPT_CACHE_ACTIONS)
     actions["check"].add_argument("file", type=Path, help="a schema as PML (XML) or JSON")
     for action in actions.values():
@@ -70,7 +70,7 @@ def prompt_cache_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def bench_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds one subcommand for each benchmark; `bench` is its name."""
+    """Add one subcommand for each benchmark; `bench` is its name."""
     subparsers = parser.add_subparsers(title="benchmarks", required=True, metavar="NAME")
     for name, bench in BENCHES.items():
         subparser = subparsers.add_parser(name, help=bench.help, description=bench.help)
@@ -80,7 +80,7 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_config(arguments: argparse.Namespace, config_type: type[Config]) -> Config:
-    """The configuration that command line, environment and file give to a command together.
+    """Read what command line, environment and file give to a command together.
 
     Ends the program with one line on an unknown name or a bad value.
     """
@@ -90,7 +90,7 @@ def read_config(arguments: argparse.Namespace, config_type: type[Config]) -> Con
 
 
 def read_engine_config(arguments: argparse.Namespace) -> tuple[EngineConfig, Path]:
-    """The engine's configuration, and the model folder: the embedded one if none was named."""
+    """Read the engine's configuration and name its model folder, the embedded one by default."""
     config = read_config(arguments, EngineConfig)
     folder = config.model.model or model_path()
     return replace(config, model=replace(config.model, model=folder)), folder

@@ -82,7 +82,7 @@ class _Session:
         self.began = time.monotonic()
 
     async def read(self, file: Path) -> None:
-        """Loads the model and computes the document, with a progress bar for each step."""
+        """Load the model and compute the document, with a progress bar for each step."""
         text, tokens = self.folder / "text", self.folder / "tokens"
         prefix = self.prompts.document_prefix(None, title=file.name)
         size = await asyncio.to_thread(_copy_text, file, text)
@@ -153,7 +153,7 @@ class _Session:
 
 
 def _copy_text(source: Path, target: Path) -> int:
-    """Checked as an upload is; returns its size in bytes. Raises LongctxError."""
+    """Copy text, checked as an upload is; returns its size in bytes. Raises LongctxError."""
     try:
         with (
             source.open("rb") as file,

@@ -128,7 +128,7 @@ ACTIONS: dict[str, Action] = {"ls": _ls, "rm": _rm, "verify": _verify, "gc": _gc
 
 
 def namespace_table(entries: Iterable[DiskEntry]) -> Table:
-    """A row for each namespace and layer group."""
+    """Make a table with a row for each namespace and layer group."""
     rows: defaultdict[tuple[BlockKey, int], list[DiskEntry]] = defaultdict(list)
     for entry in entries:
         rows[entry.meta.run.namespace, entry.meta.run.group].append(entry)
@@ -149,7 +149,7 @@ def namespace_table(entries: Iterable[DiskEntry]) -> Table:
 
 
 def extent_table(entries: Iterable[DiskEntry]) -> Table:
-    """A row for each extent, chain by chain."""
+    """Make a table with a row for each extent, chain by chain."""
     table = _table("extent", "namespace", "group", "first token", "tokens", "bytes", "to compute")
     for name in ("retained", "written", "last used"):
         table.add_column(name, justify="right")
@@ -171,7 +171,7 @@ def extent_table(entries: Iterable[DiskEntry]) -> Table:
 
 
 def chosen(entries: Sequence[DiskEntry], names: Sequence[str]) -> set[BlockKey]:
-    """The keys of the named namespaces and extents, and of what follows these in their chains.
+    """Find the keys of the named namespaces and extents, and of what follows in their chains.
 
     Raises LongctxError for a name that nothing begins with.
     """

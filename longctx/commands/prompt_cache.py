@@ -1,4 +1,4 @@
-"""`longctx prompt-cache check FILE`: whether a schema can be used, and where its text stands.
+"""`longctx prompt-cache check FILE`: whether a schema can be used, and its positions.
 
 Reads the model's tokenizer and chat template, not its weights, so it answers in seconds. Positions
 are those that the server gives the same schema.
@@ -73,7 +73,7 @@ def lay_out_for(
     max_positions: int,
     date: str | None = None,
 ) -> SchemaLayout:
-    """A schema in a model's tokens, in its chat template. Raises SchemaError, InvalidRequest."""
+    """Lay a schema out in a model's tokens. Raises SchemaError, InvalidRequest."""
     return lay_out(
         schema,
         lambda text: tokenizer.encode(text, continues=True),
@@ -85,7 +85,7 @@ def lay_out_for(
 
 
 def layout_table(layout: SchemaLayout, decode: Callable[[tuple[int, ...]], str]) -> Table:
-    """A row for each module, parameter, union and scaffold; what is inside is indented."""
+    """Make a table: a row for each module, parameter, union and scaffold, indented as nested."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     headings = ("positions", "tokens", layout.name)
     rows = list(_rows(layout.parts, 0, decode))
@@ -144,7 +144,7 @@ def _rows(
 
 
 def _extent(parts: Iterable[PlacedPart], *, choose: Callable[..., int]) -> int:
-    """The fewest or most tokens that a prompt can have of these parts, without arguments."""
+    """Count the fewest or most tokens that a prompt has of these parts, without arguments."""
     total = 0
     for part in parts:
         match part:

@@ -15,10 +15,10 @@ from tests.support.waiting import patient, wait_for
 OPTIONS = ("--device-pool-gib", "0.1", "--threads", "1", "--device", "cpu", "--kv-codec", "raw")
 
 
-def longctx(*words: str | Path, **how: Any) -> subprocess.Popen[str]:
+def longctx(*argv: str | Path, **how: Any) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "longctx", *map(str, words)],
+        [sys.executable, "-m", "longctx", *map(str, argv)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment,
@@ -97,7 +97,7 @@ def test_ctrl_c_ends_ask_quietly(model_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["serve", "--model", "/nowhere"], "longctx: no tokenizer: /nowhere is not a folder"),
         (["serve", "--model", "/nowhere", "--api-key-file", "/none"], "cannot read the API keys"),
@@ -105,12 +105,12 @@ def test_ctrl_c_ends_ask_quietly(model_folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_is_one_line(
-    words: list[str], message: str, model_folder: Path, tmp_path: Path
+    argv: list[str], message: str, model_folder: Path, tmp_path: Path
 ) -> None:
-    words = [str(model_folder) if word == "MODEL" else word for word in words]
-    if words[0] == "serve":
-        words += ["--port", "0", "--store-dir", str(tmp_path)]
+    argv = [str(model_folder) if argument == "MODEL" else argument for argument in argv]
+    if argv[0] == "serve":
+        argv += ["--port", "0", "--store-dir", str(tmp_path)]
     with pytest.raises(SystemExit) as caught:
-        main(words)
+        main(argv)
     assert isinstance(caught.value.code, str)
     assert message in caught.value.code and "\n" not in caught.value.code

@@ -39,8 +39,8 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
 
 
-def cache(store_dir: Path, *words: str) -> None:
-    main(["cache", *words, "--store-dir", str(store_dir)])
+def cache(store_dir: Path, *argv: str) -> None:
+    main(["cache", *argv, "--store-dir", str(store_dir)])
 
 
 def stored(store_dir: Path) -> int:
@@ -117,14 +117,14 @@ def test_rm_deletes_an_extent_and_what_follows_it(store_dir: Path) -> None:
 
 
 def test_rm_refuses_what_it_may_have_misunderstood(store_dir: Path) -> None:
-    for words, message in (
+    for argv, message in (
         ((), "needs the names"),
         (("--all", "0000"), "needs the names"),
         (("00",), "too short"),
         (("feed",), "nothing is called feed"),
     ):
         with pytest.raises(SystemExit, match=message):
-            cache(store_dir, "rm", *words)
+            cache(store_dir, "rm", *argv)
     assert stored(store_dir) == 4
     cache(store_dir, "rm", "--all")
     assert stored(store_dir) == 0

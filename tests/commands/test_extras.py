@@ -11,20 +11,20 @@ from longctx.commands.extras import EXTRAS
 
 ROOT = Path(__file__).parents[2]
 # A module that is None cannot be imported: as if it were not installed.
-WITHOUT = "import sys; sys.modules.update(dict.fromkeys({absent!r})); sys.argv[1:] = {words!r}; "
+WITHOUT = "import sys; sys.modules.update(dict.fromkeys({absent!r})); sys.argv[1:] = {argv!r}; "
 COMMAND_LINE = "from longctx.cli import main; main()"
 DEMO = "from longctx.demo.__main__ import main; main()"
 
 
 def run_without(
-    absent: tuple[str, ...], script: str, *words: str
+    absent: tuple[str, ...], script: str, *argv: str
 ) -> subprocess.CompletedProcess[str]:
-    code = WITHOUT.format(absent=absent, words=list(words)) + script
+    code = WITHOUT.format(absent=absent, argv=list(argv)) + script
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
-    ("absent", "script", "words", "line"),
+    ("absent", "script", "argv", "line"),
     [
         (
             ("matplotlib",),
@@ -41,9 +41,9 @@ def run_without(
     ],
 )
 def test_a_command_without_its_extra_ends_in_one_line_with_the_cure(
-    absent: tuple[str, ...], script: str, words: tuple[str, ...], line: str
+    absent: tuple[str, ...], script: str, argv: tuple[str, ...], line: str
 ) -> None:
-    ended = run_without(absent, script, *words)
+    ended = run_without(absent, script, *argv)
     assert ended.returncode == 1
     assert ended.stderr.splitlines() == [line]
 

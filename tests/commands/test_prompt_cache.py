@@ -25,8 +25,8 @@ def schema(tmp_path: Path) -> Path:
     return path
 
 
-def check(folder: Path, *words: object) -> None:
-    main(["prompt-cache", "check", "--model", str(folder), *map(str, words)])
+def check(folder: Path, *argv: object) -> None:
+    main(["prompt-cache", "check", "--model", str(folder), *map(str, argv)])
 
 
 def test_the_layout_is_printed_as_a_tree(
