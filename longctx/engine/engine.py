@@ -32,7 +32,7 @@ from longctx.kv.clear import clear_tiers
 from longctx.request import FinishReason, ModuleState, Piece, Request, RequestOutput
 from longctx.text.detokenizer import TextStream
 
-# A sequence whose streamed blocks are lost so often ends: its context does not stay in any tier.
+# A sequence whose streamed blocks are lost more often ends: no tier keeps its context.
 MAX_RETRIES = 3
 IDLE_SECONDS = 0.005  # the longest wait of a step that can only wait for a lower tier
 
