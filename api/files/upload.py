@@ -4,13 +4,16 @@ Accepted is UTF-8 text of any kind, Markdown among it, with or without a byte or
 """
 
 import codecs
+import errno
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from api.http.errors import ApiError
+from api.http.errors import ApiError, full_disk
 
 ACCEPTED = "accepted are UTF-8 text and Markdown"
 
@@ -53,15 +56,18 @@ class Upload:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
-        self.path.unlink(missing_ok=True)
+        try:
+            with suppress(OSError):  # what is still to be written does not matter any more
+                self._file.close()
+        finally:
+            self.path.unlink(missing_ok=True)
 
     @property
     def sha256(self) -> str:
         return self._hash.hexdigest()
 
     def write(self, data: bytes) -> None:
-        """Appends `data`. Raises ApiError for what is not text, or too much of it."""
+        """Appends `data`. Raises ApiError for what is not text, too much of it, or a full disk."""
         if self.size_bytes == 0:
             for magic, name in FORMATS.items():
                 if data.startswith(magic):
@@ -76,15 +82,27 @@ class Upload:
         self._check(data, final=False)
         self.size_bytes += len(data)
         self._hash.update(data)
-        self._file.write(data)
+        with self._room():
+            self._file.write(data)
 
     def finish(self) -> None:
-        """Makes it durable. Raises ApiError for a file that is empty or ends inside a character."""
+        """Makes it durable. Raises ApiError for a file that is empty or ends inside a character,
+        and for a full disk."""
         self._check(b"", final=True)
         if not self._has_text:
             raise _refusal("the file is empty")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._room():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise full_disk(self.path.parent) from error
+            raise
 
     def _check(self, data: bytes, *, final: bool) -> None:
         held, _ = (

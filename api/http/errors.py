@@ -4,9 +4,12 @@
 and nowhere else, for plain answers and for streams alike.
 """
 
+import errno
 import logging
+import sqlite3
 from collections.abc import Callable, Coroutine
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -84,8 +87,22 @@ def api_error(error: Exception) -> ApiError:
             return _invalid_body(error)
         case HTTPException():
             return _http_error(error)
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            return full_disk(error.filename)
+        case sqlite3.OperationalError(sqlite_errorcode=sqlite3.SQLITE_FULL):
+            return full_disk(None)
         case _:
             return ApiError(500, "the server failed; its log says why", code="internal_error")
+
+
+def full_disk(folder: str | Path | None) -> ApiError:
+    """Returns the refusal of what there is no room for; `folder`: where, if that is known."""
+    return ApiError(
+        507,
+        f"the disk of {folder or '--store-dir'} is full, and nothing was stored; free some space, "
+        "or start the server with another --store-dir",
+        code="insufficient_storage",
+    )
 
 
 def _invalid_body(error: ValidationError) -> ApiError:

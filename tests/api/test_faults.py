@@ -1,5 +1,6 @@
 """A disk that lies, loses files or is full: the server still answers, and says what happened."""
 
+import base64
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.api.files.test_files import ask, cached_tokens, upload, wait_until_done
-from tests.api.live_server import LiveServer
+from tests.api.live_server import MODEL, LiveServer
 from tests.api.test_cache_routes import cache_of, clear, explained, ids
 
 Damage = Callable[[Path], None]  # to one extent file
@@ -133,3 +134,24 @@ def test_a_full_disk_stops_writing_and_nothing_else(
         clear(server)
         assert [ask(server, file, question=QUESTION)["choices"] for file in files] == before
         assert explained(server, ids(100, 3))["prompt_tokens"] == 100
+
+
+def test_an_upload_that_does_not_fit_the_disk_is_refused_and_leaves_nothing(
+    model_folder: Path, tmp_path: Path, small_disk: Path
+) -> None:
+    store = small_disk / "store"
+    with LiveServer(model_folder, store, cache={"kv_dir": tmp_path / "kv"}) as server:
+        before = {file.name for file in store.rglob("*") if file.is_file()}
+        text = ("Nobody counted the boats.\n" * 60_000).encode()  # 1.5 MB for a disk of 1 MB
+        files = {"file": ("boats.txt", text)}
+        refused = server.http.post("/v1/files", data={"purpose": "user_data"}, files=files)
+        assert refused.status_code == 507, refused.text
+        error = refused.json()["error"]
+        assert error["code"] == "insufficient_storage" and str(store) in error["message"]
+        carried = {"file_data": base64.b64encode(text).decode(), "filename": "boats.txt"}
+        content = [{"type": "file", "file": carried}, {"type": "text", "text": QUESTION}]
+        body = {"model": MODEL, "messages": [{"role": "user", "content": content}]}
+        assert server.http.post("/v1/chat/completions", json=body).status_code == 507
+        assert {file.name for file in store.rglob("*") if file.is_file()} == before
+        file_id = upload(server, story(40))
+        assert wait_until_done(server, file_id)["state"] == "ready"
