@@ -4,6 +4,7 @@ Each field is an option of the command line by the same name (`options.py` deriv
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -43,7 +44,11 @@ class ModelConfig:
     ] = "auto"
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_fields(self)
+        for name in ("max_context", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +89,7 @@ class CacheConfig:
     eviction_policy: Annotated[EvictionPolicyName, "which blocks leave a full tier"] = "gdsf"
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_fields(self)
         if self.device_pool_gib is not None and self.device_pool_gib <= 0:
             raise ValueError(f"device_pool_gib={self.device_pool_gib} must be positive")
         for name in ("host_pool_gib", "disk_cap_gib", "disk_free_gib", "disk_ttl_days"):
@@ -106,6 +111,9 @@ class SchedulerConfig:
     max_waiting: Annotated[int, "requests that may wait; more are refused with 429"] = 1024
 
     def __post_init__(self) -> None:
+        for name in ("max_sequences", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.max_batch_tokens is not None and self.max_batch_tokens < self.max_sequences:
             raise ValueError(
                 f"max_batch_tokens={self.max_batch_tokens} cannot feed "
@@ -166,10 +174,12 @@ class EngineConfig:
             )
 
 
-def _check_choices(config: Any) -> None:
-    """Raises ValueError for a field whose value is none of its `Literal`'s."""
+def _check_fields(config: Any) -> None:
+    """Raises ValueError for a value that is none of its field's `Literal`, or not finite."""
     hints = get_type_hints(type(config))
     for each in dataclasses.fields(config):
         choices, value = get_args(hints[each.name]), getattr(config, each.name)
         if get_origin(hints[each.name]) is Literal and value not in choices:
             raise ValueError(f"{each.name}={value!r} is unknown; choose from {', '.join(choices)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{each.name}={value} must be a finite number")

@@ -9,6 +9,8 @@ default. Unknown names are errors. This is the only place that looks at the envi
 import argparse
 import dataclasses
 import difflib
+import math
+import re
 import tomllib
 import types
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -121,6 +123,8 @@ def read_options(
         name = variable.removeprefix(_PREFIX).lower()
         if not variable.startswith(_PREFIX) or name == "config":
             continue
+        if _is_of_kubernetes(variable, text):
+            continue
         option = known.get(name) or _unknown(f"variable {variable}", name, known, _PREFIX)
         given[name] = option.parse(text, variable)
     for name in known.keys() & vars(namespace).keys():
@@ -173,7 +177,9 @@ def _build(config_type: Any, given: Mapping[str, Any]) -> Any:
         if dataclasses.is_dataclass(hints[field.name]):
             values[field.name] = _build(hints[field.name], given)
         elif field.name in given:
-            values[field.name] = given[field.name]
+            value = values[field.name] = given[field.name]
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.name}={value} must be a finite number")
     return config_type(**values)
 
 
@@ -184,6 +190,22 @@ def _read_toml(file: Path) -> dict[str, Any]:
         _fail(f"cannot read {file}: {error.strerror}")
     except ValueError as error:  # TOML's and UTF-8's
         _fail(f"{file} is not TOML: {error}")
+
+
+# Kubernetes tells every pod where each service is. Of one called `longctx`, or `longctx-web`:
+# LONGCTX_SERVICE_HOST, LONGCTX_SERVICE_PORT_HTTP, LONGCTX_PORT_80_TCP_ADDR, LONGCTX_WEB_PORT, ...
+_SERVICE_VARIABLE = re.compile(
+    rf"{_PREFIX}(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)"
+)
+_SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://\S+")
+
+
+def _is_of_kubernetes(variable: str, text: str) -> bool:
+    """Whether the variable tells the address of a service, which is no option of ours."""
+    if _SERVICE_VARIABLE.fullmatch(variable) is not None:
+        return True
+    # LONGCTX_PORT is an option too, but that is a number.
+    return variable.endswith("_PORT") and _SERVICE_ADDRESS.fullmatch(text) is not None
 
 
 def _unknown(what: str, name: str, known: Iterable[str], prefix: str = "") -> NoReturn:

@@ -1,15 +1,17 @@
 """One dataclass field, four ways to set it, and a clear line for every mistake."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import pytest
 
+from api.config import ServerConfig
 from compress.codec import CODECS
 from longctx.attention.registry import BACKENDS
+from longctx.commands.arguments import CONFIGS
 from longctx.config import (
     AttentionBackendName,
     CacheConfig,
@@ -17,8 +19,9 @@ from longctx.config import (
     EvictionPolicyName,
     KVCodec,
     ModelConfig,
+    SchedulerConfig,
 )
-from longctx.options import add_options, read_options
+from longctx.options import _options, add_options, read_options
 from offload.eviction import POLICIES
 
 
@@ -239,3 +242,74 @@ def test_a_name_that_no_registry_holds_is_refused_by_the_configuration_itself() 
         CacheConfig(eviction_policy="zfs")
     with pytest.raises(ValueError, match="attention_backend='zfs' is unknown; choose from auto, r"):
         ModelConfig(attention_backend="zfs")
+
+
+def test_addresses_of_services_in_kubernetes_are_no_options() -> None:
+    services = {
+        "LONGCTX_SERVICE_HOST": "10.96.0.12",
+        "LONGCTX_SERVICE_PORT": "80",
+        "LONGCTX_SERVICE_PORT_HTTP": "80",
+        "LONGCTX_PORT": "tcp://10.96.0.12:80",
+        "LONGCTX_PORT_80_TCP": "tcp://10.96.0.12:80",
+        "LONGCTX_PORT_80_TCP_PROTO": "tcp",
+        "LONGCTX_PORT_80_TCP_ADDR": "10.96.0.12",
+        "LONGCTX_WEB_SERVICE_HOST": "10.96.0.13",
+        "LONGCTX_WEB_PORT": "udp://10.96.0.13:53",
+    }
+    for config_type in CONFIGS:
+        parser = argparse.ArgumentParser()
+        add_options(parser, config_type)
+        namespace = parser.parse_args([])
+        for name, text in services.items():
+            read_options(
+                namespace, config_type, environment={name: text}, file=None, others=CONFIGS
+            )
+    parser = argparse.ArgumentParser()
+    add_options(parser, ServerConfig)
+    namespace, environment = parser.parse_args([]), {"LONGCTX_PORT": "8123"}
+    config = read_options(namespace, ServerConfig, environment=environment, file=None)
+    assert config.port == 8123
+
+
+FLOATS = [
+    (config_type, each.name)
+    for config_type in CONFIGS
+    for each in _options(config_type)
+    if each.kind is float
+]
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(("config_type", "name"), FLOATS)
+def test_a_number_that_is_none_is_refused_wherever_it_comes_from(
+    tmp_path: Path, config_type: type, name: str, number: str
+) -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser, config_type)
+    flag = f"--{name.replace('_', '-')}={number}"
+    toml = write(tmp_path, f"{name} = {number}")
+    for argv, environment, file in (
+        ([flag], {}, None),
+        ([], {f"LONGCTX_{name.upper()}": number}, None),
+        ([], {}, toml),
+    ):
+        namespace = parser.parse_args(argv)
+        with pytest.raises(SystemExit, match=f"{name}={number} must be a finite number"):
+            read_options(namespace, config_type, environment=environment, file=file, others=CONFIGS)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ModelConfig(threads=0),
+        lambda: ModelConfig(max_context=0),
+        lambda: SchedulerConfig(max_sequences=0),
+        lambda: SchedulerConfig(max_waiting=-1),
+        lambda: CacheConfig(disk_ttl_days=float("nan")),
+    ],
+)
+def test_a_number_outside_its_range_is_refused_by_the_configuration_itself(
+    make: Callable[[], object],
+) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        make()
