@@ -5,14 +5,11 @@ or a miss is one block of 64 tokens. Clearing evicts only what nobody uses, and 
 is durable: a document whose blocks left memory is read back from disk when it is asked about.
 """
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from api.engine_metrics import Sample, samples, values
 from api.files.document import Document
 from api.files.document_library import DocumentLibrary
 from api.http.auth import tenant_of
@@ -21,6 +18,7 @@ from api.http.errors import ApiError
 from api.http.openapi import JSON, Body
 from api.http.read_body import read_json
 from longctx.process.client import EngineClient
+from offload.stats import TierStats
 from offload.tier_names import MEMORY_TIERS, TIERS, TierName
 
 CLEAR_BODY = Body(content={JSON: ClearRequest}, required=False)
@@ -36,13 +34,12 @@ class CacheRoutes:
     async def retrieve(self, request: Request) -> Response:
         """Returns what each tier holds, and the caller's documents with where they are."""
         stats = await self.engine.stats()
-        found = list(samples(stats))
         tenant = tenant_of(request)
         return JSONResponse(
             {
                 "object": "cache",
-                "tiers": {tier: self._tier(tier, found) for tier in TIERS},
-                "write_queue_bytes": int(stats.get("store_queue_bytes", 0)),
+                "tiers": {tier: self._tier(tier, stats.tiers.get(tier)) for tier in TIERS},
+                "write_queue_bytes": 0 if stats.store is None else stats.store.queued_bytes,
                 "documents": [
                     self._document(document)
                     for document in self.library.documents()
@@ -64,52 +61,42 @@ class CacheRoutes:
                 param="tier",
                 code="unsupported_value",
             )
-        freed = await self.engine.clear(tuple(tiers))
+        cleared = await self.engine.clear(tuple(tiers))
         return JSONResponse(
             {
                 "object": "cache.flush",
                 "freed": {
-                    tier: {kind: int(freed[f"{tier}_{kind}"]) for kind in ("blocks", "bytes")}
-                    for tier in tiers
+                    tier: {"blocks": freed.blocks, "bytes": freed.num_bytes}
+                    for tier, freed in cleared.items()
                 },
             }
         )
 
-    def _tier(self, tier: TierName, found: Sequence[Sample]) -> dict[str, Any] | None:
+    def _tier(self, tier: TierName, stats: TierStats | None) -> dict[str, Any] | None:
         """Describes one tier; None for one that this server does not have."""
-        own = [sample for sample in found if sample.labels.get("tier") == tier]
-        if not own:
+        if stats is None:
             return None
-        stats = {sample.metric.name: sample.value for sample in own}
-        hits, misses = stats["kv_hits_total"], stats["kv_misses_total"]
-        capacity = stats["kv_capacity_bytes"]
+        asked = stats.hits + stats.misses
         described: dict[str, Any] = {
-            "bytes": int(stats["kv_bytes"]),
-            "capacity_bytes": int(capacity) if math.isfinite(capacity) else None,
+            "bytes": stats.held_bytes,
+            "capacity_bytes": stats.capacity_bytes,
             "capacity_tokens": self.engine.info.tier_capacity_tokens[tier],
-            "blocks": int(stats["kv_blocks"]),
-            "hits": int(hits),
-            "misses": int(misses),
-            "hit_rate": round(hits / (hits + misses), 4) if hits + misses else None,
-            "evictions": {
-                reason: int(count)
-                for reason, count in values(own, "kv_evictions_total", "reason").items()
-            },
+            "blocks": stats.blocks,
+            "hits": stats.hits,
+            "misses": stats.misses,
+            "hit_rate": round(stats.hits / asked, 4) if asked else None,
+            "evictions": dict(stats.evictions),
         }
         if tier == "device":
-            described["blocks_in_use"] = int(stats["kv_blocks_in_use"])
+            described["blocks_in_use"] = stats.blocks_in_use
         if tier == "disk":
             described |= {
-                "extents": int(stats["kv_extents"]),
-                "checksum_failures": int(stats["kv_checksum_failures_total"]),
-                "quarantine_files": int(stats["kv_quarantine_files"]),
-                "quarantine_bytes": int(stats["kv_quarantine_bytes"]),
-                "writes_off": bool(stats["kv_writes_off"]),
-                "incidents": {
-                    kind: int(count)
-                    for kind, count in values(own, "kv_incidents_total", "kind").items()
-                    if count
-                },
+                "extents": stats.extents,
+                "checksum_failures": stats.corrupt_files,
+                "quarantine_files": stats.quarantine_files,
+                "quarantine_bytes": stats.quarantine_bytes,
+                "writes_off": stats.writes_off,
+                "incidents": {kind: count for kind, count in stats.incidents.items() if count},
             }
         return described
 

@@ -1,165 +1,252 @@
-"""The metrics that come from the engine: one table of names, help and labels.
+"""The metrics that come from the engine: one table of names, help, and where the values are read.
 
-The engine tells its statistics as a flat mapping of names to numbers. Each row here says which of
-those names it exports, with the labels that a name carries in braces: `{tier}_bytes` exports
-`device_bytes`, `host_bytes` and `disk_bytes` as `longctx_kv_bytes` with a label `tier`.
+A row reads its samples from `EngineStats`, one for each combination of its labels: `kv_bytes` has
+one for each tier that the engine has. What an engine does not have gives no sample.
 """
 
-import functools
-import re
-import string
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from offload.tier_names import TIERS
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from longctx.engine_stats import EngineStats, GroupStats, RingStats
+from offload.stats import StoreStats, TierStats
 
 MetricKind = Literal["counter", "gauge"]
-
-# What each label's value looks like inside the name of a statistic.
-LABEL_PATTERNS = {
-    "tier": "|".join(TIERS),
-    "reason": "[a-z]+",
-    "kind": "[a-z_]+",
-    "group": "[0-9]+",
-}
+Sample = tuple[tuple[str, ...], float]  # the labels' values, in the order of the row's labels
 
 
 @dataclass(frozen=True, slots=True)
 class EngineMetric:
     """Describes one exported metric. Its name ends in its unit, if any, as Prometheus wants it."""
 
-    stat: str  # the engine's name, with labels in braces
     name: str  # without `longctx_`; the name of a counter ends in `_total`
     help: str
+    labels: tuple[str, ...]
+    samples: Callable[[EngineStats], Iterator[Sample]]
 
     @property
     def kind(self) -> MetricKind:
         return "counter" if self.name.endswith("_total") else "gauge"
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        return tuple(label for _, label, _, _ in string.Formatter().parse(self.stat) if label)
-
-    def match(self, stat: str) -> dict[str, str] | None:
-        """Returns the labels that `stat` carries; None when it is no name of this metric."""
-        pattern = "".join(
-            re.escape(text) + (f"(?P<{label}>{LABEL_PATTERNS[label]})" if label else "")
-            for text, label, _, _ in string.Formatter().parse(self.stat)
-        )
-        found = re.fullmatch(pattern, stat)
-        return None if found is None else found.groupdict()
+    def family(self, stats: EngineStats) -> CounterMetricFamily | GaugeMetricFamily:
+        """Returns the metric with its samples, as a registry takes it."""
+        kind = CounterMetricFamily if self.kind == "counter" else GaugeMetricFamily
+        family = kind(f"longctx_{self.name}", self.help, labels=self.labels)
+        for labels, value in self.samples(stats):
+            family.add_metric(labels, value)
+        return family
 
 
-_ROWS = (
+def _engine(name: str, help: str, read: Callable[[EngineStats], float]) -> EngineMetric:
+    def samples(stats: EngineStats) -> Iterator[Sample]:
+        yield (), read(stats)
+
+    return EngineMetric(name, help, (), samples)
+
+
+def _group(name: str, help: str, read: Callable[[GroupStats], float]) -> EngineMetric:
+    def samples(stats: EngineStats) -> Iterator[Sample]:
+        for index, group in enumerate(stats.groups):
+            yield (str(index),), read(group)
+
+    return EngineMetric(name, help, ("group",), samples)
+
+
+def _ring(name: str, help: str, read: Callable[[RingStats], float]) -> EngineMetric:
+    def samples(stats: EngineStats) -> Iterator[Sample]:
+        if stats.ring is not None:
+            yield (), read(stats.ring)
+
+    return EngineMetric(name, help, (), samples)
+
+
+def _store(name: str, help: str, read: Callable[[StoreStats], float]) -> EngineMetric:
+    def samples(stats: EngineStats) -> Iterator[Sample]:
+        if stats.store is not None:
+            yield (), read(stats.store)
+
+    return EngineMetric(name, help, (), samples)
+
+
+def _tier(name: str, help: str, read: Callable[[TierStats], float | None]) -> EngineMetric:
+    """Makes a metric with a sample for each tier of which `read` returns a number."""
+
+    def samples(stats: EngineStats) -> Iterator[Sample]:
+        for tier, tier_stats in stats.tiers.items():
+            value = read(tier_stats)
+            if value is not None:
+                yield (tier,), value
+
+    return EngineMetric(name, help, ("tier",), samples)
+
+
+def _requests_ended(stats: EngineStats) -> Iterator[Sample]:
+    for reason, count in stats.requests_ended.items():
+        yield (reason.value,), count
+
+
+def _evictions(stats: EngineStats) -> Iterator[Sample]:
+    for tier, tier_stats in stats.tiers.items():
+        for reason, count in tier_stats.evictions.items():
+            yield (tier, reason), count
+
+
+def _incidents(stats: EngineStats) -> Iterator[Sample]:
+    for tier, tier_stats in stats.tiers.items():
+        for kind, count in tier_stats.incidents.items():
+            yield (tier, kind), count
+
+
+ENGINE_METRICS = (
     # Requests
-    ("requests_running", "requests_running", "Requests in the current batch"),
-    ("requests_waiting", "requests_waiting", "Requests that wait for memory or for each other"),
-    ("requests_{reason}_total", "requests_total", "Requests ended"),
-    ("steps_total", "steps_total", "Batches computed"),
-    ("computed_tokens_total", "computed_tokens_total", "Tokens computed by the model"),
-    ("prompt_tokens_total", "prompt_tokens_total", "Tokens in the prompts of ended requests"),
-    (
-        "cached_tokens_total",
+    _engine(
+        "requests_running",
+        "Requests in the current batch",
+        lambda engine: engine.requests_running,
+    ),
+    _engine(
+        "requests_waiting",
+        "Requests that wait for memory or for each other",
+        lambda engine: engine.requests_waiting,
+    ),
+    EngineMetric("requests_total", "Requests ended", ("reason",), _requests_ended),
+    _engine("steps_total", "Batches computed", lambda engine: engine.steps),
+    _engine(
+        "computed_tokens_total",
+        "Tokens computed by the model",
+        lambda engine: engine.computed_tokens,
+    ),
+    _engine(
+        "prompt_tokens_total",
+        "Tokens in the prompts of ended requests",
+        lambda engine: engine.prompt_tokens,
+    ),
+    _engine(
         "cached_tokens_total",
         "Prompt tokens of ended requests that were cached",
+        lambda engine: engine.cached_tokens,
     ),
-    ("generated_tokens_total", "generated_tokens_total", "Tokens in the answers of ended requests"),
-    ("preemptions_total", "preemptions_total", "Sequences preempted for lack of memory"),
+    _engine(
+        "generated_tokens_total",
+        "Tokens in the answers of ended requests",
+        lambda engine: engine.generated_tokens,
+    ),
+    _engine(
+        "preemptions_total",
+        "Sequences preempted for lack of memory",
+        lambda engine: engine.preemptions,
+    ),
     # What the engine knows and holds
-    ("documents_open", "documents_open", "Documents that the engine knows"),
-    ("modules_open", "modules_open", "Modules of schemas and kept prompts that the engine knows"),
-    ("prefixes_held", "prefixes_held", "Prefixes that are complete on the device"),
-    ("raw_blocks_held", "raw_blocks_in_use", "Blocks that are being filled"),
-    ("group{group}_blocks_held", "kv_group_blocks_in_use", "Blocks of a layer group in use"),
-    (
-        "group{group}_capacity_blocks",
+    _engine(
+        "documents_open", "Documents that the engine knows", lambda engine: engine.documents_open
+    ),
+    _engine(
+        "modules_open",
+        "Modules of schemas and kept prompts that the engine knows",
+        lambda engine: engine.modules_open,
+    ),
+    _engine(
+        "prefixes_held",
+        "Prefixes that are complete on the device",
+        lambda engine: engine.prefixes_held,
+    ),
+    _engine(
+        "raw_blocks_in_use", "Blocks that are being filled", lambda engine: engine.raw_blocks_in_use
+    ),
+    _group(
+        "kv_group_blocks_in_use",
+        "Blocks of a layer group in use",
+        lambda group: group.blocks_in_use,
+    ),
+    _group(
         "kv_group_capacity_blocks",
         "Blocks of a layer group that fit",
+        lambda group: group.capacity_blocks,
     ),
-    # Processes
-    ("ranks", "ranks", "Processes that share each prompt"),
-    (
-        "engine_restarts_total",
-        "engine_restarts_total",
-        "Times that the engine ended and was restarted",
+    # Ranks
+    _ring(
+        "ring_sent_bytes_total", "Bytes that ranks sent to each other", lambda ring: ring.sent_bytes
     ),
-    ("ring_sent_bytes_total", "ring_sent_bytes_total", "Bytes that ranks sent to each other"),
-    ("ring_wait_seconds_total", "ring_wait_seconds_total", "Time rank 0 waited for other ranks"),
-    (
-        "ring_link_latency_seconds",
+    _ring(
+        "ring_wait_seconds_total",
+        "Time rank 0 waited for other ranks",
+        lambda ring: ring.wait_seconds,
+    ),
+    _ring(
         "ring_link_latency_seconds",
         "Latency between ranks, as measured",
+        lambda ring: ring.link_latency_seconds,
     ),
-    (
-        "ring_link_bytes_per_second",
+    _ring(
         "ring_link_bytes_per_second",
         "Bandwidth between ranks, as measured",
+        lambda ring: ring.link_bytes_per_second,
     ),
     # Transfers between tiers
-    ("store_queue_bytes", "kv_write_queue_bytes", "Bytes queued for host memory and disk"),
-    ("store_loads", "kv_loads_running", "Requests whose blocks are being loaded"),
-    ("store_loads_late_total", "kv_loads_late_total", "Loads abandoned because they took too long"),
-    ("store_failures_total", "kv_transfer_failures_total", "Transfers that failed unexpectedly"),
-    (
-        "store_read_bytes_per_second",
+    _store(
+        "kv_write_queue_bytes",
+        "Bytes queued for host memory and disk",
+        lambda store: store.queued_bytes,
+    ),
+    _store(
+        "kv_loads_running",
+        "Requests whose blocks are being loaded",
+        lambda store: store.loads_running,
+    ),
+    _store(
+        "kv_loads_late_total",
+        "Loads abandoned because they took too long",
+        lambda store: store.loads_late,
+    ),
+    _store(
+        "kv_transfer_failures_total",
+        "Transfers that failed unexpectedly",
+        lambda store: store.failures,
+    ),
+    _store(
         "kv_disk_read_bytes_per_second",
         "Bandwidth of reads from disk, measured lately",
+        lambda store: store.read_bytes_per_second,
     ),
     # Each tier
-    ("{tier}_bytes", "kv_bytes", "Bytes of KV blocks held"),
-    ("{tier}_capacity_bytes", "kv_capacity_bytes", "Bytes of KV blocks that may be held"),
-    ("{tier}_blocks", "kv_blocks", "KV blocks held, counted once for each layer group"),
-    ("{tier}_blocks_held", "kv_blocks_in_use", "KV blocks in use, which are not evicted"),
-    ("{tier}_extents", "kv_extents", "Files of KV blocks"),
-    ("{tier}_hits_total", "kv_hits_total", "Blocks that were looked for and found"),
-    ("{tier}_misses_total", "kv_misses_total", "Blocks that were looked for and not found"),
-    ("{tier}_writes_total", "kv_writes_total", "Files written"),
-    ("{tier}_read_seconds_total", "kv_read_seconds_total", "Time spent reading blocks"),
-    ("{tier}_read_bytes_total", "kv_read_bytes_total", "Bytes of blocks read"),
-    ("{tier}_write_seconds_total", "kv_write_seconds_total", "Time spent writing blocks"),
-    ("{tier}_write_bytes_total", "kv_write_bytes_total", "Bytes of blocks written"),
-    (
-        "{tier}_corrupt_files_total",
+    _tier("kv_bytes", "Bytes of KV blocks held", lambda tier: tier.held_bytes),
+    _tier(
+        "kv_capacity_bytes", "Bytes of KV blocks that may be held", lambda tier: tier.capacity_bytes
+    ),
+    _tier(
+        "kv_blocks", "KV blocks held, counted once for each layer group", lambda tier: tier.blocks
+    ),
+    _tier(
+        "kv_blocks_in_use",
+        "KV blocks in use, which are not evicted",
+        lambda tier: tier.blocks_in_use,
+    ),
+    _tier("kv_extents", "Files of KV blocks", lambda tier: tier.extents),
+    _tier("kv_hits_total", "Blocks that were looked for and found", lambda tier: tier.hits),
+    _tier("kv_misses_total", "Blocks that were looked for and not found", lambda tier: tier.misses),
+    _tier("kv_writes_total", "Files written", lambda tier: tier.extents_written),
+    _tier("kv_read_seconds_total", "Time spent reading blocks", lambda tier: tier.read_seconds),
+    _tier("kv_read_bytes_total", "Bytes of blocks read", lambda tier: tier.read_bytes),
+    _tier("kv_write_seconds_total", "Time spent writing blocks", lambda tier: tier.write_seconds),
+    _tier("kv_write_bytes_total", "Bytes of blocks written", lambda tier: tier.write_bytes),
+    _tier(
         "kv_checksum_failures_total",
         "Damaged files, put in quarantine",
+        lambda tier: tier.corrupt_files,
     ),
-    ("{tier}_quarantine_bytes", "kv_quarantine_bytes", "Bytes of damaged files, kept to look at"),
-    ("{tier}_quarantine_files", "kv_quarantine_files", "Damaged files, kept to look at"),
-    ("{tier}_writes_off", "kv_writes_off", "1 while nothing is written after a failure"),
-    ("{tier}_evictions_{reason}_total", "kv_evictions_total", "Blocks or files evicted"),
-    ("{tier}_{kind}_total", "kv_incidents_total", "Faults of a tier, by kind"),
+    _tier(
+        "kv_quarantine_bytes",
+        "Bytes of damaged files, kept to look at",
+        lambda tier: tier.quarantine_bytes,
+    ),
+    _tier(
+        "kv_quarantine_files", "Damaged files, kept to look at", lambda tier: tier.quarantine_files
+    ),
+    _tier(
+        "kv_writes_off", "1 while nothing is written after a failure", lambda tier: tier.writes_off
+    ),
+    EngineMetric("kv_evictions_total", "Blocks or files evicted", ("tier", "reason"), _evictions),
+    EngineMetric("kv_incidents_total", "Faults of a tier, by kind", ("tier", "kind"), _incidents),
 )
-# In this order: a name belongs to the first row that it matches.
-ENGINE_METRICS = tuple(EngineMetric(*row) for row in _ROWS)
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    metric: EngineMetric
-    labels: Mapping[str, str]
-    value: float
-
-
-def samples(stats: Mapping[str, float]) -> Iterator[Sample]:
-    """Yields every statistic as a sample of its metric; one that no row exports keeps its name."""
-    for stat, value in stats.items():
-        metric, labels = _metric_of(stat)
-        yield Sample(metric, labels, value)
-
-
-def values(found: Iterable[Sample], name: str, label: str) -> dict[str, float]:
-    """Returns the values of the metric of that name, by the value of one of its labels."""
-    return {sample.labels[label]: sample.value for sample in found if sample.metric.name == name}
-
-
-def is_listed(metric: EngineMetric) -> bool:
-    return metric in ENGINE_METRICS
-
-
-@functools.cache
-def _metric_of(stat: str) -> tuple[EngineMetric, Mapping[str, str]]:
-    for metric in ENGINE_METRICS:
-        if (labels := metric.match(stat)) is not None:
-            return metric, labels
-    return EngineMetric(stat, stat, "A statistic of the engine"), {}

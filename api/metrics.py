@@ -20,18 +20,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.engine_metrics import MetricKind, samples
+from api.engine_metrics import ENGINE_METRICS
 from api.files.document import DocumentState
 from api.files.document_library import DocumentLibrary
+from longctx.engine_stats import EngineStats
 from longctx.errors import LongctxError
 from longctx.process.client import EngineClient, State
 from longctx.version import __version__
 
 STATS_SECONDS = 5.0  # a step that takes longer is not waited for: Prometheus would give up
-FAMILIES: dict[MetricKind, type[CounterMetricFamily] | type[GaugeMetricFamily]] = {
-    "counter": CounterMetricFamily,
-    "gauge": GaugeMetricFamily,
-}
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 
 
@@ -106,7 +103,7 @@ class MetricsRoute:
         return Response(encode(registry), headers={"content-type": content_type})
 
     async def _snapshot(self) -> "Snapshot":
-        stats: dict[str, float] = {}
+        stats: EngineStats | None = None
         with suppress(LongctxError, TimeoutError):  # it restarts, or a step takes very long
             stats = await asyncio.wait_for(self.engine.stats(), STATS_SECONDS)
         documents = collections.Counter(
@@ -121,17 +118,24 @@ class MetricsRoute:
             "dtype": info.dtype,
             "attention_backend": info.backend,
         }
-        stats["ranks"] = self.engine.config.ring.ranks
-        stats["engine_restarts_total"] = self.engine.restarts
-        return Snapshot(stats, self.engine.state, documents, labels)
+        return Snapshot(
+            stats=stats,
+            engine_state=self.engine.state,
+            engine_restarts=self.engine.restarts,
+            ranks=self.engine.config.ring.ranks,
+            documents=documents,
+            info=labels,
+        )
 
 
-@dataclass(frozen=True, slots=True, eq=False)  # a registry wants it hashable
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)  # a registry wants it hashable
 class Snapshot:
     """Collects all metrics but those of HTTP, as of one moment, for a registry."""
 
-    stats: Mapping[str, float]
+    stats: EngineStats | None  # None while the engine restarts
     engine_state: State
+    engine_restarts: int
+    ranks: int
     documents: Mapping[DocumentState, int]
     info: Mapping[str, str]
 
@@ -149,13 +153,19 @@ class Snapshot:
             "Documents of all tenants",
             [({"state": state}, float(self.documents.get(state, 0))) for state in kinds],
         )
-        families: dict[str, Metric] = {}
-        for sample in samples(self.stats):
-            name = f"longctx_{sample.metric.name}"
-            if name not in families:
-                families[name] = FAMILIES[sample.metric.kind](name, sample.metric.help)
-            families[name].add_sample(name, dict(sample.labels), sample.value)
-        yield from families.values()
+        yield GaugeMetricFamily(
+            "longctx_ranks", "Processes that share each prompt", value=self.ranks
+        )
+        yield CounterMetricFamily(
+            "longctx_engine_restarts",
+            "Times that the engine ended and was restarted",
+            value=self.engine_restarts,
+        )
+        if self.stats is not None:
+            for metric in ENGINE_METRICS:
+                family = metric.family(self.stats)
+                if family.samples:  # an engine without a disk says nothing of disks
+                    yield family
 
 
 def _gauge(name: str, text: str, samples: list[tuple[Mapping[str, str], float]]) -> Metric:

@@ -20,7 +20,7 @@ from offload.block_run import PageSlots, Slots
 from offload.eviction import Evictable, EvictionPolicy
 from offload.eviction_log import EvictionLog
 from offload.key import BlockKey, GroupKey
-from offload.tier import Cleared
+from offload.stats import Cleared, TierStats
 from offload.tier_names import TierName
 
 _UNITS_PER_PAGE = 16  # at most, since each unit is copied by a call of its own
@@ -68,18 +68,9 @@ class HostTier:
         self._never_used = 0  # units from here on were never given out
         self._groups: dict[int, tuple[int, ...]] = {}  # page sizes of the layers of each
         self._log = EvictionLog()
-        self._counts = dict.fromkeys(
-            (
-                "hits_total",
-                "misses_total",
-                "evictions_cap_total",
-                "read_seconds_total",
-                "read_bytes_total",
-                "write_seconds_total",
-                "write_bytes_total",
-            ),
-            0.0,
-        )
+        self._hits = self._misses = self._evictions = 0
+        self._read_bytes = self._write_bytes = 0
+        self._read_seconds = self._write_seconds = 0.0
 
     def has(self, group: int, key: BlockKey) -> bool:
         return (group, key) in self._units  # without the lock, which is held while pages are copied
@@ -118,7 +109,7 @@ class HostTier:
                     break
                 parent = key
                 count += 1
-            self._counts["write_seconds_total"] += time.perf_counter() - begin
+            self._write_seconds += time.perf_counter() - begin
         return count
 
     def read(self, group: int, keys: Sequence[BlockKey], slots: Slots) -> list[bool]:
@@ -135,12 +126,12 @@ class HostTier:
                     skipped = sum(-(-size // self._unit_bytes) for size in before)
                     for page, part in self._parts(slots.arrays, row, units[skipped:]):
                         page[:] = part
-                    self._counts["read_bytes_total"] += slots.block_bytes
+                    self._read_bytes += slots.block_bytes
                     self._policy.used((group, key))
             hits = sum(found)
-            self._counts["hits_total"] += hits
-            self._counts["misses_total"] += len(found) - hits
-            self._counts["read_seconds_total"] += time.perf_counter() - begin
+            self._hits += hits
+            self._misses += len(found) - hits
+            self._read_seconds += time.perf_counter() - begin
         return found
 
     def use(self, keys: Iterable[BlockKey]) -> None:
@@ -176,15 +167,21 @@ class HostTier:
         """Return why a block left: evicted, deleted or flushed; see `Tier.explain`."""
         return None if self.has(group, key) else self._log.reason((group, key))
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> TierStats:
         with self._lock:
             used = self._never_used - len(self._free)
-            return {
-                "bytes": used * self._unit_bytes,
-                "capacity_bytes": self.capacity_bytes,
-                "blocks": len(self._units),
-                **self._counts,
-            }
+            return TierStats(
+                held_bytes=used * self._unit_bytes,
+                capacity_bytes=self.capacity_bytes,
+                blocks=len(self._units),
+                hits=self._hits,
+                misses=self._misses,
+                evictions={"cap": self._evictions},
+                read_bytes=self._read_bytes,
+                read_seconds=self._read_seconds,
+                write_bytes=self._write_bytes,
+                write_seconds=self._write_seconds,
+            )
 
     def close(self) -> None:
         """Do nothing: nothing outlives the process."""
@@ -211,11 +208,11 @@ class HostTier:
             if victim is None or victim == parent:  # a leaf, so nothing but this chain is left
                 return False
             self._remove(victim, "evicted")
-            self._counts["evictions_cap_total"] += 1
+            self._evictions += 1
         units = self._take(wanted)
         for page, part in self._parts(slots.arrays, row, units):
             part[:] = page
-        self._counts["write_bytes_total"] += slots.block_bytes
+        self._write_bytes += slots.block_bytes
         self._policy.added(
             Evictable(block, slots.block_bytes, cost_seconds, (block,), parent, retained)
         )

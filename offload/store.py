@@ -15,7 +15,8 @@ from offload.events import Event, Late, Loaded, Mailbox, Written
 from offload.key import BlockKey
 from offload.owners import Owners
 from offload.reader import Part, Reader
-from offload.tier import Cleared, DurableTier, MemoryTier
+from offload.stats import Cleared, StoreStats
+from offload.tier import DurableTier, MemoryTier
 from offload.tier_names import TierName
 from offload.tier_stack import TierStack
 from offload.writer import Offer, Writer
@@ -213,15 +214,16 @@ class KVStore:
         """A count that grows whenever something that was durable is so no more."""
         return self._stack.losses
 
-    def stats(self) -> dict[str, float]:
-        """Return figures by name, their tier's name before it; counters end in `_total`."""
-        return self._stack.stats() | {
-            "store_queue_bytes": self.queued_bytes,
-            "store_loads": len(self._reader),
-            "store_loads_late_total": self._reader.late,
-            "store_failures_total": self._reader.failures + self._writer.failures,
-            "store_read_bytes_per_second": self.read_bytes_per_second,
-        }
+    def stats(self) -> StoreStats:
+        """Return what the tiers hold and what the store is doing, with all counts so far."""
+        return StoreStats(
+            tiers=self._stack.stats(),
+            queued_bytes=self.queued_bytes,
+            loads_running=len(self._reader),
+            loads_late=self._reader.late,
+            failures=self._reader.failures + self._writer.failures,
+            read_bytes_per_second=self.read_bytes_per_second,
+        )
 
     def flush(self, deadline_seconds: float) -> bool:
         """Wait until all that was offered or released so far is done; False if time ran out."""

@@ -10,18 +10,12 @@ cannot be written.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 from offload.block_run import BlockRun, Slots
 from offload.key import BlockKey
+from offload.stats import Cleared, TierStats
 from offload.tier_names import TierName
-
-
-class Cleared(NamedTuple):
-    """What a tier held before it was emptied."""
-
-    blocks: int
-    num_bytes: int
 
 
 class Tier(Protocol):
@@ -67,12 +61,10 @@ class Tier(Protocol):
         """
         ...
 
-    def stats(self) -> dict[str, float]:
-        """Return figures by name, without the name of the tier; counters end in `_total`.
+    def stats(self) -> TierStats:
+        """Return what the tier holds now, and what it has counted since it was opened.
 
-        `/v1/cache` needs `bytes`, `blocks`, `capacity_bytes` (where there is a bound), `hits_total`
-        and `misses_total`; it shows `evictions_REASON_total` too. A figure of another name becomes
-        a metric by a line in `api/engine_metrics.py`.
+        A new field of `TierStats` becomes a metric by a line in `api/engine_metrics.py`.
         """
         ...
 

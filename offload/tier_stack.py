@@ -16,7 +16,8 @@ from dataclasses import replace
 from offload.bandwidth import Bandwidth
 from offload.block_run import BlockRun, Slots
 from offload.key import BlockKey
-from offload.tier import Cleared, DurableTier, MemoryTier
+from offload.stats import Cleared, TierStats
+from offload.tier import DurableTier, MemoryTier
 from offload.tier_names import TierName
 
 
@@ -166,13 +167,9 @@ class TierStack:
         for tier in self._durable:
             tier.gc()
 
-    def stats(self) -> dict[str, float]:
-        """Return each tier's figures, with its name before theirs: `host_bytes`."""
-        return {
-            f"{tier.name}_{figure}": value
-            for tier in self._tiers
-            for figure, value in tier.stats().items()
-        }
+    def stats(self) -> dict[TierName, TierStats]:
+        """Return what each tier holds and has counted, the fastest first."""
+        return {tier.name: tier.stats() for tier in self._tiers}
 
     def close(self) -> None:
         for tier in reversed(self._tiers):

@@ -41,6 +41,7 @@ LADDER = (
     ("longctx.engine",),
     ("longctx.attention",),
     ("longctx.kv", "longctx.text", "longctx.ipc"),
+    ("longctx.engine_stats",),
     ("longctx.model", "longctx.engine_info", "longctx.request", "prompt_cache", "offload.disk"),
     (
         "longctx.config",

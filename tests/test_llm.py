@@ -25,7 +25,7 @@ def llm(llama: Path) -> Iterator[LLM]:
     llm = LLM(llama, engine_config())
     yield llm
     assert not llm.engine.has_work
-    assert llm.engine.stats()["raw_blocks_held"] == 0
+    assert llm.engine.stats().raw_blocks_in_use == 0
 
 
 def test_plain_text_is_continued_one_answer_per_prompt_in_order(llm: LLM) -> None:
@@ -74,7 +74,7 @@ def test_what_a_document_spells_is_text(llm: LLM) -> None:
 def test_a_closed_document_is_missing_and_its_blocks_are_free(llm: LLM) -> None:
     document = llm.document_from_text(TEXT)
     document.close()
-    assert llm.engine.stats()["group0_blocks_held"] == 0
+    assert llm.engine.stats().groups[0].blocks_in_use == 0
     with pytest.raises(DocumentMissing):
         document.ask("Who?")
 

@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import models_json_schema
 
 from api.config import ServerConfig
-from api.engine_metrics import ENGINE_METRICS
+from api.engine_metrics import ENGINE_METRICS, EngineMetric
 from api.http.openapi import Route
 from api.metrics import HTTPMetrics, Snapshot
 from api.routes import routes
@@ -267,20 +267,18 @@ def _link(model: str) -> str:
 
 # Metrics
 
-# A value for each label that the name of an engine's statistic may carry.
-LABELS = {"tier": "device", "reason": "cap", "kind": "io_errors", "group": "0"}
-
 
 def metrics_page() -> str:
     """Every metric of `GET /metrics`, as a scrape has it."""
     http = HTTPMetrics()
     http.requests.labels("", "", "").inc()  # a metric has its labels once it was counted
     http.seconds.labels("", "").observe(0)
-    stats = dict.fromkeys((metric.stat.format(**LABELS) for metric in ENGINE_METRICS), 0.0)
     info = dict.fromkeys(
         ("version", "model", "kv_codec", "device", "dtype", "attention_backend"), ""
     )
-    served = Snapshot(stats=stats, engine_state="ready", documents={}, info=info)
+    served = Snapshot(
+        stats=None, engine_state="ready", engine_restarts=0, ranks=1, documents={}, info=info
+    )
     families = [
         family
         for collector in (http.requests, http.seconds, http.first_token_seconds, served)
@@ -292,7 +290,10 @@ def metrics_page() -> str:
             GENERATED,
             "`GET /metrics` is for Prometheus; where there are API keys it wants one. Figures are "
             "of all tenants together. The label `tier` is `device`, `host` or `disk`.",
-            _table(("metric", "kind", "labels", "what"), map(_metric, families)),
+            _table(
+                ("metric", "kind", "labels", "what"),
+                (*map(_metric, families), *map(_engine_metric, ENGINE_METRICS)),
+            ),
         ]
     )
 
@@ -300,8 +301,15 @@ def metrics_page() -> str:
 def _metric(family: Metric) -> tuple[str, str, str, str]:
     name = f"{family.name}_total" if family.type == "counter" else family.name
     labels = dict.fromkeys(label for sample in family.samples for label in sample.labels)
-    shown = ", ".join(f"`{label}`" for label in labels if label != "le")
-    return f"`{name}`", family.type, shown, family.documentation
+    return f"`{name}`", family.type, _names(labels), family.documentation
+
+
+def _engine_metric(metric: EngineMetric) -> tuple[str, str, str, str]:
+    return f"`longctx_{metric.name}`", metric.kind, _names(metric.labels), metric.help
+
+
+def _names(labels: Iterable[str]) -> str:
+    return ", ".join(f"`{label}`" for label in labels if label != "le")
 
 
 # Pages

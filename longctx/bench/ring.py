@@ -32,6 +32,7 @@ from longctx.bench.ring_projection import (
 )
 from longctx.bench.ring_virtual import Chunk, chunks
 from longctx.config import EngineConfig, KVCodec
+from longctx.engine_stats import RingStats
 
 PIECE_TOKENS = 2048  # of the prompt, read by each number of processes in turn
 PROJECTED_TOKENS = (1 << 17, 1 << 20)
@@ -115,31 +116,31 @@ async def _processes(
         ]
         for engine in engines:
             await read_prompt(engine, prompt[::-1][:1024])  # warms up
-        before = [await engine.stats() for engine in engines]
+        before = [(await engine.stats()).ring for engine in engines]
         seconds = [0.0] * len(engines)
         turn = list(enumerate(engines))
         for end in (*range(PIECE_TOKENS, len(prompt), PIECE_TOKENS), len(prompt)):
             for index, engine in turn:
                 seconds[index] += await read_prompt(engine, prompt[:end])
             turn.reverse()
-        after = [await engine.stats() for engine in engines]
+        after = [(await engine.stats()).ring for engine in engines]
     return [_process_figures(*each) for each in zip(counts, seconds, before, after, strict=True)]
 
 
 def _process_figures(
-    ranks: int, seconds: float, before: Mapping[str, float], after: Mapping[str, float]
+    ranks: int, seconds: float, before: RingStats | None, after: RingStats | None
 ) -> Processes:
-    if ranks == 1:
+    if before is None or after is None:  # one rank
         return Processes(
-            ranks=1, seconds=seconds, sent_bytes=0, waited_seconds=0, transfer_seconds=0
+            ranks=ranks, seconds=seconds, sent_bytes=0, waited_seconds=0, transfer_seconds=0
         )
-    sent = after["ring_sent_bytes_total"] - before["ring_sent_bytes_total"]
+    sent = after.sent_bytes - before.sent_bytes
     return Processes(
         ranks=ranks,
         seconds=seconds,
         sent_bytes=sent,
-        waited_seconds=after["ring_wait_seconds_total"] - before["ring_wait_seconds_total"],
-        transfer_seconds=sent / ranks / after["ring_link_bytes_per_second"],
+        waited_seconds=after.wait_seconds - before.wait_seconds,
+        transfer_seconds=sent / ranks / after.link_bytes_per_second,
     )
 
 

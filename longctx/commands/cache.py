@@ -87,7 +87,7 @@ def _verify(arguments: argparse.Namespace, folder: Path, config: CacheConfig) ->
     begin = time.monotonic()
     with closing(tier):
         found = tier.verify(_say)
-        quarantined = int(tier.stats()["quarantine_files"])
+        quarantined = tier.stats().quarantine_files
     _say(
         f"{found.extents:,} extents are whole, {_bytes(found.num_bytes)} read in "
         f"{time.monotonic() - begin:.1f} s"
@@ -114,12 +114,12 @@ def _gc(arguments: argparse.Namespace, folder: Path, config: CacheConfig) -> Non
         )
     ) as tier:
         tier.gc()
-        left, stats = tier.entries(), tier.stats()
+        left, evictions = tier.entries(), tier.stats().evictions
     freed = sum(e.file_bytes for e in before) - sum(e.file_bytes for e in left)
     _say(
-        f"deleted {stats['evictions_ttl_total']:,.0f} extents for their age, "
-        f"{stats['evictions_cap_total']:,.0f} over the cap, "
-        f"{stats['evictions_space_total']:,.0f} for free space: {_bytes(freed)}; "
+        f"deleted {evictions['ttl']:,} extents for their age, "
+        f"{evictions['cap']:,} over the cap, "
+        f"{evictions['space']:,} for free space: {_bytes(freed)}; "
         f"{len(left):,} are left"
     )
 

@@ -26,11 +26,13 @@ from longctx.engine.request_state import RequestState
 from longctx.engine.sampler import SamplingError, sample
 from longctx.engine.scheduler import SchedulerOutput
 from longctx.engine.sequence import Sequence
-from longctx.engine.stats import Figures
+from longctx.engine.stats import EndedRequests, device_stats, group_stats
+from longctx.engine_stats import EngineStats
 from longctx.errors import BlocksLost, InvalidRequest, PeerLost
 from longctx.kv.clear import clear_tiers
 from longctx.request import FinishReason, ModuleState, Piece, Request, RequestOutput
 from longctx.text.detokenizer import TextStream
+from offload.stats import Cleared
 
 # A sequence whose streamed blocks are lost more often ends: no tier keeps its context.
 MAX_RETRIES = 3
@@ -62,7 +64,7 @@ class Engine:
         self._explainer = Explainer(
             self._cache, self._inputs.prompts.documents, self.tokenizer, self._inputs.namespace
         )
-        self._figures = Figures()
+        self._ended = EndedRequests()
         self._requests: dict[str, RequestState] = {}
         self._steps = 0
         self._between_steps: list[RequestOutput] = []  # outputs that the next step returns
@@ -307,7 +309,7 @@ class Engine:
             self._module_prefills.on_ended(sequence, error)
             return []
         if usage is not None:
-            self._figures.finished(reason, usage)
+            self._ended.count(reason, usage)
         last = RequestOutput(
             request_id=sequence.request.request_id,
             token_ids=() if token is None else (token,),
@@ -340,19 +342,31 @@ class Engine:
                 outputs += self._finish(sequence, FinishReason.ERROR, error=message)
         return outputs
 
-    def clear(self, tiers: Iterable[str]) -> dict[str, float]:
-        """Evict what is cached in `device` or `host` and not in use; return what that was, by name.
+    def clear(self, tiers: Iterable[str]) -> dict[str, Cleared]:
+        """Evict what is cached in `device` or `host` and not in use; return what that was, by tier.
 
         Documents stay on disk, and known. Raises InvalidRequest for a tier that there is not.
         """
         return clear_tiers(self._cache, self._store, tiers)
 
-    def stats(self) -> dict[str, float]:
-        """Gauges and counters, by flat names."""
-        return {
-            "steps_total": self._steps,
-            "documents_open": len(self._inputs.prompts.documents),
-            "modules_open": len(self._inputs.prompts.modules),
-            **self._runner.stats(),
-            **self._figures.read(self._scheduler, self._cache),
-        }
+    def stats(self) -> EngineStats:
+        """Return what the engine and its tiers hold now, and what they have counted so far."""
+        return EngineStats(
+            requests_running=len(self._scheduler.running),
+            requests_waiting=len(self._scheduler.waiting),
+            requests_ended=dict(self._ended.by_reason),
+            prompt_tokens=self._ended.prompt_tokens,
+            cached_tokens=self._ended.cached_tokens,
+            generated_tokens=self._ended.generated_tokens,
+            steps=self._steps,
+            computed_tokens=self._runner.computed_tokens,
+            preemptions=self._scheduler.preemptions,
+            documents_open=len(self._inputs.prompts.documents),
+            modules_open=len(self._inputs.prompts.modules),
+            prefixes_held=len(self._cache.prefixes),
+            raw_blocks_in_use=self._cache.memory.raw.held,
+            groups=group_stats(self._cache.memory),
+            device=device_stats(self._cache),
+            store=None if self._store is None else self._store.stats(),
+            ring=self._runner.ring_stats(),
+        )

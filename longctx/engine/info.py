@@ -31,18 +31,17 @@ def engine_info(
     spec: ModelSpec, memory: KVMemory, codec: CodecChoice, store: KVStore | None, *, backend: str
 ) -> EngineInfo:
     """Describe an engine that is about to serve, and its tiers as they are now."""
-    stored = {} if store is None else store.stats()
-    capacity_tokens = {
-        tier: memory.tokens_in(int(stored.get(f"{tier}_capacity_bytes", 0))) for tier in TIERS
-    }
+    stored = {} if store is None else store.stats().tiers
+    capacity_bytes = {tier: stats.capacity_bytes or 0 for tier, stats in stored.items()}
+    capacity_tokens = {tier: memory.tokens_in(capacity_bytes.get(tier, 0)) for tier in TIERS}
     limits = context_limits(spec.max_context, memory, below_tokens=max(capacity_tokens.values()))
     return EngineInfo(
         model_name=spec.name,
         fingerprint=spec.fingerprint,
         limits=limits,
         tier_capacity_tokens=capacity_tokens | {"device": limits.capacity_tokens},
-        disk_capacity_bytes=int(stored.get("disk_capacity_bytes", 0)),
-        disk_bytes=int(stored.get("disk_bytes", 0)),
+        disk_capacity_bytes=capacity_bytes.get("disk", 0),
+        disk_bytes=stored["disk"].held_bytes if "disk" in stored else 0,
         block_tokens=BLOCK_TOKENS,
         kv_block_bytes=memory.block_bytes,
         kv_window_bytes=memory.window_bytes,

@@ -10,6 +10,7 @@ from longctx.attention.backend import AttentionBackend, AttentionPlan
 from longctx.attention.merge import merge_sink
 from longctx.engine.batch import Batch
 from longctx.engine.scheduler import Chunk
+from longctx.engine_stats import RingStats
 from longctx.kv.memory import KVMemory
 from longctx.model.layer_attention import AttentionCall
 from longctx.model.loader import LoadedModel
@@ -27,8 +28,8 @@ class Runner(Protocol):
         """Return logits [chunks that sample, vocab], float32; the KV is in the pools then."""
         ...
 
-    def stats(self) -> dict[str, float]:
-        """As `Engine.stats`."""
+    def ring_stats(self) -> RingStats | None:
+        """Return what the ranks have counted; None for a runner that is alone."""
         ...
 
 
@@ -49,8 +50,8 @@ class ModelRunner:
         """Build the batch of some chunks, whose pages have been allocated, and `run` it."""
         return self.run(Batch.build(chunks, device=self._memory.device))
 
-    def stats(self) -> dict[str, float]:
-        return {"computed_tokens_total": self.computed_tokens}
+    def ring_stats(self) -> None:
+        return None
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:

@@ -1,56 +1,53 @@
-"""The engine's figures by flat names: gauges, and counters, which end in `_total`."""
+"""Parts of an engine's statistics: requests as they end, and the device as a tier."""
 
 import operator
-from collections import Counter
 
-from longctx.engine.scheduler import Scheduler
+from longctx.engine_stats import GroupStats
 from longctx.kv.cache_manager import KVCacheManager
+from longctx.kv.memory import KVMemory
 from longctx.request import FinishReason, Usage
+from offload.stats import TierStats
 
 
-class Figures:
-    """What is counted as requests end; the rest is asked of those who know it."""
+class EndedRequests:
+    """Counts requests by how they ended, and the tokens of their prompts and answers."""
 
     def __init__(self) -> None:
-        self._totals: Counter[str] = Counter()
-        for reason in FinishReason:
-            self._totals[f"requests_{reason.value}_total"] = 0
-        for kind in ("prompt", "cached", "generated"):
-            self._totals[f"{kind}_tokens_total"] = 0
+        self.by_reason = dict.fromkeys(FinishReason, 0)
+        self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
 
-    def finished(self, reason: FinishReason, usage: Usage) -> None:
-        """One request has come to its end."""
-        self._totals[f"requests_{reason.value}_total"] += 1
-        self._totals["prompt_tokens_total"] += usage.prompt_tokens
-        self._totals["cached_tokens_total"] += usage.cached_tokens
-        self._totals["generated_tokens_total"] += usage.completion_tokens
+    def count(self, reason: FinishReason, usage: Usage) -> None:
+        self.by_reason[reason] += 1
+        self.prompt_tokens += usage.prompt_tokens
+        self.cached_tokens += usage.cached_tokens
+        self.generated_tokens += usage.completion_tokens
 
-    def read(self, scheduler: Scheduler, cache: KVCacheManager) -> dict[str, float]:
-        memory = cache.memory
-        # Pages that no sequence gets are neither held nor room.
-        reserved = [memory.reserved_blocks] + [0] * (len(memory.packed) - 1)
-        held = [pool.held - kept for pool, kept in zip(memory.packed, reserved, strict=True)]
-        room = [pool.capacity - kept for pool, kept in zip(memory.packed, reserved, strict=True)]
-        full = [blocks + pool.cached for pool, blocks in zip(memory.packed, held, strict=True)]
-        sizes = [sum(pool.page_bytes) for pool in memory.packed]
-        numbers: dict[str, float] = {
-            "requests_running": len(scheduler.running),
-            "requests_waiting": len(scheduler.waiting),
-            "preemptions_total": scheduler.preemptions,
-            **self._totals,
-            "prefixes_held": len(cache.prefixes),
-            "raw_blocks_held": memory.raw.held,
-            "device_hits_total": cache.hits,
-            "device_misses_total": cache.misses,
-            "device_evictions_cap_total": sum(pool.evicted for pool in memory.packed),
-            "device_blocks": sum(full),
-            "device_blocks_held": sum(held),
-            "device_bytes": sum(map(operator.mul, full, sizes)),
-            "device_capacity_bytes": sum(map(operator.mul, room, sizes)),
-        }
-        for index in range(len(memory.packed)):
-            numbers[f"group{index}_capacity_blocks"] = room[index]
-            numbers[f"group{index}_blocks_held"] = held[index]
-        if cache.offloader is not None:
-            numbers |= cache.offloader.store.stats()
-        return numbers
+
+def group_stats(memory: KVMemory) -> tuple[GroupStats, ...]:
+    """Return how full the pools of packed blocks are, by layer group.
+
+    The reserved blocks of the first group are neither in use nor room: no sequence gets them.
+    """
+    reserved = [memory.reserved_blocks] + [0] * (len(memory.packed) - 1)
+    return tuple(
+        GroupStats(capacity_blocks=pool.capacity - kept, blocks_in_use=pool.held - kept)
+        for pool, kept in zip(memory.packed, reserved, strict=True)
+    )
+
+
+def device_stats(cache: KVCacheManager) -> TierStats:
+    """Return what the device's pools of packed blocks hold, as a tier like those below it."""
+    pools, groups = cache.memory.packed, group_stats(cache.memory)
+    block_bytes = [sum(pool.page_bytes) for pool in pools]
+    in_use = [group.blocks_in_use for group in groups]
+    room = [group.capacity_blocks for group in groups]
+    held = [blocks + pool.cached for pool, blocks in zip(pools, in_use, strict=True)]
+    return TierStats(
+        held_bytes=sum(map(operator.mul, held, block_bytes)),
+        capacity_bytes=sum(map(operator.mul, room, block_bytes)),
+        blocks=sum(held),
+        blocks_in_use=sum(in_use),
+        hits=cache.hits,
+        misses=cache.misses,
+        evictions={"cap": sum(pool.evicted for pool in pools)},
+    )

@@ -19,6 +19,7 @@ import msgspec
 
 from longctx.config import EngineConfig
 from longctx.engine_info import EngineInfo
+from longctx.engine_stats import EngineStats
 from longctx.errors import (
     ContextTooLong,
     DocumentMissing,
@@ -30,6 +31,7 @@ from longctx.errors import (
     PeerLost,
 )
 from longctx.request import LevelVerdict, ModuleState, Piece, Request, RequestOutput
+from offload.stats import Cleared
 from prompt_cache.level import Level
 
 
@@ -151,7 +153,7 @@ class GetStats(Message, frozen=True):
 
 
 class Clear(Message, frozen=True):
-    """Evict what is cached in these tiers and idle; return how much that was, as `Done.stats`."""
+    """Evict what is cached in these tiers and idle; return how much that was, as `Done.cleared`."""
 
     ticket: int
     tiers: tuple[str, ...]
@@ -202,7 +204,8 @@ class Done(Message, frozen=True):
 
     ticket: int
     fault: Fault | None = None
-    stats: dict[str, float] | None = None
+    stats: EngineStats | None = None
+    cleared: dict[str, Cleared] | None = None  # by tier
     modules: dict[str, ModuleState] | None = None
     level: LevelVerdict | None = None
 

@@ -5,28 +5,27 @@ from collections.abc import Iterable
 
 from longctx.errors import InvalidRequest
 from longctx.kv.cache_manager import KVCacheManager
+from offload.stats import Cleared
 from offload.store import KVStore
 
 
 def clear_tiers(
     cache: KVCacheManager, store: KVStore | None, tiers: Iterable[str]
-) -> dict[str, float]:
-    """Evict what is idle in `device` or `host`; return how many blocks and bytes that were.
+) -> dict[str, Cleared]:
+    """Evict what is idle in `device` or `host`; return how much that was, by tier.
 
     Raises InvalidRequest for a tier that there is not.
     """
-    freed: dict[str, float] = {}
+    cleared: dict[str, Cleared] = {}
     for tier in tiers:
         if tier == "device":
             blocks = cache.clear()
             sizes = [sum(pool.page_bytes) for pool in cache.memory.packed]
-            freed["device_blocks"] = sum(blocks)
-            freed["device_bytes"] = sum(map(operator.mul, blocks, sizes))
+            cleared[tier] = Cleared(sum(blocks), sum(map(operator.mul, blocks, sizes)))
         elif store is not None and tier in store.memory_tiers:
-            cleared = store.clear(tier)
-            freed[f"{tier}_blocks"], freed[f"{tier}_bytes"] = cleared.blocks, cleared.num_bytes
+            cleared[tier] = store.clear(tier)
         else:
             raise InvalidRequest(
                 f"there is no {tier} tier; --host-pool-gib makes one in RAM", param="tier"
             )
-    return freed
+    return cleared

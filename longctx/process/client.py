@@ -13,6 +13,7 @@ from typing import Literal
 
 from longctx.config import CACHE_DIR, EngineConfig
 from longctx.engine_info import EngineInfo
+from longctx.engine_stats import EngineStats
 from longctx.errors import EngineDied, InvalidRequest, LongctxError
 from longctx.ipc import protocol
 from longctx.ipc.channel import HEADER, frame
@@ -27,6 +28,7 @@ from longctx.request import (
     RequestOutput,
 )
 from longctx.ring.processes.heartbeat import LOADING_SILENCE_SECONDS, SILENCE_SECONDS
+from offload.stats import Cleared
 from prompt_cache.level import Level
 
 RESTARTS = 5  # in a row that may fail before the last
@@ -166,17 +168,17 @@ class EngineClient:
         assert done.level is not None
         return done.level
 
-    async def stats(self) -> dict[str, float]:
-        """Returns the engine's gauges and counters, by name."""
+    async def stats(self) -> EngineStats:
+        """Returns what the engine and its tiers hold now and have counted so far."""
         done = await self._call(protocol.GetStats)
         assert done.stats is not None
         return done.stats
 
-    async def clear(self, tiers: tuple[str, ...]) -> dict[str, float]:
+    async def clear(self, tiers: tuple[str, ...]) -> dict[str, Cleared]:
         """Evict what `device` or `host` caches and nobody uses; returns how much that was."""
         done = await self._call(lambda ticket: protocol.Clear(ticket, tiers))
-        assert done.stats is not None
-        return done.stats
+        assert done.cleared is not None
+        return done.cleared
 
     async def drain(self, timeout_seconds: float) -> None:
         """Take nothing new, let what runs finish until the deadline, then stop the process."""

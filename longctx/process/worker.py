@@ -141,7 +141,7 @@ def _run(
         return True
     channel.send(encode(protocol.Loaded(engine.info)))
     try:
-        return _serve(engine, channel, commands, ranks, cache_dir)
+        return _serve(engine, channel, commands, cache_dir)
     finally:
         if not isinstance(sys.exception(), PeerLost) or ranks is None:
             engine.close(flush_seconds=FLUSH_SECONDS)
@@ -164,7 +164,6 @@ def _serve(
     engine: Engine,
     channel: Channel,
     commands: "queue.SimpleQueue[Command | None]",
-    ranks: RemoteRanks | None,
     cache_dir: Path,
 ) -> bool:
     """Obey and step, until told to stop; returns False where the server is gone before that.
@@ -180,7 +179,7 @@ def _serve(
             if isinstance(command, protocol.JudgeLevel):
                 judging.submit(_judge, engine, command, channel, cache_dir)
                 continue
-            event = _obey(engine, command, ranks)
+            event = _obey(engine, command)
             if event is not None:
                 channel.send(encode(event))
         outputs = engine.step()
@@ -191,7 +190,7 @@ def _serve(
             channel.send(encode(protocol.Outputs(outputs)))
 
 
-def _obey(engine: Engine, command: Command, ranks: RemoteRanks | None) -> Event | None:
+def _obey(engine: Engine, command: Command) -> Event | None:
     """Carry a command out; returns the answer to it, where there is one."""
     try:
         match command:
@@ -216,10 +215,9 @@ def _obey(engine: Engine, command: Command, ranks: RemoteRanks | None) -> Event 
                 modules = engine.module_states(command.module_ids)
                 return Done(command.ticket, modules=modules)
             case protocol.GetStats():
-                more = {} if ranks is None else ranks.stats()
-                return Done(command.ticket, stats=engine.stats() | more)
+                return Done(command.ticket, stats=engine.stats())
             case protocol.Clear():
-                return Done(command.ticket, stats=engine.clear(command.tiers))
+                return Done(command.ticket, cleared=engine.clear(command.tiers))
     except LongctxError as error:
         if isinstance(command, protocol.Submit):
             return protocol.Rejected(command.request.request_id, Fault.of(error))

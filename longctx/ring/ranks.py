@@ -27,6 +27,11 @@ class Ranks(Protocol):
         """The leader's own end."""
         ...
 
+    @property
+    def sent_bytes(self) -> int:
+        """What all ranks have sent to each other, each as of its last step; read between steps."""
+        ...
+
     def open(self, memory: RingMemorySpec, model: LoadedModel) -> None:
         """Let each follower make a `Rank` with such pools; the leader makes its own meanwhile.
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence as Items
 from torch import Tensor
 
 from longctx.engine.scheduler import Chunk
+from longctx.engine_stats import RingStats
 from longctx.errors import PeerLost
 from longctx.model.loader import LoadedModel
 from longctx.ring.leader_memory import LeaderMemory
@@ -49,11 +50,10 @@ class RingRunner:
         self.computed_tokens += sum(chunk.num_tokens for chunk in chunks)
         return logits
 
-    def stats(self) -> dict[str, float]:
-        """Return counters and gauges by name, as `Engine.stats` does."""
-        return {
-            "computed_tokens_total": self.computed_tokens,
-            "ring_wait_seconds_total": self.rank.wait_seconds,
-            "ring_link_latency_seconds": self.rank.link.latency_seconds,
-            "ring_link_bytes_per_second": self.rank.link.bytes_per_second,
-        }
+    def ring_stats(self) -> RingStats:
+        return RingStats(
+            sent_bytes=self.ranks.sent_bytes,
+            wait_seconds=self.rank.wait_seconds,
+            link_latency_seconds=self.rank.link.latency_seconds,
+            link_bytes_per_second=self.rank.link.bytes_per_second,
+        )

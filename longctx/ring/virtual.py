@@ -30,6 +30,10 @@ class VirtualRanks:
     def transport(self) -> VirtualTransport:
         return self.transports[0]
 
+    @property
+    def sent_bytes(self) -> int:
+        return sum(transport.bytes_sent for transport in self.transports)
+
     def open(self, memory: RingMemorySpec, model: LoadedModel) -> None:
         for transport in self.transports[1:]:
             follower = VirtualFollower(model, memory, transport, self._links)

@@ -36,7 +36,7 @@ class Incidents:
             self._told_at[kind] = now
         log.warning("%s%s", message, f" ({untold} more like this before)" if untold else "")
 
-    def totals(self) -> dict[str, float]:
-        """Return the counts, as `KIND_total`."""
+    def counts(self) -> dict[str, int]:
+        """Return how many incidents of each kind there were so far."""
         with self._lock:
-            return {f"{kind}_total": count for kind, count in self._counts.items()}
+            return dict(self._counts)

@@ -31,6 +31,7 @@ from offload.disk.shuffle import PageShuffle
 from offload.disk.verify import DiskVerifier, Verified
 from offload.eviction import EvictionPolicy
 from offload.key import BlockKey
+from offload.stats import TierStats
 from offload.tier_names import TierName
 
 __all__ = [
@@ -60,15 +61,6 @@ _INCIDENTS = (
     "refusals",  # for want of room within the bounds
     "lost_folders",
     "clock_jumps",
-)
-_COUNTS = (
-    "hits_total",
-    "misses_total",
-    "writes_total",
-    "read_seconds_total",
-    "read_bytes_total",
-    "write_seconds_total",
-    "write_bytes_total",
 )
 
 
@@ -129,7 +121,10 @@ class DiskTier:
             self._files, self._shuffle, compress=config.compress
         )
         self._writer = threading.Lock()  # one write at a time, since room is made for one file
-        self._counts = dict.fromkeys(_COUNTS, 0.0)  # under the lock of the index
+        # These are counted under the lock of the index.
+        self._hits = self._misses = self._extents_written = 0
+        self._read_bytes = self._write_bytes = 0
+        self._read_seconds = self._write_seconds = 0.0
         self._incidents = Incidents(_INCIDENTS, steady_clock)
         self._clocks = Clocks(clock, steady_clock)
         self._no_writes_until: float | None = None  # by the steady clock
@@ -164,10 +159,10 @@ class DiskTier:
                 found[i] = whole
         hits = sum(found)
         with self._index.lock:
-            self._counts["hits_total"] += hits
-            self._counts["misses_total"] += len(found) - hits
-            self._counts["read_bytes_total"] += hits * slots.block_bytes
-            self._counts["read_seconds_total"] += time.perf_counter() - begin
+            self._hits += hits
+            self._misses += len(found) - hits
+            self._read_bytes += hits * slots.block_bytes
+            self._read_seconds += time.perf_counter() - begin
         return found
 
     def _plan(self, group: int, keys: Sequence[BlockKey]) -> list[tuple[Extent, list[int]]]:
@@ -249,9 +244,9 @@ class DiskTier:
             raise
         with self._index.lock:
             self._index.add(Extent(meta, packed.header.file_bytes, used_at=now))
-            self._counts["writes_total"] += 1
-            self._counts["write_bytes_total"] += packed.header.file_bytes
-            self._counts["write_seconds_total"] += time.perf_counter() - begin
+            self._extents_written += 1
+            self._write_bytes += packed.header.file_bytes
+            self._write_seconds += time.perf_counter() - begin
         return True
 
     def _is_here(self, run: BlockRun, *, retained: bool) -> bool:
@@ -390,23 +385,33 @@ class DiskTier:
             self._files, self._folder, self._index, self._quota, self._shuffle
         ).verify(self._writer, self._now, report)
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> TierStats:
+        incidents = self._incidents.counts()
+        corrupt_files = incidents.pop("corrupt_files")
         with self._index.lock:
-            figures = {
-                "bytes": self._quota.used_bytes,
-                "extents": len(self._index),
-                "blocks": self._index.num_blocks,
-                "quarantine_bytes": self._folder.quarantine_bytes,
-                "quarantine_files": self._folder.quarantine_files,
-                "writes_off": float(self._rests()),
-                "evictions_cap_total": self._quota.evicted_for_cap,
-                "evictions_space_total": self._quota.evicted_for_space,
-                "evictions_ttl_total": self._quota.expired,
-                **self._counts,
-            }
-        if self._bounds.cap_bytes is not None:
-            figures["capacity_bytes"] = self._bounds.cap_bytes
-        return {**figures, **self._incidents.totals()}
+            return TierStats(
+                held_bytes=self._quota.used_bytes,
+                capacity_bytes=self._bounds.cap_bytes,
+                blocks=self._index.num_blocks,
+                hits=self._hits,
+                misses=self._misses,
+                evictions={
+                    "cap": self._quota.evicted_for_cap,
+                    "space": self._quota.evicted_for_space,
+                    "ttl": self._quota.expired,
+                },
+                read_bytes=self._read_bytes,
+                read_seconds=self._read_seconds,
+                write_bytes=self._write_bytes,
+                write_seconds=self._write_seconds,
+                extents=len(self._index),
+                extents_written=self._extents_written,
+                corrupt_files=corrupt_files,
+                quarantine_files=self._folder.quarantine_files,
+                quarantine_bytes=self._folder.quarantine_bytes,
+                writes_off=self._rests(),
+                incidents=incidents,
+            )
 
     # -- the index ------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from api.http.auth import read_keys
 from api.http_server import Server
 from api.listener import listen
 from longctx.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from longctx.engine_stats import EngineStats
 from longctx.text.tokenizer import Tokenizer
 from tests.support.waiting import patient
 
@@ -94,7 +95,7 @@ class LiveServer:
         """Runs a coroutine on the server's event loop."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(patient())
 
-    def engine_stats(self) -> dict[str, float]:
+    def engine_stats(self) -> EngineStats:
         return self.call(self.application.engine.stats())
 
     def _run(self) -> None:

@@ -1,16 +1,22 @@
 """`GET /metrics`: every figure has a name, a unit and help, and a scrape disturbs nobody."""
 
+import dataclasses
 import os
 import signal
 import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import httpx
-import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from api.engine_metrics import ENGINE_METRICS, is_listed, samples
+from api.engine_metrics import ENGINE_METRICS
+from longctx.engine_stats import EngineStats, GroupStats, RingStats
+from longctx.ipc.protocol import Done, decode_event, encode
+from longctx.request import FinishReason
+from offload.stats import Cleared, StoreStats, TierStats
 from tests.api.live_server import MODEL, LiveServer
 from tests.api.test_restart import engine_process
 from tests.support.waiting import patient, wait_for
@@ -97,8 +103,8 @@ def test_every_tier_has_its_label(model_folder: Path, tmp_path: Path) -> None:
         reasons = {s.labels["reason"] for s in told["longctx_kv_evictions"].samples}
         assert reasons == {"cap", "space", "ttl"}
         assert told["longctx_kv_checksum_failures"].samples[0].labels == {"tier": "disk"}
-        for sample in samples(server.engine_stats()):
-            assert is_listed(sample.metric), sample.metric.name
+        incidents = {s.labels["kind"] for s in told["longctx_kv_incidents"].samples}
+        assert "read_errors" in incidents and "corrupt_files" not in incidents
 
 
 def test_openmetrics_is_spoken_to_who_asks_for_it(server: LiveServer) -> None:
@@ -139,23 +145,120 @@ def test_a_scrape_while_the_engine_restarts_tells_the_rest(
         assert "longctx_steps" in families(server)
 
 
-@pytest.mark.parametrize(
-    ("stat", "name", "labels"),
-    [
-        ("requests_running", "requests_running", {}),
-        ("requests_stop_total", "requests_total", {"reason": "stop"}),
-        ("group12_blocks_held", "kv_group_blocks_in_use", {"group": "12"}),
-        ("host_hits_total", "kv_hits_total", {"tier": "host"}),
-        ("disk_evictions_ttl_total", "kv_evictions_total", {"tier": "disk", "reason": "ttl"}),
-        ("disk_io_errors_total", "kv_incidents_total", {"tier": "disk", "kind": "io_errors"}),
-        ("new_thing", "new_thing", {}),
-    ],
+TIER = TierStats(
+    held_bytes=0,
+    capacity_bytes=0,
+    blocks=0,
+    blocks_in_use=0,
+    hits=0,
+    misses=0,
+    evictions={"cap": 0, "space": 0, "ttl": 0},
+    read_bytes=0,
+    read_seconds=0.0,
+    write_bytes=0,
+    write_seconds=0.0,
+    extents=0,
+    extents_written=0,
+    corrupt_files=0,
+    quarantine_files=0,
+    quarantine_bytes=0,
+    writes_off=False,
+    incidents={"read_errors": 0},
 )
-def test_a_statistic_is_exported_by_the_first_row_that_it_matches(
-    stat: str, name: str, labels: dict[str, str]
-) -> None:
-    (sample,) = samples({stat: 3.0})
-    assert (sample.metric.name, sample.labels, sample.value) == (name, labels, 3.0)
+STATS = EngineStats(
+    requests_running=0,
+    requests_waiting=0,
+    requests_ended=dict.fromkeys(FinishReason, 0),
+    prompt_tokens=0,
+    cached_tokens=0,
+    generated_tokens=0,
+    steps=0,
+    computed_tokens=0,
+    preemptions=0,
+    documents_open=0,
+    modules_open=0,
+    prefixes_held=0,
+    raw_blocks_in_use=0,
+    groups=(GroupStats(capacity_blocks=0, blocks_in_use=0),) * 2,
+    device=TIER,
+    store=StoreStats(
+        tiers={"host": TIER, "disk": TIER},
+        queued_bytes=0,
+        loads_running=0,
+        loads_late=0,
+        failures=0,
+        read_bytes_per_second=0.0,
+    ),
+    ring=RingStats(
+        sent_bytes=0, wait_seconds=0.0, link_latency_seconds=0.0, link_bytes_per_second=0.0
+    ),
+)
+
+
+def with_one_number_changed(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, copy) for each number in dataclasses, mappings and tuples that are nested: in the copy
+    that one is 1, and no mapping or field is left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            inner = getattr(value, field.name)
+            for name, changed in with_one_number_changed(inner, f"{path}.{field.name}"):
+                yield name, dataclasses.replace(value, **{field.name: changed})
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            for name, changed in with_one_number_changed(inner, f"{path}[{key}]"):
+                yield name, {**value, key: changed}
+    elif isinstance(value, tuple):
+        for i, inner in enumerate(value):
+            for name, changed in with_one_number_changed(inner, f"{path}[{i}]"):
+                yield name, (*value[:i], changed, *value[i + 1 :])
+    else:
+        assert value is not None and value == 0, f"{path} is not in the example"
+        yield path, 1
+
+
+def exported(stats: EngineStats) -> dict[tuple[str, tuple[str, ...]], float]:
+    return {
+        (metric.name, labels): value
+        for metric in ENGINE_METRICS
+        for labels, value in metric.samples(stats)
+    }
+
+
+def test_every_number_of_the_engine_is_one_sample_of_its_own() -> None:
+    assert set(exported(STATS).values()) == {0}
+    moved: dict[tuple[str, tuple[str, ...]], str] = {}
+    for path, stats in with_one_number_changed(STATS):
+        found = [name for name, value in exported(stats).items() if value == 1]
+        assert len(found) == 1, f"{path} is exported as {found}"
+        assert found[0] not in moved, f"{found[0]} is {path} and {moved[found[0]]}"
+        moved[found[0]] = path
+    assert moved.keys() == exported(STATS).keys()
+
+
+def test_samples_carry_the_labels_of_their_metric() -> None:
+    samples = exported(STATS)
+    assert ("requests_running", ()) in samples
+    assert ("requests_total", ("stop",)) in samples
+    assert ("kv_group_blocks_in_use", ("1",)) in samples
+    assert ("kv_hits_total", ("host",)) in samples
+    assert ("kv_evictions_total", ("disk", "ttl")) in samples
+    assert ("kv_incidents_total", ("disk", "read_errors")) in samples
+    labels = {metric.name: metric.labels for metric in ENGINE_METRICS}
+    assert all(len(values) == len(labels[name]) for name, values in samples)
+
+
+def test_what_an_engine_does_not_have_gives_no_sample() -> None:
+    bare = TierStats(held_bytes=0, capacity_bytes=0, blocks=0, hits=0, misses=0, evictions={})
+    alone = dataclasses.replace(STATS, device=bare, store=None, ring=None)
+    names = {name for name, _ in exported(alone)}
+    assert "kv_bytes" in names
+    assert not any(name.startswith(("ring_", "kv_write", "kv_extents")) for name in names)
+    assert {labels for name, labels in exported(alone) if name == "kv_bytes"} == {("device",)}
+
+
+def test_stats_travel_between_processes() -> None:
+    done = Done(1, stats=STATS, cleared={"device": Cleared(2, 300)})
+    assert decode_event(encode(done)) == done
 
 
 def test_each_metric_is_listed_once_with_help() -> None:

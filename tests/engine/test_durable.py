@@ -55,7 +55,7 @@ def test_a_document_larger_than_others_leave_room_for_comes_back_when_it_is_aske
     documents = [llm.document_from_text(f"{number} {TEXT}") for number in range(6)]
     cold = [document.ask("How many ships?", GREEDY) for document in documents]
     again = [document.ask("How many ships?", GREEDY) for document in documents]
-    assert llm.engine.stats()["disk_hits_total"] > 0
+    assert llm.engine.stats().tiers["disk"].hits > 0
     llm.close()
     assert [answer.token_ids for answer in again] == [answer.token_ids for answer in cold]
     assert all(answer.usage.computed_tokens < 128 for answer in again)

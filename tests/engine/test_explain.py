@@ -108,7 +108,7 @@ def test_a_prompt_that_another_is_computing_is_waited_for(engine: RecordedEngine
 def test_what_left_the_device_was_evicted(engine: RecordedEngine) -> None:
     ids = some_ids(640, 1)
     engine.finish(ask("first", ids))
-    assert engine.clear(["device"])["device_blocks"] >= 10
+    assert engine.clear(["device"])["device"].blocks >= 10
     told = why(engine, ask("second", ids))
     assert (told.reason, told.found_tokens["device"]) == ("evicted", 0)
     assert "device" in told.detail

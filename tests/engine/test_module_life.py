@@ -273,7 +273,7 @@ def test_modules_that_do_not_fit_together_come_from_disk_by_turns(
     engine.finish(*requests)
     # The linked beginning of the last one is that of the second.
     assert engine.runner.computed_tokens - before == 8 * 5 + 3 * 16
-    assert engine.stats()["disk_hits_total"] > 0
+    assert engine.stats().tiers["disk"].hits > 0
     assert_equals_dense_pass(engine, DenseModel(folder), modules, *requests)
     while engine.has_transfers:
         engine.step()

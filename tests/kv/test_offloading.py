@@ -186,20 +186,20 @@ def test_short_prompts_are_stored_when_they_are_seen_again(bench: TieredBench) -
     assert bench.cache.offloader is not None
     short, long = numbers(300), numbers(1100, 5000)
     bench.run(short)
-    assert bench.cache.offloader.store.stats()["host_bytes"] == 0
+    assert bench.cache.offloader.store.stats().tiers["host"].held_bytes == 0
     bench.run(long)
-    stored = bench.cache.offloader.store.stats()["host_bytes"]
+    stored = bench.cache.offloader.store.stats().tiers["host"].held_bytes
     page_bytes = bench.cache.memory.packed[0].page_bytes[0]
     assert stored == 1100 // BLOCK_TOKENS * page_bytes
     bench.run(short)
-    assert bench.cache.offloader.store.stats()["host_bytes"] == stored + 4 * page_bytes
+    assert bench.cache.offloader.store.stats().tiers["host"].held_bytes == stored + 4 * page_bytes
 
 
 def test_answers_are_not_stored(bench: TieredBench) -> None:
     assert bench.cache.offloader is not None
     bench.run(numbers(1024), max_tokens=200)
     page_bytes = bench.cache.memory.packed[0].page_bytes[0]
-    assert bench.cache.offloader.store.stats()["host_bytes"] == 16 * page_bytes
+    assert bench.cache.offloader.store.stats().tiers["host"].held_bytes == 16 * page_bytes
 
 
 def test_a_cancelled_prefill_goes_on_where_it_stood(bench: TieredBench) -> None:
@@ -223,7 +223,7 @@ def test_windows_take_a_bounded_share_of_what_is_stored(tokenizer: Tokenizer) ->
     bench.run(text, document=("report", len(text)))
     assert bench.cache.offloader is not None
     page_bytes = bench.cache.memory.packed[0].page_bytes[0]
-    stored = bench.cache.offloader.store.stats()["host_bytes"]
+    stored = bench.cache.offloader.store.stats().tiers["host"].held_bytes
     assert 480 * page_bytes < stored <= 1.1 * 480 * page_bytes
 
 
@@ -271,6 +271,6 @@ def test_pages_of_a_deleted_document_leave_every_tier(bench: TieredBench) -> Non
     bench.cache.close_document("report")
     bench.cache.offloader.store.flush(PATIENCE_SECONDS)
     bench.settle()
-    assert bench.cache.offloader.store.stats()["host_bytes"] == 0
+    assert bench.cache.offloader.store.stats().tiers["host"].held_bytes == 0
     assert bench.cache.memory.packed[0].available == bench.cache.memory.packed[0].capacity
     assert bench.run(text, document=("report", len(text))).cached_tokens == 0

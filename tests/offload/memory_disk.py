@@ -8,6 +8,7 @@ import numpy as np
 
 from offload.block_run import BlockRun, PageSlots, Slots
 from offload.key import BlockKey
+from offload.stats import TierStats
 from offload.tier_names import TierName
 
 PAGE_BYTES = (96, 64)  # of the two layers of every group in these tests
@@ -120,8 +121,16 @@ class MemoryDisk:
     def gc(self) -> None:
         self.collections += 1
 
-    def stats(self) -> dict[str, float]:
-        return {"extents": float(len(self.runs))}
+    def stats(self) -> TierStats:
+        return TierStats(
+            held_bytes=sum(len(page) for pages in self.blocks.values() for page in pages),
+            capacity_bytes=None,
+            blocks=len(self.blocks),
+            hits=0,
+            misses=0,
+            evictions={},
+            extents=len(self.runs),
+        )
 
     def close(self) -> None:
         self.closed = True

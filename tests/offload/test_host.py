@@ -68,7 +68,7 @@ def test_the_least_recently_used_leaf_makes_room() -> None:
     assert held(host, range(1, 20)) == [1, 2, 3, 4, 11, 12]
     assert host.explain(0, key(13)) == "evicted"
     assert host.explain(0, key(12)) is None
-    assert host.stats()["evictions_cap_total"] == 1
+    assert host.stats().evictions["cap"] == 1
 
 
 def test_what_was_said_to_be_used_stays() -> None:
@@ -107,7 +107,7 @@ def test_dropped_keys_leave_in_every_group() -> None:
     assert not host.has(0, key(2)) and not host.has(3, key(2))
     assert host.has(0, key(1)) and host.has(3, key(1))
     assert host.explain(3, key(2)) == "deleted"
-    assert host.stats()["bytes"] == 2 * BLOCK_BYTES
+    assert host.stats().held_bytes == 2 * BLOCK_BYTES
 
 
 def test_the_arena_is_what_the_caller_allocates() -> None:
@@ -163,7 +163,7 @@ def test_a_host_tier_behaves_like_a_dictionary_that_forgets(
             case "drop":
                 host.drop(keys)
                 assert not any(host.has(0, name) for name in keys)
-        assert host.stats()["bytes"] <= host.capacity_bytes
+        assert host.stats().held_bytes <= host.capacity_bytes
 
 
 def test_many_threads_use_one_tier() -> None:

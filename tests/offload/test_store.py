@@ -169,7 +169,7 @@ def test_a_bug_below_ends_no_thread(
         assert ended(store, ticket) == Loaded(ticket, ((False,),))
     disk.bug = None
     write(store, chain(5, 2))
-    assert store.stats()["store_failures_total"] == 6
+    assert store.stats().failures == 6
     assert "what nobody thought of" in caplog.text
 
 
@@ -195,7 +195,7 @@ def test_a_slow_read_is_late_and_its_keys_are_avoided_for_a_while(
     assert len(disk.reads) == 2
     clock.now += 61
     assert all(store.has(0, name) for name in run.keys)
-    assert store.stats()["store_loads_late_total"] == 1
+    assert store.stats().loads_late == 1
 
 
 def test_time_in_the_queue_does_not_count(disk: MemoryDisk, clock: Clock) -> None:
@@ -276,7 +276,7 @@ def test_what_was_read_from_disk_comes_from_host_memory_next_time(
             assert ended(store, ticket) == Loaded(ticket, ((True,) * 20,))
             assert pages(slots) == pages(filled_slots(run))
         assert sum(map(len, disk.reads)) == 20
-        assert store.stats()["host_hits_total"] == 20
+        assert store.stats().tiers["host"].hits == 20
 
 
 def test_what_is_offered_is_in_host_memory_even_if_the_disk_is_full(
@@ -436,12 +436,12 @@ def test_bandwidth_is_measured(store: KVStore) -> None:
     assert store.read_bytes_per_second != 100e6
 
 
-def test_stats_are_flat_and_name_their_tier(hosted: KVStore) -> None:
+def test_stats_are_those_of_the_store_and_of_each_tier(hosted: KVStore) -> None:
     write(hosted, chain(1, 2))
     stats = hosted.stats()
-    assert stats["disk_extents"] == 1
-    assert stats["host_blocks"] == 2
-    assert stats["store_queue_bytes"] == 0
+    assert stats.tiers["disk"].extents == 1
+    assert stats.tiers["host"].blocks == 2
+    assert stats.queued_bytes == 0
 
 
 def test_explain_knows_the_tier_below(store: KVStore) -> None:

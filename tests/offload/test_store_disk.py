@@ -58,7 +58,7 @@ def test_what_one_process_wrote_the_next_one_loads(open_store: OpenStore, folder
         assert ended(store, ticket) == Loaded(ticket, ((True,) * 37, (True,) * 10))
         assert pages(global_slots) == pages(filled_slots(chain(1, 37)))
         assert pages(window_slots) == pages(filled_slots(runs[3]))
-        assert store.stats()["disk_hits_total"] == 47
+        assert store.stats().tiers["disk"].hits == 47
 
 
 def test_a_flipped_bit_is_a_miss_and_the_block_can_be_written_again(
@@ -156,14 +156,16 @@ def test_a_small_store_forgets_but_is_never_wrong(
                 (store.delete if rng.random() < 0.7 else store.release)(f"{document}")
             case "restart" if rng.random() < 0.3:
                 assert store.flush(30)
-                evictions += store.stats()["disk_evictions_cap_total"]
+                evictions += store.stats().tiers["disk"].evictions["cap"]
                 store.close()
                 store = open_store(host_blocks=host_blocks, cap_bytes=cap_bytes)
-        assert store.stats()["disk_bytes"] <= cap_bytes
+        assert store.stats().tiers["disk"].held_bytes <= cap_bytes
         assert not any(isinstance(event, Late) for event in store.poll())
     assert store.flush(30)
-    assert sum(file.stat().st_size for file in files(folder)) == store.stats()["disk_bytes"]
-    assert evictions + store.stats()["disk_evictions_cap_total"] > 0
+    assert (
+        sum(file.stat().st_size for file in files(folder)) == store.stats().tiers["disk"].held_bytes
+    )
+    assert evictions + store.stats().tiers["disk"].evictions["cap"] > 0
     store.close()
     assert not list(folder.glob("*.tmp"))
 

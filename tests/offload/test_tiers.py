@@ -108,10 +108,10 @@ def test_only_memory_can_be_emptied(stack: TierStack, tier: AnyTier) -> None:
     assert stack.explain(0, keys_of("a", 0, 1)[0]) == "flushed"
 
 
-def test_figures_count_what_is_here_and_what_was_asked_for(stack: TierStack, tier: AnyTier) -> None:
+def test_stats_count_what_is_here_and_what_was_asked_for(stack: TierStack, tier: AnyTier) -> None:
     read(stack, 0, 8, 4)
-    figures = stack.stats()
-    assert figures[f"{tier.name}_blocks"] == 12
-    assert figures[f"{tier.name}_bytes"] >= 12 * sum(PAGE_BYTES)
-    assert figures[f"{tier.name}_hits_total"] == 2
-    assert figures[f"{tier.name}_misses_total"] >= 0
+    stats = stack.stats()[tier.name]
+    assert stats.blocks == 12
+    assert stats.held_bytes >= 12 * sum(PAGE_BYTES)
+    assert stats.hits == 2
+    assert stats.misses >= 0

@@ -128,7 +128,7 @@ def test_documents_are_opened_asked_and_closed(
         assert outputs[-1].usage is not None and outputs[-1].usage.cached_tokens == 448
         await client.close_document("d")
         stats = await client.stats()
-        assert stats["documents_open"] == stats["group0_blocks_held"] == 0
+        assert stats.documents_open == stats.groups[0].blocks_in_use == 0
         with pytest.raises(DocumentMissing, match="d is not open"):
             await collect(client, ask("late", "d"))
         with pytest.raises(InvalidRequest, match="cannot be read"):
@@ -176,7 +176,7 @@ def test_refusals_cross_the_border_with_their_kind_and_field(
         assert refused.value.param == "messages"
         with pytest.raises(InvalidRequest, match="vocabulary"):
             await collect(client, ask("b", (600,)))
-        assert (await client.stats())["requests_running"] == 0
+        assert (await client.stats()).requests_running == 0
 
     run(test())
 
@@ -197,9 +197,9 @@ def test_an_id_in_use_is_refused_and_its_first_request_goes_on(
 def test_closing_the_iterator_ends_the_request_at_once(run: Run, client: EngineClient) -> None:
     async def test() -> None:
 
-        async def busy() -> float:
+        async def busy() -> int:
             stats = await client.stats()
-            return stats["requests_running"] + stats["requests_waiting"]
+            return stats.requests_running + stats.requests_waiting
 
         async with aclosing(client.generate(ask("a", (5, 6), max_tokens=2000))) as outputs:
             async for output in outputs:
@@ -211,14 +211,14 @@ def test_closing_the_iterator_ends_the_request_at_once(run: Run, client: EngineC
         prompt = some_ids(1900, 0)
         async with aclosing(client.generate(ask("b", prompt, max_tokens=2))) as outputs:
             assert (await anext(outputs)).progress is not None
-        before = (await client.stats())["computed_tokens_total"]
+        before = (await client.stats()).computed_tokens
         assert await busy() == 0
         task = asyncio.create_task(collect(client, ask("c", prompt, max_tokens=2)))
         await asyncio.sleep(0)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         assert await busy() == 0
-        computed = (await client.stats())["computed_tokens_total"] - before
+        computed = (await client.stats()).computed_tokens - before
         assert computed < len(prompt) / 4  # a few steps of 64, until the process heard of it
 
     run(test())
@@ -240,7 +240,7 @@ def test_a_killed_process_ends_its_requests_and_is_replaced(run: Run, client: En
         ]
 
         async def all_run() -> bool:
-            return (await client.stats())["requests_running"] == len(running)
+            return (await client.stats()).requests_running == len(running)
 
         await until(all_run)
         old = process_of(client).pid

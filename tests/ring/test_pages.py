@@ -115,8 +115,8 @@ def test_what_cannot_be_read_is_a_miss(tmp_path: Path) -> None:
     second.write_bytes(second.read_bytes()[:-1])
     assert ranks.read("a", 0, [ranks.number(0, 3)]) == [False]
     assert ranks.read("b", 0, [ranks.number(0, 3)]) == [False]
-    assert ranks.disk.stats()["missing_files_total"] == 1
-    assert ranks.disk.stats()["corrupt_files_total"] == 1
+    assert ranks.disk.stats().incidents["missing_files"] == 1
+    assert ranks.disk.stats().corrupt_files == 1
     ranks.disk.close()
 
 
@@ -130,5 +130,5 @@ def test_a_full_disk_of_another_rank_turns_writing_off(
 
     monkeypatch.setattr(LocalPages, "write", full)
     assert not ranks.write("a", 0, [ranks.number(1, 1)])
-    assert ranks.disk.stats()["full_disks_total"] == 1 and ranks.disk.stats()["writes_off"] == 1
+    assert ranks.disk.stats().incidents["full_disks"] == 1 and ranks.disk.stats().writes_off
     ranks.disk.close()

@@ -20,6 +20,7 @@ from longctx.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConf
 from longctx.engine.engine import Engine
 from longctx.engine.model_runner import Runner
 from longctx.engine.scheduler import Chunk
+from longctx.engine_stats import RingStats
 from longctx.kv.sequence_blocks import TokenIds
 from longctx.open_engine import engine_parts
 from longctx.request import (
@@ -97,8 +98,8 @@ class RecordingRunner:
     def computed_tokens(self) -> int:
         return self.inner.computed_tokens
 
-    def stats(self) -> dict[str, float]:
-        return self.inner.stats()
+    def ring_stats(self) -> RingStats | None:
+        return self.inner.ring_stats()
 
     def run_chunks(self, chunks: Sequence[Chunk]) -> Tensor:
         if self.failures:

@@ -44,7 +44,7 @@ class RemoteRanks:
     """`Ranks` that are processes.
 
     The engine's thread calls `open`, then `start` and `finish` in turn, and `close` at the end;
-    `stats` is for the same thread. Pages are written and read from any thread.
+    `sent_bytes` is for the same thread. Pages are written and read from any thread.
     """
 
     def __init__(
@@ -90,10 +90,9 @@ class RemoteRanks:
     def pages(self, rank: int) -> RankPages:
         return self._followers[rank - 1]
 
-    def stats(self) -> dict[str, float]:
-        """Return counters by name, as `Engine.stats` does; bytes as of each rank's last step."""
-        sent_bytes = self.transport.bytes_sent + sum(each.sent_bytes for each in self._followers)
-        return {"ring_sent_bytes_total": sent_bytes}
+    @property
+    def sent_bytes(self) -> int:
+        return self.transport.bytes_sent + sum(each.sent_bytes for each in self._followers)
 
     def close(self) -> None:
         """Tell the followers to end, wait for that, and leave the process group."""

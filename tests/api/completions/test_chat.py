@@ -15,7 +15,7 @@ GREEDY: dict[str, Any] = {"model": MODEL, "messages": HELLO, "temperature": 0.0}
 
 def is_idle(server: LiveServer) -> bool:
     stats = server.engine_stats()
-    return stats["requests_running"] == stats["requests_waiting"] == 0
+    return stats.requests_running == stats.requests_waiting == 0
 
 
 def test_a_stream_says_the_same_as_a_whole_answer(client: openai.OpenAI) -> None:

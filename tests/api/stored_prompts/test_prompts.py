@@ -164,7 +164,7 @@ def test_prompts_survive_restarts_and_are_a_tenants_own(model_folder: Path, tmp_
     with LiveServer(model_folder, tmp_path, api_key=KEYS, cache=disk) as server:
         wait_for(lambda: server.http.get(f"{PROMPTS}/a", headers=alice).json()["state"] == "ready")
         assert server.http.get(f"{PROMPTS}/brief", headers=alice).status_code == 404
-        assert server.engine_stats()["computed_tokens_total"] == 0  # all of it was on the disk
+        assert server.engine_stats().computed_tokens == 0  # all of it was on the disk
         answer = chat(server.http, headers=alice, prompt_cache={"prompt": "a"})
         assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 500
 
@@ -194,7 +194,7 @@ def test_retention_means_what_it_says(model_folder: Path, tmp_path: Path) -> Non
         for _ in range(2):
             usage = chat(server.http, messages=long, prompt_cache_retention="in_memory")["usage"]
         assert usage["prompt_tokens_details"]["cached_tokens"] > 1024  # it is in memory
-        wait_for(lambda: server.engine_stats()["disk_blocks"] > 0)
+        wait_for(lambda: server.engine_stats().tiers["disk"].blocks > 0)
     with LiveServer(model_folder, tmp_path, cache=disk) as server:
         cached = [
             chat(server.http, messages=messages)["usage"]["prompt_tokens_details"]["cached_tokens"]

@@ -88,7 +88,7 @@ def look(folder: Path, durable: set[Run]) -> tuple[int, int]:
             lost += found.count(False)
             wrong += sum(here and not page for here, page in zip(found, right, strict=True))
         stats = tier.stats()
-        wrong += int(stats["corrupt_files_total"])
+        wrong += stats.corrupt_files or 0
         for run in random.Random(len(durable)).sample(
             sorted(durable), max(len(durable) - KEPT_RUNS, 0)
         ):

@@ -69,7 +69,7 @@ def test_a_flipped_bit_is_never_served(byte: int, bit: int, restart: bool) -> No
         with closing(tier):
             assert not all(served(tier, RUN)) and all(served(tier, OTHER))
             stats = tier.stats()
-            assert stats["corrupt_files_total"] + stats["other_versions_total"] == 1
+            assert stats.corrupt_files + stats.incidents["other_versions"] == 1
             assert os.listdir(folder / "quarantine") == [path.name]
             assert not any(served(tier, RUN))
             assert store(tier, RUN) and all(served(tier, RUN))  # computed again, stored again
@@ -90,7 +90,7 @@ def test_a_file_of_another_length_is_never_served(length: int, restart: bool) ->
             tier = open_tier(folder)
         with closing(tier):
             assert not any(served(tier, RUN))
-            assert tier.stats()["corrupt_files_total"] == 1
+            assert tier.stats().corrupt_files == 1
 
 
 def test_corruption_is_explained_and_told_once(
@@ -104,7 +104,7 @@ def test_corruption_is_explained_and_told_once(
             os.truncate(path, FILE_BYTES - 1)
         assert not any(any(served(tier, run)) for run in runs)
         assert tier.explain(0, RUN.keys[0]) == "corrupt"
-        assert tier.stats()["corrupt_files_total"] == 8
+        assert tier.stats().corrupt_files == 8
     assert told(caplog, "computed again when needed") == 1
 
 
@@ -120,7 +120,7 @@ def test_another_format_version_is_put_aside(
     path.write_bytes(data)
     with closing(open_tier(folder)) as tier:
         assert not any(served(tier, RUN)) and all(served(tier, OTHER))
-        assert tier.stats()["other_versions_total"] == 1
+        assert tier.stats().incidents["other_versions"] == 1
     assert told(caplog, "format version 2") == 1
 
 
@@ -133,8 +133,8 @@ def test_foreign_files_are_left_alone(folder: Path, caplog: pytest.LogCaptureFix
         assert all(served(tier, RUN))
         store(tier, OTHER)
         tier.gc(), tier.verify()
-        assert tier.stats()["foreign_files_total"] == 1
-        assert tier.stats()["bytes"] == FILE_BYTES
+        assert tier.stats().incidents["foreign_files"] == 1
+        assert tier.stats().held_bytes == FILE_BYTES
     assert (folder / "notes.txt").read_text() == "mine"
     assert told(caplog, "left alone") == 1
 
@@ -146,7 +146,7 @@ def test_a_file_under_the_name_of_another_is_not_served(folder: Path) -> None:
         (other,) = folder.glob(f"{OTHER.keys[-1].hex()}-*")
         shutil.copy(other, file_of_run(folder))
         assert not any(served(tier, RUN)) and all(served(tier, OTHER))
-        assert tier.stats()["corrupt_files_total"] == 1
+        assert tier.stats().corrupt_files == 1
 
 
 def test_rubbish_of_a_crash_is_removed(folder: Path) -> None:
@@ -167,16 +167,16 @@ def test_quarantine_is_bounded_and_counts(folder: Path) -> None:
             path.write_bytes(bytes(FILE_BYTES))
         assert not any(any(served(tier, run)) for run in runs)
         stats = tier.stats()
-        assert stats["quarantine_files"] == len(os.listdir(folder / "quarantine")) == 32
-        assert stats["bytes"] == stats["quarantine_bytes"] == 32 * FILE_BYTES
+        assert stats.quarantine_files == len(os.listdir(folder / "quarantine")) == 32
+        assert stats.held_bytes == stats.quarantine_bytes == 32 * FILE_BYTES
         for run in runs[:9]:
             assert store(tier, run)  # quarantine makes room first
-        assert tier.stats()["quarantine_files"] == 31
-        assert tier.stats()["evictions_cap_total"] == 0
+        assert tier.stats().quarantine_files == 31
+        assert tier.stats().evictions["cap"] == 0
     with closing(open_tier(folder)) as tier:
-        assert tier.stats()["quarantine_files"] == 31
+        assert tier.stats().quarantine_files == 31
         tier.drop(runs[39].keys)
-        assert tier.stats()["quarantine_files"] in (30, 31)
+        assert tier.stats().quarantine_files in (30, 31)
 
 
 # -- files and folders that are not there -------------------------------------------------------
@@ -190,8 +190,8 @@ def test_a_removed_file_is_a_miss(folder: Path, caplog: pytest.LogCaptureFixture
             path.unlink()
         assert not any(served(tier, RUN) + served(tier, OTHER))
         assert not tier.has(0, RUN.keys[0])
-        assert tier.stats()["missing_files_total"] == 2
-        assert tier.stats()["bytes"] == 0
+        assert tier.stats().incidents["missing_files"] == 2
+        assert tier.stats().held_bytes == 0
         assert store(tier, RUN) and all(served(tier, RUN))
     assert told(caplog, "removed by somebody") == 1
 
@@ -209,8 +209,8 @@ def test_a_removed_folder_is_made_again(folder: Path, caplog: pytest.LogCaptureF
         shutil.rmtree(folder)
         assert not any(served(tier, RUN))
         assert store(tier, OTHER) and all(served(tier, OTHER))
-        assert tier.stats()["lost_folders_total"] == 1
-        assert tier.stats()["extents"] == 1
+        assert tier.stats().incidents["lost_folders"] == 1
+        assert tier.stats().extents == 1
         assert folder.stat().st_mode & 0o777 == 0o700
     assert told(caplog, "was removed while in use") == 1
 
@@ -235,7 +235,7 @@ def test_a_removed_folder_does_not_trouble_verify_and_gc(folder: Path) -> None:
         shutil.rmtree(folder)
         tier.gc()
         assert tier.verify().missing == 1
-        assert tier.stats()["extents"] == 0
+        assert tier.stats().extents == 0
         tier.drop(RUN.keys)
     assert not folder.exists()
 
@@ -254,7 +254,7 @@ def test_a_read_error_is_a_miss_while_it_lasts(
             assert not any(served(tier, RUN))
         files.errors = {}
         assert all(served(tier, RUN))
-        assert tier.stats()["read_errors_total"] == 2
+        assert tier.stats().incidents["read_errors"] == 2
     assert told(caplog, "cannot be read") == 1
 
 
@@ -264,7 +264,7 @@ def test_files_that_cannot_be_read_at_the_start_are_put_aside(folder: Path) -> N
         store(tier, RUN)
     files.errors = {"read": errno.EIO}
     with closing(open_tier(folder, files=files)) as tier:
-        assert tier.stats()["read_errors_total"] == 1
+        assert tier.stats().incidents["read_errors"] == 1
         assert not any(served(tier, RUN))
         files.errors = {}
         assert store(tier, RUN) and all(served(tier, RUN))
@@ -272,7 +272,7 @@ def test_files_that_cannot_be_read_at_the_start_are_put_aside(folder: Path) -> N
 
 @pytest.mark.parametrize("call", ["create", "write", "sync", "rename", "sync_folder"])
 @pytest.mark.parametrize(
-    ("number", "kind"), [(errno.EIO, "write_errors_total"), (errno.ENOSPC, "full_disks_total")]
+    ("number", "kind"), [(errno.EIO, "write_errors"), (errno.ENOSPC, "full_disks")]
 )
 def test_a_failing_write_rests_and_is_tried_again(
     folder: Path, caplog: pytest.LogCaptureFixture, call: str, number: int, kind: str
@@ -286,15 +286,15 @@ def test_a_failing_write_rests_and_is_tried_again(
         assert sorted(os.listdir(folder)) == sorted(
             ["lock", "quarantine", *(file.name for file in extent_files(folder))]
         )
-        assert tier.stats()["bytes"] == FILE_BYTES
-        assert tier.stats()["writes_off"] == 1
+        assert tier.stats().held_bytes == FILE_BYTES
+        assert tier.stats().writes_off
         files.errors = {}
         assert not store(tier, RUN)  # not yet
         assert all(served(tier, OTHER))
-        assert tier.stats()[kind] == 1
+        assert tier.stats().incidents[kind] == 1
         time.passes(31)
         assert store(tier, RUN) and all(served(tier, RUN))
-        assert tier.stats()["writes_off"] == 0
+        assert not tier.stats().writes_off
     assert told(caplog, "nothing is stored there for 30 s") == 1
 
 
@@ -305,11 +305,11 @@ def test_what_cannot_be_deleted_still_counts(folder: Path) -> None:
         files.errors = {"remove": errno.EROFS}
         assert not store(tier, OTHER)
         assert all(served(tier, RUN))
-        assert tier.stats()["bytes"] == FILE_BYTES
+        assert tier.stats().held_bytes == FILE_BYTES
         files.errors = {}
         time.passes(31)
         assert store(tier, OTHER)
-        assert tier.stats()["bytes"] == FILE_BYTES
+        assert tier.stats().held_bytes == FILE_BYTES
 
 
 def test_a_slow_read_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -318,7 +318,7 @@ def test_a_slow_read_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> 
         store(tier, RUN)
         files.while_reading = lambda: time.passes(4)
         assert all(served(tier, RUN)) and all(served(tier, RUN))
-        assert tier.stats()["slow_reads_total"] == 2
+        assert tier.stats().incidents["slow_reads"] == 2
     assert told(caplog, "took 8.0 s") == 1
 
 
@@ -341,7 +341,7 @@ def test_a_hanging_read_holds_up_nobody_else(folder: Path) -> None:
         assert tier.has(0, RUN.keys[0]) and all(served(tier, OTHER))
         assert store(tier, run_of("c", 0, 4))
         tier.drop(RUN.keys)  # underneath: the reader has the file open
-        assert tier.stats()["extents"] == 2
+        assert tier.stats().extents == 2
         go_on.set()
         reader.join()
         assert found == [True] * 4
@@ -361,8 +361,8 @@ def test_the_free_floor_is_kept(folder: Path, caplog: pytest.LogCaptureFixture) 
         assert len(extent_files(folder)) == before - 1
         files.free = 2_000_000
         assert store(tier, run_of("d", 0, 4))
-        assert tier.stats()["evictions_space_total"] == 1
-        assert tier.stats()["refusals_total"] == 1
+        assert tier.stats().evictions["space"] == 1
+        assert tier.stats().incidents["refusals"] == 1
     assert told(caplog, "to be left free on the disk") == 1
 
 
@@ -400,8 +400,8 @@ def test_a_disk_that_is_really_full_turns_writes_off(
     with closing(open_tier(small_disk / "kv", files=files, time=time)) as tier:
         stored = fill(tier, 20)
         assert 3 <= stored <= 12
-        assert tier.stats()["full_disks_total"] == 1
-        assert tier.stats()["extents"] == stored
+        assert tier.stats().incidents["full_disks"] == 1
+        assert tier.stats().extents == stored
         assert not list((small_disk / "kv").glob("*.tmp"))
         tier.drop(run_of("0", 0, 4).keys + run_of("1", 0, 4).keys)
         time.passes(31)
@@ -421,15 +421,15 @@ def test_others_may_fill_the_disk(small_disk: Path) -> None:
         assert fill(tier, 5) == 5
         (small_disk / "other").write_bytes(bytes(230 * 1024 - 5 * 25_000))
         assert fill(tier, 20) == 20  # by eviction
-        assert 1 <= tier.stats()["extents"] <= 6
-        assert tier.stats()["full_disks_total"] == 0
+        assert 1 <= tier.stats().extents <= 6
+        assert tier.stats().incidents["full_disks"] == 0
 
 
 def test_a_floor_keeps_a_real_disk_from_filling_up(small_disk: Path) -> None:
     with closing(open_tier(small_disk / "kv", free_floor_bytes=100_000)) as tier:
         assert fill(tier, 20) == 20
-        assert tier.stats()["evictions_space_total"] > 10
-        assert tier.stats()["full_disks_total"] == 0
+        assert tier.stats().evictions["space"] > 10
+        assert tier.stats().incidents["full_disks"] == 0
     status = os.statvfs(small_disk)
     assert status.f_bavail * status.f_frsize >= 100_000
 
@@ -451,7 +451,7 @@ def test_a_jump_of_the_clock_makes_nothing_older(
         time.jumps(-jump)
         assert tier.gc().expired == 0
         assert all(served(tier, RUN) + served(tier, OTHER))
-        assert tier.stats()["clock_jumps_total"] == 2
+        assert tier.stats().incidents["clock_jumps"] == 2
         time.passes(900)
         assert tier.gc().expired == 0
         time.passes(200)

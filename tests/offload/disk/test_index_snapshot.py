@@ -57,7 +57,7 @@ def test_a_copy_that_is_behind_costs_time_only(folder: Path) -> None:
         assert files.extents_opened == 1
         assert all(served(tier, run_of("new", 0, 4)))
         assert [all(served(tier, run)) for run in RUNS] == [True, False, True, True, True, True]
-        assert tier.stats()["bytes"] == sum(file.stat().st_size for file in extent_files(folder))
+        assert tier.stats().held_bytes == sum(file.stat().st_size for file in extent_files(folder))
 
 
 def test_without_a_copy_all_extents_are_asked(folder: Path) -> None:

@@ -67,8 +67,8 @@ def test_whatever_a_power_loss_leaves_is_served_right(seed: int, calls: int) -> 
                 for chain in "abcd":
                     served(tier, run_of(chain, 0, 12))
                 stats = tier.stats()
-                assert stats["corrupt_files_total"] == 0
-                assert stats["bytes"] <= CAP_BYTES
+                assert stats.corrupt_files == 0
+                assert stats.held_bytes <= CAP_BYTES
             assert not list(later.glob("*.tmp"))
 
 

@@ -58,8 +58,8 @@ def test_a_small_cap_holds_for_a_long_time(tmp_path: Path) -> None:
                 tier.drop(choose.choice(recent).keys)
                 tier.gc()
         stats = tier.stats()
-        assert stats["evictions_cap_total"] > 0.8 * WRITES
-        assert stats["corrupt_files_total"] == stats["missing_files_total"] == 0
+        assert stats.evictions["cap"] > 0.8 * WRITES
+        assert stats.corrupt_files == stats.incidents["missing_files"] == 0
     assert 0.9 * CAP_BYTES < files.peak_bytes <= CAP_BYTES
     assert 0 < files.index_bytes < 1000 * CAP_BYTES // FILE_BYTES
     assert len(os.listdir("/proc/self/fd")) <= descriptors

@@ -64,8 +64,8 @@ def test_one_read_spans_extents_and_gaps(folder: Path) -> None:
             served(tier, run_of("a", 0, 14)) == [True] * 4 + [False] * 4 + [True] * 4 + [False] * 2
         )
         assert not any(served(tier, run_of("a", 0, 4, group=1)))
-        assert tier.stats()["hits_total"] == 8
-        assert tier.stats()["misses_total"] == 10
+        assert tier.stats().hits == 8
+        assert tier.stats().misses == 10
 
 
 def test_some_layers_can_be_read_alone(folder: Path) -> None:
@@ -83,7 +83,7 @@ def test_compressed_pages_are_read_by_a_tier_that_does_not_compress(folder: Path
     with closing(open_tier(folder, compress=True)) as tier:
         slots = PageSlots((pages,), (0, 1))
         assert tier.write(run, slots, cost_seconds=1.0, retained=False)
-        assert tier.stats()["bytes"] < 4160 + 0.8 * pages.size
+        assert tier.stats().held_bytes < 4160 + 0.8 * pages.size
     with closing(open_tier(folder)) as tier:
         again = np.zeros_like(pages)
         assert all(tier.read(0, run.keys, PageSlots((again,), (0, 1))))
@@ -104,7 +104,7 @@ def test_an_extent_is_written_once(folder: Path) -> None:
     with closing(open_tier(folder)) as tier:
         assert store(tier, run_of("a", 0, 4))
         assert store(tier, run_of("a", 0, 4), retained=True)
-        assert tier.stats()["writes_total"] == 1
+        assert tier.stats().extents_written == 1
         assert tier.entries()[0].meta.retained
 
 
@@ -180,8 +180,8 @@ def test_the_cap_holds_and_the_least_recently_used_leaf_leaves(folder: Path) -> 
         assert served(tier, run_of("b", 0, 8)) == [True] * 4 + [False] * 4
         assert tier.explain(0, keys_of("b", 5, 1)[0]) == "evicted"
         assert tier.explain(0, keys_of("b", 1, 1)[0]) is None
-        assert tier.stats()["evictions_cap_total"] == 1
-        assert tier.stats()["bytes"] == sum(f.stat().st_size for f in extent_files(folder))
+        assert tier.stats().evictions["cap"] == 1
+        assert tier.stats().held_bytes == sum(f.stat().st_size for f in extent_files(folder))
 
 
 def test_use_is_remembered_over_a_restart(folder: Path) -> None:
@@ -204,7 +204,7 @@ def test_what_is_retained_leaves_only_for_what_is(folder: Path) -> None:
         assert store(tier, run_of("c", 0, 4))  # b leaves
         tier.retain(run_of("c", 0, 1).keys)
         assert not store(tier, run_of("d", 0, 4))
-        assert tier.stats()["refusals_total"] == 1
+        assert tier.stats().incidents["refusals"] == 1
         assert store(tier, run_of("e", 0, 4), retained=True)  # a leaves
         assert tier.has(0, keys_of("c", 0, 1)[0]) and not tier.has(0, keys_of("a", 0, 1)[0])
         tier.release(run_of("c", 0, 1).keys)
@@ -274,7 +274,7 @@ def test_dropped_blocks_are_gone_and_so_is_a_file_of_nothing_else(folder: Path) 
         tier.drop(run.keys[:1])
         tier.drop(run.keys[1:])
         assert not extent_files(folder)
-        assert tier.stats()["bytes"] == 0
+        assert tier.stats().held_bytes == 0
 
 
 def test_threads_may_read_write_and_drop_at_once(folder: Path) -> None:
@@ -306,9 +306,9 @@ def test_threads_may_read_write_and_drop_at_once(folder: Path) -> None:
             thread.join()
         assert not failures, failures
         stats = tier.stats()
-        assert stats["bytes"] == sum(f.stat().st_size for f in extent_files(folder))
-        assert stats["corrupt_files_total"] == 0
-        assert len(extent_files(folder)) == stats["extents"] == len(tier.entries())
+        assert stats.held_bytes == sum(f.stat().st_size for f in extent_files(folder))
+        assert stats.corrupt_files == 0
+        assert len(extent_files(folder)) == stats.extents == len(tier.entries())
 
 
 def test_entries_tell_chain_by_chain_what_is_there(folder: Path) -> None:

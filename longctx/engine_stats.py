@@ -1,0 +1,63 @@
+"""What an engine counts and holds: plain data, which travels between processes as it is.
+
+Counters grow from 0 for as long as the engine lives; everything else is as of now.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from longctx.request import FinishReason
+from offload.stats import StoreStats, TierStats
+from offload.tier_names import TierName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupStats:
+    """Counts the device's blocks of one layer group, without those that no sequence can get."""
+
+    capacity_blocks: int
+    blocks_in_use: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RingStats:
+    """Says what the ranks that share each prompt sent to each other, and how fast that goes."""
+
+    sent_bytes: int  # by all ranks, each as of its last step
+    wait_seconds: float  # that rank 0 waited for others
+    link_latency_seconds: float  # between two ranks, as measured at the start
+    link_bytes_per_second: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Holds the counters and gauges of an engine, and of its tiers.
+
+    Tokens of prompts and answers are counted when a request ends, whatever its end;
+    `computed_tokens` are counted step by step.
+    """
+
+    requests_running: int  # sequences in the current batch
+    requests_waiting: int
+    requests_ended: Mapping[FinishReason, int]
+    prompt_tokens: int
+    cached_tokens: int  # of `prompt_tokens`, those that a cache had
+    generated_tokens: int
+    steps: int
+    computed_tokens: int  # rows that went through the model
+    preemptions: int
+
+    documents_open: int
+    modules_open: int
+    prefixes_held: int  # documents, each after its prompt, whole on the device
+    raw_blocks_in_use: int  # blocks that are being filled
+    groups: tuple[GroupStats, ...]  # by layer group
+
+    device: TierStats
+    store: StoreStats | None  # None for an engine without tiers below the device
+    ring: RingStats | None  # None for an engine with one rank
+
+    @property
+    def tiers(self) -> dict[TierName, TierStats]:
+        """The tiers that this engine has, by name, the fastest first."""
+        return {"device": self.device, **({} if self.store is None else self.store.tiers)}
