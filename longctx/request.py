@@ -11,6 +11,10 @@ from enum import IntEnum, StrEnum
 from longctx.errors import InvalidRequest
 from offload.tier_names import TierName
 
+MAX_INT = 2**31 - 1  # counts and token ids
+MAX_SEED = 2**63 - 1
+MAX_BIAS = 1e6  # beyond any logit, and far from where float32 ends
+
 
 class FinishReason(StrEnum):
     """Why a choice ended."""
@@ -49,28 +53,33 @@ class SamplingParams:
     n: int = 1
 
     def __post_init__(self) -> None:
-        _between("max_tokens", self.max_tokens, 0, None)
+        """Raises InvalidRequest for a number out of its range. That of `logit_bias` and of
+        `stop_token_ids` is the model's vocabulary, which the engine checks."""
+        _between("max_tokens", self.max_tokens, 0, MAX_INT)
         _between("temperature", self.temperature, 0.0, 100.0)
         _between("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _between("top_k", self.top_k, 0, None)
+        _between("top_k", self.top_k, 0, MAX_INT)
         _between("min_p", self.min_p, 0.0, 1.0)
-        _between("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _between("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _between("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _between("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _between("n", self.n, 1, 128)
+        if self.seed is not None:
+            _between("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
+        for token_id in (*self.stop_token_ids, *self.logit_bias):
+            name = "stop_token_ids" if token_id in self.stop_token_ids else "logit_bias"
+            _between(name, token_id, 0, MAX_INT)
+        for bias in self.logit_bias.values():
+            _between("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
         if any(not text for text in self.stop):
             raise InvalidRequest("stop contains an empty string; remove it", param="stop")
 
 
-def _between(
-    name: str, value: float, low: float, high: float | None, *, open_low: bool = False
-) -> None:
-    below = value <= low if open_low else value < low
-    if not below and (high is None or value <= high):  # NaN fails both comparisons
+def _between(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    if (low < value if open_low else low <= value) and value <= high:  # NaN fails both
         return
     bracket = "(" if open_low else "["
-    limit = f"{bracket}{low}, {'inf' if high is None else high}]"
-    raise InvalidRequest(f"{name}={value} is outside {limit}", param=name)
+    raise InvalidRequest(f"{name}={value} is outside {bracket}{low}, {high}]", param=name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,8 @@
 """How fast a tier is read, as measured by the reads themselves.
 
 It is the bytes that came over the time during which any read ran. The engine compares it with its
-own speed: what takes longer to read than to compute is computed.
+own speed: what takes longer to read than to compute is computed. A speed that nobody has measured,
+or not lately, is no reason to compute: the next read tells it.
 """
 
 import threading
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 _PRIOR_BYTES = 10e6
 _PRIOR_SECONDS = 0.1
 _HALF_LIFE_SECONDS = 5.0  # of time spent reading, after which a measurement counts half
+_STALE_SECONDS = 300.0  # after so long without a read nobody knows how fast the tier is now
 
 
 class Bandwidth:
@@ -30,10 +32,20 @@ class Bandwidth:
         self._seconds = _PRIOR_SECONDS
         self._running = 0  # reads
         self._since = 0.0  # up to when `_seconds` is told
+        self._measured_at: float | None = None
 
     @property
     def bytes_per_second(self) -> float:
+        """Return the speed as measured lately, or assumed until something was read."""
         return self._bytes / self._seconds
+
+    @property
+    def known_bytes_per_second(self) -> float | None:
+        """Return the speed where something was read within the last five minutes, else None."""
+        measured_at = self._measured_at
+        if measured_at is None or self._clock() - measured_at > _STALE_SECONDS:
+            return None
+        return self.bytes_per_second
 
     @contextmanager
     def reading(self) -> Iterator[Callable[[int], None]]:
@@ -52,6 +64,8 @@ class Bandwidth:
         with self._lock:
             self._advance()
             self._bytes += size_bytes
+            if size_bytes:
+                self._measured_at = self._since
 
     def _advance(self) -> None:
         """Count the time since the last call, if any read ran during it."""

@@ -8,7 +8,7 @@ threads of their own, and put what happened into a `Mailbox`.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from offload.block_run import BlockRun, Slots
 from offload.events import Event, Late, Loaded, Mailbox, Written
@@ -208,6 +208,13 @@ class KVStore:
     def read_bytes_per_second(self) -> float:
         """The speed of the lowest tier, as measured lately; a hard disk's until it was read."""
         return self._stack.read_bytes_per_second
+
+    def read_seconds(self, sizes: Mapping[TierName, int]) -> float | None:
+        """Return how long so many bytes of each tier take to read; None if a speed is unknown.
+
+        It is unknown where nothing was read from a tier within the last five minutes.
+        """
+        return self._stack.read_seconds(sizes)
 
     @property
     def losses(self) -> int:

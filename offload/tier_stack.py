@@ -10,7 +10,7 @@ nothing is lost.
                    retain leaves last
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from offload.bandwidth import Bandwidth
@@ -54,6 +54,16 @@ class TierStack:
     def read_bytes_per_second(self) -> float:
         """The speed of the lowest tier, as measured lately; a hard disk's until it was read."""
         return self._bandwidths[self.lowest].bytes_per_second
+
+    def read_seconds(self, sizes: Mapping[TierName, int]) -> float | None:
+        """Return how long so many bytes of each tier take to read; None if a speed is unknown."""
+        seconds = 0.0
+        for name, size_bytes in sizes.items():
+            speed = self._bandwidths[name].known_bytes_per_second
+            if speed is None:
+                return None
+            seconds += size_bytes / speed
+        return seconds
 
     @property
     def losses(self) -> int:
@@ -139,7 +149,9 @@ class TierStack:
                         done(sum(found[begin:end]) * slots.block_bytes)
             elif held:
                 wanted = [keys[i] for i in missing]
-                here = tier.read(group, wanted, slots.pick(missing))
+                with self._bandwidths[tier.name].reading() as done:
+                    here = tier.read(group, wanted, slots.pick(missing))
+                    done(sum(here) * slots.block_bytes)
                 for i, arrived in zip(missing, here, strict=True):
                     found[i] = arrived
         return found

@@ -129,6 +129,7 @@ class InputProcessor:
         prompt_tokens = len(tokens)
         if prompt_tokens == 0:
             raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
+        self._check_ids(np.array(list(sampling.logit_bias), np.int64), "logit_bias", "logit_bias")
         if layout.plain:
             self._check_length(prompt_tokens, sampling.max_tokens)
         else:

@@ -7,6 +7,7 @@ them. Nothing here waits: `poll` takes note, once a step, of what has happened m
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from longctx.kv.transfer import PageTransfer, Transfer
 from offload.block_run import EXTENT_BLOCKS, BlockRun, Slots
 from offload.key import BlockKey
 from offload.store import KVStore, Late, Loaded, Written
+from offload.tier_names import TierName
 
 KEPT_PROMPT_TOKENS = 1024  # prompts from here on are stored at once, shorter ones when seen again
 OVERDUE_SECONDS = 2.0  # a slow prefill stores parts of extents: a crash loses at most so much
@@ -258,7 +260,7 @@ class KVOffloader:
             held.append([page for page in pages if page is not None])
             missing = [block for block, page in enumerate(pages, begin) if page is None]
             wanted.append((index, missing))
-        if not self._worth_loading(wanted, target - depth):
+        if not self._worth_loading(sequence, wanted, target - depth):
             return False
         for pool, there in zip(self._memory.packed, held, strict=True):
             pool.acquire(there)  # first, or the fresh pages might be these
@@ -275,13 +277,26 @@ class KVOffloader:
         self._loads[ticket] = load
         return True
 
-    def _worth_loading(self, wanted: Items[tuple[int, list[int]]], blocks: int) -> bool:
-        """Whether reading these blocks takes less time than computing `blocks` blocks."""
+    def _worth_loading(
+        self, sequence: SequenceBlocks, wanted: Items[tuple[int, list[int]]], blocks: int
+    ) -> bool:
+        """Whether reading these blocks takes less time than computing `blocks` blocks.
+
+        Each block is read at the speed of the tier that has it. Where a speed is unknown, reading
+        is worth it: it is how the speed becomes known.
+        """
         if self._seconds_per_token is None:
             return True
-        pools = self._memory.packed
-        size_bytes = sum(len(lacks) * sum(pools[group].page_bytes) for group, lacks in wanted)
-        read_seconds = size_bytes / self.store.read_bytes_per_second
+        sizes: Counter[TierName] = Counter()
+        for group, missing in wanted:
+            page_bytes = sum(self._memory.packed[group].page_bytes)
+            for block in missing:
+                tier = self.store.tier_of(group, sequence.key(block))
+                if tier is not None:
+                    sizes[tier] += page_bytes
+        read_seconds = self.store.read_seconds(sizes)
+        if read_seconds is None:
+            return True
         return read_seconds < blocks * BLOCK_TOKENS * self._seconds_per_token
 
     def read_layer(self, layer: int, keys: Items[BlockKey], pages: Items[int]) -> bool:

@@ -182,6 +182,25 @@ def test_a_question_that_is_withdrawn_while_it_loads_leaves_nothing_pinned(
     assert bench.run([*text, 1], document=("report", len(text))).cached_tokens == len(text)
 
 
+def test_a_fast_prefill_before_the_first_read_does_not_keep_a_document_from_being_read(
+    bench: TieredBench,
+) -> None:
+    """How fast the tier is becomes known by reading; until then computing is no better."""
+    text = blocks(32)
+    bench.run(text, document=("report", len(text)))
+    bench.empty_device()
+    offloader = bench.cache.offloader
+    assert offloader is not None
+    offloader._seconds_per_token = 1e-12  # as fast as no tier is
+    computed = bench.computed_blocks
+    bench.run([*text, 1, 2], document=("report", len(text)))
+    assert bench.computed_blocks == computed, "it was computed again"
+    bench.empty_device()
+    offloader._seconds_per_token = 1e-12
+    bench.run([*text, 3, 4], document=("report", len(text)))
+    assert bench.computed_blocks > computed, "now it is known that computing is faster"
+
+
 def test_short_prompts_are_stored_when_they_are_seen_again(bench: TieredBench) -> None:
     assert bench.cache.offloader is not None
     short, long = numbers(300), numbers(1100, 5000)

@@ -86,7 +86,7 @@ def test_learned_positions_cannot_be_forced(tmp_path: Path) -> None:
 
 
 def test_a_context_of_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelRefused, match="max_context=0"):
+    with pytest.raises(ValueError, match="max_context=0"):
         load(write_model(tmp_path), max_context=0)
 
 

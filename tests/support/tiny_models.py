@@ -26,7 +26,7 @@ BASE: dict[str, Any] = {
     "initializer_range": 0.2,
     "tie_word_embeddings": False,
     "bos_token_id": 1,
-    "eos_token_id": 2,
+    "eos_token_id": 1,
     "pad_token_id": 0,
 }
 WINDOWED = {"sliding_window": 24, "num_hidden_layers": 4}
@@ -62,7 +62,7 @@ OWN: dict[str, dict[str, Any]] = {
         "vocab_size": VOCAB_SIZE,
         "initializer_range": 0.2,
         "bos_token_id": 1,
-        "eos_token_id": 2,
+        "eos_token_id": 1,
     },
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "mixtral": EXPERTS,

@@ -29,7 +29,8 @@ def test_an_answer_is_complete_though_its_prompt_cannot_be_kept(
         raise OSError("database or disk is full")
 
     monkeypatch.setattr(Retention, "retain", fail)
-    body = {"messages": HELLO, "max_tokens": 2, "prompt_cache_retention": "24h", "stream": stream}
+    body = {"messages": HELLO, "max_tokens": 2, "ignore_eos": True, "stream": stream}
+    body["prompt_cache_retention"] = "24h"
     answer = server.http.post("/v1/chat/completions", json=body)
     assert answer.status_code == 200
     assert '"finish_reason":"length"' in answer.text and "error" not in answer.text
