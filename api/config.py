@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from longctx.errors import LongctxError
 from prompt_cache.level import Level, parse_level
 
 
@@ -49,4 +50,10 @@ class ServerConfig:
 
     @property
     def folder(self) -> Path:
-        return self.store_dir.expanduser()
+        """The store's folder. Raises LongctxError where `~` means no folder."""
+        try:
+            return self.store_dir.expanduser()
+        except RuntimeError as error:
+            raise LongctxError(
+                f"this user has no home folder for {self.store_dir}; name another by --store-dir"
+            ) from error

@@ -5,11 +5,20 @@ Each field is an option of the command line by the same name (`options.py` deriv
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-CACHE_DIR = Path.home() / ".cache" / "longctx"  # what was measured of models that were loaded
+
+def _cache_dir() -> Path:
+    try:
+        return Path.home() / ".cache" / "longctx"
+    except RuntimeError:  # a container's user without HOME and without an entry in /etc/passwd
+        return Path(os.devnull) / "longctx"  # nothing can be kept there, so it is measured again
+
+
+CACHE_DIR = _cache_dir()  # what was measured of models that were loaded
 
 Weights = Literal["auto", "int8"]
 # Names of what the registries hold, so that a wrong one is refused before anything is loaded.

@@ -4,8 +4,11 @@ A tenant is HMAC(server secret, key): it salts the block keys, so nobody learns 
 another tenant has cached, and it owns files. Without keys there is one tenant, the empty string.
 """
 
+import codecs
 import hashlib
 import hmac
+import re
+from pathlib import Path
 
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -25,15 +28,28 @@ def read_keys(config: ServerConfig) -> tuple[str, ...]:
     """
     keys = list(config.api_key)
     if config.api_key_file is not None:
-        try:
-            lines = config.api_key_file.read_text().splitlines()
-        except OSError as error:
-            raise LongctxError(f"cannot read the API keys: {error}") from error
-        listed = [line.strip() for line in lines if line.strip()]
-        if not listed:
-            raise LongctxError(f"{config.api_key_file} has no key in it; write one a line")
-        keys += listed
+        keys += _keys_in(config.api_key_file)
+    for number, key in enumerate(keys, 1):
+        if not re.fullmatch(r"[!-~]+", key):  # what a client can send as `Authorization: Bearer`
+            raise LongctxError(
+                f"API key number {number} has a space or a character that is not ASCII; write it "
+                "in letters, digits and punctuation of ASCII"
+            )
     return tuple(dict.fromkeys(keys))
+
+
+def _keys_in(file: Path) -> list[str]:
+    """Returns the keys of a text file in UTF-8 or UTF-16, one a line. Raises LongctxError."""
+    try:
+        data = file.read_bytes()
+        utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        lines = data.decode("utf-16" if utf16 else "utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LongctxError(f"cannot read the API keys: {error}") from error
+    listed = [line.strip() for line in lines if line.strip()]
+    if not listed:
+        raise LongctxError(f"{file} has no key in it; write one a line")
+    return listed
 
 
 class Authentication:

@@ -1,5 +1,6 @@
 """Help and mistakes take no second: a command loads what it runs when it is chosen."""
 
+import os
 import subprocess
 import sys
 
@@ -43,3 +44,26 @@ def test_a_mistake_in_the_arguments_is_said_before_anything_is_loaded() -> None:
 def test_the_actions_that_the_command_line_offers_are_those_that_can_be_run() -> None:
     assert list(CACHE_ACTIONS) == list(cache.ACTIONS)
     assert list(PROMPT_CACHE_ACTIONS) == list(prompt_cache.ACTIONS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "says"),
+    [
+        (["--help"], 0, ""),
+        (["serve", "--port", "0"], 1, "this user has no home folder for ~/.local/share/longctx"),
+    ],
+)
+def test_a_user_without_a_home_gets_help_or_one_line(argv: list[str], code: int, says: str) -> None:
+    """As in a container that runs under a number which no file knows."""
+    nobody = (
+        "import pwd\n"
+        "def getpwuid(uid): raise KeyError(uid)\n"
+        "pwd.getpwuid = getpwuid\n"
+        f"from longctx.cli import main\nmain({argv!r})"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "HOME"}
+    ended = subprocess.run(
+        [sys.executable, "-c", nobody], capture_output=True, text=True, env=environment
+    )
+    assert ended.returncode == code, ended.stderr
+    assert says in ended.stderr and "Traceback" not in ended.stderr

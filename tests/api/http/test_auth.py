@@ -74,3 +74,29 @@ def test_a_key_file_without_keys_does_not_open_the_server(tmp_path: Path) -> Non
         read_keys(ServerConfig(api_key_file=tmp_path / "none"))
     with pytest.raises(ValueError, match="api_key is empty"):
         ServerConfig(api_key=("",))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_key_file_may_have_a_mark_and_two_bytes_a_character(
+    tmp_path: Path, encoding: str
+) -> None:
+    path = tmp_path / "keys"
+    path.write_bytes("one\r\ntwo\r\n".encode(encoding))
+    assert read_keys(ServerConfig(api_key_file=path)) == ("one", "two")
+
+
+@pytest.mark.parametrize("key", ["clé", "two words", "nul\0"])
+def test_a_key_that_no_client_can_send_is_refused(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "keys"
+    path.write_text(f"good\n{key}\n", encoding="utf-8")
+    with pytest.raises(LongctxError, match="API key number 2 has a space or a character"):
+        read_keys(ServerConfig(api_key_file=path))
+    with pytest.raises(LongctxError, match="API key number 1"):
+        read_keys(ServerConfig(api_key=(key,)))
+
+
+def test_a_key_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_bytes(b"\x80\x81")
+    with pytest.raises(LongctxError, match="cannot read the API keys"):
+        read_keys(ServerConfig(api_key_file=path))
