@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from longctx.request import MAX_INT, SamplingParams
+from longctx.request import SamplingParams
 from offload.tier_names import MemoryTierName
 
 MAX_PROMPTS = 2048
@@ -298,8 +298,7 @@ class ChatRequest(GenerationRequest):
         return self.max_tokens
 
 
-TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 Prompt = Annotated[
     Annotated[str, Tag("a string")]
     | Annotated[list[str], Tag("a list"), Field(min_length=1, max_length=MAX_PROMPTS)]

@@ -1,8 +1,15 @@
 """The choices of one request share what is common, and each is what it would be alone."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+import torch
+from torch import Tensor
+
 from compress.shape import BLOCK_TOKENS
+from longctx.engine.scheduler import Chunk
+from longctx.errors import InvalidRequest
 from longctx.request import FinishReason, Request, SamplingParams, Segment
 from tests.support.recorded_engine import ask, build_engine, gib_of_blocks, some_ids
 from tests.support.tiny_models import VOCAB_SIZE
@@ -49,10 +56,26 @@ def test_choices_without_an_answer_end_together(llama: Path) -> None:
     assert all(reasons == [FinishReason.LENGTH] for reasons in answered.reasons.values())
 
 
-def test_choices_that_cannot_be_sampled_end_once_each(llama: Path) -> None:
-    sampling = SamplingParams(n=3, logit_bias={VOCAB_SIZE + 5: 1.0})
-    segments = (Segment(token_ids=some_ids(9, 0)),)
+def test_choices_that_cannot_be_sampled_end_once_each(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = build_engine(llama)
-    (answered,) = engine.finish(Request(request_id="a", segments=segments, sampling=sampling))
+    compute = engine.runner.inner.run_chunks
+
+    def overflow(chunks: Sequence[Chunk]) -> Tensor:
+        return torch.full_like(compute(chunks), float("nan"))
+
+    monkeypatch.setattr(engine.runner.inner, "run_chunks", overflow)
+    (answered,) = engine.finish(ask("a", some_ids(9, 0), n=3))
     assert all(answered.reasons[index] == [FinishReason.ERROR] for index in range(3))
+    engine.assert_idle()
+
+
+@pytest.mark.parametrize("token_id", [-1, VOCAB_SIZE])
+def test_a_bias_on_a_token_that_there_is_not_is_refused_at_once(llama: Path, token_id: int) -> None:
+    engine = build_engine(llama)
+    with pytest.raises(InvalidRequest, match="logit_bias"):
+        sampling = SamplingParams(logit_bias={token_id: 1.0})
+        segments = (Segment(token_ids=some_ids(9, 0)),)
+        engine.submit(Request(request_id="a", segments=segments, sampling=sampling))
     engine.assert_idle()
