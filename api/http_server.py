@@ -14,11 +14,12 @@ from pathlib import Path
 
 import uvicorn
 
+from api.acceptor import Acceptor, Connection
 from api.app import Application, open_application
 from api.background.store_dir import StoreDir
 from api.config import ServerConfig
 from api.files.tokenizer_process import TokenizerProcess
-from api.listener import BACKLOG
+from api.listener import most_connections
 from longctx.config import EngineConfig
 from longctx.engine_info import EngineInfo
 from longctx.process.launcher import EngineProcesses
@@ -137,7 +138,6 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 ws="none",
-                backlog=BACKLOG,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=int(config.drain_seconds) + LAST_BYTES_SECONDS,
             )
@@ -146,12 +146,28 @@ class Server(uvicorn.Server):
         self.drain_seconds = config.drain_seconds
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        """Accepts by ourselves, which uvicorn leaves to asyncio."""
         assert sockets is not None
+        await super().startup([])  # of no socket
+        self._acceptor = Acceptor(
+            sockets[0],
+            self._make_connection,
+            self.server_state.connections,
+            limit=most_connections(),
+        )
         host, port = sockets[0].getsockname()[:2]
         print(f"longctx ready http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
 
+    def _make_connection(self, *, lost: asyncio.Event) -> Connection:
+        return Connection(
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+            lost=lost,
+        )
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._acceptor.close()
         # A deletion at work needs the engine to end. Where that does not answer in time, stopping
         # the engine ends the wait, and the next start takes the deletion up again.
         closing = asyncio.create_task(self.application.library.close())

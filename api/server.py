@@ -13,7 +13,7 @@ from pathlib import Path
 from api.background.store_dir import StoreDir
 from api.config import ServerConfig
 from api.http.auth import read_keys
-from api.listener import listen
+from api.listener import listen, raise_descriptor_limit
 from longctx.config import EngineConfig
 from longctx.process.launcher import engine_processes
 from longctx.process.quick_import import uncollected
@@ -26,6 +26,7 @@ def serve(engine_config: EngineConfig, model_folder: Path, config: ServerConfig)
     is told to stop before it is ready.
     """
     keys = read_keys(config)
+    raise_descriptor_limit()  # the engine's process inherits it, for the files of its tier
     with (
         contextlib.closing(listen(config)) as listener,
         contextlib.closing(StoreDir(config.folder)) as folder,

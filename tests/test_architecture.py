@@ -33,7 +33,7 @@ LADDER = (
     ("api.metrics", "api.stored_prompts"),
     ("api.engine_metrics", "api.files"),
     ("api.background",),
-    ("api.http", "api.listener", "longctx.bench"),
+    ("api.acceptor", "api.http", "api.listener", "longctx.bench"),
     ("api.config", "longctx", "api"),
     ("longctx.llm", "longctx.process"),
     ("longctx.open_engine", "longctx.ring.processes", "longctx.training"),

@@ -91,6 +91,14 @@ def api_error(error: Exception) -> ApiError:
             return full_disk(error.filename)
         case sqlite3.OperationalError(sqlite_errorcode=sqlite3.SQLITE_FULL):
             return full_disk(None)
+        case OSError(errno=errno.EMFILE | errno.ENFILE):
+            return ApiError(
+                503,
+                "the server has as many files open as it may; try again, or start it with a "
+                "higher limit of open files",
+                code="overloaded",
+                headers={"Retry-After": "1"},
+            )
         case _:
             return ApiError(500, "the server failed; its log says why", code="internal_error")
 

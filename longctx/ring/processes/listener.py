@@ -9,6 +9,8 @@ from longctx.errors import AuthenticationFailed, ConnectionLost
 from longctx.ipc.channel import listen
 from longctx.ipc.handshake import receive_first_message
 
+RETRY_SECONDS = 0.2  # after a connection that could not be accepted
+
 
 class Listener:
     """Accepts connections from a thread of its own, until it is closed.
@@ -25,6 +27,7 @@ class Listener:
         thread. The connection is its own then.
         """
         self._secret, self._on_message = secret, on_message
+        self._closed = threading.Event()
         self._listener = listen(address)
         self.address = address
         if not address.startswith("unix:"):
@@ -34,16 +37,18 @@ class Listener:
 
     def close(self) -> None:
         """Accept no more connections; those accepted already are still authenticated."""
+        self._closed.set()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
         self._listener.close()
 
     def _accept(self) -> None:
-        while True:
+        while not self._closed.is_set():
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
-                return
+            except OSError:  # closed, ended by the caller, or no descriptor left for now
+                self._closed.wait(RETRY_SECONDS)
+                continue
             threading.Thread(target=self._authenticate, args=(connection,), daemon=True).start()
 
     def _authenticate(self, connection: socket.socket) -> None:

@@ -1,4 +1,5 @@
 import asyncio
+import errno
 
 import httpx
 import pytest
@@ -56,3 +57,9 @@ def test_a_surprise_tells_the_client_nothing_of_our_insides() -> None:
 
 def test_who_should_try_again_is_told_when() -> None:
     assert api_error(Overloaded("no")).response().headers["retry-after"] == "1"
+
+
+def test_a_server_without_descriptors_is_busy_not_broken() -> None:
+    answered = api_error(OSError(errno.EMFILE, "Too many open files", "/store/x.partial"))
+    assert (answered.status, answered.code) == (503, "overloaded")
+    assert "limit of open files" in answered.message and "/store" not in answered.message

@@ -2,12 +2,15 @@
 
 import asyncio
 import contextlib
+import queue
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
+from unittest import mock
 
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -15,7 +18,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from longctx.errors import LongctxError, PeerLost
 from longctx.ipc import handshake
 from longctx.ipc.channel import Channel, connect
-from longctx.ipc.protocol import Heartbeat, decode_event
+from longctx.ipc.protocol import Heartbeat, decode_event, encode
+from longctx.ring.processes import listener as listener_module
 from longctx.ring.processes import rendezvous
 from longctx.ring.processes.head import Head
 from longctx.ring.processes.rendezvous import FollowerRendezvous, LeaderRendezvous, RankCoordinates
@@ -49,6 +53,31 @@ def dribble(connection: socket.socket) -> None:
         while True:
             connection.sendall(b"x")
             time.sleep(0.02)
+
+
+def test_a_call_that_cannot_be_taken_for_want_of_descriptors_is_taken_later(
+    tmp_path: Path,
+) -> None:
+    taking = mock.Mock(wraps=listener_module.listen(f"unix:{tmp_path}/head"))
+    accept, failures = taking.accept, [OSError(24, "Too many open files")]
+    taking.accept = lambda: accept() if not failures else raise_one(failures)
+    heard: queue.Queue[socket.socket] = queue.Queue()
+    with mock.patch.object(listener_module, "listen", lambda address: taking):
+        listener = listener_module.Listener(
+            f"unix:{tmp_path}/head", SECRET, lambda connection, body: heard.put(connection)
+        )
+    connection = connect(listener.address, patient())
+    handshake.authenticate(connection, SECRET)
+    calling = Channel(connection)
+    calling.send(encode(Heartbeat()))
+    heard.get(timeout=patient()).close()
+    assert not failures
+    calling.close()
+    listener.close()
+
+
+def raise_one(failures: list[OSError]) -> NoReturn:
+    raise failures.pop()
 
 
 def test_the_head_hears_of_rank_0_while_it_waits_for_others(head: Head) -> None:
