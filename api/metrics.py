@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from http import HTTPMethod
 from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -28,6 +29,7 @@ from longctx.errors import LongctxError
 from longctx.process.client import EngineClient, State
 from longctx.version import __version__
 
+METHODS = frozenset(HTTPMethod)  # clients may invent others, and each would be a label for ever
 STATS_SECONDS = 5.0  # a step that takes longer is not waited for: Prometheus would give up
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 
@@ -81,7 +83,8 @@ class MetricsMiddleware:
         finally:
             # The router leaves the route; without one the path is anybody's, and no label.
             route = getattr(scope.get("route"), "path", "none")
-            self.metrics.requests.labels(route, scope["method"], str(status)).inc()
+            method = scope["method"] if scope["method"] in METHODS else "other"
+            self.metrics.requests.labels(route, method, str(status)).inc()
             self.metrics.seconds.labels(route, str(status)).observe(time.perf_counter() - began)
 
 

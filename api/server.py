@@ -16,7 +16,7 @@ from api.http.auth import read_keys
 from api.listener import listen, raise_descriptor_limit
 from longctx.config import EngineConfig
 from longctx.process.launcher import engine_processes
-from longctx.process.quick_import import uncollected
+from longctx.process.quick_import import interruptible, uncollected
 
 
 def serve(engine_config: EngineConfig, model_folder: Path, config: ServerConfig) -> None:
@@ -39,7 +39,7 @@ def serve(engine_config: EngineConfig, model_folder: Path, config: ServerConfig)
         stack.callback(signal.signal, signal.SIGTERM, before)
         with contextlib.suppress(OSError):  # `open` tries again, and says why it fails
             processes.launch()
-        with uncollected():
+        with interruptible(processes.kill), uncollected():
             http_server = importlib.import_module("api.http_server")
         http_server.run(
             engine_config,

@@ -17,7 +17,15 @@ from longctx.commands.arguments import (
     prompt_cache_arguments,
     serve_arguments,
 )
+from longctx.commands.streams import (
+    WRITTEN_TO_NOBODY,
+    forget_what_is_unwritten,
+    nobody_reads,
+    open_closed_streams,
+    write_what_was_given,
+)
 from longctx.errors import LongctxError
+from longctx.process.quick_import import INTERRUPTED, interruptible
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +35,13 @@ class Command:
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     module: str
+    prints: bool = True  # what it is run for goes to standard output
 
 
 COMMANDS = {
-    "serve": Command("serve a model over HTTP", serve_arguments, "longctx.commands.serve"),
+    "serve": Command(
+        "serve a model over HTTP", serve_arguments, "longctx.commands.serve", prints=False
+    ),
     "ask": Command(
         "ask a question about a file, without a server", ask_arguments, "longctx.commands.ask"
     ),
@@ -52,15 +63,37 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command: `argv`, or the arguments of this process. Ends by SystemExit on failure."""
-    argv = sys.argv[1:] if argv is None else argv
-    arguments = _parse(argv)
-    run = importlib.import_module(COMMANDS[arguments.command].module).run
+    closed = open_closed_streams()
+    write_what_was_given()
     try:
-        run(arguments)
+        try:
+            _run(sys.argv[1:] if argv is None else argv, closed)
+        finally:
+            sys.stdout.flush()  # here, and not at the very end, where a failure is a traceback
     except LongctxError as error:
         raise SystemExit(f"longctx: {error}") from error
     except KeyboardInterrupt:
+        print(INTERRUPTED, file=sys.stderr)
         raise SystemExit(130) from None
+    except OSError as error:
+        forget_what_is_unwritten()
+        if nobody_reads(error):
+            raise SystemExit(WRITTEN_TO_NOBODY) from None
+        where = "" if error.filename is None else f"{error.filename}: "
+        raise SystemExit(f"longctx: {where}{error.strerror or error}") from error
+
+
+def _run(argv: Sequence[str], closed: frozenset[int]) -> None:
+    arguments = _parse(argv)
+    command = COMMANDS[arguments.command]
+    if command.prints and 1 in closed:
+        raise LongctxError(
+            "standard output is closed, and what this command finds is written there; leave it "
+            "open, or send it to /dev/null"
+        )
+    with interruptible():
+        run = importlib.import_module(command.module).run
+    run(arguments)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

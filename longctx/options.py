@@ -180,7 +180,15 @@ def _build(config_type: Any, given: Mapping[str, Any]) -> Any:
             value = values[field.name] = given[field.name]
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{field.name}={value} must be a finite number")
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str) and not is_unicode(text):
+                    raise ValueError(f"{field.name}={text!r} is not UTF-8 text")
     return config_type(**values)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether an argument was text: bytes that are not UTF-8 reach a program as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _read_toml(file: Path) -> dict[str, Any]:

@@ -111,7 +111,7 @@ class Generation:
                 f"the prompt has {prompt_tokens} tokens and the answer may have {answer_tokens}, "
                 f"the limit is {limit} together; ask for at most {room}, shorten the prompt or "
                 f"{limits.cure}",
-                param="max_tokens",
+                param=wanted.answer_tokens_field,
             )
         return wanted.sampling(answer_tokens)
 

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
@@ -22,7 +22,7 @@ from api.files.multipart import MultipartReader
 from api.files.upload import Upload
 from api.http.auth import tenant_of
 from api.http.bodies import RequestBody
-from api.http.errors import ApiError
+from api.http.errors import ApiError, invalid_body
 from api.http.openapi import Body
 
 PURPOSES = ("user_data", "assistants")
@@ -93,7 +93,11 @@ class FileRoutes:
 
     async def list(self, request: Request) -> Response:
         """Lists the caller's files, page by page."""
-        query = ListQuery.model_validate(dict(request.query_params))
+        parameters = dict(request.query_params)
+        try:
+            query = ListQuery.model_validate(parameters)
+        except ValidationError as error:
+            raise invalid_body(error, parameters) from None
         tenant = tenant_of(request)
         if query.after is not None:
             self.library.find(tenant, query.after, param="after")

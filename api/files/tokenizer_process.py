@@ -68,10 +68,13 @@ class TokenizerProcess:
         ours, theirs = socket.socketpair()
         sys.stdout.flush()
         sys.stderr.flush()
+        # Ctrl-C reaches the whole group: the zygote takes none, not even before it says so.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         self.zygote_pid = os.fork()
         if self.zygote_pid == 0:
             ours.close()
             _run_zygote(tokenizer, theirs)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self._socket = ours
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
@@ -193,7 +196,7 @@ def _run_zygote(tokenizer: Tokenizer, connection: socket.socket) -> None:
         keep = connection.fileno()
         os.closerange(3, keep)
         os.closerange(keep + 1, os.sysconf("SC_OPEN_MAX"))
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         leave_processors_to_others()
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizers library reads it

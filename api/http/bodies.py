@@ -135,6 +135,11 @@ class GenerationRequest(RequestBody):
         return self.max_tokens
 
     @property
+    def answer_tokens_field(self) -> str:
+        """The field that `answer_tokens` was given by."""
+        return "max_tokens"
+
+    @property
     def in_memory(self) -> bool:
         """Whether the prompt may not be written to disk."""
         return False
@@ -296,6 +301,10 @@ class ChatRequest(GenerationRequest):
         if self.max_completion_tokens is not None:
             return self.max_completion_tokens
         return self.max_tokens
+
+    @property
+    def answer_tokens_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
 
 TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]

@@ -6,8 +6,9 @@ and nowhere else, for plain answers and for streams alike.
 
 import errno
 import logging
+import os
 import sqlite3
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def api_error(error: Exception) -> ApiError:
         case LongctxError():
             return ApiError(500, str(error), code="engine_error")
         case ValidationError():
-            return _invalid_body(error)
+            return invalid_body(error, None)
         case HTTPException():
             return _http_error(error)
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
@@ -105,18 +106,27 @@ def api_error(error: Exception) -> ApiError:
 
 def full_disk(folder: str | Path | None) -> ApiError:
     """Returns the refusal of what there is no room for; `folder`: where, if that is known."""
+    where = _shown(folder) if folder else "--store-dir"
     return ApiError(
         507,
-        f"the disk of {folder or '--store-dir'} is full, and nothing was stored; free some space, "
-        "or start the server with another --store-dir",
+        f"the disk of {where} is full, and nothing was stored; free some space, or start the "
+        "server with another --store-dir",
         code="insufficient_storage",
     )
 
 
-def _invalid_body(error: ValidationError) -> ApiError:
+def _shown(path: str | Path) -> str:
+    """Returns a path as JSON can hold it: one that is not UTF-8 is shown with marks in it."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def invalid_body(error: ValidationError, body: Any) -> ApiError:
+    """Returns the refusal of a body, with the way to its first fault: `messages[0].content`.
+
+    `body`: as the client sent it, parsed; None where it has no fields or could not be parsed.
+    """
     first = error.errors(include_url=False, include_input=False)[0]
-    # A union's branches appear in the path by their type's name; users know fields and positions.
-    path = ".".join(str(part) for part in first["loc"] if _is_field(part)) or None
+    path = _path(first["loc"], body, missing=first["type"] == "missing")
     match first["type"]:
         case "json_invalid":
             return ApiError(400, f"the body is not JSON: {first['msg']}", code="invalid_json")
@@ -132,8 +142,29 @@ def _invalid_body(error: ValidationError) -> ApiError:
     return ApiError(400, message, param=path, code=code)
 
 
-def _is_field(part: int | str) -> bool:
-    return isinstance(part, int) or (part.replace("_", "").isalpha() and part.islower())
+def _path(location: Sequence[int | str], body: Any, *, missing: bool) -> str | None:
+    """Returns the way through `body` in the client's own names.
+
+    `location` names the branches of unions, too, which the client has never heard of, and some are
+    called like a field. What leads furthest is the way; at its end may be what is missing.
+    """
+    path = "".join(_steps(location, body, missing=missing))
+    return path.removeprefix(".") or None
+
+
+def _steps(location: Sequence[int | str], node: Any, *, missing: bool) -> list[str]:
+    if not location:
+        return []
+    part, rest = location[0], location[1:]
+    without = _steps(rest, node, missing=missing)
+    if isinstance(part, int):
+        if not isinstance(node, list) or part >= len(node):
+            return without
+        return [f"[{part}]", *_steps(rest, node[part], missing=missing)]
+    if not isinstance(node, dict) or not (part in node or (missing and not rest)):
+        return without
+    within = [f".{part}", *_steps(rest, node.get(part), missing=missing)]
+    return within if len(within) > len(without) else without
 
 
 def _http_error(error: HTTPException) -> ApiError:

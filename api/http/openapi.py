@@ -5,15 +5,20 @@ Each route states it, and the description is derived from the routes alone.
 """
 
 import re
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, TypeAlias
 
 from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route as StarletteRoute
+from starlette.types import Receive, Scope, Send
 
 JSON = "application/json"
 REFERENCE = "#/components/schemas/{model}"
@@ -66,12 +71,44 @@ class Route:
         return described
 
 
+class OtherMethods:
+    """ASGI application for the methods of a path that no route has.
+
+    A router alone would name in `Allow` only the methods of the first route with that path.
+    """
+
+    def __init__(self, path: str, methods: Iterable[str]) -> None:
+        self.path = path  # where metrics look for it
+        self.allow = ", ".join(sorted({*methods, "OPTIONS"}))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["route"] = self
+        headers = {"Allow": self.allow}
+        if scope["method"] != "OPTIONS":
+            raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, headers=headers)
+        await Response(status_code=HTTPStatus.NO_CONTENT, headers=headers)(scope, receive, send)
+
+
 def add_routes(app: FastAPI, routes: Sequence[Route]) -> None:
-    """Serves the routes, and describes them and all their bodies in `/openapi.json`."""
+    """Serves the routes, and describes them and all their bodies in `/openapi.json`.
+
+    What answers GET answers HEAD; every path answers OPTIONS, and other methods with 405, both with
+    all of its methods in `Allow`.
+    """
     for route in routes:
         app.add_api_route(
             route.path, route.endpoint, methods=[route.method], openapi_extra=route.operation()
         )
+        if route.method == "GET":  # the server below sends no body
+            app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
+    methods: defaultdict[str, set[str]] = defaultdict(set)
+    for known in app.router.routes:  # FastAPI's own pages, too
+        if isinstance(known, StarletteRoute):
+            methods[known.path].update(known.methods or ())
+    app.router.routes.extend(
+        StarletteRoute(path, OtherMethods(path, names), include_in_schema=False)
+        for path, names in methods.items()
+    )
     bodies = [body for route in routes if (body := route.described_body) is not None]
     models = list(dict.fromkeys(model for body in bodies for model in body.models()))
     describe_routes = app.openapi

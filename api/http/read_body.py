@@ -3,10 +3,11 @@
 from collections.abc import AsyncIterator
 from typing import TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 from starlette.requests import Request
 
-from api.http.errors import ApiError
+from api.http.errors import ApiError, invalid_body
 
 # JSON is parsed in one go on the event loop, at about 300 MB/s.
 MAX_JSON_BYTES = 16 << 20
@@ -21,9 +22,21 @@ async def read_json(
 ) -> BodyType:
     """Reads the body as `body_type`; `if_empty` stands for an empty body.
 
-    Raises ApiError 413 above MAX_JSON_BYTES, and ValidationError for a body that is none.
+    Raises ApiError 413 above MAX_JSON_BYTES, and 400 for a body that is none.
     """
-    return body_type.model_validate_json(await read_body(request) or if_empty)
+    return parse(await read_body(request) or if_empty, body_type)
+
+
+def parse(body: bytes, body_type: type[BodyType]) -> BodyType:
+    """Returns JSON as `body_type`. Raises ApiError 400 that names what is wrong."""
+    try:
+        return body_type.model_validate_json(body)
+    except ValidationError as error:
+        try:
+            sent = from_json(body)
+        except ValueError:
+            sent = None
+        raise invalid_body(error, sent) from None
 
 
 async def read_body(request: Request) -> bytes:

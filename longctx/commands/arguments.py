@@ -13,7 +13,8 @@ from api.config import ServerConfig
 from longctx.bench import BENCHES
 from longctx.config import EngineConfig
 from longctx.embedded import model_path
-from longctx.options import add_options, read_options
+from longctx.errors import LongctxError
+from longctx.options import add_options, is_unicode, read_options
 
 # The environment and a TOML file may have the options of any command.
 CONFIGS = (
@@ -90,9 +91,17 @@ def read_config(arguments: argparse.Namespace, config_type: type[Config]) -> Con
 
 
 def read_engine_config(arguments: argparse.Namespace) -> tuple[EngineConfig, Path]:
-    """Read the engine's configuration and name its model folder, the embedded one by default."""
+    """Read the engine's configuration and name its model folder, the embedded one by default.
+
+    Raises LongctxError for a path that no library would open.
+    """
     config = read_config(arguments, EngineConfig)
     folder = config.model.model or model_path()
+    if not is_unicode(str(folder)):
+        raise LongctxError(
+            f"the path of the model, {str(folder)!r}, is not UTF-8, as the libraries that read "
+            "models want it; rename the folder, or make a link to it"
+        )
     return replace(config, model=replace(config.model, model=folder)), folder
 
 

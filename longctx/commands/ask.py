@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import os
 import sys
 import time
 from collections.abc import AsyncGenerator
@@ -18,6 +19,7 @@ from api.http.errors import ApiError
 from longctx.commands.arguments import read_engine_config
 from longctx.config import EngineConfig
 from longctx.errors import LongctxError
+from longctx.options import is_unicode
 from longctx.process.client import EngineClient
 from longctx.request import (
     FinishReason,
@@ -40,6 +42,8 @@ ANSWER_TOKENS = 1024  # at most; less where the context leaves less
 def run(arguments: argparse.Namespace) -> None:
     """Stream the answer to stdout; progress and figures go to stderr. Raises LongctxError."""
     config, folder = read_engine_config(arguments)
+    if not is_unicode(arguments.question):
+        raise LongctxError("the question is not UTF-8 text; write it in UTF-8")
     tokenizer = Tokenizer(folder)
     process = TokenizerProcess(tokenizer)
     try:
@@ -84,7 +88,7 @@ class _Session:
     async def read(self, file: Path) -> None:
         """Load the model and compute the document, with a progress bar for each step."""
         text, tokens = self.folder / "text", self.folder / "tokens"
-        prefix = self.prompts.document_prefix(None, title=file.name)
+        prefix = self.prompts.document_prefix(None, title=_title(file))
         size = await asyncio.to_thread(_copy_text, file, text)
         with _progress() as progress:
             reading = progress.add_task("reading, bytes", total=size)
@@ -118,7 +122,7 @@ class _Session:
         progress.update(loading, total=1, completed=1)
 
     async def answer(self, file: Path, question: str) -> None:
-        message = Message("user", (FilePart(DOCUMENT_ID, file.name), question))
+        message = Message("user", (FilePart(DOCUMENT_ID, _title(file)), question))
         segments = self.prompts.render([message])
         prompt_tokens = self.document_tokens + sum(len(part.token_ids) for part in segments)
         left = self.engine.info.limits.answer_tokens(prompt_tokens)
@@ -150,6 +154,11 @@ class _Session:
                 if output.finish_reason is FinishReason.ERROR:
                     raise LongctxError(output.error or "the engine failed")
                 yield output
+
+
+def _title(file: Path) -> str:
+    """The file's name as the model reads it; what is not UTF-8 in it becomes a mark."""
+    return os.fsencode(file.name).decode("utf-8", "replace")
 
 
 def _copy_text(source: Path, target: Path) -> int:

@@ -13,6 +13,7 @@ from longctx.bench.config import BenchConfig
 from longctx.bench.report import Report, publish
 from longctx.commands.arguments import read_config
 from longctx.commands.extras import require
+from longctx.process.quick_import import interruptible
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -26,9 +27,9 @@ def run(arguments: argparse.Namespace) -> None:
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     progress = Console(stderr=True, highlight=False)
-    report: Report = importlib.import_module(bench.module).run(
-        *configs, say=lambda text: progress.print(text, style="dim")
-    )
+    with interruptible():
+        module = importlib.import_module(bench.module)
+    report: Report = module.run(*configs, say=lambda text: progress.print(text, style="dim"))
     (common,) = (config for config in configs if isinstance(config, BenchConfig))
     command = shlex.join(["longctx", *arguments.argv])
     publish(report, bench=arguments.bench, command=command, out=common.out)

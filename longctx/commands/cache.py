@@ -51,6 +51,8 @@ def run(arguments: argparse.Namespace) -> None:
     except FolderRefused as error:
         raise LongctxError(str(error)) from error
     except OSError as error:
+        if error.filename is None:  # of what is printed, not of the folder
+            raise
         raise LongctxError(f"cannot use {folder}: {error.strerror}") from error
 
 

@@ -12,6 +12,7 @@ with the same ticket. A session, with one rank or as rank 0 of many:
                                 Stop
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,8 @@ class Start(Message, frozen=True):
     """Load the model: the first message to an engine with one rank, or the answer to rank 0."""
 
     config: EngineConfig
-    model_folder: str
-    cache_dir: str
+    model_folder: Path
+    cache_dir: Path
 
 
 class Submit(Message, frozen=True):
@@ -105,7 +106,7 @@ class OpenDocument(Message, frozen=True):
 
     ticket: int
     document_id: str
-    tokens: str  # file of little-endian int32 token ids
+    tokens: Path  # file of little-endian int32 token ids
     keep: Request | None = None
 
 
@@ -242,16 +243,19 @@ _FAULTS: dict[str, type[LongctxError]] = {
 
 
 def encode_hook(value: Any) -> Any:
-    """Encode, for msgspec, what a message may hold beside plain types: paths, as strings."""
+    """Encode, for msgspec, what a message may hold beside plain types: paths.
+
+    They are sent as bytes, as the system has them: they need not be UTF-8.
+    """
     if isinstance(value, Path):
-        return str(value)
+        return os.fsencode(value)
     raise TypeError(f"{type(value).__name__} cannot be sent")
 
 
 def decode_hook(kind: type, value: Any) -> Any:
     """Decode, for msgspec, what `encode_hook` has encoded."""
     if issubclass(kind, Path):
-        return kind(value)
+        return kind(os.fsdecode(value))
     raise TypeError(f"{kind.__name__} cannot be received")
 
 

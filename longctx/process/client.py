@@ -129,9 +129,7 @@ class EngineClient:
         `keep` is that of `Engine.open_document`. Raises InvalidRequest where the file cannot be
         read.
         """
-        await self._call(
-            lambda ticket: protocol.OpenDocument(ticket, document_id, str(tokens), keep)
-        )
+        await self._call(lambda ticket: protocol.OpenDocument(ticket, document_id, tokens, keep))
 
     async def close_document(self, document_id: str) -> None:
         """Forget a document and free the blocks that only it uses."""

@@ -74,7 +74,7 @@ def engine_processes(config: EngineConfig, cache_dir: Path) -> EngineProcesses:
 
     `cache_dir`: as that of `open_engine`. Raises LongctxError.
     """
-    start = Start(config, str(config.model.model or model_path()), str(cache_dir))
+    start = Start(config, config.model.model or model_path(), cache_dir)
     return Child(start) if config.ring.ranks == 1 else Ring(start)
 
 

@@ -131,7 +131,7 @@ def _run(
 
     Raises ConnectionLost (the server), PeerLost (a rank).
     """
-    folder, cache_dir = Path(start.model_folder), Path(start.cache_dir)
+    folder, cache_dir = start.model_folder, start.cache_dir
     try:
         engine = open_engine(start.config, folder, cache_dir=cache_dir, ranks=ranks)
     except PeerLost:
@@ -199,7 +199,7 @@ def _obey(engine: Engine, command: Command) -> Event | None:
             case protocol.Abort():
                 engine.abort(command.request_id)
             case protocol.OpenDocument():
-                token_ids = _token_ids(Path(command.tokens))
+                token_ids = _token_ids(command.tokens)
                 engine.open_document(command.document_id, token_ids, keep=command.keep)
                 return Done(command.ticket)
             case protocol.CloseDocument():

@@ -87,9 +87,7 @@ class _Follower:
             torch.set_num_threads(config.model.threads)
         transport = rendezvous.join_group(group, config)
         try:
-            model = load_model(
-                config.model, Path(group.model_folder), cache_dir=Path(group.cache_dir)
-            )
+            model = load_model(config.model, group.model_folder, cache_dir=group.cache_dir)
         except LongctxError as error:
             self._refuse(f"rank {transport.rank}: {error}")
             return None

@@ -5,6 +5,8 @@ carries the same ticket. Everything else follows in order: `JoinGroup`, `Ready`,
 `Ready`, then `RunStep` and `StepDone` again and again.
 """
 
+from pathlib import Path
+
 import msgspec
 
 from longctx.config import EngineConfig
@@ -28,8 +30,8 @@ class JoinGroup(Message, frozen=True):
 
     store: str  # file:PATH or HOST:PORT
     config: EngineConfig
-    model_folder: str
-    cache_dir: str
+    model_folder: Path
+    cache_dir: Path
 
 
 class Ready(Message, frozen=True):

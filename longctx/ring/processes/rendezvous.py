@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -137,7 +138,7 @@ class LeaderRendezvous:
             self._arrival.notify_all()
 
     def join_group(
-        self, config: EngineConfig, model_folder: str, cache_dir: str
+        self, config: EngineConfig, model_folder: Path, cache_dir: Path
     ) -> ProcessGroupTransport:
         """Tell the followers where the process group has its store, and join it with them.
 

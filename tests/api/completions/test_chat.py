@@ -164,6 +164,9 @@ def test_too_long_an_answer_is_refused_with_what_is_left(client: openai.OpenAI) 
         client.chat.completions.create(**GREEDY, max_tokens=40_000)
     assert caught.value.param == "max_tokens"
     assert "ask for at most 327" in caught.value.message
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**{**GREEDY, "max_completion_tokens": 40_000})
+    assert caught.value.param == "max_completion_tokens", "the field that the client gave"
 
 
 @pytest.mark.parametrize(

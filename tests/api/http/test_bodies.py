@@ -2,10 +2,10 @@ import json
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from api.http.bodies import ChatRequest, CompletionRequest, RequestBody, TokenizeRequest
-from api.http.errors import ApiError, api_error
+from api.http.errors import ApiError
+from api.http.read_body import parse
 from longctx.errors import InvalidRequest
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -16,9 +16,9 @@ def chat(**fields: Any) -> ChatRequest:
 
 
 def refused(kind: type[RequestBody], **fields: Any) -> ApiError:
-    with pytest.raises(ValidationError) as caught:
-        kind.model_validate_json(json.dumps(fields))
-    return api_error(caught.value)
+    with pytest.raises(ApiError) as caught:
+        parse(json.dumps(fields).encode(), kind)
+    return caught.value
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,10 @@ def test_what_asks_for_nothing_is_accepted() -> None:
     )
 
 
+def part(content: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": [content]}]}
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "code"),
     [
@@ -63,12 +67,33 @@ def test_what_asks_for_nothing_is_accepted() -> None:
         ({"messages": HELLO, "temperature": "hot"}, "temperature", "invalid_value"),
         ({"messages": HELLO, "temperature": "1"}, "temperature", "invalid_value"),
         ({"messages": HELLO, "n": 1.5}, "n", "invalid_value"),
-        ({"messages": HELLO, "stop": ["a", 1]}, "stop.1", "invalid_value"),
+        ({"messages": HELLO, "stop": ["a", 1]}, "stop[1]", "invalid_value"),
         ({"messages": HELLO, "max_tokens": -1}, "max_tokens", "invalid_value"),
         ({"messages": HELLO, "stream_options": {}}, None, "unsupported_value"),
         ({"messages": []}, "messages", "invalid_value"),
         ({}, "messages", "missing_required_parameter"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "invalid_value"),
+        ({"messages": [{"role": "bot", "content": "x"}]}, "messages[0].role", "invalid_value"),
+        ({"messages": [{"role": "user"}, {}]}, "messages[1].role", "missing_required_parameter"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "invalid_value"),
+        (part({"type": "text"}), "messages[0].content[0].text", "missing_required_parameter"),
+        (part({"type": "text", "text": 1}), "messages[0].content[0].text", "invalid_value"),
+        (part({"type": "file", "file": {}}), "messages[0].content[0].file", "unsupported_value"),
+        (
+            part({"type": "file", "file": {"file_id": 1}}),
+            *("messages[0].content[0].file.file_id", "invalid_value"),
+        ),
+        (
+            part({"type": "text", "text": "x", "X-Cache-Control": 1}),
+            *("messages[0].content[0].X-Cache-Control", "unknown_parameter"),
+        ),
+        ({"messages": HELLO, "Temperature": 1}, "Temperature", "unknown_parameter"),
+        ({"messages": HELLO, "top k": 1}, "top k", "unknown_parameter"),
+        ({"messages": HELLO, "logit_bias": {"7": "x"}}, "logit_bias.7", "invalid_value"),
+        ({"messages": HELLO, "logit_bias": {"seven": 1}}, "logit_bias.seven", "invalid_value"),
+        (
+            {"messages": HELLO, "prompt_cache": {"schema": 1}},
+            *("prompt_cache.schema", "invalid_value"),
+        ),
     ],
 )
 def test_a_wrong_field_is_named(fields: dict[str, Any], param: str | None, code: str) -> None:
