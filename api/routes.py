@@ -39,6 +39,7 @@ def routes(services: Services) -> list[Route]:
     attachments = Attachments(documents, services.folder, max_upload_bytes=config.max_upload_bytes)
     chat = ChatRoutes(
         generation,
+        services.tokenizer,
         services.chat_prompts,
         documents,
         attachments,

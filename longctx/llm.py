@@ -26,6 +26,7 @@ from longctx.request import (
     RequestOutput,
     SamplingParams,
     Segment,
+    TokenLogprob,
     Usage,
 )
 from longctx.text.chat_template import ChatPrompts, FilePart, Message
@@ -39,6 +40,8 @@ class Answer:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     usage: Usage
+    logprobs: tuple[TokenLogprob, ...] = ()  # of each token, where `SamplingParams` ask for them
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class LLM:
@@ -209,4 +212,6 @@ def _answer(outputs: Sequence[RequestOutput]) -> Answer:
         token_ids=tuple(token for output in own for token in output.token_ids),
         finish_reason=reason,
         usage=usage,
+        logprobs=tuple(told for output in own for told in output.logprobs),
+        prompt_logprobs=tuple(told for output in own for told in output.prompt_logprobs),
     )

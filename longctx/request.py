@@ -14,6 +14,7 @@ from offload.tier_names import TierName
 MAX_INT = 2**31 - 1  # counts and token ids
 MAX_SEED = 2**63 - 1
 MAX_BIAS = 1e6  # beyond any logit, and far from where float32 ends
+MAX_LOGPROBS = 20  # tokens of which log-probabilities are told, in one token's place
 
 
 class FinishReason(StrEnum):
@@ -51,6 +52,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     n: int = 1
+    logprobs: int | None = None  # of each token, and of so many of the likeliest in its place
+    prompt_logprobs: int | None = None  # the same for the prompt, all of which is then computed
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest for a number out of its range. That of `logit_bias` and of
@@ -64,6 +67,9 @@ class SamplingParams:
         _between("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _between("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _between("n", self.n, 1, 128)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (wanted := getattr(self, name)) is not None:
+                _between(name, wanted, 0, MAX_LOGPROBS)
         if self.seed is not None:
             _between("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
         for token_id in (*self.stop_token_ids, *self.logit_bias):
@@ -134,8 +140,7 @@ class Segment:
 class Request:
     """What is asked: a prompt, how to sample its answers, and for whom.
 
-    `segments` are in reading order; their tokens concatenated are the prompt. With `max_tokens` 0
-    the prompt is computed to be kept, and the request ends when that is durable.
+    `segments` are in reading order; their tokens concatenated are the prompt.
     """
 
     request_id: str
@@ -145,6 +150,11 @@ class Request:
     salt: str = ""  # tenant salt; blocks are shared only between equal salts
     explain: bool = False  # its usage says why the cache had what it had
     in_memory: bool = False  # what it computes, but for documents, is not written to disk
+
+    @property
+    def keeps_prompt(self) -> bool:
+        """Whether the prompt is computed to be kept: the request ends when that is durable."""
+        return self.sampling.max_tokens == 0 and self.sampling.prompt_logprobs is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,13 +232,33 @@ class ModuleState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """How likely a token was, as the natural log of its share in the softmax of the model's logits.
+
+    These are the float32 logits before anything that sampling does to them. `likeliest` are the
+    tokens with the largest logits in its place, of equals the smaller ids first. The first token of
+    a prompt has neither.
+    """
+
+    token_id: int
+    logprob: float | None
+    likeliest: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
-    """One event of one request: prefill progress, new text of choice `index`, or its end."""
+    """One event of one request: prefill progress, new text of choice `index`, or its end.
+
+    `prompt_logprobs` are those of the next tokens of the prompt, in order; they belong to all
+    choices, and come before their tokens.
+    """
 
     request_id: str
     index: int = 0
     token_ids: tuple[int, ...] = ()
     text: str = ""  # complete characters only; what a stop string may still swallow is held back
+    logprobs: tuple[TokenLogprob, ...] = ()  # of `token_ids`, where they were asked for
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
     progress: Progress | None = None
     finish_reason: FinishReason | None = None  # of choice `index`
     stop_reason: str | int | None = None  # the stop string or id that ended it

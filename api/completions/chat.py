@@ -15,6 +15,7 @@ from starlette.responses import Response
 from api.completions.attachments import Attachments
 from api.completions.conversation import Conversation
 from api.completions.generation import Generation
+from api.completions.logprobs import ChatLogprobs
 from api.completions.preamble_resolver import PreambleResolver
 from api.completions.reply import Choice, Reply
 from api.files.document import Document
@@ -25,9 +26,10 @@ from api.http.read_body import read_json
 from api.http.sse import JSONObject
 from api.stored_prompts.retention import Retention
 from longctx.errors import InvalidRequest
-from longctx.request import Segment
+from longctx.request import Segment, TokenLogprob
 from longctx.text import chat_template
 from longctx.text.chat_template import ChatPrompts, FilePart
+from longctx.text.tokenizer import Tokenizer
 
 
 class ChatFormat:
@@ -37,18 +39,27 @@ class ChatFormat:
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
+    def __init__(self, logprobs: ChatLogprobs | None = None) -> None:
+        """`logprobs` writes them, where they were asked for."""
+        self._logprobs = logprobs
+
     def whole(self, choice: Choice) -> JSONObject:
         message = {"role": "assistant", "content": choice.text, "refusal": None}
-        return {"message": message, **self._ending(choice)}
+        told = self._written(choice.logprobs)
+        return {"message": message, **self._ending(choice), "logprobs": told}
 
     def first_delta(self, index: int) -> JSONObject | None:
         return self._piece(index, {"role": "assistant", "content": ""})
 
-    def delta(self, index: int, text: str) -> JSONObject:
-        return self._piece(index, {"content": text})
+    def delta(self, index: int, text: str, logprobs: Sequence[TokenLogprob] = ()) -> JSONObject:
+        piece = self._piece(index, {"content": text})
+        return {**piece, "logprobs": self._written(logprobs)} if logprobs else piece
 
     def finish(self, choice: Choice) -> JSONObject:
         return {"delta": {}, **self._ending(choice)}
+
+    def _written(self, told: Sequence[TokenLogprob]) -> JSONObject | None:
+        return None if self._logprobs is None else self._logprobs.written(told)
 
     def _piece(self, index: int, delta: dict[str, Any]) -> JSONObject:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
@@ -68,6 +79,7 @@ class ChatRoutes:
     def __init__(
         self,
         generation: Generation,
+        tokenizer: Tokenizer,
         prompts: ChatPrompts,
         library: DocumentLibrary,
         attachments: Attachments,
@@ -77,6 +89,7 @@ class ChatRoutes:
         ping_seconds: float,
     ) -> None:
         self.generation = generation
+        self.tokenizer = tokenizer
         self.prompts = prompts
         self.library = library
         self.attachments = attachments
@@ -105,7 +118,8 @@ class ChatRoutes:
         conversation = Conversation(
             messages, files, self.prompts, self.library, preamble, check=check, keep=keep
         )
-        reply = Reply(self.generation, ChatFormat(), conversation, wanted, tenant)
+        written = ChatLogprobs(self.tokenizer) if wanted.logprobs else None
+        reply = Reply(self.generation, ChatFormat(written), conversation, wanted, tenant)
         return await reply.respond(request, ping_seconds=self.ping_seconds)
 
     async def read(

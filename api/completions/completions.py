@@ -1,18 +1,20 @@
 """`POST /v1/completions`: continues prompts of text or token ids, without a chat template."""
 
 import asyncio
+from collections.abc import Sequence
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from api.completions.generation import EnginePrompt, Generation
+from api.completions.logprobs import CompletionLogprobs
 from api.completions.reply import Choice, PromptSource, Reply
 from api.http.auth import tenant_of
 from api.http.bodies import CompletionRequest
 from api.http.read_body import read_json
 from api.http.sse import JSONObject
 from longctx.errors import InvalidRequest
-from longctx.request import Segment
+from longctx.request import Segment, TokenLogprob
 from longctx.text.tokenizer import Tokenizer
 
 
@@ -23,14 +25,20 @@ class CompletionFormat:
     whole_object = "text_completion"
     chunk_object = "text_completion"
 
+    def __init__(self, logprobs: CompletionLogprobs | None = None) -> None:
+        """`logprobs` writes them, where they were asked for."""
+        self._logprobs = logprobs
+
     def whole(self, choice: Choice) -> JSONObject:
-        return {**self.finish(choice), "text": choice.text}
+        told = self._written(choice.index, choice.logprobs)
+        return {**self.finish(choice), "text": choice.text, "logprobs": told}
 
     def first_delta(self, index: int) -> JSONObject | None:
         return None
 
-    def delta(self, index: int, text: str) -> JSONObject:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+    def delta(self, index: int, text: str, logprobs: Sequence[TokenLogprob] = ()) -> JSONObject:
+        told = self._written(index, logprobs) if logprobs else None
+        return {"index": index, "text": text, "logprobs": told, "finish_reason": None}
 
     def finish(self, choice: Choice) -> JSONObject:
         return {
@@ -40,6 +48,9 @@ class CompletionFormat:
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
         }
+
+    def _written(self, index: int, told: Sequence[TokenLogprob]) -> JSONObject | None:
+        return None if self._logprobs is None else self._logprobs.written(index, told)
 
 
 class CompletionRoutes:
@@ -57,7 +68,9 @@ class CompletionRoutes:
         wanted = await read_json(request, CompletionRequest)
         self.generation.check_model(wanted.model)
         prompts = LiteralPrompts(wanted, self.tokenizer, self.generation.engine.info.vocab_size)
-        reply = Reply(self.generation, CompletionFormat(), prompts, wanted, tenant_of(request))
+        written = None if wanted.logprobs is None else CompletionLogprobs(self.tokenizer)
+        answer = CompletionFormat(written)
+        reply = Reply(self.generation, answer, prompts, wanted, tenant_of(request))
         return await reply.respond(request, ping_seconds=self.ping_seconds)
 
 
@@ -75,13 +88,15 @@ class LiteralPrompts(PromptSource):
 
     def _prompt(self, prompt: str | list[int]) -> EnginePrompt:
         if isinstance(prompt, str):
-            token_ids = self.tokenizer.encode_completion(prompt)
+            token_ids, text = self.tokenizer.encode_completion(prompt), prompt
         else:
-            token_ids = prompt
+            token_ids, text = prompt, ""
             if not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
                 raise InvalidRequest(
                     f"token ids must lie in [0, {self.vocab_size}); these span "
                     f"{min(token_ids)} to {max(token_ids)}",
                     param="prompt",
                 )
-        return EnginePrompt(segments=(Segment(token_ids=tuple(token_ids)),), tokens=len(token_ids))
+            text = self.tokenizer.decode(token_ids) if self.wanted.echo else ""
+        segments = (Segment(token_ids=tuple(token_ids)),)
+        return EnginePrompt(segments=segments, tokens=len(token_ids), text=text)

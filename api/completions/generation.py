@@ -28,6 +28,7 @@ class EnginePrompt:
     segments: tuple[Segment, ...]
     tokens: int
     gap_tokens: int = 0
+    text: str = ""  # of a prompt that is echoed
 
 
 class Generation:

@@ -6,7 +6,7 @@ computed for it, and what else is worth saying, such as why a document was compu
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -14,12 +14,13 @@ from typing import Any, Protocol
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from api.completions.echo import with_prompts
 from api.completions.generation import EnginePrompt, Generation
 from api.completions.waiting import Waitable
 from api.http.bodies import GenerationRequest
 from api.http.errors import logger
 from api.http.sse import EventStream, JSONObject, while_connected
-from longctx.request import CacheExplanation, Progress, RequestOutput, Usage
+from longctx.request import CacheExplanation, Progress, RequestOutput, TokenLogprob, Usage
 from longctx.request import Request as EngineRequest
 
 
@@ -29,6 +30,7 @@ class Choice:
 
     index: int
     texts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
 
@@ -41,7 +43,8 @@ class ResponseFormat(Protocol):
     """Says what chat and completions call things; each method makes one element of `choices`.
 
     `whole` is an element of an answer that is not streamed. A stream has, for each choice,
-    `first_delta` unless that is None, a `delta` for each text, and `finish`.
+    `first_delta` unless that is None, a `delta` for each text, and `finish`. What a delta has of
+    log-probabilities is told in the order of the tokens.
     """
 
     id_prefix: str
@@ -50,7 +53,7 @@ class ResponseFormat(Protocol):
 
     def whole(self, choice: Choice) -> JSONObject: ...
     def first_delta(self, index: int) -> JSONObject | None: ...
-    def delta(self, index: int, text: str) -> JSONObject: ...
+    def delta(self, index: int, text: str, logprobs: Sequence[TokenLogprob] = ()) -> JSONObject: ...
     def finish(self, choice: Choice) -> JSONObject: ...
 
 
@@ -118,6 +121,7 @@ class Reply:
     salt: str
     created: int = field(default_factory=lambda: int(time.time()))
     totals: UsageTotals = field(default_factory=UsageTotals)
+    prompts: list[EnginePrompt] = field(default_factory=list)
     requests: list[EngineRequest] | None = None
     id: str = field(init=False)
 
@@ -161,15 +165,17 @@ class Reply:
                     if self.wanted.return_progress:
                         yield self._chunk([self.response_format.delta(0, "")], longctx=output)
                     continue
+                has_news = bool(output.text or output.logprobs)
                 if output.progress is not None and self.wanted.return_progress:
                     yield self._progress(output.index, output.progress)
-                if output.index not in opened and (output.text or output.finish_reason):
+                if output.index not in opened and (has_news or output.finish_reason):
                     opened.add(output.index)
                     if (first := self.response_format.first_delta(output.index)) is not None:
                         yield self._chunk([first])
                 choice = _collect(choices, output)
-                if output.text:
-                    yield self._chunk([self.response_format.delta(output.index, output.text)])
+                if has_news:
+                    news = self.response_format.delta(output.index, output.text, output.logprobs)
+                    yield self._chunk([news])
                 if output.finish_reason is not None:
                     last = self._chunk([self.response_format.finish(choice)])
         told = self._explanation()
@@ -188,7 +194,11 @@ class Reply:
             async for item in news:
                 yield item
         requests = self.requests or await self._prepare()
-        async with aclosing(self.generation.outputs(requests)) as outputs:
+        outputs = self.generation.outputs(requests)
+        if self.wanted.echoes:
+            texts = [prompt.text for prompt in self.prompts]
+            outputs = with_prompts(outputs, texts, choices=requests[0].sampling.n)
+        async with aclosing(outputs):
             async for output in outputs:
                 if output.usage is not None:
                     self.totals.add(output.usage)
@@ -199,8 +209,8 @@ class Reply:
             logger.error("keeping the prompt of %s failed", self.id, exc_info=error)
 
     async def _prepare(self) -> list[EngineRequest]:
-        prompts = await self.prompt_source.prompts()
-        return self.generation.requests(prompts, self.wanted, self.salt)
+        self.prompts = await self.prompt_source.prompts()
+        return self.generation.requests(self.prompts, self.wanted, self.salt)
 
     def _progress(self, index: int, progress: Progress) -> JSONObject:
         told = {
@@ -261,6 +271,7 @@ def _collect(choices: dict[int, Choice], output: RequestOutput) -> Choice:
     choice = choices.setdefault(output.index, Choice(output.index))
     if output.text:
         choice.texts.append(output.text)
+    choice.logprobs += output.logprobs
     if output.finish_reason is not None:
         choice.finish_reason = output.finish_reason.value
         choice.stop_reason = output.stop_reason

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from longctx.request import SamplingParams
+from longctx.request import MAX_LOGPROBS, SamplingParams
 from offload.tier_names import MemoryTierName
 
 MAX_PROMPTS = 2048
@@ -145,6 +145,16 @@ class GenerationRequest(RequestBody):
         return False
 
     @property
+    def echoes(self) -> bool:
+        """Whether the answer begins with the prompt."""
+        return False
+
+    @property
+    def answer_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told beside each; None asks for nothing."""
+        return None
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -155,6 +165,8 @@ class GenerationRequest(RequestBody):
             max_tokens=max_tokens,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
+            logprobs=self.answer_logprobs,
+            prompt_logprobs=self.answer_logprobs if self.echoes else None,
             **given,
         )
 
@@ -260,6 +272,13 @@ class ChatRequest(GenerationRequest):
     ] = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     prompt_cache_options: PromptCacheOptions | None = None
+    logprobs: Annotated[
+        bool | None, Field(description="tell how likely each token of the answer was")
+    ] = None
+    top_logprobs: Annotated[
+        int | None,
+        Field(ge=0, le=MAX_LOGPROBS, description="and so many of the likeliest in its place"),
+    ] = None
 
     # harmless
     parallel_tool_calls: bool | None = None
@@ -271,7 +290,6 @@ class ChatRequest(GenerationRequest):
     audio: Annotated[Any, neutral(None)] = None
     function_call: Annotated[Any, neutral(None, "none")] = None
     functions: Annotated[Any, neutral(None, [])] = None
-    logprobs: Annotated[Any, neutral(None, False)] = None
     modalities: Annotated[Any, neutral(None, ["text"])] = None
     moderation: Annotated[Any, neutral(None)] = None
     reasoning_effort: Annotated[Any, neutral(None, "none")] = None
@@ -279,7 +297,6 @@ class ChatRequest(GenerationRequest):
     store: Annotated[Any, neutral(None, False)] = None
     tool_choice: Annotated[Any, neutral(None, "none", "auto")] = None
     tools: Annotated[Any, neutral(None, [])] = None
-    top_logprobs: Annotated[Any, neutral(None, 0)] = None
     verbosity: Annotated[Any, neutral(None, "medium")] = None
     web_search_options: Annotated[Any, neutral(None)] = None
 
@@ -287,6 +304,16 @@ class ChatRequest(GenerationRequest):
     def in_memory(self) -> bool:
         """Whether the prompt may not be written to disk."""
         return self.prompt_cache_retention in ("in_memory", "in-memory")
+
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs is allowed only with logprobs=true")
+        return self
+
+    @property
+    def answer_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def keep_seconds(self) -> int | None:
@@ -326,9 +353,18 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Prompt
 
+    echo: Annotated[bool | None, Field(description="begin the answer with the prompt")] = None
+    logprobs: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=MAX_LOGPROBS,
+            description="tell how likely each token was, and so many of the likeliest in its "
+            "place; with echo of the prompt's tokens too, all of which are computed for that",
+        ),
+    ] = None
+
     best_of: Annotated[Any, neutral(None, 1)] = None
-    echo: Annotated[Any, neutral(None, False)] = None
-    logprobs: Annotated[Any, neutral(None)] = None
     suffix: Annotated[Any, neutral(None, "")] = None
 
     @model_validator(mode="after")
@@ -336,6 +372,14 @@ class CompletionRequest(GenerationRequest):
         if self.cache_explain and len(self.prompts) > 1:
             raise ValueError("cache_explain is for one prompt; send them one at a time")
         return self
+
+    @property
+    def echoes(self) -> bool:
+        return bool(self.echo)
+
+    @property
+    def answer_logprobs(self) -> int | None:
+        return self.logprobs
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -23,11 +23,11 @@ NO_PAGES = np.empty(0, dtype=np.int64)
 class Batch:
     """All chunks of one step, packed row after row: what a runner computes in one forward pass.
 
-    `token_ids` and `positions` are [tokens]; `logits_rows` [chunks that sample] are the rows whose
-    logits are sampled from, in the chunks' order. The keys and values of the rows go to `slots` of
-    the raw pool (rows of its pages laid end to end), after `fresh_pages` were zeroed. Then the
-    `sealed_blocks` blocks that are full, in the raw pages `sealed_raw`, are encoded into the pages
-    `sealed_packed[group]`.
+    `token_ids` and `positions` are [tokens]; `logits_rows` are the rows whose logits are wanted, in
+    the chunks' order: the last one of each chunk that samples, all of one whose prompt is scored.
+    The keys and values of the rows go to `slots` of the raw pool (rows of its pages laid end to
+    end), after `fresh_pages` were zeroed. Then the `sealed_blocks` blocks that are full, in the raw
+    pages `sealed_raw`, are encoded into the pages `sealed_packed[group]`.
 
     Two chunks: A computes its tokens 130 to 199 and samples; its blocks 2 and 3 are in raw pages 5
     and 9. B decodes its token 63, the last one of its block 0, in raw page 7.
@@ -57,15 +57,18 @@ class Batch:
         """Pack at least one chunk; the pages of all must have been allocated."""
         rows: list[ChunkRows] = []
         token_ids: list[NDArray[np.int32]] = []
-        sampled: list[tuple[ChunkRows, int]] = []
+        wanted: list[ChunkRows] = []
         row_end = 0
         for chunk in chunks:
             blocks, num_tokens = chunk.sequence.blocks, chunk.num_tokens
-            rows += _chunk_rows(blocks, num_tokens, row_begin=row_end)
+            own = list(_chunk_rows(blocks, num_tokens, row_begin=row_end))
+            rows += own
             token_ids.append(blocks.tokens.slice(blocks.computed, blocks.computed + num_tokens))
             row_end += num_tokens
-            if chunk.samples:
-                sampled.append((rows[-1], row_end - 1))
+            if chunk.sequence.scores_prompt:
+                wanted += own
+            elif chunk.samples:
+                wanted.append(own[-1].pick(row_end - 1))
         opening = [each for each in rows if _leaves_open_page(each)]
         sealing = [each for each in rows if each.sealed_pages]
         sealed_packed = (
@@ -75,9 +78,9 @@ class Batch:
         return cls(
             token_ids=to_device(np.concatenate(token_ids).astype(np.int64), device),
             positions=to_device(np.concatenate([_positions(each) for each in rows]), device),
-            logits_rows=to_device(np.array([row for _, row in sampled], dtype=np.int64), device),
+            logits_rows=to_device(_joined(_rows(each) for each in wanted), device),
             chunks=tuple(rows),
-            last_chunks=tuple(each.pick(row) for each, row in sampled),
+            last_chunks=tuple(wanted),
             slots=pool_indices(np.concatenate([_slots(each) for each in rows]), device),
             fresh_pages=to_device(_joined(each.own_pages[-1:] for each in opening), device),
             sealed_blocks=sum(each.sealed_pages for each in sealing),
@@ -105,6 +108,10 @@ def _chunk_rows(blocks: SequenceBlocks, num_tokens: int, *, row_begin: int) -> I
             rotated_entries=layout.rotated(past_entries),
             sealed_pages=layout.blocks(end) - first,
         )
+
+
+def _rows(rows: ChunkRows) -> NDArray[np.int64]:
+    return np.arange(rows.row_begin, rows.row_begin + rows.rows)
 
 
 def _positions(rows: ChunkRows) -> NDArray[np.int64]:

@@ -12,13 +12,16 @@ import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from dataclasses import replace
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from longctx.engine.explain import Explainer
 from longctx.engine.ingestion import Ingestion
 from longctx.engine.input_processor import InputProcessor
+from longctx.engine.logprobs import sampled_logprobs, score_prompt
 from longctx.engine.module_prefill import ModulePrefills
 from longctx.engine.module_status import module_states
 from longctx.engine.parts import EngineParts
@@ -30,13 +33,30 @@ from longctx.engine.stats import EndedRequests, device_stats, group_stats
 from longctx.engine_stats import EngineStats
 from longctx.errors import BlocksLost, InvalidRequest, PeerLost
 from longctx.kv.clear import clear_tiers
-from longctx.request import FinishReason, ModuleState, Piece, Request, RequestOutput
+from longctx.request import (
+    FinishReason,
+    ModuleState,
+    Piece,
+    Request,
+    RequestOutput,
+    TokenLogprob,
+)
 from longctx.text.detokenizer import TextStream
 from offload.stats import Cleared
 
 # A sequence whose streamed blocks are lost more often ends: no tier keeps its context.
 MAX_RETRIES = 3
 IDLE_SECONDS = 0.005  # the longest wait of a step that can only wait for a lower tier
+
+
+_SampledToken: TypeAlias = tuple[Sequence, int | SamplingError, tuple[TokenLogprob, ...]]
+
+
+class _Sampled(NamedTuple):
+    """What one step has sampled: the scores of prompts, and tokens with their log-probabilities."""
+
+    prompts: list[RequestOutput]
+    tokens: list[_SampledToken]
 
 
 class Engine:
@@ -91,7 +111,7 @@ class Engine:
         sequence = self._inputs.sequence(request)
         self._scheduler.add(sequence)
         self._requests[request.request_id] = RequestState(request, [sequence])
-        if request.sampling.max_tokens == 0:
+        if request.keeps_prompt:
             self._inputs.prompts.modules.note_ingested(sequence)
             if self._ingestion is not None and self._ingestion.register(sequence):
                 self._explainer.explain(sequence, ())
@@ -209,8 +229,9 @@ class Engine:
                 return outputs + self._fail(scheduled, f"{type(error).__name__}: {error}")
             for state in self._requests.values():
                 outputs += state.progress(self._cache)
-            for sequence, token in sampled:
-                outputs += self._advance(sequence, token)
+            outputs += sampled.prompts
+            for sequence, token, logprobs in sampled.tokens:
+                outputs += self._advance(sequence, token, logprobs)
             for chunk in scheduled.chunks:
                 if chunk.sequence.blocks.remaining == 0 and chunk.sequence.finish_reason is None:
                     outputs += self._prefilled(chunk.sequence)
@@ -219,28 +240,56 @@ class Engine:
         return outputs
 
     def _prefilled(self, sequence: Sequence) -> list[RequestOutput]:
-        """Let a computed prompt without an answer wait until it is durable, which ends it."""
-        if self._ingestion is None:
+        """Let a computed prompt without an answer wait until it is durable, which ends it; one that
+        was computed for its log-probabilities ends at once."""
+        if self._ingestion is None or not sequence.request.keeps_prompt:
             return self._finish(sequence, FinishReason.LENGTH)
         self._scheduler.remove(sequence)
         self._ingestion.wait_durable(sequence)
         return []
 
-    def _compute(self, scheduled: SchedulerOutput) -> list[tuple[Sequence, int | SamplingError]]:
+    def _compute(self, scheduled: SchedulerOutput) -> "_Sampled":
         """Run the batch; return the sequences that sample, each with its next token."""
         began = time.perf_counter()
-        sampling_sequences = [chunk.sequence for chunk in scheduled.chunks if chunk.samples]
-        logits = self._runner.run_chunks(scheduled.chunks)
+        chunks = scheduled.chunks
+        logits = self._runner.run_chunks(chunks)
+        rows = torch.split(logits, [chunk.logits_rows for chunk in chunks])
+        scores: list[RequestOutput] = []
+        failed: dict[Sequence, SamplingError] = {}
+        for chunk, own in zip(chunks, rows, strict=True):
+            if chunk.sequence.scores_prompt:
+                told = score_prompt(chunk, own)
+                if isinstance(told, SamplingError):
+                    failed[chunk.sequence] = told
+                else:
+                    request_id = chunk.sequence.request.request_id
+                    scores.append(RequestOutput(request_id=request_id, prompt_logprobs=told))
+        sampling = [
+            (chunk.sequence, own[-1:])
+            for chunk, own in zip(chunks, rows, strict=True)
+            if chunk.samples and chunk.sequence not in failed
+        ]
         self._scheduler.update(scheduled, time.perf_counter() - began)
+        for chunk in chunks:
+            chunk.sequence.note_scored()
         # The choices of a request fork here: they share the prompt and sample from the same row.
-        families = [[sequence, *self._fork(sequence)] for sequence in sampling_sequences]
+        families = [[sequence, *self._fork(sequence)] for sequence, _ in sampling]
+        failures: list[_SampledToken] = [
+            (sequence, error, ()) for sequence, error in failed.items()
+        ]
         if not families:
-            return []
-        if any(len(family) > 1 for family in families):
-            logits = logits[[row for row, family in enumerate(families) for _ in family]]
+            return _Sampled(scores, failures)
+        if len(sampling) < len(logits) or any(len(family) > 1 for family in families):
+            logits = torch.cat(
+                [
+                    row.expand(len(family), -1)
+                    for family, (_, row) in zip(families, sampling, strict=True)
+                ]
+            )
         members = [sequence for family in families for sequence in family]
         tokens = sample(logits, [sequence.sampling_state for sequence in members])
-        return list(zip(members, tokens, strict=True))
+        logprobs = sampled_logprobs(logits, members, tokens)
+        return _Sampled(scores, [*failures, *zip(members, tokens, logprobs, strict=True)])
 
     def _fork(self, first: Sequence) -> list[Sequence]:
         """Make the other choices of a request whose prompt is computed, unless that was done."""
@@ -254,46 +303,44 @@ class Engine:
         first.forked = True
         return forks
 
-    def _advance(self, sequence: Sequence, token: int | SamplingError) -> list[RequestOutput]:
+    def _advance(
+        self, sequence: Sequence, token: int | SamplingError, logprobs: tuple[TokenLogprob, ...]
+    ) -> list[RequestOutput]:
         """Append a sampled token, and end the choice where the token or a limit says so."""
         if isinstance(token, SamplingError):
             return self._finish(sequence, FinishReason.ERROR, error=str(token))
         sampling = sequence.request.sampling
         sequence.blocks.tokens.append(token)
         sequence.sampling_state.observe(token)
+        request_id, index = sequence.request.request_id, sequence.index
+        output = RequestOutput(
+            request_id=request_id, index=index, token_ids=(token,), logprobs=logprobs
+        )
         if token in sampling.stop_token_ids:
-            return self._finish(sequence, FinishReason.STOP, token=token, stop_reason=token)
+            return self._finish(sequence, FinishReason.STOP, replace(output, stop_reason=token))
         if token in self.tokenizer.eos_token_ids and not sampling.ignore_eos:
-            return self._finish(sequence, FinishReason.STOP, token=token)
+            return self._finish(sequence, FinishReason.STOP, output)
         delta = sequence.text.push(token)
+        output = replace(output, text=delta.text)
         if delta.stopped_by is not None:
-            return self._finish(
-                sequence,
-                FinishReason.STOP,
-                token=token,
-                text=delta.text,
-                stop_reason=delta.stopped_by,
-            )
+            output = replace(output, stop_reason=delta.stopped_by)
+            return self._finish(sequence, FinishReason.STOP, output)
         position = sequence.blocks.layout.position(len(sequence.blocks.tokens))
         full = position >= self.info.max_context_tokens
         if full or sequence.completion_tokens >= sampling.max_tokens:
-            return self._finish(sequence, FinishReason.LENGTH, token=token, text=delta.text)
-        request_id, index = sequence.request.request_id, sequence.index
-        return [
-            RequestOutput(request_id=request_id, index=index, token_ids=(token,), text=delta.text)
-        ]
+            return self._finish(sequence, FinishReason.LENGTH, output)
+        return [output]
 
     def _finish(
         self,
         sequence: Sequence,
         reason: FinishReason,
+        last: RequestOutput | None = None,
         *,
-        token: int | None = None,
-        text: str = "",
-        stop_reason: str | int | None = None,
         error: str | None = None,
     ) -> list[RequestOutput]:
-        """End one choice, and with the last open one the request."""
+        """End one choice, with `last` as far as that is known, and with the last open choice the
+        request."""
         self._scheduler.remove(sequence)
         self._explainer.finished(sequence)
         sequence.finish_reason = reason
@@ -310,14 +357,9 @@ class Engine:
             return []
         if usage is not None:
             self._ended.count(reason, usage)
-        last = RequestOutput(
-            request_id=sequence.request.request_id,
-            token_ids=() if token is None else (token,),
-            text=text + sequence.text.finish(),
-            finish_reason=reason,
-            stop_reason=stop_reason,
-            error=error,
-        )
+        last = last or RequestOutput(request_id=sequence.request.request_id)
+        text = last.text + sequence.text.finish()
+        last = replace(last, text=text, finish_reason=reason, error=error)
         outputs = [replace(last, index=index) for index in indices]
         outputs[-1] = replace(outputs[-1], finished=finished, usage=usage)
         return outputs

@@ -130,6 +130,8 @@ class InputProcessor:
         if prompt_tokens == 0:
             raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
         self._check_ids(np.array(list(sampling.logit_bias), np.int64), "logit_bias", "logit_bias")
+        if sampling.prompt_logprobs is not None:
+            self._check_scored(layout)
         if layout.plain:
             self._check_length(prompt_tokens, sampling.max_tokens)
         else:
@@ -155,8 +157,9 @@ class InputProcessor:
                 layout=layout,
                 owners=_owners(request),
                 document_ends=prompt.ends,
-                prefill_only=sampling.max_tokens == 0,
+                prefill_only=request.keeps_prompt,
                 in_memory=request.in_memory,
+                fresh_from=None if sampling.prompt_logprobs is None else 0,
                 trace=LookupTrace() if request.explain else None,
             ),
             linked_tokens=prompt.linked_tokens,
@@ -184,6 +187,20 @@ class InputProcessor:
             raise InvalidRequest(
                 f"stored prompts, modules and the reuse of files elsewhere are for one rank, and "
                 f"this server has {ranks}; start it without --ranks"
+            )
+
+    def _check_scored(self, layout: Layout) -> None:
+        if self._cache.memory.packed[0].ranks > 1:
+            raise InvalidRequest(
+                "log-probabilities of prompts are for one rank; start the server without --ranks, "
+                "or ask without echo",
+                param="prompt_logprobs",
+            )
+        if not layout.plain:
+            raise InvalidRequest(
+                "what a prompt reuses has no log-probabilities; use modules and files with exact "
+                "reuse, or ask without log-probabilities of the prompt",
+                param="prompt_logprobs",
             )
 
     def _check_length(self, prompt_tokens: int, max_tokens: int) -> None:

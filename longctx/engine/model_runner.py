@@ -25,7 +25,8 @@ class Runner(Protocol):
         ...
 
     def run_chunks(self, chunks: Items[Chunk]) -> Tensor:
-        """Return logits [chunks that sample, vocab], float32; the KV is in the pools then."""
+        """Return logits [`Chunk.logits_rows` of each in turn, vocab], float32; the KV is in the
+        pools then."""
         ...
 
     def ring_stats(self) -> RingStats | None:

@@ -25,6 +25,7 @@ from longctx.text.tokenizer import Tokenizer
 from offload.store import KVStore
 
 # Blocks of the device, at most an eighth of them, through which absent blocks are streamed.
+SCORED_LOGITS = 16 << 20  # numbers, of the rows that one step scores
 STAGING_BLOCKS = 64
 
 
@@ -86,7 +87,12 @@ def one_rank_parts(
         store=store,
         offloader=offloader,
         cache=manager,
-        scheduler=Scheduler(scheduler, manager, batch_tokens=batch_tokens),
+        scheduler=Scheduler(
+            scheduler,
+            manager,
+            batch_tokens=batch_tokens,
+            scored_tokens=max(BLOCK_TOKENS, SCORED_LOGITS // spec.vocab_size),
+        ),
         runner=ModelRunner(model, memory, attention),
     )
 

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from compress.shape import BLOCK_TOKENS
 from longctx.config import SchedulerConfig
 from longctx.engine.sequence import Sequence, SequenceState
 from longctx.errors import Overloaded
@@ -47,6 +48,11 @@ class Chunk:
             self.num_tokens == self.sequence.blocks.remaining
             and self.sequence.request.sampling.max_tokens > 0
         )
+
+    @property
+    def logits_rows(self) -> int:
+        """How many of its last rows need logits: all where the prompt is scored."""
+        return self.num_tokens if self.sequence.scores_prompt else int(self.samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +131,15 @@ class Scheduler:
         cache: KVCacheManager,
         *,
         batch_tokens: int,
+        scored_tokens: int = BLOCK_TOKENS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`scored_tokens`: of prompts whose log-probabilities are told, so many in one step, since
+        each needs a row of logits."""
         self._config = config
         self._cache = cache
         self._batch_tokens = batch_tokens
+        self._scored_tokens = scored_tokens
         self._clock = clock
         self._duty = DutyCycle()
         self._served = dict.fromkeys(RequestClass, 0.0)  # prompt tokens / weight
@@ -189,15 +199,17 @@ class Scheduler:
         """
         decodes = self._decode_chunks()
         prompts: list[Chunk] = []
-        budget = self._batch_tokens - len(decodes)
+        budget, scored = self._batch_tokens - len(decodes), self._scored_tokens
         queues = self._queues()
         for request_class in self._turns(queues):
             if decodes and not self._duty.allows(request_class):
                 continue
             for sequence in queues[request_class]:
-                chunk = self._prompt_chunk(sequence, budget) if budget > 0 else None
+                room = min(budget, scored) if sequence.scores_prompt else budget
+                chunk = self._prompt_chunk(sequence, room) if room > 0 else None
                 if chunk is not None:
                     prompts.append(chunk)
+                    scored -= chunk.num_tokens if sequence.scores_prompt else 0
                     begin = sequence.blocks.computed
                     budget -= sequence.blocks.layout.charge(begin, begin + chunk.num_tokens)
         # A later chunk may have preempted a sequence that was scheduled before it.

@@ -53,12 +53,24 @@ class Sequence:
         return len(self.blocks.tokens) - self.blocks.prompt_tokens
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are still to be told."""
+        return self.blocks.fresh_from is not None
+
+    @property
     def width(self) -> int:
         """Sequences that this one is or will become, since choices fork at the first token.
 
         With `n` = 4 the first choice counts as 4 until it has forked, then each counts as 1.
         """
         return 1 if self.index or self.forked else self.request.sampling.n
+
+    def note_scored(self) -> None:
+        """Note that the prompt is scored as far as it is computed: caches may provide that now."""
+        blocks = self.blocks
+        if blocks.fresh_from is not None:
+            done = blocks.computed >= blocks.prompt_tokens
+            blocks.fresh_from = None if done else max(blocks.fresh_from, blocks.computed)
 
     def prioritize(self, request_class: RequestClass) -> None:
         """Serve it in this class from now on, if that is a more urgent one than its own."""

@@ -99,7 +99,7 @@ class KVCacheManager:
         if not sequence.offload.streams:
             self._find_prefix(sequence)
         self.find_keys(sequence)
-        limit = sequence.full_blocks()
+        limit, needed = sequence.reusable_blocks(), sequence.full_blocks()
         depth = self._depth(sequence, self._on_device(sequence))
         if sequence.trace is not None:
             sequence.trace.note([self.tier_of(sequence, 0, block) for block in range(limit)])
@@ -109,7 +109,7 @@ class KVCacheManager:
         # could evict these blocks. Only then is it known how much room is missing.
         self._attach(sequence, depth)
         self.leave_load(sequence)
-        missing = range(depth, min(limit, depth + self._most_held(sequence)))
+        missing = range(depth, min(needed, depth + self._most_held(sequence)))
         if not self.resident_prefixes.make_room(self.memory.pages_needed(missing, spare_blocks)):
             self._detach(sequence)
             sequence.refused_at = self._changes
@@ -125,7 +125,7 @@ class KVCacheManager:
         # What a load brought counts as a miss of the device, though it is there now.
         found = depth if load is None else load.begin
         self.hits += found + sum(len(reused.blocks) for reused in sequence.layout.reused)
-        self.misses += limit - found
+        self.misses += needed - found
         return Admission.ADMITTED
 
     def _acquire_prefixes(self, sequence: SequenceBlocks) -> bool:
@@ -146,7 +146,7 @@ class KVCacheManager:
 
         Returns whether it waits. It then holds nothing.
         """
-        limit = sequence.full_blocks()
+        limit = sequence.reusable_blocks()
         owner = self._pending.get(sequence.key(depth)) if depth < limit else None
         if owner is None or owner is sequence:
             return False
@@ -167,7 +167,7 @@ class KVCacheManager:
             prefix = self.prefixes.get(name)
             # A prompt that ends with the document computes its last block again: a prefix that
             # holds this block as well could leave no room for it.
-            if prefix is not None and prefix.blocks <= sequence.full_blocks():
+            if prefix is not None and prefix.blocks <= sequence.reusable_blocks():
                 self.prefixes.acquire(prefix)
                 sequence.prefix = prefix
                 return
@@ -182,7 +182,7 @@ class KVCacheManager:
     def _depth(self, sequence: SequenceBlocks, available: Available) -> int:
         """Return the depth in blocks at which the prompt can continue, given what is available."""
         begin = 0 if sequence.prefix is None else sequence.prefix.blocks
-        limit = sequence.full_blocks()
+        limit = sequence.reusable_blocks()
         return deepest(self.memory.groups, sequence.layout, available, begin=begin, limit=limit)
 
     def _on_device(self, sequence: SequenceBlocks) -> Available:

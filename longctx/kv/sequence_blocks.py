@@ -62,6 +62,7 @@ class SequenceBlocks:
     document_ends: tuple[tuple[int, PrefixName], ...] = ()  # tokens up to there, and their name
     prefill_only: bool = False  # computed to be kept: nothing is sampled
     in_memory: bool = False  # what it computes, but for documents, is not written to disk
+    fresh_from: int | None = None  # tokens from here on are computed, also where a cache has them
     base_keys: tuple[BlockKey, ...] = ()  # of a prefix, shared with it
     tail_keys: list[BlockKey] = field(default_factory=list)  # those that follow
     computed: int = 0
@@ -106,11 +107,16 @@ class SequenceBlocks:
         )
 
     def full_blocks(self) -> int:
-        """Return how many blocks a cache may provide: those that all tokens but the last fill.
+        """Return how many blocks all tokens but the last fill.
 
         Of a prompt that is only kept, and sealed to its end, that is all blocks.
         """
         return self.layout.blocks(len(self.tokens) - (0 if self.layout.closed else 1))
+
+    def reusable_blocks(self) -> int:
+        """Return how many of the full blocks a cache may provide: those before `fresh_from`."""
+        full = self.full_blocks()
+        return full if self.fresh_from is None else min(full, self.layout.blocks(self.fresh_from))
 
     def blocks_until(self, end: int) -> int:
         """Return the blocks of the prefix that ends there: a document's last one is open, and not

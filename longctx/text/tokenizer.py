@@ -20,6 +20,7 @@ import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from longctx.errors import InvalidRequest, ModelRefused
+from longctx.text.token_bytes import TokenBytes
 
 # All that a template's `strftime_now` may ask for, glibc's unpadded forms included.
 _DATE_DIRECTIVES = ("%-d", "%-m", *(f"%{letter}" for letter in "aAbBcdDeFGhHIjmMpSTuUVwWxXyYZ"))
@@ -70,6 +71,7 @@ class Tokenizer:
         self._forbidden_ids = frozenset(control) - {_unknown_id(backend, state["model"])}
         self._normalizes = backend.normalizer is not None
         self._before, self._after = _default_frame(self._plain)
+        self._bytes = TokenBytes(backend, state)
 
         self.special_token_strings = frozenset(special.values())
         self.bos_token_id: int | None = hugging_face.bos_token_id
@@ -157,6 +159,10 @@ class Tokenizer:
         """Return the tokens' text; special ones and ids outside the vocabulary are skipped."""
         text: str = self._backend.decode(ids, skip_special_tokens=True)
         return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of one token, of a special one its name; of an id that is none, none."""
+        return self._bytes.of(token_id)
 
     def render(
         self,

@@ -1,5 +1,6 @@
 """Many ranks compute what one rank computes, however the work is cut."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -143,3 +144,18 @@ def test_what_many_ranks_cannot_do_is_refused(llama: Path) -> None:
     gap = (Segment(token_ids=(5, 6)), Segment(token_ids=(7, 8), position=40))
     with pytest.raises(InvalidRequest, match="start it without --ranks"):
         engine.submit(Request(request_id="gap", segments=gap))
+
+
+def test_answers_are_scored_and_prompts_are_refused(llama: Path) -> None:
+    engine = ringed_engine(llama, 2)
+    request = ask("a", some_ids(100, 1), max_tokens=2)
+    told = replace(request, sampling=replace(request.sampling, logprobs=2))
+    engine.submit(told)
+    outputs = []
+    while engine.has_work:
+        outputs += [output for output in engine.step() if output.token_ids]
+    assert [len(output.logprobs) for output in outputs] == [1, 1]
+    scored = replace(request, sampling=replace(request.sampling, prompt_logprobs=2))
+    with pytest.raises(InvalidRequest, match="for one rank") as caught:
+        engine.submit(scored)
+    assert caught.value.param == "prompt_logprobs"

@@ -105,11 +105,13 @@ class RecordingRunner:
         if self.failures:
             raise self.failures.pop()
         logits = self.inner.run_chunks(chunks)
-        sampled = [chunk.sequence for chunk in chunks if chunk.samples]
-        for sequence, row in zip(sampled, logits, strict=True):
-            name = (sequence.request.request_id, sequence.index)
-            self.logits[name][len(sequence.blocks.tokens)] = row.clone()
-            self.texts_of[name] = sequence.blocks.tokens
+        each = torch.split(logits, [chunk.logits_rows for chunk in chunks])
+        for chunk, rows in zip(chunks, each, strict=True):
+            if chunk.samples:
+                sequence = chunk.sequence
+                name = (sequence.request.request_id, sequence.index)
+                self.logits[name][len(sequence.blocks.tokens)] = rows[-1].clone()
+                self.texts_of[name] = sequence.blocks.tokens
         return logits
 
 
