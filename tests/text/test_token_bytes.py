@@ -1,6 +1,5 @@
 """What single tokens stand for, in the kinds of vocabularies that there are."""
 
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
