@@ -30,7 +30,10 @@ KV_CODECS: tuple[KVCodec, ...] = get_args(KVCodec)[1:]  # all that `auto` is not
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    model: Annotated[Path | None, "Hugging Face model folder; the embedded model if absent"] = None
+    model: Annotated[
+        Path | None,
+        "Hugging Face folder, GGUF file or a name that longctx models lists; needle if absent",
+    ] = None
     device: Annotated[str, "cpu, cuda, cuda:1, ...; auto takes CUDA where there is one"] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from longctx.config import EngineConfig, ModelConfig
-from longctx.embedded import model_path
 from longctx.errors import InvalidRequest, LongctxError
+from longctx.model.named import find_model
 from longctx.open_engine import open_engine
 from longctx.request import (
     FinishReason,
@@ -58,12 +58,12 @@ class LLM:
     """
 
     def __init__(self, model: str | Path | None = None, config: EngineConfig | None = None) -> None:
-        """Load `model`, a Hugging Face folder; the embedded retrieval model if absent.
+        """Load `model`: a Hugging Face folder, a GGUF file or a name; `needle` if absent.
 
         Raises ModelRefused where the folder cannot be served exactly.
         """
         config = config or EngineConfig(model=ModelConfig(model=Path(model) if model else None))
-        folder = Path(model) if model else config.model.model or model_path()
+        folder = find_model(Path(model) if model else config.model.model)
         self.engine = open_engine(config, folder)
         self._prompts = ChatPrompts(self.engine.tokenizer)
         self._ids = itertools.count()

@@ -12,8 +12,8 @@ from typing import TypeVar
 from api.config import ServerConfig
 from longctx.bench import BENCHES
 from longctx.config import EngineConfig
-from longctx.embedded import model_path
 from longctx.errors import LongctxError
+from longctx.model.named import find_model
 from longctx.options import add_options, is_unicode, read_options
 
 # The environment and a TOML file may have the options of any command.
@@ -91,12 +91,13 @@ def read_config(arguments: argparse.Namespace, config_type: type[Config]) -> Con
 
 
 def read_engine_config(arguments: argparse.Namespace) -> tuple[EngineConfig, Path]:
-    """Read the engine's configuration and name its model folder, the embedded one by default.
+    """Read the engine's configuration and find its model's folder or file, as `find_model` says.
 
-    Raises LongctxError for a path that no library would open.
+    Raises LongctxError for a named model that is not installed and a path that no library would
+    open.
     """
     config = read_config(arguments, EngineConfig)
-    folder = config.model.model or model_path()
+    folder = find_model(config.model.model)
     if not is_unicode(str(folder)):
         raise LongctxError(
             f"the path of the model, {str(folder)!r}, is not UTF-8, as the libraries that read "

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import shlex
+from dataclasses import replace
 from typing import Any
 
 import transformers
@@ -13,6 +14,8 @@ from longctx.bench.config import BenchConfig
 from longctx.bench.report import Report, publish
 from longctx.commands.arguments import read_config
 from longctx.commands.extras import require
+from longctx.config import EngineConfig
+from longctx.model.named import find_model
 from longctx.process.quick_import import interruptible
 
 
@@ -22,7 +25,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises ExtraMissing, before anything is measured, where pictures could not be drawn.
     """
     bench = BENCHES[arguments.bench]
-    configs: list[Any] = [read_config(arguments, tree) for tree in bench.configs]
+    configs: list[Any] = [_found(read_config(arguments, tree)) for tree in bench.configs]
     require("bench", command="longctx bench")
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -33,3 +36,11 @@ def run(arguments: argparse.Namespace) -> None:
     (common,) = (config for config in configs if isinstance(config, BenchConfig))
     command = shlex.join(["longctx", *arguments.argv])
     publish(report, bench=arguments.bench, command=command, out=common.out)
+
+
+def _found(config: Any) -> Any:
+    """The same, with a model that is given by its name as the path that this stands for."""
+    if not isinstance(config, EngineConfig) or config.model.model is None:
+        return config
+    found = find_model(config.model.model)
+    return replace(config, model=replace(config.model, model=found))

@@ -16,6 +16,7 @@ from longctx.commands.arguments import read_engine_config
 from longctx.config import ModelConfig
 from longctx.errors import LongctxError
 from longctx.model.loader import context_tokens
+from longctx.model.named import model_name
 from longctx.text.chat_template import ChatPrompts
 from longctx.text.tokenizer import Tokenizer
 from prompt_cache.errors import SchemaError
@@ -59,7 +60,7 @@ def _check(arguments: argparse.Namespace, config: ModelConfig, folder: Path) -> 
         raise LongctxError(f"{file}: {error}") from error
     console = Console(highlight=False, soft_wrap=True)
     console.print(layout_table(layout, tokenizer.decode))
-    console.print(summary(layout, limit, folder.resolve().name), markup=False)
+    console.print(summary(layout, limit, model_name(folder)), markup=False)
 
 
 ACTIONS: dict[str, Action] = {"check": _check}

@@ -11,6 +11,7 @@ import os
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,11 @@ class ModelFiles:
     config: dict[str, Any]  # config.json
     shards: dict[Path, frozenset[str]]
     dtype: str | None  # the dtype of most tensors, as torch names it; None if none is a plain float
+
+    @property
+    def path(self) -> Path:
+        """What to name in a message about the model: its folder."""
+        return self.folder
 
     def file_of(self, tensor: str) -> str:
         """Name the shard that holds `tensor`, or the file that ought to list it."""
@@ -65,12 +71,23 @@ def read_model_folder(folder: Path) -> ModelFiles:
 def fingerprint(files: ModelFiles, cache_dir: Path | None) -> str:
     """Hash config.json and the sha256 of each shard: 64 hex digits of sha256.
 
-    A shard's sum is kept in `cache_dir` under its path, size and mtime, since reading 100 GB takes
-    a minute; where that directory cannot be written, it is computed each time.
+    `cache_dir` as for `file_sums`.
+    """
+    total = hashlib.sha256(_sha256(files.folder / "config.json").encode())
+    for path, file_sum in file_sums(files.shards, cache_dir).items():
+        total.update(f"\n{path.name} {file_sum}".encode())
+    return total.hexdigest()
+
+
+def file_sums(paths: Iterable[Path], cache_dir: Path | None) -> dict[Path, str]:
+    """Compute the sha256 of each file, in the order of their paths.
+
+    A sum is kept in `cache_dir` under its file's path, size and mtime, since reading 100 GB takes a
+    minute; where that directory cannot be written, it is computed each time.
     """
     cache = cache_dir / FINGERPRINTS if cache_dir is not None else None
     known = _read_sums(cache)
-    keys = {path: _identity(path) for path in sorted(files.shards)}
+    keys = {path: _identity(path) for path in sorted(paths)}
     unknown = [path for path, key in keys.items() if key not in known]
     with ThreadPoolExecutor() as threads:  # hashlib releases the interpreter lock
         known.update(
@@ -78,10 +95,7 @@ def fingerprint(files: ModelFiles, cache_dir: Path | None) -> str:
         )
     if unknown and cache is not None:
         _write_sums(cache, known)
-    total = hashlib.sha256(_sha256(files.folder / "config.json").encode())
-    for path, key in keys.items():
-        total.update(f"\n{path.name} {known[key]}".encode())
-    return total.hexdigest()
+    return {path: known[key] for path, key in keys.items()}
 
 
 def _shard_paths(folder: Path) -> list[Path]:

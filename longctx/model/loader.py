@@ -1,4 +1,4 @@
-"""Loads a Hugging Face folder into a model that computes packed rows.
+"""Loads a Hugging Face folder or a GGUF file into a model that computes packed rows.
 
 We write no model code: transformers builds the model, and its attention is ours
 (`hf_attention.py`). Whatever would not be computed exactly is refused here, with the reason.
@@ -19,10 +19,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from longctx.config import ModelConfig, Weights
 from longctx.errors import ModelRefused
-from longctx.model.checkpoint import ModelFiles, fingerprint, read_model_folder
+from longctx.model.checkpoint import ModelFiles, file_sums, fingerprint, read_model_folder
+from longctx.model.gguf_config import gguf_settings
+from longctx.model.gguf_file import GgufFile, find_gguf, read_gguf
+from longctx.model.gguf_weights import load_gguf
 from longctx.model.hf_attention import ATTENTION, register_attention, run_packed
 from longctx.model.key_rotation import find_relocation
 from longctx.model.layer_attention import LayerAttention
+from longctx.model.named import model_name
 from longctx.model.probe import PROBE, probe_layers, register_probe
 from longctx.model.rope import resolve_rope
 from longctx.model.spec import ModelSpec
@@ -62,7 +66,7 @@ def context_tokens(config: ModelConfig, folder: Path) -> int:
     Raises ModelRefused.
     """
     return resolve_rope(
-        _read_settings(read_model_folder(folder)),
+        _read_settings(_read_files(folder)),
         override=config.rope_override,
         max_context=config.max_context,
         force_context=config.force_context,
@@ -72,9 +76,10 @@ def context_tokens(config: ModelConfig, folder: Path) -> int:
 def load_model(config: ModelConfig, folder: Path, *, cache_dir: Path | None = None) -> LoadedModel:
     """Load `folder` for exact serving; raises ModelRefused with the reason and the cure.
 
+    It may be a GGUF file too, or a folder with one, as `find_gguf` says.
     `cache_dir` keeps checksums of the shards between starts.
     """
-    files = read_model_folder(folder)
+    files = _read_files(folder)
     settings = _read_settings(files)
     model_class = _model_class(settings, files)
     rope = resolve_rope(
@@ -106,7 +111,7 @@ def load_model(config: ModelConfig, folder: Path, *, cache_dir: Path | None = No
         )
     tensors = {tensor.data_ptr(): tensor for tensor in model.parameters()}  # tied ones once
     spec = ModelSpec(
-        name=folder.resolve().name,
+        name=model_name(folder),
         architecture=settings.model_type,
         layers=layers,
         relocation=relocation,
@@ -122,8 +127,15 @@ def load_model(config: ModelConfig, folder: Path, *, cache_dir: Path | None = No
     return LoadedModel(model, spec)
 
 
-def _read_settings(files: ModelFiles) -> Any:
-    """Read the folder's configuration, of a class that transformers itself has."""
+def _read_files(path: Path) -> ModelFiles | GgufFile:
+    found = find_gguf(path)
+    return read_model_folder(path) if found is None else read_gguf(found)
+
+
+def _read_settings(files: ModelFiles | GgufFile) -> Any:
+    """Read the model's configuration, of a class that transformers itself has."""
+    if isinstance(files, GgufFile):
+        return gguf_settings(files)
     architecture = files.config.get("model_type")
     if architecture not in CONFIG_MAPPING:
         reason = (
@@ -145,17 +157,17 @@ def _read_settings(files: ModelFiles) -> Any:
         ) from error
 
 
-def _model_class(settings: Any, files: ModelFiles) -> Any:
+def _model_class(settings: Any, files: ModelFiles | GgufFile) -> Any:
     if settings.is_encoder_decoder:
-        raise ModelRefused(f"{files.folder} is an encoder-decoder; only decoders can be served")
+        raise ModelRefused(f"{files.path} is an encoder-decoder; only decoders can be served")
     if settings.sub_configs and settings.get_text_config(decoder=True) is not settings:
         raise ModelRefused(
-            f"{files.folder} ({settings.model_type}) takes images or sound besides text; "
+            f"{files.path} ({settings.model_type}) takes images or sound besides text; "
             "only text models can be served"
         )
     if type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelRefused(
-            f"{files.folder} ({settings.model_type}) is no language model that transformers can "
+            f"{files.path} ({settings.model_type}) is no language model that transformers can "
             "generate text with"
         )
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)]
@@ -187,7 +199,9 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, settings: Any, files: ModelFiles, device: torch.device) -> torch.dtype:
+def _dtype(
+    name: str, settings: Any, files: ModelFiles | GgufFile, device: torch.device
+) -> torch.dtype:
     """Choose the compute type: `auto` is the checkpoint's, or float32 on CPUs that emulate it.
 
     Without the instructions a bfloat16 product runs at 1 to 10 GFLOP/s where float32 runs at 70.
@@ -196,7 +210,7 @@ def _dtype(name: str, settings: Any, files: ModelFiles, device: torch.device) ->
     stated = stated or files.dtype or "float32"
     dtype = stated if isinstance(stated, torch.dtype) else getattr(torch, str(stated), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ModelRefused(f"{files.folder} states the dtype {stated!r}; start with --dtype")
+        raise ModelRefused(f"{files.path} states the dtype {stated!r}; start with --dtype")
     if name == "auto" and device.type == "cpu" and not computes_bfloat16():
         return torch.float32
     return dtype
@@ -236,17 +250,25 @@ def _use_kernels(
     return packed_bytes
 
 
-def _fingerprint(files: ModelFiles, weights: Weights, cache_dir: Path | None) -> str:
+def _fingerprint(files: ModelFiles | GgufFile, weights: Weights, cache_dir: Path | None) -> str:
     """Identify the weights as computed with: rounded ones make other keys, so they are others."""
-    whole = fingerprint(files, cache_dir)
+    if isinstance(files, GgufFile):
+        sums = file_sums(files.paths, cache_dir)
+        whole = hashlib.sha256("\n".join(("GGUF", *sums.values())).encode()).hexdigest()
+    else:
+        whole = fingerprint(files, cache_dir)
     if weights == "auto":
         return whole
     return hashlib.sha256(f"{whole} {weights}".encode()).hexdigest()
 
 
 def _load_weights(
-    model_class: Any, settings: Any, files: ModelFiles, dtype: torch.dtype
+    model_class: Any, settings: Any, files: ModelFiles | GgufFile, dtype: torch.dtype
 ) -> Any:  # its methods are untyped
+    if isinstance(files, GgufFile):
+        return load_gguf(
+            model_class, settings, files, dtype, PROBE, lambda path, module, weight: False
+        )
     try:
         model, report = model_class.from_pretrained(
             files.folder,

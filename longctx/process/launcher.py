@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Protocol
 
 from longctx.config import EngineConfig
-from longctx.embedded import model_path
 from longctx.errors import EngineDied, LongctxError
 from longctx.ipc.channel import frame
 from longctx.ipc.protocol import RankJoined, Start, encode
+from longctx.model.named import find_model
 from longctx.ring.processes.head import Head
 from longctx.ring.processes.secret import make_secret
 from offload.machine_limits import cores
@@ -70,11 +70,11 @@ class EngineProcesses(Protocol):
 
 
 def engine_processes(config: EngineConfig, cache_dir: Path) -> EngineProcesses:
-    """Those that `config` asks for, none started yet; without a model folder, the embedded model's.
+    """Those that `config` asks for, none started yet; of the model that `find_model` finds.
 
     `cache_dir`: as that of `open_engine`. Raises LongctxError.
     """
-    start = Start(config, config.model.model or model_path(), cache_dir)
+    start = Start(config, find_model(config.model.model), cache_dir)
     return Child(start) if config.ring.ranks == 1 else Ring(start)
 
 

@@ -20,6 +20,9 @@ import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from longctx.errors import InvalidRequest, ModelRefused
+from longctx.model.gguf_config import gguf_end_tokens
+from longctx.model.gguf_file import find_gguf, read_gguf
+from longctx.text.gguf_tokenizer import gguf_tokenizer
 from longctx.text.token_bytes import TokenBytes
 
 # All that a template's `strftime_now` may ask for, glibc's unpadded forms included.
@@ -27,7 +30,7 @@ _DATE_DIRECTIVES = ("%-d", "%-m", *(f"%{letter}" for letter in "aAbBcdDeFGhHIjmM
 
 
 class Tokenizer:
-    """The tokenizer and chat template of a Hugging Face model folder.
+    """The tokenizer and chat template of a Hugging Face model folder, or of a GGUF file.
 
     It is immutable once made: every method may be called from several threads at once. *Special*
     tokens are those that the checkpoint calls so; *control* tokens are these and others that its
@@ -39,7 +42,9 @@ class Tokenizer:
 
         Raises ModelRefused when there is no tokenizer that can be read.
         """
-        hugging_face = _load(folder)
+        found = find_gguf(folder)
+        file = None if found is None else read_gguf(found)
+        hugging_face = _load(folder) if file is None else gguf_tokenizer(file)
         backend = hugging_face.backend_tokenizer
         backend.no_truncation()  # a checkpoint may carry its training length
         backend.no_padding()
@@ -75,7 +80,9 @@ class Tokenizer:
 
         self.special_token_strings = frozenset(special.values())
         self.bos_token_id: int | None = hugging_face.bos_token_id
-        self.eos_token_ids = _eos_token_ids(folder, hugging_face)
+        self.eos_token_ids = (
+            _eos_token_ids(folder, hugging_face) if file is None else gguf_end_tokens(file)
+        )
         self.vocab_size = 1 + max(backend.get_vocab().values())  # ids lie below it
 
     def is_special(self, token_id: int) -> bool:
