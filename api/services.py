@@ -1,5 +1,6 @@
 """Starts what the endpoints use in order, and ends it in the opposite order."""
 
+import sys
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ async def open_services(
         stack.push_async_callback(tokenizer_process.close)
         engine = EngineClient(engine_config, cache_dir=folder.models, processes=processes)
         stack.push_async_callback(engine.drain, 0)
+        engine.on_loading = lambda step: print(f"longctx is {step}", file=sys.stderr)
         await engine.start()
         store = DocumentStore(folder.database)
         stack.push_async_callback(store.close)

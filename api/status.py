@@ -90,6 +90,8 @@ def _quality(choice: CodecChoice) -> dict[str, dict[str, float]] | None:
             "kl": damage.kl,
             "kl_error": damage.kl_error,
             "flips": damage.flips,
+            "raw_kl": damage.raw_kl,
+            "raw_flips": damage.raw_flips,
             "perplexity_rise": damage.perplexity_rise,
         }
         for part, damage in (("text", measured.text), ("own", measured.own))

@@ -40,12 +40,15 @@ class ContextLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Damage:
-    """What a codec or level does to a model: means over rows of next-token distributions.
+    """What a codec, weights or a level do to a model: means over rows of next-token distributions.
 
     Each `*_error` is half the width of the 95% interval of that mean.
 
-    `kl` is KL(raw || codec) in nats; `flips` the share of rows whose likeliest token changed;
-    `nats` what a token of the text costs with raw KV, `more_nats` how much more with the codec.
+    A row is compared with that of a float32 pass. `raw_kl` is how far raw KV in the type that
+    serves is from it, in nats, and `raw_flips` the share of rows whose likeliest token is another;
+    both are 0 where float32 serves. `kl` and `flips` are what the codec adds to them: in 16 bits
+    that may be less than 0, by chance. `nats` is what a token of the text costs with raw KV,
+    `more_nats` how much more with the codec.
     """
 
     rows: int
@@ -56,6 +59,8 @@ class Damage:
     nats: float
     more_nats: float
     more_nats_error: float
+    raw_kl: float
+    raw_flips: float
 
     @property
     def raw_perplexity(self) -> float:

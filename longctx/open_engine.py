@@ -4,6 +4,7 @@ Everything that is decided once for an engine is decided here, in this order: th
 attention backend, the codec (which may have to be measured), memory and tiers.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,9 +28,10 @@ def open_engine(
     *,
     cache_dir: Path = CACHE_DIR,
     ranks: Ranks | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Engine:
     """Open an engine that serves the model of a folder, as `engine_parts` says."""
-    return Engine(engine_parts(config, model_folder, cache_dir=cache_dir, ranks=ranks))
+    return Engine(engine_parts(config, model_folder, cache_dir=cache_dir, ranks=ranks, say=say))
 
 
 def engine_parts(
@@ -38,13 +40,15 @@ def engine_parts(
     *,
     cache_dir: Path = CACHE_DIR,
     ranks: Ranks | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> EngineParts:
     """Load the model, choose its codec and make the parts that an engine is given.
 
     `config.model.model` may differ from the folder. `cache_dir` keeps what was measured of models
     between starts. `ranks` are further ones, which share the work and keep a part of the KV blocks
-    each. Raises ModelRefused, also for a codec that costs the model too much, and InvalidRequest
-    where `config` asks for ranks that are not given.
+    each. `say` is told how far a step is that takes long. Raises ModelRefused, also for a codec
+    that costs the model too much, and InvalidRequest where `config` asks for ranks that are not
+    given.
     """
     if ranks is None and config.ring.ranks > 1:
         raise InvalidRequest(
@@ -57,7 +61,9 @@ def engine_parts(
     tokenizer = Tokenizer(model_folder)
     model = load_model(config.model, model_folder, cache_dir=cache_dir)
     backend = backend_for(config.model.attention_backend, model.spec.device)
-    codec = choose_codec(config.cache, model, tokenizer, BACKENDS[backend], cache_dir=cache_dir)
+    codec = choose_codec(
+        config.cache, model, tokenizer, BACKENDS[backend], cache_dir=cache_dir, say=say
+    )
     if ranks is None:
         return one_rank_parts(
             model,

@@ -1,8 +1,8 @@
 """What each codec costs a model, against `raw`: KL divergence, changed tokens, perplexity.
 
-The measurement is the quality gate's, through the cache that serves, and by default as long as at
-a start, but for all codecs and without a limit of time. Without --model it is the embedded
-`probe`, a language model with ordinary attention.
+The measurement is the quality gate's, through the cache that serves, and by default as long as the
+gate measures at most, but for all codecs and without a limit of time. Without --model it is the
+embedded `probe`, a language model with ordinary attention.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,22 +43,24 @@ def run(
     model, tokenizer = load_model(engine.model, folder), Tokenizer(folder)
     texts = TEXTS if quality.text_file is None else (_read(quality.text_file),)
     workload = Workload(
-        text_tokens=quality.text_tokens, own_tokens=quality.own_tokens, limit_seconds=None
+        text_tokens=(quality.text_tokens,) * max(len(text.questions) for text in texts),
+        own_tokens=quality.own_tokens,
+        limit_seconds=None,
     )
     backend = backend_for(engine.model.attention_backend, model.spec.device)
-    verdicts: dict[str, Verdict] = {}
-    for codec in _codecs(engine.cache.kv_codec, model.spec, say):
-        say(f"{codec} against {RAW}")
-        measured = measure(
-            model,
-            tokenizer,
-            BACKENDS[backend],
-            (codec,),
-            workload=workload,
-            texts=texts,
-            seed=bench.seed,
-        )
-        verdicts[codec] = judge_codec(model.spec, codec, measured[codec])
+    codecs = tuple(_codecs(engine.cache.kv_codec, model.spec, say))
+    say(f"{', '.join(codecs)} against {RAW}")
+    measured = measure(
+        model,
+        tokenizer,
+        BACKENDS[backend],
+        codecs,
+        workload=workload,
+        texts=texts,
+        seed=bench.seed,
+        on_text=lambda done, most: say(f"text {done} of {most}"),
+    )
+    verdicts = {codec: judge_codec(model.spec, codec, measured[codec]) for codec in codecs}
     parameters: dict[str, Parameter] = {
         "model": model.spec.name,
         "dtype": str(model.spec.dtype).removeprefix("torch."),

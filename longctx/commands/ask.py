@@ -118,6 +118,7 @@ class _Session:
 
     async def _load(self, progress: Progress) -> None:
         loading = progress.add_task("loading the model", total=None)
+        self.engine.on_loading = lambda step: progress.update(loading, description=step)
         await self.engine.start()
         progress.update(loading, total=1, completed=1)
 

@@ -6,6 +6,7 @@ with the same ticket. A session, with one rank or as rank 0 of many:
     engine                      HTTP process
     RankJoined (of many ranks)
                                 Start
+    Loading ...
     Loaded
                                 Submit, OpenDocument, GetStats ... in any order
     Outputs, Done, Durable ...
@@ -164,6 +165,12 @@ class Stop(Message, frozen=True):
     """End the process; every request that still ran has been answered."""
 
 
+class Loading(Message, frozen=True):
+    """How far the loading is, where it takes long: `step` says it to people."""
+
+    step: str
+
+
 class Loaded(Message, frozen=True):
     """The answer to `Start`: what the engine has loaded, or why it cannot."""
 
@@ -226,7 +233,7 @@ Command = (
     | Clear
     | Stop
 )
-Event = RankJoined | Heartbeat | RanksLost | Loaded | Rejected | Outputs | Durable | Done
+Event = RankJoined | Heartbeat | RanksLost | Loading | Loaded | Rejected | Outputs | Durable | Done
 
 _FAULTS: dict[str, type[LongctxError]] = {
     kind.__name__: kind

@@ -43,6 +43,11 @@ class LoadedModel:
         self._model = model
 
     @property
+    def transformer(self) -> PreTrainedModel:
+        """The model as transformers made it, with our attention and kernels in it."""
+        return self._model
+
+    @property
     def linear_types(self) -> frozenset[type[nn.Module]]:
         """The classes of the model's linear layers: torch's own and packed ones."""
         types = {type(module) for module in self._model.modules()}

@@ -62,6 +62,7 @@ class EngineClient:
         self.config = config
         self.state: State = "starting"
         self.on_restart: Callable[[], Awaitable[None]] | None = None
+        self.on_loading: Callable[[str], None] | None = None  # told of long steps of the loading
         self.durable_tokens: dict[str, int] = {}  # of each document, on stable storage
         self._info: EngineInfo | None = None
         self.restarts = 0
@@ -235,7 +236,9 @@ class EngineClient:
         except OSError as error:
             raise EngineDied(f"no engine process could be started: {error.strerror}") from error
         loaded = await self._next_event(reader)
-        while isinstance(loaded, protocol.Heartbeat):
+        while isinstance(loaded, protocol.Heartbeat | protocol.Loading):
+            if isinstance(loaded, protocol.Loading) and self.on_loading is not None:
+                self.on_loading(loaded.step)
             loaded = await self._next_event(reader)
         if isinstance(loaded, protocol.RanksLost):
             await self._reap()
@@ -324,7 +327,7 @@ class EngineClient:
                 self._lost = event.reason
             case protocol.Heartbeat():
                 pass
-            case protocol.Loaded() | protocol.RankJoined():
+            case protocol.Loading() | protocol.Loaded() | protocol.RankJoined():
                 raise AssertionError(f"a second {type(event).__name__}")
 
     def _end_all(self, reason: str) -> None:

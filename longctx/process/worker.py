@@ -132,8 +132,12 @@ def _run(
     Raises ConnectionLost (the server), PeerLost (a rank).
     """
     folder, cache_dir = start.model_folder, start.cache_dir
+
+    def say(step: str) -> None:
+        channel.send(encode(protocol.Loading(step)))
+
     try:
-        engine = open_engine(start.config, folder, cache_dir=cache_dir, ranks=ranks)
+        engine = open_engine(start.config, folder, cache_dir=cache_dir, ranks=ranks, say=say)
     except PeerLost:
         raise
     except LongctxError as error:

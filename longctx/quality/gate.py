@@ -5,7 +5,8 @@ under everything that they depend on. `auto` takes the first of AUTO that passes
 codec that was asked for and fails is refused, unless it is forced. Read `choose_codec`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from longctx.model.spec import ModelSpec
 from longctx.quality.measure import RAW, Workload, measure
 from longctx.quality.measurement_cache import MeasurementCache, identity_of
 from longctx.quality.texts import TEXTS
-from longctx.quality.verdict import LOSSLESS, NARROW, judge
+from longctx.quality.verdict import LOSSLESS, NARROW, is_settled, judge
 from longctx.text.tokenizer import Tokenizer
 
 AUTO: tuple[KVCodec, ...] = ("int8",)  # what `auto` may choose, best first
@@ -36,13 +37,15 @@ def choose_codec(
     *,
     cache_dir: Path | None,
     workload: Workload = AT_START,
+    say: Callable[[str], None] = lambda _: None,
 ) -> CodecChoice:
     """Return the codec to serve with. Raises ModelRefused for one that was asked for and fails.
 
-    `cache_dir` keeps measurements between starts; with None codecs are measured each time.
+    `cache_dir` keeps measurements between starts; with None codecs are measured each time. `say`
+    is told how far a measurement is.
     """
     spec = model.spec
-    gate = Gate(model, tokenizer, backend, cache_dir, workload)
+    gate = Gate(model, tokenizer, backend, cache_dir, workload, say)
     if config.kv_codec == "auto":
         return _automatic(gate, spec)
     name = config.kv_codec
@@ -101,12 +104,14 @@ class Gate:
         backend: BackendFactory,
         cache_dir: Path | None,
         workload: Workload,
+        say: Callable[[str], None],
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self.backend = backend
         self._workload = workload
         self._cache_dir = cache_dir
+        self._say = say
 
     def is_lossless(self, name: str) -> bool:
         """Whether the codec gives back what it stored, bit for bit, so needs no measurement."""
@@ -114,19 +119,25 @@ class Gate:
 
     def verdict(self, name: str) -> Verdict:
         """Return what the gate says of a codec, after measuring it if that was not done yet."""
+        spec = self._model.spec
         cache = self._cache_of(name)
         measured = cache.load()
         if measured is None:
-            found = measure(
-                self._model, self._tokenizer, self.backend, (name,), workload=self._workload
-            )
-            measured = found[name]
-            if self._model.spec.device.type == "cuda":
+            measured = measure(
+                self._model,
+                self._tokenizer,
+                self.backend,
+                (name,),
+                workload=self._workload,
+                content=lambda found: is_settled(judge_codec(spec, name, found[name])),
+                on_text=partial(told, self._say, f"what KV codec {name} costs {spec.name}"),
+            )[name]
+            if spec.device.type == "cuda":
                 torch.cuda.empty_cache()  # the pools are sized by what is free
             # What could not be judged, with a short context for one, may be judged another time.
-            if judge_codec(self._model.spec, name, measured).judged:
+            if judge_codec(spec, name, measured).judged:
                 cache.store(measured)
-        return judge_codec(self._model.spec, name, measured)
+        return judge_codec(spec, name, measured)
 
     def _cache_of(self, name: str) -> MeasurementCache:
         """Return the cache entry of a codec; another model, dtype, codec or program has another."""
@@ -142,6 +153,11 @@ class Gate:
                 TEXTS,
             ),
         )
+
+
+def told(say: Callable[[str], None], subject: str, done: int, most: int) -> None:
+    """Say how far a measurement is, once for each text."""
+    say(f"measuring {subject}, once for this model: {done} of at most {most} texts")
 
 
 def codecs_of(spec: ModelSpec, name: str) -> Iterator[Codec]:

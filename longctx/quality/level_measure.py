@@ -4,8 +4,9 @@ A prompt is what the chat template puts before a file, two modules (another text
 of this one), and then what is computed at every level: the rest of this text, a question, and the
 answer. With `exact` the model answers (sampled at temperature 1); the other levels read what it
 said. Two kinds of rows are compared, as for codecs: the rest of the text, and the model's own
-answer. Modules are at the positions where they were encoded, as those of a schema are. Read
-`measure_levels`.
+answer. Where 16 bits serve, a float32 pass reads all of it too, and what counts is how much
+farther from it a level is than `exact` in the type that serves. Modules are at the positions where
+they were encoded, as those of a schema are. Read `measure_levels`.
 """
 
 import time
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from compress.codec import CODECS
 from compress.shape import BLOCK_TOKENS, KVShape
+from longctx.attention.registry import BACKENDS
 from longctx.config import CacheConfig, SchedulerConfig
 from longctx.engine.batch import Batch
 from longctx.engine.engine import Engine
@@ -24,8 +26,11 @@ from longctx.engine.model_runner import ModelRunner
 from longctx.engine.parts import one_rank_parts
 from longctx.engine_info import Measured
 from longctx.errors import LongctxError
+from longctx.model.exact import exact_twin
+from longctx.model.loader import LoadedModel
 from longctx.quality.damage import DamageMeter, compare
 from longctx.quality.measure import frame_of
+from longctx.quality.replay import Replay
 from longctx.quality.texts import TEXTS, Text
 from longctx.request import FinishReason, Piece, Request, SamplingParams, Segment
 from offload.units import GIB
@@ -71,6 +76,8 @@ def measure_levels(
     """
     began = time.monotonic()
     watched = _Watched(serving)
+    twin = exact_twin(serving.model)
+    exact_pass = None if twin is serving.model else _ExactPass(serving, twin)
     text = {level: DamageMeter() for level in levels}
     own = {level: DamageMeter() for level in levels}
     for number, prompt in enumerate(_prompts(serving, workload, texts)):
@@ -78,12 +85,15 @@ def measure_levels(
             max_tokens=workload.own_tokens, temperature=1.0, seed=seed + number
         )
         tail_rows = len(prompt.tail) if prompt.text else 1
-        exact, answer = watched.read(prompt, EXACT, (), sampling, tail_rows=tail_rows)
+        served, answer = watched.read(prompt, EXACT, (), sampling, tail_rows=tail_rows)
+        exact = None
+        if exact_pass is not None:
+            exact = exact_pass.read(prompt, answer[:-1], rows=len(served))
         targets = torch.tensor((*prompt.tail, *answer)[len(prompt.tail) - tail_rows + 1 :])
         for level in levels:
             once = replace(sampling, max_tokens=1)
             found, _ = watched.read(prompt, level, answer[:-1], once, tail_rows=tail_rows)
-            rows = compare(exact, found, targets.to(exact.device))
+            rows = compare(served, found, targets.to(served.device), exact=exact)
             text[level].add(rows[: max(0, prompt.text - 1)])
             own[level].add(rows[tail_rows - 1 :])
         late = workload.limit_seconds is not None
@@ -116,6 +126,33 @@ def _prompts(engine: Engine, workload: LevelWorkload, texts: Sequence[Text]) -> 
                     tail=(*rest, *after),
                     text=0 if number else len(rest),
                 )
+
+
+class _ExactPass:
+    """The model in float32 with raw KV, which reads prompts with their modules in place."""
+
+    def __init__(self, serving: Engine, twin: LoadedModel) -> None:
+        self._serving = serving
+        self._twin = twin
+
+    def read(self, prompt: _Prompt, answer: Sequence[int], *, rows: int) -> Tensor:
+        """Return the logits [rows, vocab] after the last tokens of the prompt and its answer."""
+        modules = (token for module in prompt.modules for token in module)
+        tokens = (*prompt.before, *modules, *prompt.tail, *answer)
+        cache = Replay(
+            self._twin,
+            self._serving.tokenizer,
+            BACKENDS[self._serving.info.backend],
+            codec="raw",
+            blocks=len(tokens) // BLOCK_TOKENS + 1,
+            sequences=1,
+            chunk_tokens=max(STEP_TOKENS, rows),
+        )
+        sequence = cache.admit(tokens, NO_ANSWER)
+        while (remaining := sequence.blocks.remaining) > rows:
+            cache.feed([(sequence, min(STEP_TOKENS, remaining - rows))], [0])
+        (logits,) = cache.feed([(sequence, rows)], [rows])
+        return logits
 
 
 class _Watched:

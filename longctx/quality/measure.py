@@ -1,14 +1,23 @@
-"""Measures codecs against `raw`, teacher-forced: the same tokens through one cache of each.
+"""Measures codecs against `raw`, and weights against exact ones: the same tokens through each.
 
 Two kinds of rows are compared. *Text*: the built-in texts, computed in chunks as any document.
 *Own*: what the model goes on to say with raw KV (sampled at temperature 1, asked about the text
-where it has a chat template), computed token by token. Only rows that see a sealed block count:
-a row's own block is never encoded. Read `measure`.
+where it has a chat template), read as any text by the others. Only rows that see a sealed block
+count: a row's own block is never encoded.
+
+A type of 16 bits has a noise of its own, larger than what int8 does: two bfloat16 computations of
+the same thing differ by more than the limits of a lossless codec. So there is a third pass, in
+float32 with raw KV, and what counts is how much farther from it the codec is than `raw` in the
+type that serves. One such pass serves all codecs.
+
+It goes in stages: the first reads the beginning of each text and asks the first question, the
+second reads on and asks the second one. Who is content after the first is spared the second. Read
+`measure`.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 import torch
@@ -20,6 +29,7 @@ from longctx.engine.sampler import SamplingError, sample
 from longctx.engine.sequence import Sequence as EngineSequence
 from longctx.engine_info import Measured
 from longctx.errors import InvalidRequest
+from longctx.model.exact import exact_twin
 from longctx.model.loader import LoadedModel
 from longctx.quality.damage import SPAN_ROWS, DamageMeter, compare
 from longctx.quality.replay import Replay
@@ -29,17 +39,28 @@ from longctx.text.chat_template import ChatPrompts, FilePart, Message
 from longctx.text.tokenizer import Tokenizer
 
 RAW: Final = "raw"
-CHUNK_TOKENS = 2 * BLOCK_TOKENS
+CHUNK_TOKENS = 4 * BLOCK_TOKENS
 READING_SHARE = 0.6  # of the time limit; the rest is for the answers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """How much is computed for `raw` and for each codec, and when to stop if that takes longer."""
+    """How much is computed by each, and when to stop if that takes longer.
 
-    text_tokens: int = 320  # of each text
+    There is a stage for each number of `text_tokens`. The first stages are part of the last.
+    """
+
+    text_tokens: tuple[int, ...] = (192, 320)  # of each text, until its first and second question
     own_tokens: int = 32  # after each question
     limit_seconds: float | None = 90.0
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to compute the same tokens: a model, and the codec of its KV."""
+
+    model: LoadedModel
+    codec: str = RAW
 
 
 def measure(
@@ -51,34 +72,66 @@ def measure(
     workload: Workload,
     texts: Sequence[Text] = TEXTS,
     seed: int = 0,
+    content: Callable[[Mapping[str, Measured]], bool] = lambda _: False,
+    on_text: Callable[[int, int], None] = lambda _done, _most: None,
 ) -> dict[str, Measured]:
-    """Measure what each of `codecs` does to the model.
+    """Measure what each of `codecs` does to the model; as `measure_variants`."""
+    return measure_variants(
+        Variant(exact_twin(model)),
+        Variant(model),
+        {codec: Variant(model, codec) for codec in codecs},
+        tokenizer,
+        backend,
+        workload=workload,
+        texts=texts,
+        seed=seed,
+        content=content,
+        on_text=on_text,
+    )
 
-    Another `seed` lets the model give other answers. Raises ValueError where a codec cannot hold
-    the model's heads.
+
+def measure_variants(
+    exact: Variant,
+    served: Variant,
+    changed: Mapping[str, Variant],
+    tokenizer: Tokenizer,
+    backend: BackendFactory,
+    *,
+    workload: Workload,
+    texts: Sequence[Text] = TEXTS,
+    seed: int = 0,
+    content: Callable[[Mapping[str, Measured]], bool] = lambda _: False,
+    on_text: Callable[[int, int], None] = lambda _done, _most: None,
+) -> dict[str, Measured]:
+    """Measure how much farther from `exact` each of `changed` is than `served`.
+
+    After each stage `content` says whether what was measured so far is enough. `on_text` is told
+    how many texts were read, of how many at most. Another `seed` lets the model give other answers.
+    Raises ValueError where a codec cannot hold the model's heads.
     """
     began = time.monotonic()
-    prompts = list(_prompts(model, tokenizer, workload, texts))
-    comparison = _CodecComparison(model, tokenizer, backend, codecs, prompts, workload, seed)
+    stages = [list(each) for each in _stages(served.model, tokenizer, workload, texts)]
+    prompts = [prompt for stage in stages for prompt in stage]
+    comparison = _Comparison(exact, served, changed, tokenizer, backend, prompts, workload, seed)
+    found: dict[str, Measured] = {}
+    done = 0
 
     def late(share: float) -> bool:
         limit = workload.limit_seconds
         return limit is not None and time.monotonic() - began > share * limit
 
-    for prompt in prompts:
-        comparison.read(prompt)
-        if late(READING_SHARE):
+    for stage in stages:
+        for prompt in stage:
+            comparison.read(prompt)
+            done += 1
+            on_text(done, len(prompts))
+            if late(READING_SHARE):
+                break
+        comparison.answer(lambda: late(1.0))
+        found = comparison.measured(time.monotonic() - began)
+        if late(READING_SHARE) or content(found):
             break
-    comparison.answer(lambda: late(1.0))
-    seconds = time.monotonic() - began
-    return {
-        codec: Measured(
-            text=comparison.text[codec].damage(),
-            own=comparison.own[codec].damage(),
-            seconds=seconds,
-        )
-        for codec in codecs
-    }
+    return found or comparison.measured(time.monotonic() - began)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,27 +140,37 @@ class _Prompt:
 
     token_ids: tuple[int, ...]
     text: range
+    text_end: int
+
+
+def _stages(
+    model: LoadedModel, tokenizer: Tokenizer, workload: Workload, texts: Sequence[Text]
+) -> Iterator[Iterator[_Prompt]]:
+    """Yield the prompts of each stage: every text with one question."""
+    for number in range(len(workload.text_tokens)):
+        yield _prompts(model, tokenizer, workload, texts, number)
 
 
 def _prompts(
-    model: LoadedModel, tokenizer: Tokenizer, workload: Workload, texts: Sequence[Text]
+    model: LoadedModel,
+    tokenizer: Tokenizer,
+    workload: Workload,
+    texts: Sequence[Text],
+    number: int,
 ) -> Iterator[_Prompt]:
-    """Yield every text with its first question, then with its second.
-
-    In that order each text counts even if time is short. A text is judged once, with its first
-    question.
-    """
-    for number in range(max(len(text.questions) for text in texts)):
-        for text in texts:
-            if number >= len(text.questions):
-                continue
-            before, after = frame_of(tokenizer, text, text.questions[number])
-            room = model.spec.max_context - workload.own_tokens - len(before) - len(after)
-            body = tokenizer.encode(text.body)[: min(workload.text_tokens, room)]
-            if room > 0 and body:
-                end = len(before) + len(body)
-                judged = range(len(before), end if number == 0 else len(before))
-                yield _Prompt((*before, *body, *after), judged)
+    """Yield every text with its question `number`; what an earlier stage judged is not judged."""
+    for text in texts:
+        if number >= len(text.questions):
+            continue
+        before, after = frame_of(tokenizer, text, text.questions[number])
+        room = model.spec.max_context - workload.own_tokens - len(before) - len(after)
+        whole = tokenizer.encode(text.body)
+        body = whole[: max(0, min(workload.text_tokens[number], room))]
+        known = whole[: max(0, min(workload.text_tokens[number - 1], room))] if number else []
+        if body:
+            end = len(before) + len(body)
+            begin = len(before) + max(0, len(known) - 1)  # the last one had nothing to be judged by
+            yield _Prompt((*before, *body, *after), range(begin, end), end)
 
 
 def frame_of(
@@ -132,19 +195,20 @@ def _plain_frame(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]
     return () if bos is None else (bos,), ()
 
 
-class _CodecComparison:
-    """The same sequences in one cache of each codec, computed side by side.
+class _Comparison:
+    """The same sequences computed in several ways, each with a cache of its own.
 
-    `read` takes prompts, one after the other; `answer` comes once, after them. `text` and `own`
-    then have what was measured of each codec.
+    In each stage `read` takes prompts, one after the other, and then `answer` comes once. All
+    read a text before the next one is read, so the logits of one text are in memory at a time.
     """
 
     def __init__(
         self,
-        model: LoadedModel,
+        exact: Variant,
+        served: Variant,
+        changed: Mapping[str, Variant],
         tokenizer: Tokenizer,
         backend: BackendFactory,
-        codecs: Sequence[str],
         prompts: Sequence[_Prompt],
         workload: Workload,
         seed: int,
@@ -152,105 +216,141 @@ class _CodecComparison:
         self._seed = seed
         self._own_tokens = workload.own_tokens
         self._eos = tokenizer.eos_token_ids
-        self._caches = {
-            codec: Replay(
-                model,
+
+        tails = sum(len(each.token_ids) - each.text_end + workload.own_tokens for each in prompts)
+
+        def cache(variant: Variant) -> Replay:
+            return Replay(
+                variant.model,
                 tokenizer,
                 backend,
-                codec=codec,
+                codec=variant.codec,
                 blocks=_blocks(prompts, workload.own_tokens),
                 sequences=max(1, len(prompts)),
-                chunk_tokens=CHUNK_TOKENS,
+                chunk_tokens=CHUNK_TOKENS + tails,
             )
-            for codec in (RAW, *codecs)
-        }
-        self._coded = tuple(codecs)
+
+        self._served = cache(served)
+        # Where float32 serves, the exact pass is `served` itself
+        self._exact = None if exact == served else cache(exact)
+        self._changed = {name: cache(variant) for name, variant in changed.items()}
         self._replays: list[_PromptReplay] = []
-        self.text = {codec: DamageMeter() for codec in codecs}
-        self.own = {codec: DamageMeter() for codec in codecs}
+        self._answered = 0  # of these replays
+        self._text = {name: DamageMeter() for name in changed}
+        self._own = {name: DamageMeter() for name in changed}
+
+    def measured(self, seconds: float) -> dict[str, Measured]:
+        """Return what was measured until now, which took so many seconds."""
+        return {
+            name: Measured(
+                text=self._text[name].damage(), own=self._own[name].damage(), seconds=seconds
+            )
+            for name in self._changed
+        }
 
     def read(self, prompt: _Prompt) -> None:
-        """Compute a prompt chunk by chunk in every cache, and compare the rows of its text."""
+        """Compute the text of a prompt chunk by chunk in every way, and compare its rows."""
         sampling = SamplingParams(
             max_tokens=self._own_tokens, temperature=1.0, seed=self._seed + len(self._replays)
         )
         replay = _PromptReplay(
-            {
-                codec: cache.admit(prompt.token_ids, sampling)
-                for codec, cache in self._caches.items()
-            }
+            prompt,
+            served=self._served.admit(prompt.token_ids, sampling),
+            exact=None if self._exact is None else self._exact.admit(prompt.token_ids, sampling),
+            changed={
+                name: cache.admit(prompt.token_ids, sampling)
+                for name, cache in self._changed.items()
+            },
         )
-        while (remaining := replay.raw.blocks.remaining) > 0:
-            first = replay.raw.blocks.computed
-            count = min(remaining, CHUNK_TOKENS - first % BLOCK_TOKENS)
-            logits = self._feed([replay], count)
-            judged = range(
-                max(first, prompt.text.start, BLOCK_TOKENS),
-                min(first + count, prompt.text.stop - 1),
-            )
-            if judged:
-                rows = slice(judged.start - first, judged.stop - first)
-                targets = prompt.token_ids[judged.start + 1 : judged.stop + 1]
-                for codec in self._coded:
-                    self.text[codec].add(_compare(logits[RAW][rows], logits[codec][rows], targets))
-            replay.last = {codec: each[-1:] for codec, each in logits.items()}
+        while (first := replay.served.blocks.computed) < prompt.text_end:
+            count = min(prompt.text_end - first, CHUNK_TOKENS - first % BLOCK_TOKENS)
+            # The last token of the text has nothing to be judged by
+            end = min(first + count, prompt.text.stop - 1)
+            judged = range(max(first, prompt.text.start, BLOCK_TOKENS), end)
+            kept = first + count - judged.start if judged else 0
+            rows = slice(0, len(judged))
+            targets = prompt.token_ids[judged.start + 1 : judged.stop + 1]
+            (served,) = self._served.feed([(replay.served, count)], [kept])
+            exact = None
+            if self._exact is not None and replay.exact is not None:
+                (exact,) = self._exact.feed([(replay.exact, count)], [kept])
+            for name, cache in self._changed.items():
+                (changed,) = cache.feed([(replay.changed[name], count)], [kept])
+                if judged:
+                    of_exact = None if exact is None else exact[rows]
+                    self._text[name].add(_compare(served[rows], changed[rows], targets, of_exact))
         self._replays.append(replay)
 
     def answer(self, late: Callable[[], bool]) -> None:
-        """Let the model answer with raw KV while the other caches compute what it says.
+        """Let the model answer the prompts that were read, with raw KV; then all others read it.
 
         Stops where `late()` says so, but not before there is enough for an interval.
         """
-        replays = self._replays
+        replays = self._replays[self._answered :]
+        self._answered = len(self._replays)
+        self._speak(replays, late)
+        for replay in replays:
+            if not replay.spoken:
+                continue
+            # A row for each token that was said: the last one is judged by, and not computed
+            said = replay.spoken[:-1]
+            rows = len(replay.spoken)
+            first = len(replay.prompt.token_ids) - 1
+            skipped = max(0, BLOCK_TOKENS - first)  # rows that see no sealed block
+            if skipped >= rows:
+                continue
+            served = torch.cat(replay.rows)[skipped:]
+            replay.rows.clear()
+            exact = None
+            if self._exact is not None and replay.exact is not None:
+                exact = _read_on(self._exact, replay.exact, said, rows)[skipped:]
+            for name, cache in self._changed.items():
+                changed = _read_on(cache, replay.changed[name], said, rows)[skipped:]
+                targets = replay.spoken[skipped:]
+                self._own[name].add(_compare(served, changed, targets, exact))
+
+    def _speak(self, replays: "Sequence[_PromptReplay]", late: Callable[[], bool]) -> None:
+        """Sample an answer to each prompt, side by side, and keep the logits of its rows."""
+        speaking = list(replays)
+        counts = [replay.served.blocks.remaining for replay in speaking]
         for step in range(self._own_tokens):
-            enough = step * len(self._replays) >= 2 * SPAN_ROWS  # for an interval
-            if not replays or (enough and late()):
+            enough = step * len(replays) >= 2 * SPAN_ROWS  # for an interval
+            if not speaking or (enough and late()):
                 break
-            raw = torch.cat([replay.last[RAW] for replay in replays])
-            sampled = sample(raw, [replay.raw.sampling_state for replay in replays])
-            tokens = [_token(draw) for draw in sampled]
-            for codec in self._coded:
-                coded = torch.cat([replay.last[codec] for replay in replays])
-                rows = _compare(raw, coded, tokens)
-                for replay, row in zip(replays, rows[:, None].unbind(), strict=True):
-                    if replay.raw.blocks.computed > BLOCK_TOKENS:
-                        replay.own.setdefault(codec, []).append(row)
-            for replay, token in zip(replays, tokens, strict=True):
-                replay.append(token)
-            replays = [
-                replay
-                for replay, token in zip(replays, tokens, strict=True)
-                if token not in self._eos
-            ]
-            if replays and step + 1 < self._own_tokens:
-                logits = self._feed(replays, 1)
-                for index, replay in enumerate(replays):
-                    replay.last = {codec: each[index : index + 1] for codec, each in logits.items()}
-        for replay in self._replays:
-            for codec, spoken in replay.own.items():
-                self.own[codec].add(torch.cat(spoken))
-
-    def _feed(self, replays: "Sequence[_PromptReplay]", count: int) -> dict[str, Tensor]:
-        return {
-            codec: cache.feed([replay.sequences[codec] for replay in replays], count)
-            for codec, cache in self._caches.items()
-        }
+            chunks = [(each.served, count) for each, count in zip(speaking, counts, strict=True)]
+            rows = self._served.feed(chunks, [1] * len(chunks))
+            sampled = sample(torch.cat(rows), [each.served.sampling_state for each in speaking])
+            for replay, row, draw in zip(speaking, rows, sampled, strict=True):
+                replay.say(_token(draw), row)
+            speaking = [each for each in speaking if each.spoken[-1] not in self._eos]
+            counts = [1] * len(speaking)
 
 
+@dataclass(slots=True)
 class _PromptReplay:
-    """One prompt and its answer: the same tokens as a sequence in the cache of each codec."""
+    """One prompt and its answer: the same tokens as a sequence in each cache."""
 
-    def __init__(self, sequences: dict[str, EngineSequence]) -> None:
-        self.sequences = sequences
-        self.raw = sequences[RAW]
-        self.last: dict[str, Tensor] = {}  # logits [1, vocab] after the latest token
-        self.own: dict[str, list[Tensor]] = {}
+    prompt: _Prompt
+    served: EngineSequence
+    exact: EngineSequence | None
+    changed: dict[str, EngineSequence]
+    spoken: list[int] = field(default_factory=list)
+    rows: list[Tensor] = field(default_factory=list)  # logits [1, vocab] that each was drawn from
 
-    def append(self, token: int) -> None:
-        """Append a token that was sampled with raw KV to every codec's sequence."""
-        self.raw.sampling_state.observe(token)
-        for sequence in self.sequences.values():
-            sequence.blocks.tokens.append(token)
+    def say(self, token: int, row: Tensor) -> None:
+        """Append a token that was sampled from the logits `row` with raw KV."""
+        self.spoken.append(token)
+        self.rows.append(row)
+        self.served.sampling_state.observe(token)
+        self.served.blocks.tokens.append(token)
+
+
+def _read_on(cache: Replay, sequence: EngineSequence, said: Sequence[int], rows: int) -> Tensor:
+    """Let a cache read the rest of a prompt and what was said; return the last rows' logits."""
+    for token in said:
+        sequence.blocks.tokens.append(token)
+    (logits,) = cache.feed([(sequence, sequence.blocks.remaining)], [rows])
+    return logits
 
 
 def _blocks(prompts: Sequence[_Prompt], own_tokens: int) -> int:
@@ -258,8 +358,10 @@ def _blocks(prompts: Sequence[_Prompt], own_tokens: int) -> int:
     return sum((len(prompt.token_ids) + own_tokens) // BLOCK_TOKENS + 2 for prompt in prompts)
 
 
-def _compare(raw: Tensor, coded: Tensor, targets: Sequence[int]) -> Tensor:
-    return compare(raw, coded, torch.tensor(targets, device=raw.device))
+def _compare(
+    served: Tensor, changed: Tensor, targets: Sequence[int], exact: Tensor | None
+) -> Tensor:
+    return compare(served, changed, torch.tensor(targets, device=served.device), exact=exact)
 
 
 def _token(draw: int | SamplingError) -> int:

@@ -1,11 +1,12 @@
 """Computes given tokens through the cache that serves: blocks that a codec seals, real attention.
 
 Tokens come in chunks, long ones for a prompt and single ones for an answer. Unlike a step of the
-engine, each returns the logits of every row.
+engine, each returns the logits of any row.
 """
 
 from collections.abc import Sequence as Items
 from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -95,15 +96,24 @@ class Replay:
         assert admitted is Admission.ADMITTED, "the pool was made for these sequences"
         return sequence
 
-    def feed(self, sequences: Items[Sequence], num_tokens: int) -> Tensor:
-        """Compute the next `num_tokens` of each; return logits [sequences * num_tokens, vocab]."""
-        for sequence in sequences:
+    def feed(self, chunks: Items[tuple[Sequence, int]], last_rows: Items[int]) -> list[Tensor]:
+        """Compute the next tokens of sequences, as many of each as stated beside it.
+
+        Returns for each of them the logits [rows, vocab] of its last `last_rows` tokens.
+        """
+        for sequence, num_tokens in chunks:
             allocated = self._cache.allocate(sequence.blocks, num_tokens)
             assert allocated, "the pool was made for these sequences"
-        chunks = [Chunk(sequence, num_tokens) for sequence in sequences]
-        batch = Batch.build(chunks, device=self._memory.device)
-        every_row = torch.arange(len(batch.token_ids), device=self._memory.device)
-        logits = self._runner.run(replace(batch, logits_rows=every_row, last_chunks=batch.chunks))
-        for sequence in sequences:
+        batch = Batch.build(
+            [Chunk(sequence, num_tokens) for sequence, num_tokens in chunks],
+            device=self._memory.device,
+        )
+        ends = accumulate(num_tokens for _, num_tokens in chunks)
+        rows = [
+            row for end, last in zip(ends, last_rows, strict=True) for row in range(end - last, end)
+        ]
+        wanted = torch.tensor(rows, dtype=torch.int64, device=self._memory.device)
+        logits = self._runner.run(replace(batch, logits_rows=wanted, last_chunks=batch.chunks))
+        for sequence, num_tokens in chunks:
             self._cache.commit(sequence.blocks, num_tokens)
-        return logits
+        return list(torch.split(logits, list(last_rows)))

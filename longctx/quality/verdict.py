@@ -1,4 +1,4 @@
-"""Judges what was measured of a codec or a level by fixed limits."""
+"""Judges what was measured of a codec, of weights or of a level by fixed limits."""
 
 import math
 from collections.abc import Iterator
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from longctx.engine_info import PARTS, Damage, Limits, Measured, Verdict
 
 MIN_ROWS = 16  # a part with fewer rows is not judged
+EARLY = 1.5  # times the interval: what settles a verdict before everything was measured
 
 # A codec that stores 8 bits and more per value has to be lossless in practice; a narrower one,
 # which nobody gets without asking for it, may cost about what weights of 5 bits do.
@@ -37,19 +38,48 @@ def judge(name: str, measured: Measured, limits: Limits, *, vocab_size: int) -> 
     )
 
 
+def is_settled(verdict: Verdict) -> bool:
+    """Whether measuring on would not change the verdict: its intervals are clear of the limits.
+
+    They are widened, since somebody who looks twice is twice as likely to be misled. What passes
+    has been judged both as text, unless that is foreign, and in answers.
+    """
+    limits = verdict.limits
+    parts = (verdict.measured.text, verdict.measured.own)
+    known = {part: damage for part, damage in zip(PARTS, parts, strict=True) if damage is not None}
+    judged = [known[part] for part in verdict.judged]
+    if any(each.kl - EARLY * each.kl_error > limits.kl for each in judged):
+        return True
+    if any(each.flips - EARLY * each.flips_error > limits.flips for each in judged):
+        return True
+    needed = {"own"} if verdict.text_is_foreign else set(PARTS)
+    return (
+        verdict.passed
+        and needed <= set(verdict.judged)
+        and all(each.kl + EARLY * each.kl_error <= limits.kl for each in judged)
+    )
+
+
 def _faults(part: str, damage: Damage, limits: Limits) -> Iterator[str]:
-    """Yield what exceeds a limit; not-a-number does, since nothing is known to be within it."""
+    """Yield what exceeds a limit; not-a-number does, since nothing is known to be within it.
+
+    Changed tokens and perplexity are judged by their means, but not where chance alone may have
+    made these: an interval that reaches 0 shows no damage.
+    """
     where = PARTS[part]
     if not damage.kl + damage.kl_error <= limits.kl:
         yield (
             f"KL {where} is {damage.kl:.2g} +- {damage.kl_error:.1g} nats, the limit {limits.kl:g}"
         )
-    if not damage.flips <= limits.flips:
+    if not (damage.flips <= limits.flips or damage.flips <= damage.flips_error):
         yield (
             f"{damage.flips:.1%} of the likeliest tokens change {where}, the limit is "
             f"{limits.flips:.0%}"
         )
-    if not damage.perplexity_rise <= limits.perplexity_rise:
+    if not (
+        damage.perplexity_rise <= limits.perplexity_rise
+        or damage.more_nats <= damage.more_nats_error
+    ):
         yield (
             f"perplexity {where} rises by {damage.perplexity_rise:.1%}, the limit is "
             f"{limits.perplexity_rise:.0%}"

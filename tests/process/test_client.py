@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from longctx.config import EngineConfig
+from longctx.config import CacheConfig, EngineConfig, ModelConfig
 from longctx.errors import ContextTooLong, DocumentMissing, EngineDied, InvalidRequest, ModelRefused
 from longctx.process.client import EngineClient
 from longctx.process.launcher import Child
@@ -311,6 +311,20 @@ def test_two_clients_live_in_one_loop(run: Run, client: EngineClient, gemma3: Pa
             answers = await asyncio.gather(collect(client, request), collect(other, request))
             assert tokens_of(answers[0]) != tokens_of(answers[1])
             assert (client.info.kv_codec, other.info.kv_codec) == ("raw", "int8")
+
+    run(test())
+
+
+def test_a_start_that_measures_says_how_far_it_is(run: Run, llama: Path, tmp_path: Path) -> None:
+    async def test() -> None:
+        steps: list[str] = []
+        model = ModelConfig(model=llama, threads=1, attention_backend="torch")
+        cache = CacheConfig(kv_codec="int8", device_pool_gib=0.03)
+        client = EngineClient(EngineConfig(model=model, cache=cache), cache_dir=tmp_path)
+        client.on_loading = steps.append
+        await client.start()
+        await client.stop()
+        assert steps and all(step.startswith("measuring what KV codec int8") for step in steps)
 
     run(test())
 

@@ -14,6 +14,7 @@ from longctx.quality.level_gate import judge_level, level_verdict
 from longctx.quality.level_measure import LevelWorkload, measure_levels
 from longctx.quality.measure import frame_of
 from longctx.quality.texts import TEXTS
+from longctx.quality.verdict import judge
 from prompt_cache.level import EXACT, MODULAR, Level
 from tests.support.recorded_engine import Eager
 
@@ -21,13 +22,9 @@ COMPUTED = Level(10_000)  # more than a module has
 SHORT = LevelWorkload(module_tokens=100, text_tokens=40, own_tokens=8)
 
 
-def engine(folder: Path, cache_dir: Path, codec: str = "raw") -> Engine:
-    """An engine that computes in float32 on any CPU, so that only the level changes what it says.
-
-    The rounding of bfloat16, which `auto` takes where the CPU has instructions for it, would count
-    as damage too.
-    """
-    model = ModelConfig(threads=1, dtype="float32")
+def engine(folder: Path, cache_dir: Path, codec: str = "raw", *, dtype: str = "float32") -> Engine:
+    """An engine that computes in float32 unless told: then only the level changes what it says."""
+    model = ModelConfig(threads=1, dtype=dtype)  # type: ignore[arg-type]
     cache = CacheConfig(kv_codec=codec, force_codec=codec != "raw", device_pool_gib=0.01)
     return open_engine(EngineConfig(model=model, cache=cache), folder, cache_dir=cache_dir)
 
@@ -69,6 +66,19 @@ def test_the_needle_model_tolerates_modules_apart(tmp_path: Path) -> None:
         engine(model_path("needle"), tmp_path), MODULAR, level_gate.AT_FIRST_USE, cache_dir=tmp_path
     )
     assert verdict.passed and verdict.judged == ("own",), verdict.reason
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_rounding_of_a_type_is_no_damage(dtype: str, tmp_path: Path) -> None:
+    probe = engine(model_path("probe"), tmp_path, dtype=dtype)
+    found = measure_levels(probe, [MODULAR, COMPUTED], workload=LevelWorkload())
+    computed, modular = found[COMPUTED].text, found[MODULAR].text
+    assert computed is not None and modular is not None
+    assert computed.raw_kl > 0 and abs(computed.kl) <= 2 * computed.kl_error
+    assert modular.raw_kl == computed.raw_kl  # one exact pass, and one of `exact`, for all levels
+    vocab_size = probe.model.spec.vocab_size
+    assert judge("computed", found[COMPUTED], level_gate.LIMITS, vocab_size=vocab_size).passed
+    assert not judge("modular", found[MODULAR], level_gate.LIMITS, vocab_size=vocab_size).passed
 
 
 def test_figures_are_remembered(
