@@ -150,7 +150,7 @@ class EngineInfo:
     """
 
     model_name: str
-    fingerprint: str
+    fingerprint: str  # of all that tokens and answers depend on: weights, configuration, tokenizer
     limits: ContextLimits
     tier_capacity_tokens: dict[TierName, int]  # that fit, about; 0 where there is no such tier
     disk_capacity_bytes: int

@@ -34,7 +34,7 @@ CREATE TABLE IF NOT EXISTS deleted (id TEXT PRIMARY KEY) STRICT;
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DocumentRecord:
     """Holds what is stored of one file. `date` is the template's today, frozen at upload. `tokens`
-    counts the file's tokens for the model whose `fingerprint` is beside it."""
+    counts the file's tokens for the model and tokenizer whose `fingerprint` is beside it."""
 
     id: str
     tenant: str

@@ -39,6 +39,7 @@ class Retention:
         self._engine = engine
         self._keeper = keeper
         self._retained: dict[str, tuple[RetainedRecord, StoredModules]] = {}
+        self._of_other_models: dict[str, RetainedRecord] = {}
         self._changing = asyncio.Lock()
         self._expiry = Expiry(
             lambda: ((record.expires_at, name) for name, (record, _) in self._retained.items()),
@@ -46,10 +47,17 @@ class Retention:
         )
 
     async def open(self) -> None:
-        """Takes up what was retained before; forgets what has the text of files that are gone."""
+        """Takes up what was retained before; forgets what has the text of files that are gone.
+
+        The tokens of another model or tokenizer say nothing to this one: they wait for it until
+        their time is over.
+        """
         for record in await self._records.retained():
-            if all(self._folder.text_path(file_id).exists() for file_id in record.file_ids):
+            whole = all(self._folder.text_path(file_id).exists() for file_id in record.file_ids)
+            if whole and record.id == self._name(record.tenant, record.token_ids):
                 self._keep(record)
+            elif whole and record.expires_at > time.time():
+                self._of_other_models[record.id] = record
             else:
                 await self._records.remove_retained(record.id)
         self._expiry.start()
@@ -88,9 +96,8 @@ class Retention:
                 return
             if len(token_ids) < BLOCK_BYTES:
                 return
-            digest = hashlib.blake2b(tenant.encode() + b"\0" + token_ids, digest_size=16)
             record = RetainedRecord(
-                id=f"retained-{digest.hexdigest()}",
+                id=self._name(tenant, token_ids),
                 tenant=tenant,
                 expires_at=int(time.time()) + seconds,
                 token_ids=token_ids,
@@ -104,6 +111,16 @@ class Retention:
             for name, (record, _) in list(self._retained.items()):
                 if file_id in record.file_ids:
                     await self._drop(name)
+            for name, record in list(self._of_other_models.items()):
+                if file_id in record.file_ids:
+                    await self._records.remove_retained(name)
+                    del self._of_other_models[name]
+
+    def _name(self, tenant: str, token_ids: bytes) -> str:
+        """Names a prompt by what it is computed from, the model and its tokenizer among it."""
+        model = self._engine.info.fingerprint.encode()
+        parts = b"\0".join((model, tenant.encode(), token_ids))
+        return f"retained-{hashlib.blake2b(parts, digest_size=16).hexdigest()}"
 
     async def _retain(self, record: RetainedRecord) -> None:
         known = self._retained.get(record.id)

@@ -1,9 +1,12 @@
 """Makes the plain data that an engine says of itself (`EngineInfo`) from its memory and tiers."""
 
+import hashlib
+
 from compress.shape import BLOCK_TOKENS
 from longctx.engine_info import CodecChoice, ContextLimits, EngineInfo
 from longctx.kv.memory import KVMemory
 from longctx.model.spec import ModelSpec
+from longctx.text.tokenizer import Tokenizer
 from offload.store import KVStore
 from offload.tier_names import TIERS
 
@@ -28,16 +31,23 @@ def context_limits(
 
 
 def engine_info(
-    spec: ModelSpec, memory: KVMemory, codec: CodecChoice, store: KVStore | None, *, backend: str
+    spec: ModelSpec,
+    memory: KVMemory,
+    codec: CodecChoice,
+    store: KVStore | None,
+    *,
+    backend: str,
+    tokenizer: Tokenizer,
 ) -> EngineInfo:
     """Describe an engine that is about to serve, and its tiers as they are now."""
+    identity = f"{spec.fingerprint} {tokenizer.fingerprint}".encode()
     stored = {} if store is None else store.stats().tiers
     capacity_bytes = {tier: stats.capacity_bytes or 0 for tier, stats in stored.items()}
     capacity_tokens = {tier: memory.tokens_in(capacity_bytes.get(tier, 0)) for tier in TIERS}
     limits = context_limits(spec.max_context, memory, below_tokens=max(capacity_tokens.values()))
     return EngineInfo(
         model_name=spec.name,
-        fingerprint=spec.fingerprint,
+        fingerprint=hashlib.sha256(identity).hexdigest(),
         limits=limits,
         tier_capacity_tokens=capacity_tokens | {"device": limits.capacity_tokens},
         disk_capacity_bytes=capacity_bytes.get("disk", 0),

@@ -82,7 +82,7 @@ def one_rank_parts(
     return EngineParts(
         model=model,
         tokenizer=tokenizer,
-        info=engine_info(spec, memory, codec, store, backend=backend),
+        info=engine_info(spec, memory, codec, store, backend=backend, tokenizer=tokenizer),
         memory=memory,
         store=store,
         offloader=offloader,

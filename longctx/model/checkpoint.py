@@ -23,6 +23,8 @@ SHARD = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 FINGERPRINTS = "fingerprints.json"
+SAMPLES = 64  # of each file of weights, read at every start
+SAMPLE_BYTES = 4096
 
 # A header is 8 bytes of length (little-endian), that much JSON, then the tensors without gaps.
 # Source: https://huggingface.co/docs/safetensors
@@ -82,8 +84,8 @@ def fingerprint(files: ModelFiles, cache_dir: Path | None) -> str:
 def file_sums(paths: Iterable[Path], cache_dir: Path | None) -> dict[Path, str]:
     """Compute the sha256 of each file, in the order of their paths.
 
-    A sum is kept in `cache_dir` under its file's path, size and mtime, since reading 100 GB takes a
-    minute; where that directory cannot be written, it is computed each time.
+    A sum is kept in `cache_dir` under what `_identity` says of its file, since reading 100 GB takes
+    a minute; where that directory cannot be written, it is computed each time.
     """
     cache = cache_dir / FINGERPRINTS if cache_dir is not None else None
     known = _read_sums(cache)
@@ -94,7 +96,16 @@ def file_sums(paths: Iterable[Path], cache_dir: Path | None) -> dict[Path, str]:
             zip((keys[path] for path in unknown), threads.map(_sha256, unknown), strict=True)
         )
     if unknown and cache is not None:
-        _write_sums(cache, known)
+        changed = tuple(_place(path) for path in unknown)
+        current = set(keys.values())
+        _write_sums(
+            cache,
+            {
+                key: known[key]
+                for key in known
+                if key in current or not key.startswith(changed)  # what these files were before
+            },
+        )
     return {path: known[key] for path, key in keys.items()}
 
 
@@ -197,8 +208,29 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _identity(path: Path) -> str:
+    """Name a file and its contents, after a look at 256 KiB of them.
+
+    Archives and image layers set size and time of modification to what they were before, so those
+    alone would let other weights pass for these. Where times and the inode cannot tell either, on
+    file systems made by a recipe, samples do: training changes nearly every weight.
+    """
     stat = path.stat()
-    return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    times = f"{stat.st_mtime_ns}|{stat.st_ctime_ns}|{stat.st_ino}"
+    return f"{_place(path)}{stat.st_size}|{times}|{_sample_sum(path, stat.st_size)}"
+
+
+def _place(path: Path) -> str:
+    return f"{path.resolve()}|"
+
+
+def _sample_sum(path: Path, file_bytes: int) -> str:
+    """Hash the beginning of a file, its end and parts at equal distances between them."""
+    total = hashlib.sha256()
+    last = max(0, file_bytes - SAMPLE_BYTES)
+    with path.open("rb", buffering=0) as file:
+        for number in range(SAMPLES):
+            total.update(os.pread(file.fileno(), SAMPLE_BYTES, last * number // (SAMPLES - 1)))
+    return total.hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -14,7 +14,7 @@ from typing import Literal
 from longctx.config import CACHE_DIR, EngineConfig
 from longctx.engine_info import EngineInfo
 from longctx.engine_stats import EngineStats
-from longctx.errors import EngineDied, InvalidRequest, LongctxError
+from longctx.errors import EngineDied, InvalidRequest, LongctxError, ModelRefused
 from longctx.ipc import protocol
 from longctx.ipc.channel import HEADER, frame
 from longctx.ipc.protocol import Command, Done, Event, decode_event, encode
@@ -70,6 +70,7 @@ class EngineClient:
         self._started = False
         self._heard = 0.0  # when the engine said something, by the loop's clock
         self._silence_seconds = LOADING_SILENCE_SECONDS
+        self._stopped_by: str | None = None  # why no other engine is started any more
         self._lost: str | None = None  # why the ranks are about to end, in their words
         self._watching: asyncio.Task[None] | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -206,7 +207,9 @@ class EngineClient:
 
     def _check_ready(self) -> None:
         if self.state != "ready":
-            raise EngineDied(f"the engine is {self.state}; try again in a moment")
+            raise EngineDied(
+                f"the engine is {self.state}" + (self._stopped_by or "; try again in a moment")
+            )
 
     async def _call(self, command: Callable[[int], Command]) -> Done:
         self._check_ready()
@@ -249,6 +252,13 @@ class EngineClient:
         if loaded.fault is not None:
             await self._reap()
             raise loaded.fault.error()
+        assert loaded.info is not None
+        if self._info is not None and loaded.info.fingerprint != self._info.fingerprint:
+            await self._reap()
+            raise ModelRefused(
+                f"the files of {loaded.info.model_name} (weights, config.json or tokenizer) are "
+                "others than when the server started; restart the server"
+            )
         self._info = loaded.info
         self._silence_seconds = SILENCE_SECONDS
         return reader
@@ -277,6 +287,7 @@ class EngineClient:
                 reader = await self._restart()
             except LongctxError as error:
                 self.state = "stopped"
+                self._stopped_by = f": it could not be restarted: {error}"
                 self._end_all(f"the engine process could not be restarted: {error}")
                 return
             self.state = "ready"

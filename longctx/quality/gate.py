@@ -147,6 +147,7 @@ class Gate:
             self._cache_dir,
             (
                 *identity_of(spec),
+                self._tokenizer.fingerprint,
                 self.backend.__qualname__,
                 sorted(versions),
                 self._workload,

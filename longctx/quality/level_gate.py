@@ -51,7 +51,8 @@ def level_verdict(
         for layer in spec.layers
     )
     versions = sorted({(each.name, each.version) for each in map(CODECS[codec], shapes)})
-    identity = (*identity_of(spec), engine.info.backend, versions, workload, level, TEXTS)
+    model = (*identity_of(spec), engine.tokenizer.fingerprint, engine.info.backend)
+    identity = (*model, versions, workload, level, TEXTS)
     cache = MeasurementCache(cache_dir, identity)
     measured = cache.load()
     if measured is None:

@@ -59,7 +59,7 @@ def many_rank_parts(
     return EngineParts(
         model=model,
         tokenizer=tokenizer,
-        info=engine_info(spec, memory, codec, store, backend=backend),
+        info=engine_info(spec, memory, codec, store, backend=backend, tokenizer=tokenizer),
         memory=memory,
         store=store,
         offloader=offloader,

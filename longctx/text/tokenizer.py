@@ -9,6 +9,7 @@ takes time proportional to the text. Every method may be called from several thr
 """
 
 import datetime
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -62,7 +63,8 @@ class Tokenizer:
             for token_id, token in added.items()
             if token.content in literal and not token.content.isspace()
         }
-        state = json.loads(backend.to_str())
+        described: str = backend.to_str()
+        state = json.loads(described)
         for entry in state["added_tokens"]:
             entry["special"] = entry["id"] in control
         self._hugging_face = hugging_face
@@ -84,6 +86,9 @@ class Tokenizer:
             _eos_token_ids(folder, hugging_face) if file is None else gguf_end_tokens(file)
         )
         self.vocab_size = 1 + max(backend.get_vocab().values())  # ids lie below it
+        # Equal for equal tokens of every text and conversation, and equal ends of answers.
+        decides = [self._template, self.bos_token_id, sorted(self.eos_token_ids), sorted(control)]
+        self.fingerprint = hashlib.sha256(f"{described}{json.dumps(decides)}".encode()).hexdigest()
 
     def is_special(self, token_id: int) -> bool:
         """Whether `decode` skips the token."""

@@ -1,14 +1,19 @@
 """A damaged model folder is refused by file and tensor; a whole one has a fingerprint."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from longctx.config import ModelConfig
 from longctx.errors import ModelRefused
+from longctx.model import checkpoint
+from longctx.model.checkpoint import SHARD
 from longctx.model.loader import load_model
 from tests.support.plain_attention import assert_equal_to_eager, edit_config, load
 from tests.support.tiny_models import write_model
@@ -187,6 +192,50 @@ def test_checksums_are_kept_and_follow_a_changed_file(tmp_path: Path) -> None:
     write_model(folder, seed=1)
     changed = load_model(ModelConfig(), folder, cache_dir=cache).spec.fingerprint
     assert changed == load(folder).spec.fingerprint != first
+
+
+def test_other_weights_of_the_same_size_and_time_are_other_weights(tmp_path: Path) -> None:
+    folder, cache = write_model(tmp_path / "model"), tmp_path / "cache"
+    before = (folder / "model.safetensors").stat()
+    first = load_model(ModelConfig(), folder, cache_dir=cache).spec.fingerprint
+    write_model(folder, seed=1)
+    os.utime(folder / "model.safetensors", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (folder / "model.safetensors").stat().st_size == before.st_size
+    assert load_model(ModelConfig(), folder, cache_dir=cache).spec.fingerprint != first
+    assert len(json.loads((cache / "fingerprints.json").read_text())) == 1, "what it was is kept"
+
+
+def test_other_weights_are_found_where_all_that_the_file_system_says_is_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, cache = write_model(tmp_path / "model"), tmp_path / "cache"
+    told = (folder / "model.safetensors").stat()
+    stat = Path.stat
+    monkeypatch.setattr(
+        Path, "stat", lambda path, **how: told if path.name == SHARD else stat(path, **how)
+    )
+    first = load_model(ModelConfig(), folder, cache_dir=cache).spec.fingerprint
+    write_model(folder, seed=1)
+    assert load_model(ModelConfig(), folder, cache_dir=cache).spec.fingerprint != first
+
+
+@given(st.data())
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_samples_see_the_ends_and_every_run_of_bytes_that_is_long_enough(
+    tmp_path: Path, data: st.DataObject
+) -> None:
+    size = data.draw(st.integers(1, 1 << 20), "size")
+    file = tmp_path / "file"
+    file.write_bytes(bytes(size))
+    before = checkpoint._sample_sum(file, size)
+    assert checkpoint._sample_sum(file, size) == before
+    seen = size // (checkpoint.SAMPLES - 1) + 1  # a run as long as from one sample to the next
+    length = data.draw(st.integers(min(size, seen), size), "length")
+    begin = data.draw(st.sampled_from([0, size - length]) | st.integers(0, size - length), "begin")
+    file.write_bytes(bytes(begin) + b"x" * length + bytes(size - begin - length))
+    assert checkpoint._sample_sum(file, size) != before
+    file.write_bytes(bytes(size - 1) + b"x")  # the last byte, as of a tensor that was added
+    assert checkpoint._sample_sum(file, size) != before
 
 
 def test_a_cache_that_cannot_be_used_is_done_without(tmp_path: Path) -> None:

@@ -158,6 +158,34 @@ def test_threads_share_one_tokenizer(tokenizer):
     assert [tokenizer.decode(ids) for ids in encoded] == texts
 
 
+def test_the_fingerprint_follows_all_that_decides_tokens_and_not_the_place(tmp_path):
+    def written(name, **changes):
+        write_tokenizer(tmp_path / name, **changes)
+        return tmp_path / name
+
+    def special(folder):
+        """Makes a word of the vocabulary a token of its own, by tokenizer.json alone."""
+        state = json.loads((folder / "tokenizer.json").read_text())
+        state["added_tokens"].append({**state["added_tokens"][0], "id": 300, "content": "ship"})
+        (folder / "tokenizer.json").write_text(json.dumps(state))
+        return folder
+
+    def ends(folder):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 3]}))
+        return folder
+
+    first, copy = Tokenizer(written("a")).fingerprint, Tokenizer(written("b")).fingerprint
+    assert first == copy
+    others = [
+        written("vocabulary", vocab_size=400),
+        written("template", chat_template=DOCUMENTS_FIRST_TEMPLATE),
+        written("no-template", chat_template=None),
+        special(written("special")),
+        ends(written("ends")),
+    ]
+    assert len({first, *(Tokenizer(folder).fingerprint for folder in others)}) == 6
+
+
 def test_every_end_token_of_the_generation_config_ends_an_answer(folder, tmp_path):
     write_tokenizer(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 3]}))
