@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from api.background.store_dir import StoreDir
 from api.config import ServerConfig
@@ -57,6 +58,13 @@ async def open_application(
     ) as services:
         asgi = make_asgi(services)
         asgi.add_middleware(Authentication, keys=keys, secret=folder.secret())
+        if config.cors_origin:  # before keys are asked for: browsers ask first, without one
+            asgi.add_middleware(
+                CORSMiddleware,
+                allow_origins=config.cors_origin,
+                allow_methods=["*"],
+                allow_headers=["*"],
+            )
         # The last one added is the outermost: refused requests are counted too.
         asgi.add_middleware(MetricsMiddleware, metrics=services.http_metrics)
         yield Application(asgi, services.engine, services.documents)

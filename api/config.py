@@ -1,5 +1,6 @@
 """The settings of the HTTP server. Each field is an option of `longctx serve`."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,10 @@ class ServerConfig:
         Path("~/.local/share/longctx")
     )
     served_name: Annotated[str | None, "the model's name in the API; its folder's if absent"] = None
+    alias: Annotated[tuple[str, ...], "another name of the model; repeat for more"] = ()
+    cors_origin: Annotated[
+        tuple[str, ...], "web site whose pages may call the server, or *; repeat for more"
+    ] = ()
     api_key: Annotated[tuple[str, ...], "key that requests must carry; repeat for more"] = ()
     api_key_file: Annotated[Path | None, "file of accepted keys, one a line; a tenant each"] = None
     prompt_cache_level: Annotated[
@@ -37,6 +42,14 @@ class ServerConfig:
         if self.drain_seconds < 0:
             raise ValueError(f"drain_seconds={self.drain_seconds} must not be negative")
         parse_level(self.prompt_cache_level, param="prompt_cache_level")
+        if not all(self.alias):
+            raise ValueError("alias is empty; leave it out, or write another name of the model")
+        for origin in self.cors_origin:
+            if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                raise ValueError(
+                    f"cors_origin={origin!r} is no origin; write one as https://example.org, "
+                    "without a path, or * for all"
+                )
         if not all(self.api_key):
             raise ValueError("api_key is empty; leave it out to serve without keys")
 

@@ -11,11 +11,16 @@ from api.completions.completions import CompletionRoutes
 from api.completions.generation import Generation
 from api.completions.preamble_resolver import PreambleResolver
 from api.files.routes import UPLOAD_BODY, FileRoutes
-from api.http.bodies import ChatRequest, CompletionRequest, TokenizeRequest
+from api.http.bodies import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from api.http.openapi import Route
 from api.metrics import MetricsRoute
 from api.services import Services
-from api.status import StatusRoutes
+from api.status import EMBEDDINGS_BODY, StatusRoutes
 from api.stored_prompts.prompt_routes import PromptRequest, PromptRoutes
 from api.stored_prompts.schema_routes import SCHEMA_BODY, SchemaRoutes
 
@@ -26,6 +31,7 @@ def routes(services: Services) -> list[Route]:
     generation = Generation(
         engine,
         config.served_name or engine.info.model_name,
+        aliases=config.alias,
         on_first_token=services.http_metrics.first_token_seconds.observe,
     )
     preambles = PreambleResolver(
@@ -67,6 +73,8 @@ def routes(services: Services) -> list[Route]:
         Route("GET", "/v1/models", status.models),
         Route("GET", "/v1/models/{name:path}", status.model),
         Route("POST", "/tokenize", status.tokenize, TokenizeRequest),
+        Route("POST", "/detokenize", status.detokenize, DetokenizeRequest),
+        Route("POST", "/v1/embeddings", status.embeddings, EMBEDDINGS_BODY),
         Route("POST", "/v1/chat/completions", chat.create, ChatRequest),
         Route("POST", "/v1/completions", completions.create, CompletionRequest),
         Route("POST", "/v1/prompt_cache/prompts", prompts.create, PromptRequest),

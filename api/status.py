@@ -1,4 +1,4 @@
-"""`/health`, `/v1/models` and `/tokenize`: what the server says of itself and its model."""
+"""What the server says of itself and its model: health, the model, its tokens, its limits."""
 
 import asyncio
 import time
@@ -8,11 +8,18 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from api.completions.chat import ChatRoutes
+from api.completions.completions import check_vocabulary
 from api.completions.generation import Generation
-from api.http.bodies import TokenizeRequest
+from api.completions.logprobs import token_name
+from api.http.bodies import DetokenizeRequest, TokenizeRequest
+from api.http.errors import ApiError
+from api.http.openapi import JSON, Body
 from api.http.read_body import read_json
 from longctx.engine_info import CodecChoice
 from longctx.text.tokenizer import Tokenizer
+
+# What clients send to be told that there are no embeddings: anything.
+EMBEDDINGS_BODY = Body(content={JSON: {"type": "object"}}, required=False)
 
 
 class StatusRoutes:
@@ -33,30 +40,58 @@ class StatusRoutes:
         )
 
     async def models(self, request: Request) -> Response:
-        """Lists the one model that is served, with its limits and what was measured on it."""
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        """Lists the one model that is served, under all of its names, with its limits and what was
+        measured on it."""
+        names = self.generation.names
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in names]})
 
     async def model(self, request: Request) -> Response:
         """Returns the served model; 404 for any other name."""
-        self.generation.check_model(request.path_params["name"])
-        return JSONResponse(self._model())
+        name = request.path_params["name"]
+        self.generation.check_model(name)
+        return JSONResponse(self._model(name))
 
     async def tokenize(self, request: Request) -> Response:
         """Returns the token ids of a prompt or of messages, and how many there may be."""
         wanted = await read_json(request, TokenizeRequest)
         self.generation.check_model(wanted.model)
         if wanted.prompt is not None:
-            tokens = await asyncio.to_thread(self.tokenizer.encode_completion, wanted.prompt)
+            special = wanted.add_special_tokens is not False
+            encode = self.tokenizer.encode_completion if special else self.tokenizer.encode
+            tokens = await asyncio.to_thread(encode, wanted.prompt)
         else:
             assert wanted.messages is not None
-            tokens = await self.chat.tokens(wanted.messages)
+            tokens = await self.chat.tokens(wanted.messages, wanted.ending)
         limit = self.generation.engine.info.max_context_tokens
-        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": limit})
+        names = None
+        if wanted.return_token_strs:
+            names = [token_name(self.tokenizer.token_bytes(token)) for token in tokens]
+        return JSONResponse(
+            {"count": len(tokens), "max_model_len": limit, "tokens": tokens, "token_strs": names}
+        )
 
-    def _model(self) -> dict[str, Any]:
+    async def detokenize(self, request: Request) -> Response:
+        """Returns the text of tokens; special ones are named in it."""
+        wanted = await read_json(request, DetokenizeRequest)
+        self.generation.check_model(wanted.model)
+        check_vocabulary(wanted.tokens, self.generation.engine.info.vocab_size, param="tokens")
+        text = await asyncio.to_thread(self.tokenizer.decode, wanted.tokens, skip_special=False)
+        return JSONResponse({"prompt": text})
+
+    async def embeddings(self, request: Request) -> Response:
+        """Refuses: the model that is served generates text."""
+        raise ApiError(
+            400,
+            f"{self.generation.served_name!r} generates text and makes no embeddings; ask a server "
+            "with an embedding model for them",
+            param="model",
+            code="unsupported_endpoint",
+        )
+
+    def _model(self, name: str) -> dict[str, Any]:
         info = self.generation.engine.info
         return {
-            "id": self.generation.served_name,
+            "id": name,
             "object": "model",
             "created": self.started,
             "owned_by": "longctx",

@@ -13,8 +13,8 @@ from api.files.document import Document
 from api.files.document_library import DocumentLibrary
 from api.files.routes import PURPOSES, new_record
 from api.files.upload import Upload
-from api.http.bodies import FileReference
 from api.http.errors import ApiError
+from api.http.message_bodies import FileReference
 
 
 class Attachments:

@@ -21,14 +21,15 @@ from api.completions.reply import Choice, Reply
 from api.files.document import Document
 from api.files.document_library import DocumentLibrary
 from api.http.auth import SINGLE_TENANT, tenant_of
-from api.http.bodies import ChatRequest, Message, TextPart
+from api.http.bodies import ChatRequest
+from api.http.message_bodies import Message, TextPart
 from api.http.read_body import read_json
 from api.http.sse import JSONObject
 from api.stored_prompts.retention import Retention
 from longctx.errors import InvalidRequest
 from longctx.request import Segment, TokenLogprob
 from longctx.text import chat_template
-from longctx.text.chat_template import ChatPrompts, FilePart
+from longctx.text.chat_template import ChatPrompts, Ending, FilePart
 from longctx.text.tokenizer import Tokenizer
 
 
@@ -116,7 +117,14 @@ class ChatRoutes:
                 await self.retention.retain(tenant, segments, keep_seconds)
 
         conversation = Conversation(
-            messages, files, self.prompts, self.library, preamble, check=check, keep=keep
+            messages,
+            files,
+            self.prompts,
+            self.library,
+            preamble,
+            ending=wanted.ending,
+            check=check,
+            keep=keep,
         )
         written = ChatLogprobs(self.tokenizer) if wanted.logprobs else None
         reply = Reply(self.generation, ChatFormat(written), conversation, wanted, tenant)
@@ -145,7 +153,7 @@ class ChatRoutes:
             read.append(chat_template.Message(role, tuple(parts)))
         return read, list(files.values())
 
-    async def tokens(self, messages: list[Message]) -> list[int]:
+    async def tokens(self, messages: list[Message], ending: Ending) -> list[int]:
         """Returns the tokens of a conversation without files. Raises InvalidRequest for files."""
         for number, message in enumerate(messages):
             if not all(isinstance(part, TextPart) for part in message.parts):
@@ -154,5 +162,5 @@ class ChatRoutes:
                     param="messages",
                 )
         read, _ = await self.read(messages, tenant=SINGLE_TENANT)
-        segments = await asyncio.to_thread(self.prompts.render, read)
+        segments = await asyncio.to_thread(self.prompts.render, read, ending=ending)
         return [token for segment in segments for token in segment.token_ids]

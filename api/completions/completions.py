@@ -74,6 +74,16 @@ class CompletionRoutes:
         return await reply.respond(request, ping_seconds=self.ping_seconds)
 
 
+def check_vocabulary(token_ids: Sequence[int], vocab_size: int, *, param: str) -> None:
+    """Raises InvalidRequest for a token id that the model does not have."""
+    if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+        raise InvalidRequest(
+            f"token ids must lie in [0, {vocab_size}); these span "
+            f"{min(token_ids)} to {max(token_ids)}",
+            param=param,
+        )
+
+
 class LiteralPrompts(PromptSource):
     """Takes the prompts of a completion from its body; they wait for nothing."""
 
@@ -91,12 +101,7 @@ class LiteralPrompts(PromptSource):
             token_ids, text = self.tokenizer.encode_completion(prompt), prompt
         else:
             token_ids, text = prompt, ""
-            if not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
-                raise InvalidRequest(
-                    f"token ids must lie in [0, {self.vocab_size}); these span "
-                    f"{min(token_ids)} to {max(token_ids)}",
-                    param="prompt",
-                )
+            check_vocabulary(token_ids, self.vocab_size, param="prompt")
             text = self.tokenizer.decode(token_ids) if self.wanted.echo else ""
         segments = (Segment(token_ids=tuple(token_ids)),)
         return EnginePrompt(segments=segments, tokens=len(token_ids), text=text)

@@ -11,7 +11,7 @@ from api.files.document_library import DocumentLibrary
 from api.http.sse import JSONObject
 from longctx.request import Segment
 from longctx.text import chat_template
-from longctx.text.chat_template import ChatPrompts, FilePart, PromptPiece
+from longctx.text.chat_template import ChatPrompts, Ending, FilePart, PromptPiece
 from prompt_cache.level import Level
 
 # A conversation of this length renders and tokenizes in about a millisecond; a longer one goes to
@@ -30,6 +30,7 @@ class Conversation(PromptSource):
         library: DocumentLibrary,
         preamble: Preamble,
         *,
+        ending: Ending,
         check: Callable[[Sequence[Segment], int], None],
         keep: Callable[[Sequence[Segment]], Awaitable[None]],
     ) -> None:
@@ -44,6 +45,7 @@ class Conversation(PromptSource):
         self._prompts = prompts
         self._library = library
         self._preamble = preamble
+        self._ending = ending
         self._check = check
         self._keep = keep
         self._segments: tuple[Segment, ...] = ()
@@ -109,8 +111,10 @@ class Conversation(PromptSource):
             if isinstance(part, str)
         )
         if characters <= SHORT_CHARACTERS:
-            return self._prompts.pieces(self._messages, date=date)
-        return await asyncio.to_thread(self._prompts.pieces, self._messages, date=date)
+            return self._prompts.pieces(self._messages, date=date, ending=self._ending)
+        return await asyncio.to_thread(
+            self._prompts.pieces, self._messages, date=date, ending=self._ending
+        )
 
     def _note_prefixes(self, preamble: Sequence[Segment], segments: Sequence[Segment]) -> None:
         """Notes which files follow other text than they were computed after, and why."""

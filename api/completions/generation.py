@@ -14,7 +14,14 @@ from api.http.bodies import GenerationRequest
 from api.http.errors import ApiError
 from longctx.errors import ContextTooLong, EngineDied, InvalidRequest
 from longctx.process.client import EngineClient
-from longctx.request import FinishReason, Request, RequestOutput, SamplingParams, Segment
+from longctx.request import (
+    FinishReason,
+    Request,
+    RequestClass,
+    RequestOutput,
+    SamplingParams,
+    Segment,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,19 +46,25 @@ class Generation:
         engine: EngineClient,
         served_name: str,
         *,
+        aliases: Sequence[str] = (),
         on_first_token: Callable[[float], None],
     ) -> None:
-        """`on_first_token` is called with the seconds that a request waited for its first token."""
+        """`aliases` are other names of the model, which requests may use.
+
+        `on_first_token` is called with the seconds that a request waited for its first token.
+        """
         self.engine = engine
         self.served_name = served_name
+        self.names = tuple(dict.fromkeys((served_name, *aliases)))
         self._on_first_token = on_first_token
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError 404 for a model that is not this server's."""
-        if name is not None and name != self.served_name:
+        if name is not None and name not in self.names:
+            known = ", ".join(map(repr, self.names))
             raise ApiError(
                 404,
-                f"there is no model {name!r}; this server has {self.served_name!r}",
+                f"there is no model {name!r}; this server has {known}",
                 param="model",
                 code="model_not_found",
             )
@@ -70,6 +83,9 @@ class Generation:
                 request_id=f"{name}-{number}",
                 segments=prompt.segments,
                 sampling=self._sampling(wanted, prompt.tokens + prompt.gap_tokens),
+                request_class=RequestClass.BATCH
+                if wanted.tier == "flex"
+                else RequestClass.INTERACTIVE,
                 salt=salt,
                 explain=wanted.cache_explain,
                 in_memory=wanted.in_memory,

@@ -33,7 +33,7 @@ class ChatLogprobs:
 
     def _entry(self, token_id: int, logprob: float | None) -> JSONObject:
         data = self._tokenizer.token_bytes(token_id)
-        return {"token": _name(data), "logprob": _finite(logprob), "bytes": list(data)}
+        return {"token": token_name(data), "logprob": _finite(logprob), "bytes": list(data)}
 
 
 class CompletionLogprobs:
@@ -53,7 +53,7 @@ class CompletionLogprobs:
         likeliest: list[dict[str, float] | None] = []
         for one in told:
             data = self._tokenizer.token_bytes(one.token_id)
-            names.append(_name(data))
+            names.append(token_name(data))
             special = self._tokenizer.is_special(one.token_id)
             offsets.append(offset.pass_over(b"" if special else data))
             likeliest.append(self._likeliest(one))
@@ -70,7 +70,8 @@ class CompletionLogprobs:
             return None
         pairs = dict((*one.likeliest, (one.token_id, one.logprob)))
         return {
-            _name(self._tokenizer.token_bytes(token)): max(LOWEST, p) for token, p in pairs.items()
+            token_name(self._tokenizer.token_bytes(token)): max(LOWEST, p)
+            for token, p in pairs.items()
         }
 
 
@@ -90,7 +91,8 @@ class _Offset:
         return begin
 
 
-def _name(data: bytes) -> str:
+def token_name(data: bytes) -> str:
+    """Returns a token's text, or its bytes written out where they are no text by themselves."""
     try:
         return data.decode()
     except UnicodeDecodeError:

@@ -122,6 +122,7 @@ class Reply:
     created: int = field(default_factory=lambda: int(time.time()))
     totals: UsageTotals = field(default_factory=UsageTotals)
     prompts: list[EnginePrompt] = field(default_factory=list)
+    streamed_tokens: int = 0
     requests: list[EngineRequest] | None = None
     id: str = field(init=False)
 
@@ -165,6 +166,7 @@ class Reply:
                     if self.wanted.return_progress:
                         yield self._chunk([self.response_format.delta(0, "")], longctx=output)
                     continue
+                self.streamed_tokens += len(output.token_ids)
                 has_news = bool(output.text or output.logprobs)
                 if output.progress is not None and self.wanted.return_progress:
                     yield self._progress(output.index, output.progress)
@@ -223,8 +225,16 @@ class Reply:
 
     def _chunk(self, choices: list[JSONObject], **more: Any) -> JSONObject:
         if self.wanted.include_usage:
-            more.setdefault("usage", None)
+            more.setdefault("usage", self._usage_so_far() if self.wanted.counts_on else None)
         return self._body(self.response_format.chunk_object, choices, **more)
+
+    def _usage_so_far(self) -> JSONObject:
+        prompt = sum(prompt.tokens for prompt in self.prompts)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self.streamed_tokens,
+            "total_tokens": prompt + self.streamed_tokens,
+        }
 
     def _body(self, kind: str, choices: list[JSONObject], **more: Any) -> JSONObject:
         return {
@@ -234,6 +244,7 @@ class Reply:
             "model": self.generation.served_name,
             "system_fingerprint": f"fp_{self.generation.engine.info.fingerprint[:12]}",
             "choices": choices,
+            **({} if self.wanted.tier is None else {"service_tier": self.wanted.tier}),
             **more,
         }
 

@@ -21,8 +21,8 @@ from api.files.document_store import DocumentRecord
 from api.files.multipart import MultipartReader
 from api.files.upload import Upload
 from api.http.auth import tenant_of
-from api.http.bodies import RequestBody
 from api.http.errors import ApiError, invalid_body
+from api.http.message_bodies import RequestBody
 from api.http.openapi import Body
 
 PURPOSES = ("user_data", "assistants")

@@ -8,41 +8,23 @@ that asks for nothing. Every other name is unknown and refused.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    model_validator,
-)
+from pydantic import Discriminator, Field, Tag, model_validator
 
+from api.http.message_bodies import (
+    Message,
+    RequestBody,
+    TextOrTexts,
+    check_ending,
+    ending_of,
+    neutral,
+)
 from longctx.request import MAX_LOGPROBS, SamplingParams
+from longctx.text.chat_template import Ending
 from offload.tier_names import MemoryTierName
 
 MAX_PROMPTS = 2048
 DAY_SECONDS = 86_400
 HALF_HOUR_SECONDS = 1800
-
-
-def neutral(*values: Any) -> AfterValidator:
-    """Marks a parameter that is not served: only these values of it are accepted."""
-
-    def check(value: Any) -> Any:
-        if not any(type(value) is type(accepted) and value == accepted for accepted in values):
-            raise ValueError("is not supported by this server; leave it out")
-        return value
-
-    return AfterValidator(check)
-
-
-# These choose the branch of a union that a value is read as; only its errors are then reported.
-# Tags have spaces, so that an error's path tells them from fields.
-
-
-def _text_or_list(value: Any) -> str:
-    return "a string" if isinstance(value, str) else "a list"
 
 
 def _prompt_shape(value: Any) -> str | None:
@@ -59,18 +41,11 @@ def _prompt_shape(value: Any) -> str | None:
             return None
 
 
-class RequestBody(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-TextOrTexts = Annotated[
-    Annotated[str, Tag("a string")] | Annotated[list[str], Tag("a list")],
-    Discriminator(_text_or_list),
-]
-
-
 class StreamOptions(RequestBody):
     include_usage: bool = False
+    continuous_usage_stats: Annotated[
+        bool, Field(description="with include_usage: the counts so far in every chunk")
+    ] = False
     include_obfuscation: bool | None = None  # harmless: padding that changes no answer
 
 
@@ -127,6 +102,8 @@ class GenerationRequest(RequestBody):
     def _stream_options_need_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is allowed only with stream=true")
+        if self.counts_on and not self.include_usage:
+            raise ValueError("continuous_usage_stats is allowed only with include_usage=true")
         return self
 
     @property
@@ -155,6 +132,16 @@ class GenerationRequest(RequestBody):
         return None
 
     @property
+    def tier(self) -> str | None:
+        """The service tier that is asked for, which the answer names; None where it is not."""
+        return None
+
+    @property
+    def counts_on(self) -> bool:
+        """Whether each chunk of a stream tells the counts so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -169,66 +156,6 @@ class GenerationRequest(RequestBody):
             prompt_logprobs=self.answer_logprobs if self.echoes else None,
             **given,
         )
-
-
-class TextPart(RequestBody):
-    type: Literal["text"]
-    text: str
-
-    prompt_cache_breakpoint: Any = None  # harmless: every prefix is found again without marks
-
-
-class FileReference(RequestBody):
-    """Names an uploaded file, or holds one that travels inside the message as a data URL."""
-
-    file_id: Annotated[str | None, Field(description="of an upload")] = None
-    file_data: Annotated[str | None, Field(description="a data URL with the text")] = None
-    filename: str | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.file_id is None) == (self.file_data is None):
-            raise ValueError("must have either file_id or file_data")
-        return self
-
-
-class FileContent(RequestBody):
-    """Puts a file into a message. `reuse` is a level of `prompt_cache.level`: where a file follows
-    other text than it was computed after, what was computed there may be reused at that level."""
-
-    type: Literal["file"]
-    file: FileReference
-    reuse: Annotated[
-        str | None,
-        Field(description="after other text: at which level the file's state may be reused"),
-    ] = None
-
-    prompt_cache_breakpoint: Any = None  # harmless
-
-
-Part = Annotated[TextPart | FileContent, Field(discriminator="type")]
-Content = Annotated[
-    Annotated[str, Tag("a string")] | Annotated[list[Part], Tag("a list")],
-    Discriminator(_text_or_list),
-]
-
-
-class Message(RequestBody):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content | None = None
-
-    name: Annotated[Any, neutral(None)] = None
-    tool_calls: Annotated[Any, neutral(None, [])] = None
-    function_call: Annotated[Any, neutral(None)] = None
-    refusal: Annotated[Any, neutral(None)] = None
-    audio: Annotated[Any, neutral(None)] = None
-    annotations: Annotated[Any, neutral(None, [])] = None
-
-    @property
-    def parts(self) -> list[TextPart | FileContent]:
-        if isinstance(self.content, str):
-            return [TextPart(type="text", text=self.content)]
-        return self.content or []
 
 
 class PromptCache(RequestBody):
@@ -270,6 +197,16 @@ class ChatRequest(GenerationRequest):
     prompt_cache: Annotated[
         PromptCache | None, Field(description="what the conversation begins with")
     ] = None
+    add_generation_prompt: Annotated[
+        bool | None, Field(description="false: nothing is put after the last message")
+    ] = None
+    continue_final_message: Annotated[
+        bool | None, Field(description="the answer goes on with the last message, an assistant's")
+    ] = None
+    service_tier: Annotated[
+        Literal["auto", "default", "flex"] | None,
+        Field(description="flex: after other questions, when they compete"),
+    ] = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     prompt_cache_options: PromptCacheOptions | None = None
     logprobs: Annotated[
@@ -285,7 +222,6 @@ class ChatRequest(GenerationRequest):
     prediction: Any = None
     prompt_cache_key: str | None = None  # says which server of many; here is one, with one cache
     safety_identifier: str | None = None
-    service_tier: str | None = None
 
     audio: Annotated[Any, neutral(None)] = None
     function_call: Annotated[Any, neutral(None, "none")] = None
@@ -304,6 +240,19 @@ class ChatRequest(GenerationRequest):
     def in_memory(self) -> bool:
         """Whether the prompt may not be written to disk."""
         return self.prompt_cache_retention in ("in_memory", "in-memory")
+
+    @model_validator(mode="after")
+    def _one_ending(self) -> Self:
+        check_ending(self.messages, self.add_generation_prompt, self.continue_final_message)
+        return self
+
+    @property
+    def ending(self) -> Ending:
+        return ending_of(self.add_generation_prompt, self.continue_final_message)
+
+    @property
+    def tier(self) -> str | None:
+        return "default" if self.service_tier == "auto" else self.service_tier
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> Self:
@@ -405,9 +354,36 @@ class TokenizeRequest(RequestBody):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: Annotated[
+        bool | None, Field(description="of a prompt: with what comes before it by default")
+    ] = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    return_token_strs: Annotated[
+        bool | None, Field(description="name each token, too, as log-probabilities do")
+    ] = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("either prompt or messages is required, not both")
+        if self.messages is None and (
+            self.add_generation_prompt is not None or self.continue_final_message is not None
+        ):
+            raise ValueError("a prompt has no messages to end; leave out how they do")
+        if self.messages is not None:
+            if self.add_special_tokens is not None:
+                raise ValueError("add_special_tokens is for a prompt; messages have a template's")
+            check_ending(self.messages, self.add_generation_prompt, self.continue_final_message)
         return self
+
+    @property
+    def ending(self) -> Ending:
+        return ending_of(self.add_generation_prompt, self.continue_final_message)
+
+
+class DetokenizeRequest(RequestBody):
+    """Asks for the text of tokens."""
+
+    model: str | None = None
+    tokens: list[int]

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from api.http.auth import tenant_of
-from api.http.bodies import RequestBody
+from api.http.message_bodies import RequestBody
 from api.http.read_body import read_json
 from api.stored_prompts.module_keeper import ModuleKeeper
 from api.stored_prompts.prompt_library import PromptLibrary, StoredPrompt

@@ -16,6 +16,7 @@ import re
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TypeAlias
 
 from longctx.errors import InvalidRequest
@@ -54,6 +55,14 @@ class Message:
 
     role: str
     content: tuple[str | FilePart | Placeholder, ...]
+
+
+class Ending(Enum):
+    """How a rendered conversation ends."""
+
+    ANSWER = "answer"  # with what comes before the assistant's next message
+    CLOSED = "closed"  # after its last message
+    OPEN = "open"  # within its last message, which is to be continued
 
 
 # A rendered prompt is a sequence of these, in reading order.
@@ -117,22 +126,43 @@ class ChatPrompts:
         self._tokenizer = tokenizer
 
     def render(
-        self, messages: Sequence[Message], *, date: str | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        date: str | None = None,
+        ending: Ending = Ending.ANSWER,
     ) -> tuple[Segment, ...]:
-        """Render the prompt that asks for the assistant's next message, as segments.
+        """Render the prompt, which asks for the assistant's next message, as segments.
 
         The messages may not have placeholders. Raises InvalidRequest as `pieces` does.
         """
-        return segments_of(self.pieces(messages, date=date))
+        return segments_of(self.pieces(messages, date=date, ending=ending))
 
     def pieces(
-        self, messages: Sequence[Message], *, date: str | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        date: str | None = None,
+        ending: Ending = Ending.ANSWER,
     ) -> tuple[PromptPiece, ...]:
         """Render the same prompt as token runs, files and placeholders, in reading order.
 
-        `date` (YYYY-MM-DD) is the template's today. Raises InvalidRequest when the template
-        refuses the conversation, loses or repeats a part of it, or when the model has none.
+        `date` (YYYY-MM-DD) is the template's today. Where the template refuses a conversation in
+        which one role speaks several times in a row, those messages are joined into one. Raises
+        InvalidRequest when the template refuses the conversation all the same, loses or repeats a
+        part of it, or when the model has none.
         """
+        try:
+            return self._checked_pieces(messages, date, ending)
+        except InvalidRequest:
+            joined = _joined(messages)
+            if len(joined) == len(messages):
+                raise
+            return self._checked_pieces(joined, date, ending)
+
+    def _checked_pieces(
+        self, messages: Sequence[Message], date: str | None, ending: Ending
+    ) -> tuple[PromptPiece, ...]:
         for message in messages:
             if not _ROLE.fullmatch(message.role):
                 raise InvalidRequest(
@@ -142,8 +172,8 @@ class ChatPrompts:
         # Render once with a marker for every text, only to see that the template loses nothing,
         # then with ordinary text in place: templates may look at it, and its tokens join those
         # of the text beside it.
-        self._pieces(messages, date, replace_all=True)
-        return self._in_tokens(self._pieces(messages, date, replace_all=False))
+        self._pieces(messages, date, ending, replace_all=True)
+        return self._in_tokens(self._pieces(messages, date, ending, replace_all=False))
 
     def frames(
         self, roles: Sequence[str], *, continued: bool, date: str | None = None
@@ -172,7 +202,7 @@ class ChatPrompts:
         return first.token_ids  # empty where the document itself comes first
 
     def _pieces(
-        self, messages: Sequence[Message], date: str | None, *, replace_all: bool
+        self, messages: Sequence[Message], date: str | None, ending: Ending, *, replace_all: bool
     ) -> list[str | _Marker]:
         markers = _Markers()
         tokenizer = self._tokenizer
@@ -191,7 +221,10 @@ class ChatPrompts:
                 if isinstance(part, FilePart) and in_place
             ]
             text = "\n".join(part for part in message.content if isinstance(part, str))
-            if text or not (parts or placeholders):
+            if ending is Ending.OPEN and number == len(messages):
+                # All of it, also the space around it that templates trim: the answer goes on there.
+                parts.append(markers.add(text, label))
+            elif text or not (parts or placeholders):
                 # Templates look for control tokens of their own in what the model said, such as
                 # `</think>`.
                 answered = message.role == "assistant"
@@ -202,8 +235,15 @@ class ChatPrompts:
                 {"role": message.role, "content": placeholders + "\n\n".join(parts)}
             )
         documents = None if in_place else self._documents(messages, markers)
-        rendered = tokenizer.render(conversation, documents=documents, date=date)
-        return markers.split(rendered)
+        answers = ending is Ending.ANSWER
+        rendered = tokenizer.render(
+            conversation, documents=documents, date=date, add_generation_prompt=answers
+        )
+        pieces = markers.split(rendered)
+        if ending is Ending.OPEN:
+            last = max(number for number, piece in enumerate(pieces) if not isinstance(piece, str))
+            del pieces[last + 1 :]
+        return pieces
 
     def _documents(
         self, messages: Iterable[Message], markers: _Markers
@@ -284,6 +324,16 @@ def frames_of(
         else:
             before = piece
     return tuple(frames), tuple(pieces[begin:])
+
+
+def _joined(messages: Sequence[Message]) -> list[Message]:
+    """Join the messages that one role speaks in a row."""
+    joined: list[Message] = []
+    for message in messages:
+        if joined and joined[-1].role == message.role:
+            message = Message(message.role, (*joined.pop().content, *message.content))
+        joined.append(message)
+    return joined
 
 
 def _replaced(text: str, markers: _Markers, label: str) -> str:

@@ -167,9 +167,9 @@ class Tokenizer:
         """Encode the text as text, with what the tokenizer adds by default, such as bos."""
         return [*self._before, *self.encode(text), *self._after]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Return the tokens' text; special ones and ids outside the vocabulary are skipped."""
-        text: str = self._backend.decode(ids, skip_special_tokens=True)
+        text: str = self._backend.decode(ids, skip_special_tokens=skip_special)
         return text
 
     def token_bytes(self, token_id: int) -> bytes:

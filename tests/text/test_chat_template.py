@@ -199,3 +199,12 @@ def test_the_documents_prefix_keeps_the_day_it_was_read_on(tmp_path):
     assert tokenizer.decode(prefix) == "Today: 29 Feb 2024. "
     segments = prompts.render([Message("user", (a_file, "?"))], date="2024-02-29")
     assert segments[0].token_ids == prefix
+
+
+def test_messages_of_one_role_are_joined_where_the_template_wants_turns(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, chat_template=INST_TEMPLATE)
+    prompts = ChatPrompts(Tokenizer(tmp_path))
+    twice = [Message("user", ("One.",)), Message("user", ("Two.",))]
+    assert prompts.render(twice) == prompts.render([Message("user", ("One.", "Two."))])
+    with pytest.raises(InvalidRequest, match="must alternate"):
+        prompts.render([Message("assistant", ("One.",))])

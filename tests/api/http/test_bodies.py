@@ -3,8 +3,9 @@ from typing import Any
 
 import pytest
 
-from api.http.bodies import ChatRequest, CompletionRequest, RequestBody, TokenizeRequest
+from api.http.bodies import ChatRequest, CompletionRequest, TokenizeRequest
 from api.http.errors import ApiError
+from api.http.message_bodies import RequestBody
 from api.http.read_body import parse
 from longctx.errors import InvalidRequest
 
