@@ -4,6 +4,8 @@ Callers keep the memory alive whose address they pass. Calls that compute releas
 lock.
 """
 
+from typing import overload
+
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
@@ -68,6 +70,11 @@ class Attention:
 class PackedLinear:
     """One packed linear layer; see `csrc/linear.h`."""
 
+    @overload
+    def __init__(
+        self, bias: int, outputs: int, inputs: int, storage: int, instruction_set: str
+    ) -> None: ...
+    @overload
     def __init__(
         self,
         weight: int,
@@ -79,6 +86,8 @@ class PackedLinear:
         instruction_set: str,
     ) -> None: ...
     def forward(self, x: int, rows: int, y: int) -> None: ...
+    def fill(self, first: int, rows: int, codes: int, scales: int, minima: int) -> None: ...
+    def rows(self, ids: int, count: int, weight: int) -> None: ...
     def unpack(self, weight: int) -> None: ...
     @property
     def bytes(self) -> int: ...

@@ -52,8 +52,8 @@ ROPE_TENSORS = (FREQUENCY_FACTORS, LONG_FACTORS, SHORT_FACTORS)  # in the config
 ONE_ADDED = ("gemma2", "gemma3")  # to the weights of norms
 REORDERED = {"llama": ("attn_q", "attn_k"), "mistral": ("attn_q", "attn_k")}
 
-# Takes a module and the tensor of its weight, and says whether it has taken care of it.
-Keeper = Callable[[str, nn.Module, "Weight"], bool]
+# Takes a model, the path of a module and its weight; says whether it has taken care of that.
+Keeper = Callable[[nn.Module, str, "Weight"], bool]
 
 
 class Weight:
@@ -82,20 +82,22 @@ def load_gguf(
     settings: Any,
     file: GgufFile,
     dtype: torch.dtype,
+    *,
     attention: str,
-    keep: Keeper,
+    keep: Keeper | None,
 ) -> nn.Module:
     """Build a model and fill it; raises ModelRefused for tensors that do not fit it.
 
     `keep` may replace a module whose weight it wants otherwise than as a parameter of `dtype`. It
-    is asked for matrices only, in the order of the file.
+    is asked for matrices only, when what has one dimension is in its place.
     """
     with _without_matrices():
         model: nn.Module = model_class._from_config(
             settings, dtype=dtype, attn_implementation=attention
         )
     names = _names(model, file)
-    for name, target in names.items():
+    for name in sorted(names, key=lambda each: len(file.tensors[each].shape)):
+        target = names[name]
         _fill(model, target, _weight(file, name, settings), dtype, keep)
         file.tensors[name].give_back()
     if settings.tie_word_embeddings:
@@ -167,10 +169,13 @@ def _turned_rows(rows: int, heads: int) -> NDArray[np.int64]:
     return order.swapaxes(1, 2).reshape(-1)
 
 
-def _fill(model: nn.Module, target: str, weight: Weight, dtype: torch.dtype, keep: Keeper) -> None:
+def _fill(
+    model: nn.Module, target: str, weight: Weight, dtype: torch.dtype, keep: Keeper | None
+) -> None:
     path, _, kind = target.rpartition(".")
     module = model.get_submodule(path)
-    if kind == "weight" and len(weight.tensor.shape) > 1 and keep(path, module, weight):
+    matrix = kind == "weight" and len(weight.tensor.shape) > 1
+    if matrix and keep is not None and keep(model, path, weight):
         return
     values = torch.from_numpy(np.ascontiguousarray(weight.values())).to(dtype)
     setattr(module, kind, nn.Parameter(values, requires_grad=False))
@@ -178,7 +183,7 @@ def _fill(model: nn.Module, target: str, weight: Weight, dtype: torch.dtype, kee
 
 def _tie(model: Any) -> None:
     """Let the output layer use the embedding's weights, unless `keep` has seen to it."""
-    if isinstance(model.lm_head, nn.Linear) and isinstance(model.model.embed_tokens, nn.Embedding):
+    if isinstance(model.lm_head, nn.Linear):
         model.lm_head.weight = model.model.embed_tokens.weight
 
 

@@ -8,7 +8,7 @@ Read `load_model`.
 import hashlib
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -98,9 +98,14 @@ def load_model(config: ModelConfig, folder: Path, *, cache_dir: Path | None = No
     dtype = _dtype(config.dtype, settings, files, device)
     register_attention()
     register_probe()
-    model = _load_weights(model_class, settings, files, dtype)
+    kernels = _kernels_for(config.weights, dtype, device)
+    model = _load_weights(model_class, settings, files, dtype, config.weights, kernels)
     model.to(device).eval().requires_grad_(False)
-    packed_bytes = _use_kernels(model, config.weights, dtype, device)
+    packed_bytes = 0
+    if kernels is not None:
+        kernels.norm.fuse_rms_norms(model)
+        kernels.linear.pack_linears(model, config.weights)
+        packed_bytes = kernels.linear.packed_bytes(model)
     with torch.inference_mode():
         layers = probe_layers(
             model,
@@ -229,30 +234,37 @@ def computes_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _use_kernels(
-    model: nn.Module, weights: Weights, dtype: torch.dtype, device: torch.device
-) -> int:
-    """Put our kernels in for linear layers and norms; returns the bytes of the packed weights."""
+class _Kernels(NamedTuple):
+    """The modules that have our kernels for linear layers and norms."""
+
+    linear: Any
+    norm: Any
+
+
+def _kernels_for(weights: Weights, dtype: torch.dtype, device: torch.device) -> _Kernels | None:
+    """Import our kernels where they compute: in float32 on a CPU, if they are installed.
+
+    Raises ModelRefused where `weights` calls for them in vain.
+    """
     if device.type != "cpu" or dtype != torch.float32:
         if weights != "auto":
             raise ModelRefused(
                 f"--weights {weights} is for float32 on a CPU, this is {dtype} on {device}; leave "
                 "it out, or start with --device cpu --dtype float32"
             )
-        return 0
+        return None
     try:
-        linear = importlib.import_module("longctx.model.packed_linear")
-        norm = importlib.import_module("longctx.model.rms_norm")
+        return _Kernels(
+            importlib.import_module("longctx.model.packed_linear"),
+            importlib.import_module("longctx.model.rms_norm"),
+        )
     except ImportError as error:  # installed without a compiler
         if weights != "auto":
             raise ModelRefused(
                 f"--weights {weights} needs longctx's compiled kernels, which are not installed "
                 f"({error}); leave it out, or install longctx again where there is a C++ compiler"
             ) from error
-        return 0
-    norm.fuse_rms_norms(model)
-    packed_bytes: int = linear.pack_linears(model, weights)
-    return packed_bytes
+        return None
 
 
 def _fingerprint(files: ModelFiles | GgufFile, weights: Weights, cache_dir: Path | None) -> str:
@@ -268,12 +280,16 @@ def _fingerprint(files: ModelFiles | GgufFile, weights: Weights, cache_dir: Path
 
 
 def _load_weights(
-    model_class: Any, settings: Any, files: ModelFiles | GgufFile, dtype: torch.dtype
+    model_class: Any,
+    settings: Any,
+    files: ModelFiles | GgufFile,
+    dtype: torch.dtype,
+    weights: Weights,
+    kernels: _Kernels | None,
 ) -> Any:  # its methods are untyped
     if isinstance(files, GgufFile):
-        return load_gguf(
-            model_class, settings, files, dtype, PROBE, lambda path, module, weight: False
-        )
+        keep = None if kernels is None else kernels.linear.Packer(weights).keep
+        return load_gguf(model_class, settings, files, dtype, attention=PROBE, keep=keep)
     try:
         model, report = model_class.from_pretrained(
             files.folder,

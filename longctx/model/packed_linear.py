@@ -3,32 +3,67 @@
 For models that compute in float32 on a CPU. The model stays transformers': each `nn.Linear` is
 replaced by a `PackedLinear`, which computes the same. Weights that are bfloat16 numbers, as those
 of most checkpoints are, stay 16 bits wide in memory and are widened in registers: exact, and half
-the bytes to read. `--weights int8` rounds them to 8 bits. Read `pack_linears`.
+the bytes to read. Those of quantized GGUF files stay in the groups of their blocks.
+`--weights int8` rounds weights to 8 bits. Read `pack_linears`; for GGUF, `Packer`.
 """
 
+from typing import Self
+
+import gguf
+import numpy as np
 import torch
+from gguf import GGMLQuantizationType as TensorType
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from longctx.config import Weights
 from longctx.kernels import _kernels
+from longctx.model.gguf_blocks import groups_of
+from longctx.model.gguf_weights import Weight
 
 if not _kernels.instruction_sets():
     raise ImportError("this CPU has none of the instruction sets that the kernels are compiled for")
 
 # The numbers of the storage types in csrc/linear_kernels.h.
 STORAGES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+BLOCKS = {
+    TensorType.Q8_0: 3,
+    TensorType.Q5_0: 3,  # a byte for five bits: simple to read, and exact
+    TensorType.Q5_1: 4,
+    TensorType.Q5_K: 5,
+    TensorType.Q6_K: 6,
+    TensorType.Q4_0: 7,
+    TensorType.Q4_1: 8,
+    TensorType.Q4_K: 9,
+}
 INT8_MAX = 127
+PANEL = 16  # outputs that are stored together
+TAKEN_APART = 1 << 22  # weights whose blocks are taken apart at once
 
 
 class PackedLinear(nn.Module):
-    """A float32 `nn.Linear` whose result for a row does not depend on the rows beside it.
+    """A float32 linear layer whose result for a row does not depend on the rows beside it.
 
     It is used for inference only: it has no gradient and no hooks.
     """
 
-    def __init__(self, linear: nn.Linear, weights: Weights, instruction_set: str) -> None:
+    def __init__(
+        self,
+        packed: _kernels.PackedLinear,
+        shape: tuple[int, int],
+        bias: Tensor | None,
+        stored: str,
+    ) -> None:
+        """`shape` is [outputs, inputs]; `packed` has a copy of `bias`."""
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._packed = packed
+        self.out_features, self.in_features = shape
+        self.bias = bias  # kept, as `weight`, for code that looks at it
+        self.stored = stored  # how a weight is stored, in words
+
+    @classmethod
+    def of(cls, linear: nn.Linear, weights: Weights, instruction_set: str) -> Self:
+        """Pack the weights of a float32 layer, as narrow as is exact or as `weights` asks."""
         weight, scales = linear.weight.detach(), None
         assert weight.dtype == torch.float32, "other types are left to torch"
         if weights == "int8":
@@ -36,18 +71,41 @@ class PackedLinear(nn.Module):
         elif torch.equal(narrow := weight.bfloat16(), weight):  # compares as float32
             weight = narrow
         weight = weight.contiguous()
-        self.bias = linear.bias  # kept, as `weight`, for code that looks at it
-        bias = None if linear.bias is None else linear.bias.detach().contiguous()
-        self.stored = weight.dtype
-        self._packed = _kernels.PackedLinear(
+        outputs, inputs = weight.shape
+        bias = _contiguous(linear.bias)
+        packed = _kernels.PackedLinear(
             weight.data_ptr(),
             0 if scales is None else scales.data_ptr(),
             0 if bias is None else bias.data_ptr(),
-            self.out_features,
-            self.in_features,
+            outputs,
+            inputs,
             STORAGES[weight.dtype],
             instruction_set,
         )
+        stored = str(weight.dtype).removeprefix("torch.")
+        return cls(packed, (outputs, inputs), linear.bias, stored)
+
+    @classmethod
+    def of_blocks(
+        cls, kind: TensorType, rows: NDArray[np.uint8], bias: Tensor | None, instruction_set: str
+    ) -> Self:
+        """Pack quantized rows [outputs, bytes] at their own width, exact to their values."""
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        outputs, inputs = len(rows), rows.shape[1] // block_bytes * block
+        own = _contiguous(bias)
+        address = 0 if own is None else own.data_ptr()
+        packed = _kernels.PackedLinear(address, outputs, inputs, BLOCKS[kind], instruction_set)
+        step = max(1, TAKEN_APART // inputs // PANEL) * PANEL
+        for first in range(0, outputs, step):
+            codes, scales, minima = groups_of(kind, rows[first : first + step])
+            packed.fill(
+                first,
+                len(codes),
+                codes.ctypes.data,
+                scales.ctypes.data,
+                0 if minima is None else minima.ctypes.data,
+            )
+        return cls(packed, (outputs, inputs), bias, kind.name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` [..., in_features] to [..., out_features], both float32."""
@@ -59,9 +117,18 @@ class PackedLinear(nn.Module):
 
     __call__ = forward  # a step makes a hundred of these calls, and none has hooks
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """The weights of some outputs: `ids` [...] int64 on the CPU to [..., in_features]."""
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.out_features:
+            raise IndexError(f"row {int(ids.min())} or {int(ids.max())} of {self.out_features}")
+        ids = ids.contiguous()
+        out = torch.empty(*ids.shape, self.in_features)
+        self._packed.rows(ids.data_ptr(), ids.numel(), out.data_ptr())
+        return out
+
     @property
     def weight_bytes(self) -> int:
-        """The memory of the packed weights, without scales and bias."""
+        """The memory of the packed weights, without bias and scales of outputs."""
         return self._packed.bytes
 
     @property
@@ -72,7 +139,70 @@ class PackedLinear(nn.Module):
         return weight
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {str(self.stored).removeprefix('torch.')}"
+        return f"{self.in_features}, {self.out_features}, {self.stored}"
+
+
+class PackedEmbedding(nn.Module):
+    """An embedding whose rows are those of packed weights, which an output layer may share."""
+
+    def __init__(self, linear: PackedLinear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look `ids` [...] up: [..., width] float32."""
+        return self.linear.rows(ids)
+
+
+class Packer:
+    """Takes the matrices of a model as they are read from a GGUF file, and packs each at once."""
+
+    def __init__(self, model_weights: Weights) -> None:
+        self._weights = model_weights
+        self._instruction_set = _kernels.instruction_sets()[-1]
+
+    def keep(self, model: nn.Module, path: str, weight: Weight) -> bool:
+        """Put a packed layer in the place of the one at `path`; False for what is no such layer.
+
+        An embedding is packed too, and shared with an output layer that is tied to it.
+        """
+        module = model.get_submodule(path)
+        if type(module) is nn.Linear:
+            model.set_submodule(path, self._pack(weight, module.bias))
+            return True
+        if not isinstance(module, nn.Embedding):
+            return False
+        output = model.get_output_embeddings()  # type: ignore[operator]
+        tied = model.config.tie_word_embeddings and type(output) is nn.Linear  # type: ignore
+        plain = type(module) is nn.Embedding
+        if not tied and not plain:
+            return False
+        packed = self._pack(weight, None)
+        if tied:
+            model.set_submodule("lm_head", packed)
+        if plain:
+            model.set_submodule(path, PackedEmbedding(packed))
+        return plain
+
+    def _pack(self, weight: Weight, bias: Tensor | None) -> PackedLinear:
+        kind = weight.tensor.type
+        if self._weights == "auto" and kind in BLOCKS:
+            return PackedLinear.of_blocks(kind, weight.blocks(), bias, self._instruction_set)
+        values = torch.from_numpy(weight.values())
+        layer = nn.Linear(values.shape[1], values.shape[0], device="meta")
+        layer.weight = nn.Parameter(values, requires_grad=False)
+        layer.bias = bias  # type: ignore[assignment]
+        return PackedLinear.of(layer, self._weights, self._instruction_set)
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """The memory of all packed weights in `model`, shared ones once."""
+    layers = {module for module in model.modules() if isinstance(module, PackedLinear)}
+    return sum(layer.weight_bytes for layer in layers)
+
+
+def _contiguous(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach().contiguous()
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,8 +215,8 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), scales
 
 
-def pack_linears(model: nn.Module, weights: Weights, *, instruction_set: str | None = None) -> int:
-    """Replace every float32 `nn.Linear` in `model`; returns the bytes of the packed weights.
+def pack_linears(model: nn.Module, weights: Weights, *, instruction_set: str | None = None) -> None:
+    """Replace every float32 `nn.Linear` in `model`.
 
     They are replaced one after another, so that no more than one weight is in memory twice.
     Subclasses stay: they compute something else. `instruction_set` is one of
@@ -97,11 +227,8 @@ def pack_linears(model: nn.Module, weights: Weights, *, instruction_set: str | N
     for path, module in model.named_modules(remove_duplicate=False):
         if type(module) is nn.Linear and module.weight.dtype == torch.float32:
             paths_of.setdefault(module, []).append(path)
-    packed_bytes = 0
     while paths_of:
         linear, paths = paths_of.popitem()
-        packed = PackedLinear(linear, weights, name)
-        packed_bytes += packed.weight_bytes
+        packed = PackedLinear.of(linear, weights, name)
         for path in paths:
             model.set_submodule(path, packed)
-    return packed_bytes

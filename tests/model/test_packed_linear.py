@@ -15,7 +15,7 @@ from tests.support.tiny_models import write_model
 
 _kernels = pytest.importorskip("longctx.kernels._kernels")
 
-from longctx.model.packed_linear import PackedLinear, pack_linears, quantize_rows  # noqa: E402
+from longctx.model.packed_linear import PackedLinear, pack_linears, packed_bytes, quantize_rows  # noqa: E402
 
 INSTRUCTION_SETS = _kernels.instruction_sets()
 
@@ -49,7 +49,7 @@ def test_a_packed_layer_computes_what_the_plain_one_does(
 ) -> None:
     torch.manual_seed(seed)
     linear = layer(inputs, outputs, bias=bias, bf16=kind == "bfloat16")
-    packed = PackedLinear(linear, "int8" if kind == "int8" else "auto", instruction_set)
+    packed = PackedLinear.of(linear, "int8" if kind == "int8" else "auto", instruction_set)
     x = torch.randn(rows, inputs)
     wanted = plain(packed, linear.bias, x)
     # One rounding per product and sum, of terms whose magnitudes add up to `terms`
@@ -62,7 +62,7 @@ def test_a_packed_layer_computes_what_the_plain_one_does(
 @pytest.mark.parametrize("weights", ["auto", "int8"])
 def test_a_row_has_the_same_bits_in_every_batch(instruction_set: str, weights: Weights) -> None:
     torch.manual_seed(0)
-    packed = PackedLinear(layer(900, 100, bias=True), weights, instruction_set)
+    packed = PackedLinear.of(layer(900, 100, bias=True), weights, instruction_set)
     x = torch.randn(301, 900)
     whole = packed(x)
     for rows in (1, 2, 3, 4, 5, 6, 7, 8, 13, 96, 97, 200):
@@ -73,19 +73,21 @@ def test_a_row_has_the_same_bits_in_every_batch(instruction_set: str, weights: W
 @pytest.mark.parametrize(
     ("bf16", "weights", "stored"),
     [
-        (False, "auto", torch.float32),
-        (True, "auto", torch.bfloat16),
-        (True, "int8", torch.int8),
-        (False, "int8", torch.int8),
+        (False, "auto", "float32"),
+        (True, "auto", "bfloat16"),
+        (True, "int8", "int8"),
+        (False, "int8", "int8"),
     ],
 )
 def test_weights_are_kept_as_narrow_as_is_exact_or_was_asked(
-    bf16: bool, weights: Weights, stored: torch.dtype
+    bf16: bool, weights: Weights, stored: str
 ) -> None:
     linear = layer(48, 33, bf16=bf16)
-    packed = PackedLinear(linear, weights, INSTRUCTION_SETS[-1])
+    packed = PackedLinear.of(linear, weights, INSTRUCTION_SETS[-1])
     assert packed.stored == stored
-    assert packed.weight_bytes == 48 * 48 * stored.itemsize  # outputs come by sixteens
+    assert (
+        packed.weight_bytes == 48 * 48 * getattr(torch, stored).itemsize
+    )  # outputs come by sixteens
     if weights == "auto":
         assert torch.equal(packed.weight, linear.weight)
 
@@ -101,7 +103,7 @@ def test_int8_errs_by_at_most_half_a_step() -> None:
 
 def test_inputs_of_any_shape_and_stride_are_taken() -> None:
     linear = layer(24, 10)
-    packed = PackedLinear(linear, "auto", INSTRUCTION_SETS[-1])
+    packed = PackedLinear.of(linear, "auto", INSTRUCTION_SETS[-1])
     x = torch.randn(2, 24, 5).transpose(1, 2)
     torch.testing.assert_close(packed(x), linear(x))
     assert packed(torch.randn(24)).shape == (10,)
@@ -115,7 +117,8 @@ def test_only_plain_float32_layers_are_replaced_and_a_shared_one_stays_shared() 
     shared = layer(8, 8)
     half = layer(8, 8).to(torch.float16)
     model = nn.ModuleDict({"a": shared, "b": shared, "own": Doubled(8, 8), "halved": half})
-    assert pack_linears(model, "auto") == 16 * 8 * 4
+    pack_linears(model, "auto")
+    assert packed_bytes(model) == 16 * 8 * 4
     assert isinstance(model["a"], PackedLinear)
     assert model["a"] is model["b"]
     assert type(model["own"]) is Doubled

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <numeric>
 #include <stdexcept>
 #include <vector>
 
@@ -23,20 +24,14 @@ const LinearKernels& kernels_of(const std::string& instruction_set) {
     throw std::invalid_argument("linear layers know no " + instruction_set);
 }
 
-size_t element_bytes(Storage storage) {
-    return storage == Storage::float32 ? 4 : storage == Storage::bfloat16 ? 2 : 1;
+// What the inputs of a panel take.
+size_t panel_size(Storage storage, int64_t inputs) {
+    const GroupLayout layout = group_layout(storage);
+    if (layout.inputs) return inputs / layout.inputs * layout.bytes();
+    return inputs * PANEL * (storage == Storage::float32 ? 4 : storage == Storage::bfloat16 ? 2 : 1);
 }
 
-float widen(float value) { return value; }
-float widen(int8_t value) { return value; }
-float widen(uint16_t bits) {
-    const uint32_t wide = uint32_t(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, sizeof value);
-    return value;
-}
-
-// Calls f with a null pointer of the type that `storage` names.
+// Calls f with a null pointer of the type that `storage` names, which is not in groups.
 template <class Function>
 void with_element(Storage storage, Function f) {
     if (storage == Storage::float32)
@@ -67,7 +62,7 @@ PackedLinear::PackedLinear(const void* weight, const float* scales, const float*
                            const std::string& instruction_set)
     : kernels_(kernels_of(instruction_set)), outputs_(outputs), inputs_(inputs),
       panels_((outputs + PANEL - 1) / PANEL), storage_(storage),
-      bytes_(panels_ * PANEL * inputs * element_bytes(storage)), weight_(allocate(bytes_)),
+      bytes_(panels_ * panel_size(storage, inputs)), weight_(allocate(bytes_)),
       scales_(padded(scales)), bias_(padded(bias)) {
     with_element(storage, [&](auto* type) {
         const auto* from = (decltype(type))weight;
@@ -79,6 +74,44 @@ PackedLinear::PackedLinear(const void* weight, const float* scales, const float*
                     packed[p * inputs_ * PANEL + k * PANEL + output % PANEL] =
                         output < outputs_ ? from[output * inputs_ + k] : 0;
     });
+}
+
+PackedLinear::PackedLinear(const float* bias, int64_t outputs, int64_t inputs, Storage storage,
+                           const std::string& instruction_set)
+    : kernels_(kernels_of(instruction_set)), outputs_(outputs), inputs_(inputs),
+      panels_((outputs + PANEL - 1) / PANEL), storage_(storage),
+      bytes_(panels_ * panel_size(storage, inputs)), weight_(allocate(bytes_)),
+      bias_(padded(bias)) {
+    const int group = group_layout(storage).inputs;
+    if (!group || inputs % group) throw std::invalid_argument("inputs are no whole groups");
+    std::memset(weight_.get(), 0, bytes_);
+}
+
+void PackedLinear::fill(int64_t first, int64_t rows, const int8_t* codes, const void* scales,
+                        const void* minima) {
+    const GroupLayout layout = group_layout(storage_);
+    const int64_t groups = inputs_ / layout.inputs, size = layout.scale_bytes;
+    if (first % PANEL || first + rows > outputs_ || layout.minimum != (minima != nullptr))
+        throw std::invalid_argument("weights that do not fit");
+#pragma omp parallel for schedule(static)
+    for (int64_t top = 0; top < rows; top += PANEL) {
+        uint8_t* panel = (uint8_t*)weight_.get() + (first + top) / PANEL * panel_bytes();
+        for (int64_t lane = 0; lane < std::min(PANEL, rows - top); ++lane)
+            for (int64_t g = 0; g < groups; ++g) {
+                uint8_t* group = panel + g * layout.bytes();
+                const int64_t from = ((top + lane) * groups + g) * size;
+                std::memcpy(group + lane * size, (const char*)scales + from, size);
+                if (minima)
+                    std::memcpy(group + (PANEL + lane) * size, (const char*)minima + from, size);
+                const int8_t* code = codes + (top + lane) * inputs_ + g * layout.inputs;
+                uint8_t* to = group + layout.codes_at() + lane;
+                for (int64_t k = 0; k < layout.inputs; ++k)
+                    if (layout.bits == 8)
+                        to[k * PANEL] = uint8_t(code[k]);
+                    else
+                        to[k / 2 * PANEL] |= uint8_t(code[k] & 15) << (k % 2 * 4);
+            }
+    }
 }
 
 void PackedLinear::forward(const float* x, int64_t rows, float* y) const {
@@ -102,15 +135,29 @@ void PackedLinear::forward(const float* x, int64_t rows, float* y) const {
 }
 
 void PackedLinear::unpack(float* weight) const {
-    with_element(storage_, [&](auto* type) {
-        const auto* packed = (decltype(type))weight_.get();
-        for (int64_t output = 0; output < outputs_; ++output)
+    std::vector<int64_t> ids(outputs_);
+    std::iota(ids.begin(), ids.end(), 0);
+    rows(ids.data(), outputs_, weight);
+}
+
+void PackedLinear::rows(const int64_t* ids, int64_t count, float* weight) const {
+#pragma omp parallel if (count * inputs_ >= PARALLEL_PRODUCTS)
+    {
+        std::vector<float> wide(inputs_ * PANEL);
+        int64_t held = -1; // the panel that is widened
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t panel = ids[i] / PANEL, lane = ids[i] % PANEL;
+            if (panel != held)
+                kernels_.widen[int(storage_)]((const char*)weight_.get() + panel * panel_bytes(),
+                                              inputs_, wide.data());
+            held = panel;
             for (int64_t k = 0; k < inputs_; ++k) {
-                const int64_t panel = output / PANEL;
-                const float value = widen(packed[(panel * inputs_ + k) * PANEL + output % PANEL]);
-                weight[output * inputs_ + k] = scales_ ? value * scales_.get()[output] : value;
+                const float value = wide[k * PANEL + lane];
+                weight[i * inputs_ + k] = scales_ ? value * scales_.get()[ids[i]] : value;
             }
-    });
+        }
+    }
 }
 
 void* PackedLinear::allocate(size_t bytes) {

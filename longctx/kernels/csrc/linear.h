@@ -3,7 +3,8 @@
 // W is cut into panels of 16 outputs: panel p holds, for each input k in turn, the 16 weights
 // W[16p : 16p + 16, k], zero beyond the last output. So one row streams the weights once, in
 // order, and many rows multiply out of the first-level cache. A weight is stored as float32,
-// bfloat16 or int8 (then with one scale per output) and widened in registers; sums are float32.
+// bfloat16, int8 (then with one scale per output) or in groups, as in the files of quantized models
+// (`Storage`), and widened in registers; sums are float32.
 //
 // Every result is one chain of fused multiply-adds over k = 0, 1, 2, ..., whatever the number of
 // rows, of threads or of cache blocks: a row's result is the same bits in every batch.
@@ -25,11 +26,25 @@ public:
     PackedLinear(const void* weight, const float* scales, const float* bias, int64_t outputs,
                  int64_t inputs, Storage storage, const std::string& instruction_set);
 
+    // One whose weights are stored in groups, all zero until `fill` is called; inputs are a multiple
+    // of the group's.
+    PackedLinear(const float* bias, int64_t outputs, int64_t inputs, Storage storage,
+                 const std::string& instruction_set);
+
+    // Stores the weights of `rows` outputs from `first` on, a multiple of PANEL. `codes` [rows,
+    // inputs], nibbles as bytes too; `scales` and `minima` [rows, groups], halves or floats; no
+    // minima where the storage has none.
+    void fill(int64_t first, int64_t rows, const int8_t* codes, const void* scales,
+              const void* minima);
+
     // Computes `y` [rows, outputs] from `x` [rows, inputs], both float32 and contiguous.
     void forward(const float* x, int64_t rows, float* y) const;
 
     // Writes the weights as float32 [outputs, inputs], scaled.
     void unpack(float* weight) const;
+
+    // Writes the weights of some outputs, `ids` [count], as float32 [count, inputs].
+    void rows(const int64_t* ids, int64_t count, float* weight) const;
 
     size_t bytes() const { return bytes_; } // of the packed weights
 
@@ -41,12 +56,13 @@ private:
 
     static void* allocate(size_t bytes);
     Floats padded(const float* values) const;
+    size_t panel_bytes() const { return bytes_ / panels_; }
 
     const LinearKernels& kernels_;
     int64_t outputs_, inputs_, panels_;
     Storage storage_;
     size_t bytes_;
-    std::unique_ptr<void, Free> weight_; // [panels, inputs, PANEL]
+    std::unique_ptr<void, Free> weight_; // [panels, inputs, PANEL], or [panels, groups]
     Floats scales_, bias_;               // [panels * PANEL] or null
 };
 

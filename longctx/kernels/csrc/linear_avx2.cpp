@@ -24,11 +24,31 @@ struct Avx2 {
     static F fma(S a, F b, F c) {
         return {_mm256_fmadd_ps(a, b.low, c.low), _mm256_fmadd_ps(a, b.high, c.high)};
     }
+    static F fma(F a, F b, F c) {
+        return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+    }
+    static F set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+    static F sub(F a, F b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+    static F load_half(const uint16_t* p) { return {half(p), half(p + 8)}; }
+    static F low_nibbles(const uint8_t* p) { return {low(p), low(p + 8)}; }
+    static F high_nibbles(const uint8_t* p) { return {high(p), high(p + 8)}; }
     static F mul(F a, F b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
     static F add(F a, F b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
     static F load_bf16(const uint16_t* p) { return {bf16(p), bf16(p + 8)}; }
     static F load_int8(const int8_t* p) { return {int8(p), int8(p + 8)}; }
 
+    static __m256 half(const uint16_t* p) {
+        return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+    }
+    static __m256i wide_bytes(const uint8_t* p) {
+        return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+    }
+    static __m256 low(const uint8_t* p) {
+        return _mm256_cvtepi32_ps(_mm256_and_si256(wide_bytes(p), _mm256_set1_epi32(15)));
+    }
+    static __m256 high(const uint8_t* p) {
+        return _mm256_cvtepi32_ps(_mm256_srli_epi32(wide_bytes(p), 4));
+    }
     static __m256 bf16(const uint16_t* p) {
         __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
         return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));

@@ -23,6 +23,31 @@ void bind_linear(nb::module_& m) {
             nb::arg("inputs"), nb::arg("storage"), nb::arg("instruction_set"),
             nb::call_guard<nb::gil_scoped_release>())
         .def(
+            "__init__",
+            [](PackedLinear* self, uintptr_t bias, int64_t outputs, int64_t inputs, int storage,
+               const std::string& instruction_set) {
+                new (self) PackedLinear((const float*)bias, outputs, inputs, Storage(storage),
+                                        instruction_set);
+            },
+            nb::arg("bias"), nb::arg("outputs"), nb::arg("inputs"), nb::arg("storage"),
+            nb::arg("instruction_set"), nb::call_guard<nb::gil_scoped_release>())
+        .def(
+            "fill",
+            [](PackedLinear& self, int64_t first, int64_t rows, uintptr_t codes, uintptr_t scales,
+               uintptr_t minima) {
+                self.fill(first, rows, (const int8_t*)codes, (const void*)scales,
+                          (const void*)minima);
+            },
+            nb::arg("first"), nb::arg("rows"), nb::arg("codes"), nb::arg("scales"),
+            nb::arg("minima"), nb::call_guard<nb::gil_scoped_release>())
+        .def(
+            "rows",
+            [](const PackedLinear& self, uintptr_t ids, int64_t count, uintptr_t weight) {
+                self.rows((const int64_t*)ids, count, (float*)weight);
+            },
+            nb::arg("ids"), nb::arg("count"), nb::arg("weight"),
+            nb::call_guard<nb::gil_scoped_release>())
+        .def(
             "forward",
             [](const PackedLinear& self, uintptr_t x, int64_t rows, uintptr_t y) {
                 self.forward((const float*)x, rows, (float*)y);

@@ -12,23 +12,80 @@ using namespace longctx;
 // are few streams and each ends with its page of memory.
 constexpr int64_t AHEAD_BYTES = 1024;
 
-template <class V>
-struct Float32 {
-    using Element = float;
-    static typename V::F widen(const float* p) { return V::load(p); }
+// What a storage is to the loops below: groups of GROUP inputs that take SIZE elements of a panel,
+// what a group has for all its inputs, and the weights of one input.
+template <class V, class E>
+struct Plain {
+    using Element = E;
+    struct Scales {};
+    static constexpr int64_t GROUP = 1, SIZE = PANEL;
+    static Scales scales(const E*) { return {}; }
 };
 
 template <class V>
-struct BFloat16 {
-    using Element = uint16_t;
-    static typename V::F widen(const uint16_t* p) { return V::load_bf16(p); }
+struct Float32 : Plain<V, float> {
+    static typename V::F widen(const float* p, int64_t, const auto&) { return V::load(p); }
 };
 
 template <class V>
-struct Int8 {
-    using Element = int8_t;
-    static typename V::F widen(const int8_t* p) { return V::load_int8(p); }
+struct BFloat16 : Plain<V, uint16_t> {
+    static typename V::F widen(const uint16_t* p, int64_t, const auto&) { return V::load_bf16(p); }
 };
+
+template <class V>
+struct Int8 : Plain<V, int8_t> {
+    static typename V::F widen(const int8_t* p, int64_t, const auto&) { return V::load_int8(p); }
+};
+
+template <class V, Storage STORAGE>
+struct Grouped {
+    static constexpr GroupLayout LAYOUT = group_layout(STORAGE);
+    static constexpr int64_t GROUP = LAYOUT.inputs, SIZE = LAYOUT.bytes();
+    static_assert(DEPTH % GROUP == 0 && (LAYOUT.minimum || LAYOUT.bits == 8 || LAYOUT.scale_bytes == 2));
+    using Element = uint8_t;
+    struct Scales {
+        typename V::F scale, minimum;
+    };
+
+    static typename V::F number(const uint8_t* p) {
+        if constexpr (LAYOUT.scale_bytes == 2)
+            return V::load_half((const uint16_t*)p);
+        else
+            return V::load((const float*)p);
+    }
+    static Scales scales(const uint8_t* p) {
+        if constexpr (LAYOUT.minimum)
+            return {number(p), number(p + PANEL * LAYOUT.scale_bytes)};
+        else
+            return {number(p), V::zero()};
+    }
+    static typename V::F code(const uint8_t* p, int64_t input) {
+        const uint8_t* codes = p + LAYOUT.codes_at();
+        if constexpr (LAYOUT.bits == 8)
+            return V::load_int8((const int8_t*)codes + input * PANEL);
+        else
+            return input % 2 ? V::high_nibbles(codes + input / 2 * PANEL)
+                             : V::low_nibbles(codes + input / 2 * PANEL);
+    }
+    static typename V::F widen(const uint8_t* p, int64_t input, const Scales& scales) {
+        if constexpr (LAYOUT.minimum)
+            return V::fma(scales.scale, code(p, input), scales.minimum);
+        else if constexpr (LAYOUT.bits == 8)
+            return V::mul(scales.scale, code(p, input));
+        else
+            return V::mul(scales.scale, V::sub(code(p, input), V::set1(8)));
+    }
+};
+
+constexpr int64_t LINE = 64;
+
+// Fetches what lies `ahead` elements behind a group.
+template <class Type>
+void fetch(const typename Type::Element* group, int64_t ahead) {
+    const char* at = (const char*)(group + ahead);
+    for (int64_t byte = 0; byte < Type::SIZE * int64_t(sizeof(*group)); byte += LINE)
+        __builtin_prefetch(at + byte);
+}
 
 // The beginning of a tile of results, and whether its inputs are the first and the last ones.
 struct Pass {
@@ -68,19 +125,26 @@ void tile(const Pass& pass, const float* x, const typename Type::Element* w, int
         for (int p = 0; p < PANELS; ++p)
             sums[r][p] = pass.first ? V::zero()
                                     : load_some<V>(y + r * job.outputs + p * PANEL, width - p * PANEL);
-    for (int64_t k = 0; k < depth; ++k) {
-        typename V::F weights[PANELS];
+    for (int64_t begin = 0; begin < depth; begin += Type::GROUP) {
+        const typename Type::Element* groups[PANELS];
+        typename Type::Scales scales[PANELS];
 #pragma GCC unroll 8
         for (int p = 0; p < PANELS; ++p) {
-            const auto* at = w + p * stride + k * PANEL;
-            weights[p] = Type::widen(at);
-            if (ROWS > 1) __builtin_prefetch(at + ahead);
+            groups[p] = w + p * stride + begin / Type::GROUP * Type::SIZE;
+            scales[p] = Type::scales(groups[p]);
+            if (ROWS > 1) fetch<Type>(groups[p], ahead);
         }
-#pragma GCC unroll 16
-        for (int r = 0; r < ROWS; ++r) {
-            const typename V::S value = V::broadcast(x + k * ROWS + r);
+#pragma GCC unroll 2
+        for (int64_t k = 0; k < Type::GROUP; ++k) {
+            typename V::F weights[PANELS];
 #pragma GCC unroll 8
-            for (int p = 0; p < PANELS; ++p) sums[r][p] = V::fma(value, weights[p], sums[r][p]);
+            for (int p = 0; p < PANELS; ++p) weights[p] = Type::widen(groups[p], k, scales[p]);
+#pragma GCC unroll 16
+            for (int r = 0; r < ROWS; ++r) {
+                const typename V::S value = V::broadcast(x + (begin + k) * ROWS + r);
+#pragma GCC unroll 8
+                for (int p = 0; p < PANELS; ++p) sums[r][p] = V::fma(value, weights[p], sums[r][p]);
+            }
         }
     }
 #pragma GCC unroll 16
@@ -116,7 +180,7 @@ template <class V, class Type>
 void few_rows(const LinearJob& job) {
     using Element = typename Type::Element;
     const Element* weight = (const Element*)job.weight;
-    const int64_t stride = job.inputs * PANEL, step = V::panels(int(job.rows));
+    const int64_t stride = job.inputs / Type::GROUP * Type::SIZE, step = V::panels(int(job.rows));
     for (int64_t panel = job.first_panel; panel < job.last_panel; panel += step) {
         const int64_t panels = panel + step <= job.last_panel ? step : job.last_panel - panel;
         tiles<V, Type, V::TILE_ROWS>({job, 0, panel, true, true}, job.rows, panels, job.x,
@@ -125,28 +189,38 @@ void few_rows(const LinearJob& job) {
     }
 }
 
+// Widens some inputs of a panel, from the beginning of a group on.
+template <class V, class Type>
+void widen_panel(const typename Type::Element* packed, int64_t depth, float* wide, int64_t ahead) {
+    for (int64_t begin = 0; begin < depth; begin += Type::GROUP) {
+        const auto* group = packed + begin / Type::GROUP * Type::SIZE;
+        const auto scales = Type::scales(group);
+        fetch<Type>(group, ahead);
+        for (int64_t k = 0; k < Type::GROUP; ++k)
+            V::store(wide + (begin + k) * PANEL, Type::widen(group, k, scales));
+    }
+}
+
 // Multiplies many tiles of rows: a panel is widened once for all tiles of a block.
 template <class V, class Type>
 void many_rows(const LinearJob& job) {
     using Element = typename Type::Element;
-    const int64_t stride = job.inputs * PANEL;
+    const int64_t stride = job.inputs / Type::GROUP * Type::SIZE;
     const int64_t block_rows = BLOCK_ROWS / job.tile_rows * job.tile_rows;
     for (int64_t top = 0; top < job.rows; top += block_rows) {
         const int64_t bottom = top + block_rows < job.rows ? top + block_rows : job.rows;
         for (int64_t from = 0; from < job.inputs; from += DEPTH) {
             const int64_t depth = from + DEPTH < job.inputs ? DEPTH : job.inputs - from;
             for (int64_t panel = job.first_panel; panel < job.last_panel; ++panel) {
-                const Element* packed = (const Element*)job.weight + panel * stride + from * PANEL;
+                const Element* packed =
+                    (const Element*)job.weight + panel * stride + from / Type::GROUP * Type::SIZE;
                 const float* wide = job.scratch;
                 int64_t ahead = 0;
                 if constexpr (sizeof(Element) == sizeof(float)) {
                     wide = packed;
                     ahead = stride; // the first tile fetches the next panel
                 } else {
-                    for (int64_t k = 0; k < depth; ++k) {
-                        V::store(job.scratch + k * PANEL, Type::widen(packed + k * PANEL));
-                        __builtin_prefetch(packed + k * PANEL + stride, 0, 2);
-                    }
+                    widen_panel<V, Type>(packed, depth, job.scratch, stride);
                 }
                 for (int64_t row = top; row < bottom; row += job.tile_rows) {
                     const int64_t rest = bottom - row;
@@ -166,9 +240,25 @@ void run(const LinearJob& job) {
     job.rows <= V::TILE_ROWS ? few_rows<V, Type>(job) : many_rows<V, Type>(job);
 }
 
+template <class V, class Type>
+void widen(const void* panel, int64_t inputs, float* wide) {
+    widen_panel<V, Type>((const typename Type::Element*)panel, inputs, wide, 0);
+}
+
+template <class V, class... Types>
+constexpr LinearKernels kernels_of_types() {
+    static_assert(sizeof...(Types) == STORAGES);
+    return {V::TILE_ROWS, V::panels(1), {run<V, Types>...}, {widen<V, Types>...}};
+}
+
+// In the order of Storage.
 template <class V>
 constexpr LinearKernels linear_kernels() {
-    return {V::TILE_ROWS, V::panels(1), {run<V, Float32<V>>, run<V, BFloat16<V>>, run<V, Int8<V>>}};
+    return kernels_of_types<
+        V, Float32<V>, BFloat16<V>, Int8<V>, Grouped<V, Storage::bytes_half>,
+        Grouped<V, Storage::bytes_half_minimum>, Grouped<V, Storage::bytes_single_minimum>,
+        Grouped<V, Storage::bytes_single>, Grouped<V, Storage::nibbles_half>,
+        Grouped<V, Storage::nibbles_half_minimum>, Grouped<V, Storage::nibbles_single_minimum>>();
 }
 
 } // namespace

@@ -35,6 +35,15 @@ inline simde__m512i software_cvtepi8_epi32(__m128i x) {
                                   _mm256_cvtepi8_epi32(_mm_srli_si128(x, 8))};
     return simde_mm512_load_si512(out);
 }
+inline simde__m512i software_cvtepu8_epi32(__m128i x) {
+    alignas(64) __m256i out[2] = {_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))};
+    return simde_mm512_load_si512(out);
+}
+inline simde__m512 software_cvtph_ps(__m256i x) {
+    alignas(64) __m256 out[2] = {_mm256_cvtph_ps(_mm256_castsi256_si128(x)),
+                                 _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1))};
+    return simde_mm512_load_ps(out);
+}
 inline simde__m512i software_srai_epi32(simde__m512i x, int count) {
     alignas(64) int32_t lanes[16];
     simde_mm512_store_si512(lanes, x);
@@ -57,6 +66,10 @@ inline __m128i software_cvtepi32_epi8(simde__m512i x) {
 #define _mm512_cvtps_epi32 software_cvtps_epi32
 #define _mm512_cvtepi8_epi32 software_cvtepi8_epi32
 #define _mm512_cvtepu16_epi32 software_cvtepu16_epi32
+#undef _mm512_cvtepu8_epi32
+#define _mm512_cvtepu8_epi32 software_cvtepu8_epi32
+#undef _mm512_cvtph_ps
+#define _mm512_cvtph_ps software_cvtph_ps
 #define _mm512_srai_epi32 software_srai_epi32
 #define _mm512_cvtepi32_epi8 software_cvtepi32_epi8
 #undef _mm512_madd_epi16
