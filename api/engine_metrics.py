@@ -10,7 +10,7 @@ from typing import Literal
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from longctx.engine_stats import EngineStats, GroupStats, RingStats
+from longctx.engine_stats import ClassStats, EngineStats, GroupStats, RingStats
 from offload.stats import StoreStats, TierStats
 
 MetricKind = Literal["counter", "gauge"]
@@ -93,6 +93,24 @@ def _evictions(stats: EngineStats) -> Iterator[Sample]:
             yield (tier, reason), count
 
 
+def _classes(read: Callable[[ClassStats], float]) -> Callable[[EngineStats], Iterator[Sample]]:
+    def samples(stats: EngineStats) -> Iterator[Sample]:
+        for name, each in stats.scheduler.classes.items():
+            yield (name,), read(each)
+
+    return samples
+
+
+def _cost_terms(stats: EngineStats) -> Iterator[Sample]:
+    for term, seconds in stats.scheduler.seconds_per.items():
+        yield (term,), seconds
+
+
+def _prediction_error(stats: EngineStats) -> Iterator[Sample]:
+    if stats.scheduler.prediction_error is not None:
+        yield (), stats.scheduler.prediction_error
+
+
 def _incidents(stats: EngineStats) -> Iterator[Sample]:
     for tier, tier_stats in stats.tiers.items():
         for kind, count in tier_stats.incidents.items():
@@ -137,6 +155,54 @@ ENGINE_METRICS = (
         "preemptions_total",
         "Sequences preempted for lack of memory",
         lambda engine: engine.preemptions,
+    ),
+    # The scheduler
+    _engine(
+        "target_step_seconds",
+        "Longest step that the scheduler aims at beside answers",
+        lambda engine: engine.scheduler.target_step_seconds,
+    ),
+    _engine(
+        "step_seconds", "What the last step took", lambda engine: engine.scheduler.step_seconds
+    ),
+    _engine(
+        "predicted_step_seconds",
+        "What the last step was predicted to take",
+        lambda engine: engine.scheduler.predicted_seconds,
+    ),
+    EngineMetric(
+        "step_cost_seconds", "Cost model: seconds for each unit of work", ("term",), _cost_terms
+    ),
+    EngineMetric(
+        "step_prediction_error",
+        "Median error of the last predictions, as a part of what was measured",
+        (),
+        _prediction_error,
+    ),
+    _engine("tenants", "Tenants with requests", lambda engine: engine.scheduler.tenants),
+    EngineMetric(
+        "class_share_seconds",
+        "Time that prompts of a class may take of the next step beside answers",
+        ("class",),
+        _classes(lambda each: each.share_seconds_left),
+    ),
+    EngineMetric(
+        "class_running",
+        "Sequences of a class in the current batch",
+        ("class",),
+        _classes(lambda each: each.running),
+    ),
+    EngineMetric(
+        "class_waiting",
+        "Sequences of a class that wait",
+        ("class",),
+        _classes(lambda each: each.waiting),
+    ),
+    EngineMetric(
+        "class_prompt_tokens_left",
+        "Prompt tokens of a class that are to be computed",
+        ("class",),
+        _classes(lambda each: each.prompt_tokens_left),
     ),
     # What the engine knows and holds
     _engine(

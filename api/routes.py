@@ -72,6 +72,7 @@ def routes(services: Services) -> list[Route]:
         Route("POST", "/v1/cache/flush", cache.clear, CLEAR_BODY),
         Route("GET", "/v1/models", status.models),
         Route("GET", "/v1/models/{name:path}", status.model),
+        Route("GET", "/v1/scheduler", status.scheduler),
         Route("POST", "/tokenize", status.tokenize, TokenizeRequest),
         Route("POST", "/detokenize", status.detokenize, DetokenizeRequest),
         Route("POST", "/v1/embeddings", status.embeddings, EMBEDDINGS_BODY),

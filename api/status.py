@@ -51,6 +51,35 @@ class StatusRoutes:
         self.generation.check_model(name)
         return JSONResponse(self._model(name))
 
+    async def scheduler(self, request: Request) -> Response:
+        """Tells who is in line, what steps are predicted to take, and what they took."""
+        stats = await self.generation.engine.stats()
+        line = stats.scheduler
+        return JSONResponse(
+            {
+                "object": "scheduler",
+                "target_step_ms": _ms(line.target_step_seconds),
+                "last_step": {
+                    "predicted_ms": _ms(line.predicted_seconds),
+                    "measured_ms": _ms(line.step_seconds),
+                },
+                "prediction_error": line.prediction_error,
+                "ms_per": {term: 1000 * value for term, value in line.seconds_per.items()},
+                "classes": {
+                    name: {
+                        "running": each.running,
+                        "waiting": each.waiting,
+                        "prompt_tokens_left": each.prompt_tokens_left,
+                        "share_ms_left": _ms(each.share_seconds_left),
+                    }
+                    for name, each in line.classes.items()
+                },
+                "tenants": line.tenants,
+                "steps": stats.steps,
+                "preemptions": stats.preemptions,
+            }
+        )
+
     async def tokenize(self, request: Request) -> Response:
         """Returns the token ids of a prompt or of messages, and how many there may be."""
         wanted = await read_json(request, TokenizeRequest)
@@ -112,6 +141,10 @@ class StatusRoutes:
                 "vocab_size": info.vocab_size,
             },
         }
+
+
+def _ms(seconds: float) -> float:
+    return round(1000 * seconds, 3)
 
 
 def _quality(choice: CodecChoice) -> dict[str, dict[str, float]] | None:

@@ -119,6 +119,11 @@ class SchedulerConfig:
         "tokens computed per step, prompts and answers; 512 on a CPU, 4096 on a GPU, "
         "more with many ranks",
     ] = None
+    target_step_ms: Annotated[
+        float | None,
+        "longest time between two tokens of an answer while prompts are computed beside it, "
+        "as far as possible; 250 on a CPU, 50 on a GPU",
+    ] = None
     max_sequences: Annotated[int, "sequences running at once"] = 64
     max_waiting: Annotated[int, "requests that may wait; more are refused with 429"] = 1024
 
@@ -126,6 +131,8 @@ class SchedulerConfig:
         for name in ("max_sequences", "max_waiting"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.target_step_ms is not None and not 1 <= self.target_step_ms <= 60_000:
+            raise ValueError(f"target_step_ms={self.target_step_ms} must be from 1 to 60000")
         if self.max_batch_tokens is not None and self.max_batch_tokens < self.max_sequences:
             raise ValueError(
                 f"max_batch_tokens={self.max_batch_tokens} cannot feed "
@@ -141,6 +148,11 @@ class SchedulerConfig:
             return self.max_batch_tokens
         enough = max(512, 256 * ranks) if device_type == "cpu" else 4096 * ranks
         return max(enough, self.max_sequences)
+
+    def target_seconds(self, device_type: str) -> float:
+        """How long a step may take: as told, or what a reader of an answer hardly notices."""
+        default = 250.0 if device_type == "cpu" else 50.0
+        return (self.target_step_ms or default) / 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,29 @@ class RingStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClassStats:
+    """Says how many sequences of a class run and wait, and what of their prompts is left."""
+
+    running: int
+    waiting: int
+    prompt_tokens_left: int
+    share_seconds_left: float  # what its chunks may take of the next step beside answers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerStats:
+    """Says what the scheduler aims at, what it knows of the time of steps, and who is in line."""
+
+    target_step_seconds: float
+    step_seconds: float  # of the last step
+    predicted_seconds: float  # of the same step, before it ran
+    prediction_error: float | None  # the median of the last steps, as a part of what they took
+    seconds_per: Mapping[str, float]  # the cost model: for each step, token, pair, answer, context
+    classes: Mapping[str, ClassStats]
+    tenants: int  # with work
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """Holds the counters and gauges of an engine, and of its tiers.
 
@@ -46,6 +69,7 @@ class EngineStats:
     steps: int
     computed_tokens: int  # rows that went through the model
     preemptions: int
+    scheduler: SchedulerStats
 
     documents_open: int
     modules_open: int

@@ -4,6 +4,7 @@ Everything that is decided once for an engine is decided here, in this order: th
 attention backend, the codec (which may have to be measured), memory and tiers.
 """
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import torch
 
 from longctx.attention.registry import BACKENDS, backend_for
 from longctx.config import CACHE_DIR, EngineConfig
+from longctx.engine.cost_model import CostModel
 from longctx.engine.engine import Engine
 from longctx.engine.parts import EngineParts, one_rank_parts
 from longctx.errors import InvalidRequest
 from longctx.model.loader import load_model
 from longctx.quality.gate import choose_codec
+from longctx.quality.measurement_cache import identity_of
 from longctx.ring.parts import many_rank_parts
 from longctx.ring.ranks import Ranks
 from longctx.text.tokenizer import Tokenizer
@@ -64,6 +67,12 @@ def engine_parts(
     codec = choose_codec(
         config.cache, model, tokenizer, BACKENDS[backend], cache_dir=cache_dir, say=say
     )
+    # What the cost of a step depends on; the codec is a part of it, as its pages are read.
+    depends = (
+        *identity_of(model.spec), codec.codec, backend, torch.get_num_threads(), config.ring.ranks
+    )  # fmt: skip
+    digest = hashlib.sha256(repr(depends).encode()).hexdigest()
+    cost = CostModel(path=cache_dir / "step-times" / f"{digest}.json")
     if ranks is None:
         return one_rank_parts(
             model,
@@ -72,6 +81,7 @@ def engine_parts(
             backend=backend,
             cache=config.cache,
             scheduler=config.scheduler,
+            cost=cost,
         )
     return many_rank_parts(
         model,
@@ -81,4 +91,5 @@ def engine_parts(
         backend=backend,
         cache=config.cache,
         scheduler=config.scheduler,
+        cost=cost,
     )

@@ -208,12 +208,16 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far the prefill is, in tokens of the prompt: `cache` were found, `processed` are done."""
+    """How far the prefill is, in tokens of the prompt: `cache` were found, `processed` are done.
+
+    `rest_ms` is how long the rest is expected to take; None before anything was computed.
+    """
 
     total: int
     cache: int
     processed: int
     time_ms: float
+    rest_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,7 +32,7 @@ LADDER = (
     ("api.cache_routes", "api.completions", "api.services"),
     ("api.metrics", "api.stored_prompts"),
     ("api.engine_metrics", "api.files"),
-    ("api.background",),
+    ("api.background", "longctx.bench.scheduling"),
     ("api.acceptor", "api.http", "api.listener", "longctx.bench"),
     ("api.config", "longctx", "api"),
     ("longctx.llm", "longctx.process"),

@@ -220,6 +220,7 @@ class Reply:
             "cache": progress.cache,
             "processed": progress.processed,
             "time_ms": round(progress.time_ms),
+            "rest_ms": None if progress.rest_ms is None else round(progress.rest_ms),
         }
         return self._chunk([self.response_format.delta(index, "")], prompt_progress=told)
 

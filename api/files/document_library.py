@@ -165,14 +165,13 @@ class DocumentLibrary:
         return self._engine.info.kv_bytes(self.prefilled_tokens(document))
 
     def eta_seconds(self, document: Document) -> float | None:
-        """Estimates the time until it is computed, by the pace so far; None while there is none."""
+        """Estimates the time until it is computed; None before anything of it is."""
         if self.is_ready(document):
             return 0.0
         progress = document.progress
-        if progress is None or progress.processed <= progress.cache or progress.time_ms <= 0:
+        if progress is None or progress.rest_ms is None:
             return None
-        tokens_per_ms = (progress.processed - progress.cache) / progress.time_ms
-        return round((progress.total - progress.processed) / tokens_per_ms / 1000, 1)
+        return round(progress.rest_ms / 1000, 1)
 
     async def wait_tokenized(self, document: Document, *, timeout_seconds: float) -> bool:
         """Moves the document to the head of the queue and waits for `Document.tokenized`; returns

@@ -12,6 +12,7 @@ from longctx.bench.config import (
     DocumentConfig,
     EvictionConfig,
     KernelsConfig,
+    LoadConfig,
     ModulesConfig,
     NiahConfig,
     QualityConfig,
@@ -66,6 +67,11 @@ BENCHES: dict[str, Bench] = {
         "prefill and decode of one sequence, against transformers.generate",
         "longctx.bench.decode",
         (EngineConfig, BenchConfig, RoundsConfig, DecodeConfig),
+    ),
+    "load": Bench(
+        "how steady answers stay beside a long document, and what it keeps of its speed",
+        "longctx.bench.scheduling.load",
+        (EngineConfig, BenchConfig, LoadConfig),
     ),
     "ring": Bench(
         "what it costs to share a prompt among ranks, and a projection to many GPUs",

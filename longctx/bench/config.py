@@ -258,6 +258,30 @@ class EvictionConfig:
         return _numbers("capacities", self.capacities)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadConfig:
+    """Options of `longctx bench load`."""
+
+    load_depths: Annotated[str, "tokens of the document that are computed already"] = (
+        "0,4096,16384,60000"
+    )
+    window_tokens: Annotated[int, "tokens of the document that are computed at each depth"] = 2048
+    answers: Annotated[int, "answers that run beside it"] = 4
+    chat_tokens: Annotated[int, "prompt of each answer, and of the chat that arrives"] = 100
+    load_model: Annotated[
+        Literal["100m", "213m"], "parameters of the model of random weights, without --model"
+    ] = "213m"
+
+    def __post_init__(self) -> None:
+        for name in ("window_tokens", "answers", "chat_tokens"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("load_depths", min(self.every_depth), 0)
+
+    @property
+    def every_depth(self) -> tuple[int, ...]:
+        return _whole_numbers("load_depths", self.load_depths)
+
+
 def _whole_numbers(name: str, text: str) -> tuple[int, ...]:
     """Raises ValueError unless the text is whole numbers, separated by commas."""
     try:

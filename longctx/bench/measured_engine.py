@@ -97,6 +97,14 @@ class MeasuredEngine:
     def submit(self, request: Request) -> None:
         self._engine.submit(request)
 
+    def abort(self, request_id: str) -> None:
+        self._engine.abort(request_id)
+
+    @property
+    def prediction_error(self) -> float | None:
+        """The median relative error of the last predictions of how long a step takes."""
+        return self._parts.scheduler.cost.median_error
+
     def plant(self, token_ids: Sequence[int]) -> None:
         """Fills blocks with random KV that a prompt which begins with these tokens finds.
 

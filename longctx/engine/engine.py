@@ -176,6 +176,7 @@ class Engine:
             self.abort(request_id)
         if self._offloader is not None:
             self._offloader.close(flush_seconds)
+        self._scheduler.cost.save()
 
     def _retain(self, keep: Request | None) -> None:
         if keep is not None and self._ingestion is not None:
@@ -228,7 +229,7 @@ class Engine:
             except Exception as error:  # whatever it is, it ends these requests, not the engine
                 return outputs + self._fail(scheduled, f"{type(error).__name__}: {error}")
             for state in self._requests.values():
-                outputs += state.progress(self._cache)
+                outputs += state.progress(self._cache, self._scheduler.cost)
             outputs += sampled.prompts
             for sequence, token, logprobs in sampled.tokens:
                 outputs += self._advance(sequence, token, logprobs)
@@ -403,6 +404,7 @@ class Engine:
             steps=self._steps,
             computed_tokens=self._runner.computed_tokens,
             preemptions=self._scheduler.preemptions,
+            scheduler=self._scheduler.stats(),
             documents_open=len(self._inputs.prompts.documents),
             modules_open=len(self._inputs.prompts.modules),
             prefixes_held=len(self._cache.prefixes),

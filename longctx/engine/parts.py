@@ -12,6 +12,7 @@ from longctx.attention.registry import BACKENDS
 from longctx.attention.rotated import RotatedAttention
 from longctx.attention.streamed import StreamedAttention
 from longctx.config import CacheConfig, SchedulerConfig
+from longctx.engine.cost_model import CostModel
 from longctx.engine.info import engine_info
 from longctx.engine.model_runner import ModelRunner, Runner
 from longctx.engine.scheduler import Scheduler
@@ -56,6 +57,7 @@ def one_rank_parts(
     backend: str,
     cache: CacheConfig,
     scheduler: SchedulerConfig,
+    cost: CostModel,
 ) -> EngineParts:
     """Make the parts of an engine that computes alone, with a codec and a backend chosen before."""
     spec = model.spec
@@ -79,21 +81,53 @@ def one_rank_parts(
         attention = StreamedAttention(attention, memory, staging, offloader.read_layer)
     if spec.relocation.shiftable:
         attention = RotatedAttention(attention, memory, spec.relocation.rotations)
+    return assemble(
+        model,
+        tokenizer,
+        ModelRunner(model, memory, attention),
+        manager,
+        codec=codec,
+        backend=backend,
+        scheduler=scheduler,
+        batch_tokens=batch_tokens,
+        cost=cost,
+    )
+
+
+def assemble(
+    model: LoadedModel,
+    tokenizer: Tokenizer,
+    runner: Runner,
+    cache: KVCacheManager,
+    *,
+    codec: CodecChoice,
+    backend: str,
+    scheduler: SchedulerConfig,
+    batch_tokens: int,
+    cost: CostModel,
+) -> EngineParts:
+    """Add to a runner and a cache what is the same for one rank and for many."""
+    offloader = cache.offloader
+    store = None if offloader is None else offloader.store
     return EngineParts(
         model=model,
         tokenizer=tokenizer,
-        info=engine_info(spec, memory, codec, store, backend=backend, tokenizer=tokenizer),
-        memory=memory,
+        info=engine_info(
+            model.spec, cache.memory, codec, store, backend=backend, tokenizer=tokenizer
+        ),
+        memory=cache.memory,
         store=store,
         offloader=offloader,
-        cache=manager,
+        cache=cache,
         scheduler=Scheduler(
             scheduler,
-            manager,
+            cache,
             batch_tokens=batch_tokens,
-            scored_tokens=max(BLOCK_TOKENS, SCORED_LOGITS // spec.vocab_size),
+            scored_tokens=max(BLOCK_TOKENS, SCORED_LOGITS // model.spec.vocab_size),
+            target_seconds=scheduler.target_seconds(model.spec.device.type),
+            cost=cost,
         ),
-        runner=ModelRunner(model, memory, attention),
+        runner=runner,
     )
 
 

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, field
 
+from longctx.engine.cost_model import CostModel
 from longctx.engine.sequence import Sequence
 from longctx.kv.cache_manager import KVCacheManager
 from longctx.request import Progress, Request, RequestOutput, Usage
@@ -25,10 +26,11 @@ class RequestState:
     def __post_init__(self) -> None:
         self.open_choices = self.request.sampling.n
 
-    def progress(self, cache: KVCacheManager) -> list[RequestOutput]:
+    def progress(self, cache: KVCacheManager, cost: CostModel) -> list[RequestOutput]:
         """Return one progress output if more of the prompt is computed than was reported last.
 
         While the sequence waits for blocks that another one computes, it is the other's progress.
+        The rest is expected to go at the pace so far, each token costing what the cost model says.
         """
         first = self.sequences[0]
         owner = cache.computed_by(first.blocks)
@@ -41,11 +43,16 @@ class RequestState:
         total = first.blocks.prompt_tokens + first.blocks.reused_tokens
         admitted = first.cached_tokens is not None
         reused = first.blocks.reused_tokens if admitted else 0  # before, it may still wait for them
+        time_ms = 1000 * (time.monotonic() - first.arrival_seconds)
+        cached = first.cached_tokens or 0
+        spent = cost.chunk_seconds(done - cached, cached)
+        rest = cost.chunk_seconds(first.blocks.prompt_tokens - done, done)
         progress = Progress(
             total=total,
-            cache=(first.cached_tokens or 0) + reused,
+            cache=cached + reused,
             processed=done + reused,
-            time_ms=1000 * (time.monotonic() - first.arrival_seconds),
+            time_ms=time_ms,
+            rest_ms=time_ms * rest / spent if spent > 0 else None,
         )
         return [RequestOutput(request_id=self.request.request_id, progress=progress)]
 

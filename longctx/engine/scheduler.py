@@ -1,24 +1,30 @@
 """Decides which sequences run in the next step, and with how many tokens each.
 
 Decoding comes first: every decoding sequence computes its one token. Prompt chunks share the rest
-of the step's token budget: classes take turns, each with a guaranteed share, and within a class the
-least remaining work comes first, with ageing. While sequences decode, each class may take only so
-much of the *time*: `DutyCycle` measures by how much its chunks delay decoding, and holds the class
-back until that is repaid.
+of the step, which is limited in tokens and, by the cost model's prediction, in time. Classes take
+turns, each with a guaranteed share; within a class the tenant that was served least comes first
+(a virtual token counter, https://arxiv.org/abs/2401.00588, that counts seconds instead), and of its
+prompts the one with the least work left, with ageing. While sequences decode, each class may take
+only so much of the time (`TimeShares`).
 
 When memory runs out, blocks that nobody holds have gone already. Then the sequence with the largest
 preemption key (the youngest of the lowest class) is preempted, back to waiting. The sequence with
 the smallest key is never preempted, so it always progresses.
 """
 
+import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from compress.shape import BLOCK_TOKENS
 from longctx.config import SchedulerConfig
+from longctx.engine.cost_model import CostModel, StepWork
 from longctx.engine.sequence import Sequence, SequenceState
+from longctx.engine.tenants import Tenants
+from longctx.engine.time_shares import TimeShares
+from longctx.engine_stats import ClassStats, SchedulerStats
 from longctx.errors import Overloaded
 from longctx.kv.cache_manager import Admission, KVCacheManager
 from longctx.kv.sequence_blocks import SequenceBlocks
@@ -26,12 +32,17 @@ from longctx.request import RequestClass
 
 # Relative shares of the prompt tokens that classes get when they compete.
 CLASS_WEIGHT = {RequestClass.INTERACTIVE: 8, RequestClass.BATCH: 2, RequestClass.INGEST: 1}
-# The share of the time by which prompt chunks of a class may delay decoding sequences.
-TIME_SHARE = {RequestClass.INTERACTIVE: 0.7, RequestClass.BATCH: 0.4, RequestClass.INGEST: 0.1}
 # Each second of waiting counts as this much less work, so that a long prompt's turn comes: one of
 # 2,000 tokens that has waited for 4 s counts as 2,000 - 4 * 500 = 0 tokens, and goes before one of
 # 128 tokens that has just come.
 AGEING_TOKENS_PER_SECOND = 500.0
+# Steps in which nothing decodes may take so many times the objective: large ones are faster.
+LONE_STEPS = 2.0
+# The smallest part of a block that a step computes where a whole block takes too long: fewer rows
+# take hardly less time.
+MIN_CHUNK_TOKENS = 16
+# What a token counts at least in a step's time, where the cost model takes it for nothing.
+LEAST_TOKEN_SECONDS = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,48 +81,18 @@ class SchedulerOutput:
         return sum(chunk.num_tokens for chunk in self.chunks)
 
 
-class DutyCycle:
-    """Keeps prompt chunks to their share of the time while sequences decode.
+@dataclass(frozen=True, slots=True)
+class StepRoom:
+    """What is left of a step: tokens, seconds until the objective, and seconds of the class.
 
-    What a step takes beyond a step that only decodes is a debt of the classes that had chunks in
-    it, split by their tokens; a class with a debt gets no chunk. Steps without chunks of a class
-    repay its debt, by `share / (1 - share)` of their time, so that in the long run the class takes
-    its share. A step in which nothing decodes repays by all of its time. What a step that only
-    decodes takes is known as a running mean.
-
-    An ingestion has the share 0.1. Decoding alone takes 10 ms a step, and a step with a chunk of
-    the ingestion takes 50 ms: a debt of 40 ms. Each step without one repays 10 ms * 0.1 / 0.9 =
-    1.1 ms, so the next chunk comes after 36 steps. The chunk has then taken 40 ms of the 410 ms
-    that went by, a tenth.
-
-    The scheduler calls `allows` before each step and `record` after it, in the engine's thread.
+    `alone` says that nothing decodes in it, `empty` that no prompt has a chunk in it yet.
     """
 
-    def __init__(self) -> None:
-        self._decode_seconds = 0.0
-        self._debt: dict[RequestClass, float] = dict.fromkeys(RequestClass, 0.0)
-
-    def allows(self, request_class: RequestClass) -> bool:
-        """Whether the class has repaid its debt, so that the step may have chunks of it."""
-        return self._debt[request_class] <= 0
-
-    def record(self, tokens_of: dict[RequestClass, int], seconds: float, *, decoding: bool) -> None:
-        """Account for a step that took `seconds` with so many prompt tokens of each class."""
-        if not decoding:
-            self._debt = {c: max(0.0, debt - seconds) for c, debt in self._debt.items()}
-            return
-        total = sum(tokens_of.values())
-        if not total:
-            mean = self._decode_seconds
-            self._decode_seconds = seconds if mean == 0 else 0.9 * mean + 0.1 * seconds
-        extra = max(0.0, seconds - self._decode_seconds)
-        for request_class, share in TIME_SHARE.items():
-            tokens = tokens_of.get(request_class, 0)
-            if tokens:
-                self._debt[request_class] += extra * tokens / total
-            else:
-                repaid = seconds * share / (1 - share)
-                self._debt[request_class] = max(0.0, self._debt[request_class] - repaid)
+    tokens: int
+    seconds: float
+    share_seconds: float
+    alone: bool
+    empty: bool
 
 
 class Scheduler:
@@ -132,17 +113,26 @@ class Scheduler:
         *,
         batch_tokens: int,
         scored_tokens: int = BLOCK_TOKENS,
+        target_seconds: float,
+        cost: CostModel,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`scored_tokens`: of prompts whose log-probabilities are told, so many in one step, since
-        each needs a row of logits."""
+        """Aim at steps of `target_seconds`, as `cost` predicts, and `batch_tokens` at most.
+
+        `scored_tokens`: of prompts whose log-probabilities are told, so many in one step, since
+        each needs a row of logits.
+        """
         self._config = config
         self._cache = cache
         self._batch_tokens = batch_tokens
         self._scored_tokens = scored_tokens
+        self._target_seconds = target_seconds
         self._clock = clock
-        self._duty = DutyCycle()
+        self.cost = cost
+        self._shares = TimeShares()
+        self._tenants = Tenants()
         self._served = dict.fromkeys(RequestClass, 0.0)  # prompt tokens / weight
+        self._last_step = (0.0, 0.0)  # seconds that it took, and was predicted to take
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -158,6 +148,8 @@ class Scheduler:
                 f"{len(self.waiting)} requests are waiting and --max-waiting allows no more; "
                 "try again later"
             )
+        present = {each.request.salt for each in (*self.running, *self.waiting)}
+        self._tenants.join(sequence.request.salt, present)
         self.waiting.append(sequence)
 
     def add_fork(self, sequence: Sequence) -> None:
@@ -184,34 +176,47 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """Choose the chunks of the next step and allocate their pages.
 
-        A budget of 512 tokens, 12 sequences that decode, a question with 700 tokens left, and an
-        ingestion with 5,000:
+        The objective is 250 ms and 512 tokens a step. 4 sequences decode, which is predicted to
+        take 60 ms; a question has 700 tokens left, and an ingestion 5,000:
 
-        - the 12 get one token each, which leaves 500;
-        - the question's class has the turn. Its 700 tokens do not fit, so its chunk ends at a block
-          boundary: from token 0 on it is 448 tokens, 7 blocks, which leaves 52;
-        - the ingestion gets 52 tokens, unless its class still has a debt (`DutyCycle`). They end
-          within a block, since they reach no boundary.
+        - the 4 get one token each, which leaves 508 tokens and 190 ms;
+        - the question's class has the turn, and beside 60 ms of answers it may take 180 ms. That
+          is predicted for 150 tokens, so its chunk is two blocks, 128 tokens in 154 ms;
+        - 36 ms are left of the step, in which no block of the ingestion fits.
 
-        In the next step the question has 252 tokens left. The class that was served least for its
-        weight then has the first turn: 448 / 8 = 56 for the question, 52 / 1 = 52 for the
-        ingestion, so it is the ingestion's.
+        The class that was served least for its weight has the first turn in the next step: 128 / 8
+        for the question, 0 for the ingestion, so it is the ingestion's. Beside answers it may take
+        49 ms. A block takes longer, but the first chunk of a step is never less: what it takes too
+        much is taken from the steps that follow (`TimeShares`). Only where one block takes longer
+        than the whole step may, its rows are divided among steps.
         """
         decodes = self._decode_chunks()
+        answers = _work(decodes)
+        answer_seconds = self.cost.seconds(answers) if decodes else 0.0
+        seconds = (1.0 if decodes else LONE_STEPS) * self._target_seconds - answer_seconds
+        if decodes:
+            self._shares.begin(answer_seconds)
         prompts: list[Chunk] = []
-        budget, scored = self._batch_tokens - len(decodes), self._scored_tokens
+        tokens, scored = self._batch_tokens - len(decodes), self._scored_tokens
         queues = self._queues()
         for request_class in self._turns(queues):
-            if decodes and not self._duty.allows(request_class):
-                continue
+            share = self._shares.left(request_class) if decodes else math.inf
             for sequence in queues[request_class]:
-                room = min(budget, scored) if sequence.scores_prompt else budget
-                chunk = self._prompt_chunk(sequence, room) if room > 0 else None
+                most = min(tokens, scored) if sequence.scores_prompt else tokens
+                if share <= 0:
+                    break
+                if most <= 0:
+                    continue
+                room = StepRoom(most, seconds, share, alone=not decodes, empty=not prompts)
+                chunk = self._prompt_chunk(sequence, room)
                 if chunk is not None:
                     prompts.append(chunk)
                     scored -= chunk.num_tokens if sequence.scores_prompt else 0
                     begin = sequence.blocks.computed
-                    budget -= sequence.blocks.layout.charge(begin, begin + chunk.num_tokens)
+                    layout = sequence.blocks.layout
+                    tokens -= layout.charge(begin, begin + chunk.num_tokens)
+                    taken = self.cost.chunk_seconds(chunk.num_tokens, layout.position(begin))
+                    seconds, share = seconds - taken, share - taken
         # A later chunk may have preempted a sequence that was scheduled before it.
         chunks = (chunk for chunk in (*decodes, *prompts) if _is_running(chunk.sequence))
         complete = (sequence for sequence in self.running if sequence.blocks.remaining == 0)
@@ -219,20 +224,66 @@ class Scheduler:
 
     def update(self, output: SchedulerOutput, seconds: float) -> None:
         """Account for a step that has run in `seconds`, and publish the blocks that it filled."""
-        tokens_of: dict[RequestClass, int] = defaultdict(int)
-        decoding = False
+        decodes = [chunk for chunk in output.chunks if chunk.sequence.decoding]
+        answers = _work(decodes)
+        parts = self._parts(output.chunks)
+        prompt_seconds = seconds
+        if decodes:
+            prompt_seconds = max(0.0, seconds - self.cost.seconds(answers))
+        seconds_of: dict[RequestClass, float] = defaultdict(float)
+        prompts = [chunk for chunk in output.chunks if not chunk.sequence.decoding]
+        total = sum(parts[chunk] for chunk in prompts)
+        for chunk in prompts:
+            request_class = chunk.sequence.request.request_class
+            seconds_of[request_class] += prompt_seconds * parts[chunk] / total
+            self._served[request_class] += chunk.num_tokens / CLASS_WEIGHT[request_class]
+        if decodes:
+            self._shares.record(seconds_of)
+        else:
+            self._shares.repay(seconds)
+        work = _work(output.chunks)
+        self._last_step = (seconds, self.cost.seconds(work))
+        self.cost.observe(work, seconds)
         for chunk in output.chunks:
-            if chunk.sequence.decoding:
-                decoding = True
-            else:
-                tokens_of[chunk.sequence.request.request_class] += chunk.num_tokens
-        for request_class, tokens in tokens_of.items():
-            self._served[request_class] += tokens / CLASS_WEIGHT[request_class]
-        self._duty.record(tokens_of, seconds, decoding=decoding)
-        for chunk in output.chunks:
-            share = seconds * chunk.num_tokens / output.num_tokens
+            share = seconds * parts[chunk]
+            self._tenants.charge(chunk.sequence.request.salt, share)
             self._cache.commit(chunk.sequence.blocks, chunk.num_tokens, share)
             chunk.sequence.computed_tokens += chunk.num_tokens
+
+    def stats(self) -> SchedulerStats:
+        """Say what the scheduler aims at, what it has learned, and who is in line."""
+        in_class: dict[RequestClass, list[Sequence]] = {each: [] for each in RequestClass}
+        for sequence in (*self.running, *self.waiting):
+            in_class[sequence.request.request_class].append(sequence)
+        seconds, predicted = self._last_step
+        return SchedulerStats(
+            target_step_seconds=self._target_seconds,
+            step_seconds=seconds,
+            predicted_seconds=predicted,
+            prediction_error=self.cost.median_error,
+            seconds_per=asdict(self.cost.coefficients),
+            classes={
+                each.name.lower(): ClassStats(
+                    running=sum(_is_running(sequence) for sequence in sequences),
+                    waiting=sum(not _is_running(sequence) for sequence in sequences),
+                    prompt_tokens_left=sum(
+                        sequence.blocks.remaining for sequence in sequences if not sequence.decoding
+                    ),
+                    share_seconds_left=self._shares.left(each),
+                )
+                for each, sequences in in_class.items()
+            },
+            tenants=len({each.request.salt for each in (*self.running, *self.waiting)}),
+        )
+
+    def _parts(self, chunks: Iterable[Chunk]) -> dict[Chunk, float]:
+        """Return what part of a step's time each chunk takes, as predicted."""
+        costs = {
+            chunk: self.cost.seconds(_work([chunk])) + LEAST_TOKEN_SECONDS * chunk.num_tokens
+            for chunk in chunks
+        }
+        total = sum(costs.values())
+        return {chunk: cost / total for chunk, cost in costs.items()}
 
     def _decode_chunks(self) -> list[Chunk]:
         """Return a chunk of one token for each decoding sequence, smallest preemption key first."""
@@ -247,8 +298,9 @@ class Scheduler:
         return chunks
 
     def _queues(self) -> dict[RequestClass, list[Sequence]]:
-        """Return the sequences that have prompt to compute, by class, the least work first.
+        """Return the sequences that have prompt to compute, by class, in the order of their turns.
 
+        The tenant that was served least comes first, and of its prompts that with the least work.
         A sequence that others wait for counts in the most urgent class of them.
         """
         urgency: dict[SequenceBlocks, RequestClass] = {}
@@ -259,12 +311,13 @@ class Scheduler:
                 urgency[owner] = min(wanted, urgency.get(owner, wanted))
         now = self._clock()
 
-        def work(sequence: Sequence) -> tuple[float, int]:
+        def turn(sequence: Sequence) -> tuple[float, float, int]:
             aged = AGEING_TOKENS_PER_SECOND * (now - sequence.arrival_seconds)
-            return sequence.blocks.remaining - aged, sequence.arrival
+            served = self._tenants.served_seconds(sequence.request.salt)
+            return served, sequence.blocks.remaining - aged, sequence.arrival
 
         queues: dict[RequestClass, list[Sequence]] = defaultdict(list)
-        for sequence in sorted((*self.running, *self.waiting), key=work):
+        for sequence in sorted((*self.running, *self.waiting), key=turn):
             if not sequence.decoding:
                 own = sequence.request.request_class
                 queues[min(own, urgency.get(sequence.blocks, own))].append(sequence)
@@ -279,13 +332,16 @@ class Scheduler:
                 self._served[request_class] = max(self._served[request_class], least)
         return sorted(present, key=lambda c: (self._served[c], c))
 
-    def _prompt_chunk(self, sequence: Sequence, budget: int) -> Chunk | None:
+    def _prompt_chunk(self, sequence: Sequence, room: StepRoom) -> Chunk | None:
         if sequence.state is SequenceState.WAITING and not self._admit(sequence):
             return None
         if not _is_running(sequence):
             return None  # an earlier chunk of this step has preempted it
         layout, begin = sequence.blocks.layout, sequence.blocks.computed
-        num_tokens = min(sequence.blocks.remaining, layout.within(begin, budget))
+        to_boundary = layout.tokens(layout.blocks(begin) + 1) - begin
+        smallest = min(sequence.blocks.remaining, to_boundary)
+        tokens = self._fitting_tokens(layout.position(begin), smallest, room)
+        num_tokens = min(sequence.blocks.remaining, layout.within(begin, tokens))
         if num_tokens == 0:
             return None
         if num_tokens < sequence.blocks.remaining:
@@ -294,9 +350,20 @@ class Scheduler:
             num_tokens = end - begin if end > begin else num_tokens
         return Chunk(sequence, num_tokens) if self._allocate(sequence, num_tokens) else None
 
+    def _fitting_tokens(self, past: int, smallest: int, room: StepRoom) -> int:
+        """Return how long a chunk may be, of which `smallest` tokens come before a boundary."""
+        if not self.cost.knows_prompts:
+            return room.tokens if room.alone else min(room.tokens, smallest)
+        fitting = self.cost.chunk_tokens(min(room.seconds, room.share_seconds), past)
+        if fitting < smallest:
+            if not room.empty:
+                return 0
+            whole_step = self.cost.chunk_tokens(room.seconds, past)
+            fitting = min(smallest, max(whole_step, MIN_CHUNK_TOKENS))
+        return min(room.tokens, math.floor(min(fitting, room.tokens)))
+
     def _admit(self, sequence: Sequence) -> bool:
-        width = sum(running.width for running in self.running)
-        if width + sequence.width > self._config.max_sequences:
+        if not self._make_place(sequence):
             return False
         admission = self._cache.admit(sequence.blocks, spare_blocks=len(self.running))
         if admission is not Admission.ADMITTED:
@@ -306,6 +373,30 @@ class Scheduler:
         sequence.state = SequenceState.RUNNING
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.blocks.computed
+        return True
+
+    def _make_place(self, sequence: Sequence) -> bool:
+        """Whether the sequence may run beside others; a tenant with many makes place for others.
+
+        Where all places are taken, a tenant that has two more than another is preempted, so that
+        who fills all places with long answers does not keep others out.
+        """
+        wanted = sum(running.width for running in self.running) + sequence.width
+        free = self._config.max_sequences - wanted
+        if free >= 0:
+            return True
+        places: Counter[str] = Counter()
+        for running in self.running:
+            places[running.request.salt] += running.width
+        tenant, most = max(places.items(), key=lambda item: item[1])
+        own = places[sequence.request.salt]
+        if sequence.width > 1 or most < own + 2:
+            return False
+        others = (running for running in self.running if running.request.salt == tenant)
+        victim = max(others, key=lambda running: running.blocks.preemption_key)
+        if victim.request.request_class < sequence.request.request_class:
+            return False
+        self.preempt(victim)
         return True
 
     def _allocate(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -329,3 +420,16 @@ class Scheduler:
 
 def _is_running(sequence: Sequence) -> bool:
     return sequence.state is SequenceState.RUNNING
+
+
+def _work(chunks: Iterable[Chunk]) -> StepWork:
+    """Count what the chunks compute; called before they are computed, or their blocks committed."""
+    work = StepWork()
+    for chunk in chunks:
+        blocks = chunk.sequence.blocks
+        past = blocks.layout.position(blocks.computed)
+        if chunk.sequence.decoding:
+            work.add_answer(past)
+        else:
+            work.add_prompt(chunk.num_tokens, past)
+    return work

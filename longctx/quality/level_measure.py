@@ -21,6 +21,7 @@ from compress.shape import BLOCK_TOKENS, KVShape
 from longctx.attention.registry import BACKENDS
 from longctx.config import CacheConfig, SchedulerConfig
 from longctx.engine.batch import Batch
+from longctx.engine.cost_model import CostModel
 from longctx.engine.engine import Engine
 from longctx.engine.model_runner import ModelRunner
 from longctx.engine.parts import one_rank_parts
@@ -176,6 +177,7 @@ class _Watched:
             backend=info.backend,
             cache=CacheConfig(device_pool_gib=POOL_BLOCKS * block_bytes / GIB),
             scheduler=SchedulerConfig(max_batch_tokens=STEP_TOKENS, max_sequences=2),
+            cost=CostModel(),
         )
         assert isinstance(parts.runner, ModelRunner)
         self._runner = _WatchedRunner(model, parts.memory, parts.runner.backend)

@@ -2,9 +2,8 @@
 
 from compress.shape import BLOCK_TOKENS
 from longctx.config import CacheConfig, SchedulerConfig
-from longctx.engine.info import engine_info
-from longctx.engine.parts import EngineParts, step_blocks
-from longctx.engine.scheduler import Scheduler
+from longctx.engine.cost_model import CostModel
+from longctx.engine.parts import EngineParts, assemble, step_blocks
 from longctx.engine_info import CodecChoice
 from longctx.kv.cache_manager import KVCacheManager
 from longctx.kv.memory import pool_bytes
@@ -28,6 +27,7 @@ def many_rank_parts(
     backend: str,
     cache: CacheConfig,
     scheduler: SchedulerConfig,
+    cost: CostModel,
 ) -> EngineParts:
     """Open the other ranks and return the leader's parts, as `one_rank_parts` does for one rank.
 
@@ -56,14 +56,14 @@ def many_rank_parts(
         ]
         offloader = KVOffloader(memory, store, staged=False, transfers=transfers)
     manager = KVCacheManager(memory, offloader)
-    return EngineParts(
-        model=model,
-        tokenizer=tokenizer,
-        info=engine_info(spec, memory, codec, store, backend=backend, tokenizer=tokenizer),
-        memory=memory,
-        store=store,
-        offloader=offloader,
-        cache=manager,
-        scheduler=Scheduler(scheduler, manager, batch_tokens=batch_tokens),
-        runner=runner,
+    return assemble(
+        model,
+        tokenizer,
+        runner,
+        manager,
+        codec=codec,
+        backend=backend,
+        scheduler=scheduler,
+        batch_tokens=batch_tokens,
+        cost=cost,
     )

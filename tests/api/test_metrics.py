@@ -13,7 +13,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from api.engine_metrics import ENGINE_METRICS
-from longctx.engine_stats import EngineStats, GroupStats, RingStats
+from longctx.engine_stats import ClassStats, EngineStats, GroupStats, RingStats, SchedulerStats
 from longctx.ipc.protocol import Done, decode_event, encode
 from longctx.request import FinishReason
 from offload.stats import Cleared, StoreStats, TierStats
@@ -176,6 +176,17 @@ STATS = EngineStats(
     steps=0,
     computed_tokens=0,
     preemptions=0,
+    scheduler=SchedulerStats(
+        target_step_seconds=0.0,
+        step_seconds=0.0,
+        predicted_seconds=0.0,
+        prediction_error=0.0,
+        seconds_per={"step": 0.0},
+        classes={
+            "batch": ClassStats(running=0, waiting=0, prompt_tokens_left=0, share_seconds_left=0.0)
+        },
+        tenants=0,
+    ),
     documents_open=0,
     modules_open=0,
     prefixes_held=0,

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.engine.scheduler import TIME_SHARE, DutyCycle, SchedulerOutput
+from longctx.engine.cost_model import Coefficients
+from longctx.engine.scheduler import SchedulerOutput
 from longctx.engine.sequence import Sequence, SequenceState
+from longctx.engine.time_shares import TIME_SHARE, TimeShares
 from longctx.errors import Overloaded
 from longctx.request import RequestClass
 from longctx.text.tokenizer import Tokenizer
@@ -215,36 +217,49 @@ def test_a_preempted_sequence_goes_on_from_its_blocks(tokenizer: Tokenizer) -> N
 def test_prompts_take_no_more_than_their_share_of_the_time(
     request_class: RequestClass, chunk_seconds: float
 ) -> None:
-    duty = DutyCycle()
-    decode_seconds, total, taken = 0.01, 0.0, 0.0
-    for _ in range(20):
-        duty.record({}, decode_seconds, decoding=True)
+    shares = TimeShares()
+    answer_seconds, total, taken = 0.01, 0.0, 0.0
     for _ in range(10_000):
-        if duty.allows(request_class):
-            seconds = decode_seconds + chunk_seconds
-            duty.record({request_class: 512}, seconds, decoding=True)
-            taken += chunk_seconds
-        else:
-            seconds = decode_seconds
-            duty.record({}, seconds, decoding=True)
-        total += seconds
+        shares.begin(answer_seconds)
+        seconds = chunk_seconds if shares.left(request_class) > 0 else 0.0
+        shares.record({request_class: seconds})
+        taken += seconds
+        total += answer_seconds + seconds
     share = TIME_SHARE[request_class]
     assert taken - chunk_seconds < share * total  # the last chunk is not repaid yet
     # And it is used, but for what whole steps cost: a chunk, then as many steps as repay it.
-    steps = math.ceil(chunk_seconds * (1 - share) / (decode_seconds * share))
-    cycle_seconds = chunk_seconds + (1 + steps) * decode_seconds
+    steps = math.ceil(chunk_seconds * (1 - share) / (answer_seconds * share))
+    cycle_seconds = chunk_seconds + (1 + steps) * answer_seconds
     assert taken + chunk_seconds > 0.95 * total * chunk_seconds / cycle_seconds
 
 
-def test_an_ingestion_slows_decoding_by_less_than_a_fifth(tokenizer: Tokenizer) -> None:
+def test_steps_without_answers_repay_what_is_owed_and_save_nothing_up() -> None:
+    shares = TimeShares()
+    shares.begin(0.01)
+    shares.record({INGEST: 3.0})
+    assert shares.left(INGEST) < -2.9
+    shares.repay(10.0)
+    assert shares.left(INGEST) == 0
+    for _ in range(100):
+        shares.begin(0.01)
+    assert shares.left(INGEST) == pytest.approx(0.01 * 0.45 / 0.55)
+
+
+def test_beside_an_ingestion_an_answer_takes_less_than_twice_its_time(
+    tokenizer: Tokenizer,
+) -> None:
     bench = Bench(tokenizer, bare_cache(blocks=3000), seconds_of=seconds_by_tokens)
     answer = bench.add(numbers(5), max_tokens=100_000)
     for _ in range(50):
         bench.step()
     alone = rate_of(bench, answer)
-    bench.add(numbers(100_000, 100_000), request_class=INGEST)
+    ingestion = bench.add(numbers(100_000, 100_000), request_class=INGEST)
     bench.step()
-    assert rate_of(bench, answer) > 0.8 * alone
+    began, computed = bench.now, ingestion.blocks.computed
+    assert rate_of(bench, answer) > 0.5 * alone
+    # And what the answer leaves, the ingestion uses: a millisecond for each token.
+    used = 0.001 * (ingestion.blocks.computed - computed)
+    assert used > 0.4 * (bench.now - began)
 
 
 def rate_of(bench: Bench, answer: Sequence) -> float:
@@ -258,3 +273,108 @@ def test_while_nothing_decodes_nothing_is_held_back(tokenizer: Tokenizer) -> Non
     bench = Bench(tokenizer, bare_cache(blocks=3000), seconds_of=seconds_by_tokens)
     bench.add(numbers(20_000), request_class=INGEST)
     assert all(bench.step().num_tokens == 128 for _ in range(100))
+
+
+def seconds_by_depth(output: SchedulerOutput) -> float:
+    """A model whose prompt chunks cost more and more, and whose answers take 60 ms a step."""
+    seconds = 0.06
+    for chunk in output.chunks:
+        past = chunk.sequence.blocks.computed
+        seconds += 1e-3 * chunk.num_tokens + 1e-7 * chunk.num_tokens * (past + chunk.num_tokens / 2)
+    return seconds
+
+
+@pytest.mark.parametrize("request_class", [INTERACTIVE, INGEST])
+def test_chunks_shrink_with_depth_so_that_answers_keep_their_pace(
+    tokenizer: Tokenizer, request_class: RequestClass
+) -> None:
+    bench = Bench(tokenizer, bare_cache(blocks=3000), batch_tokens=512, seconds_of=seconds_by_depth)
+    bench.add(numbers(5), max_tokens=100_000)
+    for _ in range(20):
+        bench.step()
+    prompt = bench.add(numbers(60_000, 100_000), request_class=request_class)
+    sizes: list[tuple[int, int]] = []
+    while prompt.state is not SequenceState.FINISHED:
+        past, before = prompt.blocks.computed, bench.now
+        output = bench.step()
+        # One block of 64 tokens fits into 250 ms up to a depth of about 20,000.
+        if 2000 < past < 18_000:
+            assert bench.now - before <= 1.05 * 0.25
+        if tokens_in(output, prompt) > 1:
+            sizes.append((past, tokens_in(output, prompt)))
+    shallow = max(size for past, size in sizes if 2000 < past < 6000)
+    deep = max(size for past, size in sizes if past > 40_000)
+    assert shallow > deep and (request_class is INGEST or shallow >= 128)
+    assert deep < 64  # less than a block, where a block takes longer than the objective
+
+
+def test_a_chunk_beside_answers_is_one_block_until_it_is_known_what_that_takes(
+    tokenizer: Tokenizer,
+) -> None:
+    bench = Bench(tokenizer, bare_cache(blocks=3000), batch_tokens=512, seconds_of=seconds_by_depth)
+    bench.add([1], max_tokens=100)
+    bench.step()
+    bench.scheduler.cost.coefficients = Coefficients(step=0.06)  # only decoding was measured
+    prompt = bench.add(numbers(5000, 100_000))
+    assert tokens_in(bench.step(), prompt) == 64
+
+
+def test_a_prompt_that_is_taken_for_nothing_still_has_its_part_of_the_time(
+    tokenizer: Tokenizer,
+) -> None:
+    bench = Bench(tokenizer, bare_cache(blocks=3000), seconds_of=seconds_by_depth)
+    bench.add([1], max_tokens=100)
+    bench.step()
+    bench.scheduler.cost.coefficients = Coefficients(answer=0.06)
+    prompt = bench.add(numbers(500, 100_000))
+    bench.step()
+    assert prompt.blocks.computed > 0
+
+
+# -- tenants ----------------------------------------------------------------------------------
+
+
+def test_a_tenant_with_many_prompts_does_not_delay_one_with_one(tokenizer: Tokenizer) -> None:
+    bench = Bench(
+        tokenizer, bare_cache(blocks=4000), max_sequences=64, seconds_of=seconds_by_tokens
+    )
+    for index in range(50):
+        bench.add(numbers(1000, 10_000 * index), salt="many")
+    for _ in range(20):
+        bench.step()
+    one = bench.add(numbers(1000, 900_000), salt="one")
+    steps = 0
+    while one.state is not SequenceState.FINISHED:
+        bench.step()
+        steps += 1
+    assert steps <= 2 * 1000 / 128 + 2  # half of each step is its own
+
+
+def test_a_tenant_who_comes_back_has_saved_nothing_up(tokenizer: Tokenizer) -> None:
+    bench = Bench(tokenizer, bare_cache(blocks=8000), seconds_of=seconds_by_tokens)
+    bench.add(numbers(128), salt="back")
+    bench.step()
+    other = bench.add(numbers(100_000, 10_000), salt="other")
+    for _ in range(400):
+        bench.step()
+    back = bench.add(numbers(100_000, 200_000), salt="back")
+    before = other.blocks.computed
+    for _ in range(200):
+        bench.step()
+    assert back.blocks.computed == pytest.approx(other.blocks.computed - before, rel=0.1)
+
+
+def test_a_tenant_whose_answers_take_all_places_makes_place_for_another(
+    tokenizer: Tokenizer,
+) -> None:
+    bench = Bench(tokenizer, bare_cache(blocks=400), max_sequences=4)
+    many = [bench.add(numbers(10, 100 * i), max_tokens=300, salt="many") for i in range(8)]
+    bench.step()
+    bench.step()
+    one = bench.add(numbers(10, 9000), max_tokens=5, salt="one")
+    for _ in range(8):
+        bench.step()
+    assert one.state is SequenceState.FINISHED
+    bench.finish(steps=3000)
+    assert all(sequence.completion_tokens == 300 for sequence in many)
+    assert many[0].preemptions == 0

@@ -9,6 +9,7 @@ import torch
 
 from compress.shape import BLOCK_TOKENS, KVShape
 from longctx.config import SchedulerConfig
+from longctx.engine.cost_model import CostModel
 from longctx.engine.sampler import SamplingState
 from longctx.engine.scheduler import Scheduler, SchedulerOutput
 from longctx.engine.sequence import Sequence as EngineSequence
@@ -57,6 +58,8 @@ class Bench:
     batch_tokens: int = 128
     max_sequences: int = 8
     seconds_of: Callable[[SchedulerOutput], float] = lambda output: 0.01
+    target_seconds: float = 0.25
+    cost: CostModel = field(default_factory=CostModel)
     now: float = 0.0
     arrivals: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
 
@@ -65,7 +68,12 @@ class Bench:
             max_batch_tokens=self.batch_tokens, max_sequences=self.max_sequences
         )
         self.scheduler = Scheduler(
-            config, self.cache, batch_tokens=self.batch_tokens, clock=lambda: self.now
+            config,
+            self.cache,
+            batch_tokens=self.batch_tokens,
+            target_seconds=self.target_seconds,
+            cost=self.cost,
+            clock=lambda: self.now,
         )
 
     def sequence(
@@ -74,6 +82,7 @@ class Bench:
         *,
         request_class: RequestClass = RequestClass.INTERACTIVE,
         max_tokens: int = 1,
+        salt: str = "",
         document: tuple[str, int] | None = None,
     ) -> EngineSequence:
         """Make a sequence; `document` is an id, and the prompt tokens up to the document's end."""
@@ -88,6 +97,7 @@ class Bench:
             segments=(Segment(token_ids=tuple(token_ids)),),
             sampling=sampling,
             request_class=request_class,
+            salt=salt,
         )
         return EngineSequence(
             request=request,

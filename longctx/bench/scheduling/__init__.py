@@ -1,0 +1,1 @@
+"""Measures and simulates what the scheduler does for those who wait."""
