@@ -120,7 +120,9 @@ def test_progress_of_a_long_prompt_is_told_when_asked_for(server: LiveServer) ->
             if hasattr(chunk, "prompt_progress"):
                 steps.append(chunk.prompt_progress)
     assert len(steps) > 2
-    assert {"total", "cache", "processed", "time_ms"} == set(steps[0])
+    assert {"total", "cache", "processed", "time_ms", "rest_ms"} == set(steps[0])
+    told = [step["rest_ms"] for step in steps if step["rest_ms"] is not None]
+    assert told and all(rest_ms >= 0 for rest_ms in told)
     processed = [step["processed"] for step in steps]
     assert processed == sorted(processed) and processed[-1] <= steps[0]["total"]
 
