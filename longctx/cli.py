@@ -14,6 +14,7 @@ from longctx.commands.arguments import (
     ask_arguments,
     bench_arguments,
     cache_arguments,
+    models_arguments,
     prompt_cache_arguments,
     serve_arguments,
 )
@@ -44,6 +45,9 @@ COMMANDS = {
     ),
     "ask": Command(
         "ask a question about a file, without a server", ask_arguments, "longctx.commands.ask"
+    ),
+    "models": Command(
+        "list the models that can be named", models_arguments, "longctx.commands.models"
     ),
     "cache": Command(
         "see and tidy what is stored below the device; see cache --help",

@@ -48,6 +48,10 @@ def ask_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, EngineConfig)
 
 
+def models_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add nothing: the command takes no options."""
+
+
 def cache_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one subcommand for each action on the disk tier; `action` is its name."""
     actions = _actions(parser, CACHE_ACTIONS)

