@@ -90,5 +90,7 @@ def routes(services: Services) -> list[Route]:
         Route("GET", "/v1/files", files.list),
         Route("GET", "/v1/files/{file_id}", files.retrieve),
         Route("GET", "/v1/files/{file_id}/content", files.content),
+        Route("GET", "/v1/files/{file_id}/text", files.text),
+        Route("GET", "/v1/files/{file_id}/sections", files.sections),
         Route("DELETE", "/v1/files/{file_id}", files.delete),
     ]

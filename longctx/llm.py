@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from longctx.config import EngineConfig, ModelConfig
+from longctx.documents.read_text import Unreadable
+from longctx.documents.reader import read_document
 from longctx.errors import InvalidRequest, LongctxError
 from longctx.model.named import find_model
 from longctx.open_engine import open_engine
@@ -119,14 +121,16 @@ class LLM:
         self.engine.close_module(module_id)
 
     def document(self, path: str | Path, *, system: str | None = None) -> "Document":
-        """Read a UTF-8 text file and compute its attention state, after `system` if given."""
+        """Read a document and compute its attention state, after `system` if given.
+
+        It may be text in any common encoding, Markdown, CSV, HTML, PDF, Word (.docx), EPUB, or a
+        tree of files (.zip, .tar.gz). Raises InvalidRequest where no text can be had from it.
+        """
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise InvalidRequest(
-                f"{path} is not UTF-8 text (byte {error.start}); convert it first"
-            ) from error
+            text = read_document(path, path.name).text
+        except Unreadable as error:
+            raise InvalidRequest(f"{path}: {error}") from error
         return self.document_from_text(text, title=path.name, system=system)
 
     def document_from_text(

@@ -3,9 +3,11 @@
 secret               what tenants are derived from; private
 documents.sqlite     what is known about each file (`files/document_store.py`)
 prompts.sqlite       schemas, named and retained prompts (`stored_prompts/records.py`)
-documents/ID.txt     a file's text, as uploaded
+documents/ID.txt     a file as uploaded
+documents/ID.read    the text of one that is no UTF-8 text itself, such as a PDF
+documents/ID.reading how that was read: format, encoding, pages and sections
 documents/ID.tokens  its token ids, little-endian int32
-documents/*.partial  one of the two while it is written
+documents/*partial   one of these while it is written
 models               checksums of models, and what codecs cost them
 """
 
@@ -15,6 +17,8 @@ import secrets
 from pathlib import Path
 
 from longctx.errors import LongctxError
+
+KEPT = {".txt", ".read", ".reading", ".tokens"}  # of documents that are known
 
 
 class StoreDir:
@@ -60,6 +64,12 @@ class StoreDir:
     def tokens_path(self, document_id: str) -> Path:
         return self.path / "documents" / f"{document_id}.tokens"
 
+    def read_path(self, document_id: str) -> Path:
+        return self.path / "documents" / f"{document_id}.read"
+
+    def reading_path(self, document_id: str) -> Path:
+        return self.path / "documents" / f"{document_id}.reading"
+
     def new_upload_path(self) -> Path:
         """Returns a new path for an upload until it is complete, on the same file system."""
         return self.path / "documents" / f"{secrets.token_hex(16)}.partial"
@@ -78,7 +88,8 @@ class StoreDir:
         return path.read_bytes()
 
     def remove_text(self, document_id: str) -> None:
-        self.text_path(document_id).unlink(missing_ok=True)
+        for path in (self.text_path, self.read_path, self.reading_path):
+            path(document_id).unlink(missing_ok=True)
 
     def remove_document(self, document_id: str) -> None:
         self.remove_text(document_id)
@@ -87,5 +98,5 @@ class StoreDir:
     def remove_orphans(self, known: frozenset[str]) -> None:
         """Deletes what a crash left behind: incomplete files, and those of no known document."""
         for path in (self.path / "documents").iterdir():
-            if path.stem not in known or path.suffix not in {".txt", ".tokens"}:
+            if path.stem not in known or path.suffix not in KEPT:
                 path.unlink()

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from api.background.ingest import Failures
 from api.files.document_store import DocumentRecord
+from api.files.reading import Reading
 from longctx.request import Progress
 
 DocumentState = Literal["queued", "processing", "ready", "error"]
@@ -20,7 +21,8 @@ class Document:
 
     record: DocumentRecord
     prefix: tuple[int, ...]  # the tokens before it, in the prompt it is computed under
-    read_bytes: int = 0  # of its text, by the tokenizer
+    reading: Reading | None = None  # how it was read, where it is no UTF-8 text
+    read_bytes: int = 0  # of the file, by the tokenizer
     # Set when nobody needs to wait any longer: the engine knows its tokens, or it has failed or
     # was removed.
     tokenized: asyncio.Event = field(default_factory=asyncio.Event)

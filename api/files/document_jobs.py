@@ -20,6 +20,7 @@ from api.background.job_queue import JobQueue
 from api.background.store_dir import StoreDir
 from api.files.document import Document
 from api.files.document_store import DocumentStore
+from api.files.reading import load_reading
 from api.files.tokenizer_process import TokenizerProcess
 from longctx.errors import ContextTooLong, EngineDied, LongctxError
 from longctx.process.client import EngineClient
@@ -125,9 +126,12 @@ class DocumentJobs:
         tokens = await self._tokenizer_process.tokenize(
             self._folder.text_path(document.id),
             self._folder.tokens_path(document.id),
+            filename=document.record.filename,
             continues=bool(document.prefix),
             on_progress=note,
         )
+        reading = self._folder.reading_path(document.id)
+        document.reading = await asyncio.to_thread(load_reading, reading)
         fingerprint = self._engine.info.fingerprint
         document.record = replace(document.record, tokens=tokens, fingerprint=fingerprint)
         await self._store.save(document.record)

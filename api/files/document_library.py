@@ -19,6 +19,7 @@ from api.background.store_dir import StoreDir
 from api.files.document import Document, DocumentState
 from api.files.document_jobs import DocumentJobs
 from api.files.document_store import DocumentRecord, DocumentStore
+from api.files.reading import load_reading
 from api.files.tokenizer_process import TokenizerProcess
 from api.http.errors import ApiError
 from longctx.errors import InvalidRequest
@@ -134,8 +135,14 @@ class DocumentLibrary:
         found = (self._documents.get(record.id) for record in records)
         return [document for document in found if document is not None]  # some may just be leaving
 
-    def text_path(self, document: Document) -> Path:
+    def upload_path(self, document: Document) -> Path:
         return self._folder.text_path(document.id)
+
+    def text_path(self, document: Document) -> Path:
+        """Returns the text that the model reads, in UTF-8."""
+        folder = self._folder
+        path = folder.text_path if document.reading is None else folder.read_path
+        return path(document.id)
 
     def state(self, document: Document) -> DocumentState:
         """Derives the state that the API tells."""
@@ -201,7 +208,8 @@ class DocumentLibrary:
         if not known or record.tokens is None or size_bytes != record.tokens * TOKEN_BYTES:
             record = replace(record, tokens=None, fingerprint=None)
         try:
-            self._start(record, await self._prefix(record))
+            document = self._start(record, await self._prefix(record))
+            document.reading = load_reading(self._folder.reading_path(record.id))
         except InvalidRequest as error:  # this model's template takes no documents
             self._documents[record.id] = Document(record, prefix=(), error=str(error))
 

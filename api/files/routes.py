@@ -5,6 +5,7 @@ prompt given with it, so that the first question already finds it.
 """
 
 import datetime
+import mimetypes
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
@@ -19,6 +20,7 @@ from api.files.document import Document
 from api.files.document_library import DocumentLibrary
 from api.files.document_store import DocumentRecord
 from api.files.multipart import MultipartReader
+from api.files.reading import Reading
 from api.files.upload import Upload
 from api.http.auth import tenant_of
 from api.http.errors import ApiError, invalid_body
@@ -124,12 +126,29 @@ class FileRoutes:
         return JSONResponse(self._body(self._find(request)))
 
     async def content(self, request: Request) -> Response:
-        """Returns the text of a file as it was uploaded."""
+        """Returns a file as it was uploaded."""
         document = self._find(request)
+        filename = document.record.filename
         return FileResponse(
-            self.library.text_path(document),
-            media_type="text/plain",
-            filename=document.record.filename,
+            self.library.upload_path(document),
+            media_type=mimetypes.guess_type(filename)[0] or "text/plain",
+            filename=filename,
+        )
+
+    async def text(self, request: Request) -> Response:
+        """Returns the text of a file as the model reads it; 409 until it was read."""
+        document = self._find_read(request)
+        return FileResponse(self.library.text_path(document), media_type="text/plain")
+
+    async def sections(self, request: Request) -> Response:
+        """Lists where pages, headings and files begin in the text, by its characters."""
+        reading = self._find_read(request).reading
+        sections = () if reading is None else reading.sections
+        return JSONResponse(
+            {
+                "object": "list",
+                "data": [{"offset": each.offset, "label": each.label} for each in sections],
+            }
         )
 
     async def delete(self, request: Request) -> Response:
@@ -142,6 +161,13 @@ class FileRoutes:
 
     def _find(self, request: Request) -> Document:
         return self.library.find(tenant_of(request), request.path_params["file_id"])
+
+    def _find_read(self, request: Request) -> Document:
+        document = self._find(request)
+        if document.record.tokens is None:
+            why = document.error or "it is not read yet; GET the file to see how far it is"
+            raise ApiError(409, f"file {document.id} has no text: {why}", code="file_not_read")
+        return document
 
     def _body(self, document: Document) -> dict[str, Any]:
         record = document.record
@@ -158,6 +184,7 @@ class FileRoutes:
             "longctx": {
                 "state": state,
                 "error": document.error,
+                **_reading(document.reading),
                 "tokens": record.tokens,
                 "prefilled_tokens": self.library.prefilled_tokens(document),
                 "durable_tokens": self.library.durable_tokens(document),
@@ -171,6 +198,18 @@ class FileRoutes:
                 },
             },
         }
+
+
+def _reading(reading: Reading | None) -> dict[str, Any]:
+    """Tells how a document was read: one that was UTF-8 text as it came needed no reading."""
+    if reading is None:
+        return {"format": "text", "encoding": "utf-8", "sections": 0, "skipped": []}
+    return {
+        "format": reading.format,
+        "encoding": reading.encoding,
+        "sections": len(reading.sections),
+        "skipped": list(reading.skipped),
+    }
 
 
 def new_record(

@@ -1,4 +1,4 @@
-"""Turns uploaded text into token ids in a process that may be slow, run wild or be killed.
+"""Reads uploaded documents and tokenizes their text in a process that may run wild or be killed.
 
 A zygote is forked from the server while that has one thread. It holds the loaded tokenizer and
 forks one child per document, so a document starts at once, with limits of its own, and costs the
@@ -27,7 +27,11 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from api.background.finish import finish
+from api.files.reading import Reading
+from longctx.documents.reader import is_plain_text, read_document
 from longctx.errors import InvalidRequest, LongctxError
 from longctx.text.tokenizer import Tokenizer
 from offload.machine_limits import memory_bytes
@@ -85,10 +89,14 @@ class TokenizerProcess:
         text: Path,
         tokens: Path,
         *,
+        filename: str = "",
         continues: bool,
         on_progress: Callable[[int], None] = lambda read_bytes: None,
     ) -> int:
-        """Writes the token ids of UTF-8 `text` to `tokens`, little-endian int32; returns the count.
+        """Writes the token ids of a document to `tokens`, little-endian int32; returns the count.
+
+        What is no UTF-8 text is read first: its text is then beside the document, as `read_path`
+        says, and what `Reading` tells of it as `reading_path` says.
 
         One document at a time; cancelling kills the process at work. Once this has returned or
         raised, nothing writes `tokens`, or any other file, any more. `continues` says
@@ -98,12 +106,24 @@ class TokenizerProcess:
         # The child writes a partial file, and only this process names it `tokens`: a child that is
         # killed too late, or that outlives its zygote, leaves no tokens of a deleted document.
         partial = tokens.with_suffix(".partial")
-        job = {"text": str(text), "tokens": str(partial), "continues": continues}
+        read = [read_path(text), reading_path(text)]
+        partials = [path.with_name(f"{path.name}-partial") for path in read]
+        job = {
+            "text": str(text),
+            "filename": filename,
+            "read": [str(path) for path in partials],
+            "tokens": str(partial),
+            "continues": continues,
+        }
         try:
             count = await finish(self._run(child, job, on_progress), on_cancel=child.kill)
+            for path, name in zip(partials, read, strict=True):
+                with suppress(FileNotFoundError):  # it was text as it came
+                    path.rename(name)
             partial.rename(tokens)
         finally:
-            partial.unlink(missing_ok=True)
+            for path in (*partials, partial):
+                path.unlink(missing_ok=True)
         return count
 
     async def close(self) -> None:
@@ -240,12 +260,17 @@ def _run_child(tokenizer: Tokenizer, job: dict[str, Any], lines: TextIOWrapper) 
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_DATA, (_data_bytes(), _data_bytes()))
+        text, tokens = Path(job["text"]), Path(job["tokens"])
+        size = max(1, text.stat().st_size)
+        if not is_plain_text(text, job["filename"]):
+            text = _read(text, job["filename"], *map(Path, job["read"]))
+        read_size = max(1, text.stat().st_size)
         count = _write_tokens(
             tokenizer,
-            Path(job["text"]),
-            Path(job["tokens"]),
+            text,
+            tokens,
             continues=job["continues"],
-            on_progress=lambda read: _write(lines, read=read),
+            on_progress=lambda read: _write(lines, read=read * size // read_size),
         )
         _write(lines, count=count)
     except InvalidRequest as error:
@@ -254,7 +279,9 @@ def _run_child(tokenizer: Tokenizer, job: dict[str, Any], lines: TextIOWrapper) 
         _write(lines, error=_too_much_memory())
     except OSError as error:
         with suppress(OSError):
-            _write(lines, error=f"its tokens cannot be written: {error.strerror}")
+            _write(
+                lines, error=f"it cannot be read, or its tokens not be written: {error.strerror}"
+            )
     except BaseException:
         traceback.print_exc()
         os._exit(1)
@@ -264,6 +291,24 @@ def _run_child(tokenizer: Tokenizer, job: dict[str, Any], lines: TextIOWrapper) 
 def _write(lines: TextIOWrapper, **message: Any) -> None:
     lines.write(json.dumps(message) + "\n")
     lines.flush()
+
+
+def read_path(text: Path) -> Path:
+    """Returns where the text of a document lies that is no UTF-8 text itself."""
+    return text.with_suffix(".read")
+
+
+def reading_path(text: Path) -> Path:
+    """Returns where it is told how such a document was read."""
+    return text.with_suffix(".reading")
+
+
+def _read(source: Path, filename: str, text: Path, reading: Path) -> Path:
+    """Writes the text of a document, and how it was read; returns the path of the text."""
+    document = read_document(source, filename)
+    text.write_text(document.text, encoding="utf-8", errors="replace", newline="")
+    reading.write_bytes(msgspec.json.encode(Reading.of(document)))
+    return text
 
 
 def _write_tokens(

@@ -1,9 +1,9 @@
-"""Receives a file: writes it to disk, and checks on its way that it is text.
+"""Receives a file: writes it to disk, and refuses at once what its first bytes say is no document.
 
-Accepted is UTF-8 text of any kind, Markdown among it, with or without a byte order mark.
+Whether a text can be had from it is found out later, in a process of its own
+(`tokenizer_process.py`).
 """
 
-import codecs
 import errno
 import hashlib
 import os
@@ -14,21 +14,11 @@ from types import TracebackType
 from typing import Self
 
 from api.http.errors import ApiError, full_disk
+from longctx.documents.encodings import marked_encoding
+from longctx.documents.read_text import Unreadable
+from longctx.documents.reader import KNOWN, format_of
 
-ACCEPTED = "accepted are UTF-8 text and Markdown"
-
-# What people send although it is no text, by its first bytes.
-FORMATS = {
-    b"%PDF-": "a PDF file",
-    b"PK\x03\x04": "a ZIP archive or an Office document",
-    b"\xff\xfe": "UTF-16 text",
-    b"\xfe\xff": "UTF-16 text",
-    b"\xd0\xcf\x11\xe0": "an old Office document",
-    b"{\\rtf": "an RTF document",
-    b"\x1f\x8b": "gzip-compressed",
-    b"\x89PNG": "an image",
-    b"\xff\xd8\xff": "an image",
-}
+HEAD_BYTES = 512  # tell every format
 
 
 class Upload:
@@ -44,8 +34,9 @@ class Upload:
         self._limit_bytes = limit_bytes
         self._file = path.open("xb")
         self._hash = hashlib.sha256()
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._head = b""  # of which the format is told
         self._has_text = False
+        self._zeros_allowed = False
 
     def __enter__(self) -> Self:
         return self
@@ -67,11 +58,26 @@ class Upload:
         return self._hash.hexdigest()
 
     def write(self, data: bytes) -> None:
-        """Appends `data`. Raises ApiError for what is not text, too much of it, or a full disk."""
+        """Appends `data`. Raises ApiError for what is no document, too large, or a full disk."""
+        self._head += data
+        if len(self._head) >= HEAD_BYTES:
+            self._write(self._head)
+            self._head = b""
+
+    def finish(self) -> None:
+        """Makes it durable. Raises ApiError for a file that is empty, and for a full disk."""
+        self._write(self._head)
+        if not self._has_text:
+            raise _refusal("the file is empty")
+        with self._room():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def _write(self, data: bytes) -> None:
         if self.size_bytes == 0:
-            for magic, name in FORMATS.items():
-                if data.startswith(magic):
-                    raise _refusal(f"the file is {name}")
+            self._check_format(data)
+        if not self._zeros_allowed and (position := data.find(b"\0")) >= 0:
+            raise _refusal(f"the file is binary: a zero at byte {self.size_bytes + position}")
         if self.size_bytes + len(data) > self._limit_bytes:
             raise ApiError(
                 413,
@@ -79,21 +85,11 @@ class Upload:
                 "server with a larger --max-upload-mib",
                 param="file",
             )
-        self._check(data, final=False)
+        self._has_text = self._has_text or bool(data.strip(b"\xef\xbb\xbf \t\r\n\v\f"))
         self.size_bytes += len(data)
         self._hash.update(data)
         with self._room():
             self._file.write(data)
-
-    def finish(self) -> None:
-        """Makes it durable. Raises ApiError for a file that is empty or ends inside a character,
-        and for a full disk."""
-        self._check(b"", final=True)
-        if not self._has_text:
-            raise _refusal("the file is empty")
-        with self._room():
-            self._file.flush()
-            os.fsync(self._file.fileno())
 
     @contextmanager
     def _room(self) -> Iterator[None]:
@@ -104,19 +100,13 @@ class Upload:
                 raise full_disk(self.path.parent) from error
             raise
 
-    def _check(self, data: bytes, *, final: bool) -> None:
-        held, _ = (
-            self._decoder.getstate()
-        )  # the first bytes of a character that `data` goes on with
+    def _check_format(self, head: bytes) -> None:
         try:
-            text = self._decoder.decode(data, final)
-        except UnicodeDecodeError as error:
-            at = self.size_bytes - len(held) + error.start
-            raise _refusal(f"the file is not UTF-8: {error.reason} at byte {at}") from error
-        if (position := data.find(b"\0")) >= 0:
-            raise _refusal(f"the file is binary: a zero at byte {self.size_bytes + position}")
-        self._has_text = self._has_text or bool(text.strip("\ufeff \t\r\n\v\f"))
+            format = format_of(head, "")
+        except Unreadable as error:
+            raise _refusal(str(error)) from error
+        self._zeros_allowed = format != "text" or marked_encoding(head) is not None
 
 
 def _refusal(what: str) -> ApiError:
-    return ApiError(400, f"{what}; {ACCEPTED}", param="file", code="unsupported_file")
+    return ApiError(400, f"{what}; accepted are {KNOWN}", param="file", code="unsupported_file")

@@ -96,6 +96,7 @@ class _Session:
                 self.tokenizer_process.tokenize(
                     text,
                     tokens,
+                    filename=file.name,
                     continues=bool(prefix),
                     on_progress=lambda read: progress.update(reading, completed=read),
                 ),
