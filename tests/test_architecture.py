@@ -42,7 +42,14 @@ LADDER = (
     ("longctx.attention",),
     ("longctx.kv", "longctx.text", "longctx.ipc"),
     ("longctx.engine_stats",),
-    ("longctx.documents", "longctx.model", "longctx.engine_info", "longctx.request", "prompt_cache", "offload.disk"),
+    (
+        "longctx.documents",
+        "longctx.model",
+        "longctx.engine_info",
+        "longctx.request",
+        "prompt_cache",
+        "offload.disk",
+    ),
     (
         "longctx.config",
         "longctx.errors",
