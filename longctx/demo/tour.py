@@ -2,7 +2,8 @@
 
 A document is uploaded, read once and asked; texts are computed once and combined. The server is
 stopped and started again, and asked once more: one table shows what each took. The model only finds
-facts in text; expected and given answers are shown side by side, right or wrong.
+facts in text; expected and given answers are shown side by side, right or wrong. At the end a model
+that speaks, where it is installed, is asked about a real text.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,9 +27,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from longctx.bench.haystack import document
+from longctx.demo import chat_model
 from longctx.demo.modules import show_library
 from longctx.demo.server import own_environment, running_server
 from longctx.embedded import model_path
+from longctx.errors import ModelRefused
+from longctx.model.named import find_model
 from longctx.needles.generator import insert
 from longctx.options import add_options, read_options
 
@@ -139,6 +143,7 @@ class Demo:
         *,
         system: str | None = None,
         prompt_cache: dict[str, Any] | None = None,
+        max_tokens: int = 64,
         show: bool = False,
     ) -> Said:
         """Asks one streamed chat request; `show` prints the words as they come."""
@@ -153,7 +158,7 @@ class Demo:
         for chunk in self.client.chat.completions.create(
             model=self.model,
             messages=messages,
-            max_tokens=64,
+            max_tokens=max_tokens,
             temperature=0,
             stream=True,
             stream_options={"include_usage": True},
@@ -209,6 +214,9 @@ def main(words: Sequence[str] | None = None) -> None:
         with TemporaryDirectory(prefix="longctx-demo-") as store:
             _story(console, config, folder, Path(store))
         _needle_grid(console, config, folder)
+        if config.model is None:  # else the tour is of the model that was given, alone
+            with TemporaryDirectory(prefix="longctx-demo-") as store:
+                _chat_model(console, Path(store))
     except openai.OpenAIError as error:
         raise SystemExit(f"longctx demo: the server answered with an error: {error}") from error
     except KeyboardInterrupt:
@@ -275,9 +283,39 @@ def _story(console: Console, config: DemoConfig, folder: Path, store: Path) -> N
         console.print()
 
 
+def _chat_model(console: Console, store: Path) -> None:
+    _section(
+        console,
+        "A model that speaks",
+        "SmolLM2-135M from its GGUF file reads a page of the Python documentation; it is small, "
+        "and often wrong",
+    )
+    try:
+        found = find_model(Path(chat_model.MODEL))
+    except ModelRefused as error:
+        console.print(f"  left out: {error}")
+        return
+    cold, warm, restored = chat_model.show_chat_model(
+        console,
+        lambda: _serving(console, ["--model", str(found)], store),
+        show=lambda said: _figures(console, said),
+    )
+    errors = (store / "errors.log").read_text(encoding="utf-8").splitlines()
+    stored = next((line for line in errors if line.startswith("longctx stores KV")), "")
+    console.print(f"\n  {stored}", markup=False)
+    _section(console, "Time to the first token", f"the same question: {chat_model.QUESTIONS[0]}")
+    _compare(console, cold, warm, restored)
+
+
+def _served(
+    console: Console, config: DemoConfig, folder: Path, store: Path
+) -> AbstractContextManager[Demo]:
+    return _serving(console, _engine_options(config, folder), store)
+
+
 @contextmanager
-def _served(console: Console, config: DemoConfig, folder: Path, store: Path) -> Iterator[Demo]:
-    words = ["--store-dir", str(store / "store"), *_engine_options(config, folder)]
+def _serving(console: Console, options: Sequence[str], store: Path) -> Iterator[Demo]:
+    words = ["--store-dir", str(store / "store"), *options]
     with (
         running_server(console, words, errors=store / "errors.log") as address,
         openai.OpenAI(
@@ -294,9 +332,14 @@ def _question(demo: Demo, file_id: str, fact: Fact) -> None:
     said = demo.ask(_about({"file_id": file_id}, fact.question), show=True)
     console.print()
     _verdict(console, said.text, fact.answer)
+    _figures(console, said)
+    console.print()
+
+
+def _figures(console: Console, said: Said) -> None:
     console.print(
         f"    first token after {_duration(said.first_token_seconds)}, "
-        f"{said.cached_tokens:,} of {said.prompt_tokens:,} prompt tokens were cached\n",
+        f"{said.cached_tokens:,} of {said.prompt_tokens:,} prompt tokens were cached",
         style="dim",
     )
 
