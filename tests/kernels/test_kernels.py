@@ -319,7 +319,11 @@ def test_other_builds_pass_too(kind: str, tmp_path: Path) -> None:
     }
     tests = [
         str(ROOT / "tests" / name)
-        for name in ("kernels/test_kernels.py", "model/test_packed_linear.py")
+        for name in (
+            "kernels/test_kernels.py",
+            "model/test_packed_linear.py",
+            "model/test_quantized_linear.py",
+        )
     ]
     repeated = subprocess.run(
         [sys.executable, "-c", REPEAT, str(module), *tests],
