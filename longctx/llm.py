@@ -210,6 +210,8 @@ def _answer(outputs: Sequence[RequestOutput]) -> Answer:
     reason, usage = own[-1].finish_reason, outputs[-1].usage
     assert reason is not None and usage is not None
     if reason is FinishReason.ERROR:
+        if own[-1].error_param is not None:
+            raise InvalidRequest(own[-1].error or "", param=own[-1].error_param)
         raise LongctxError(own[-1].error)
     return Answer(
         text="".join(output.text for output in own),

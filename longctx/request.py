@@ -53,6 +53,7 @@ class SamplingParams:
     ignore_eos: bool = False
     n: int = 1
     logprobs: int | None = None  # of each token, and of so many of the likeliest in its place
+    grammar: str | None = None  # what the answer has to follow, as `text/grammar.py` writes it
     prompt_logprobs: int | None = None  # the same for the prompt, all of which is then computed
 
     def __post_init__(self) -> None:
@@ -269,6 +270,7 @@ class RequestOutput:
     finished: bool = False  # the last event of the request
     usage: Usage | None = None  # with `finished`
     error: str | None = None  # with FinishReason.ERROR
+    error_param: str | None = None  # the parameter at fault, where the request was
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

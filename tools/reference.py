@@ -236,7 +236,7 @@ def _type(schema: Any) -> str:
     match schema.get("type"):
         case "array":
             return f"list of {_type(schema['items'])}"
-        case "object" if "additionalProperties" in schema:
+        case "object" if isinstance(schema.get("additionalProperties"), dict):
             return f"object of {_type(schema['additionalProperties'])}"
         case "integer":
             return f"whole number{_bounds(schema)}"

@@ -141,6 +141,8 @@ class Generation:
                 if output.token_ids and asked is not None:
                     self._on_first_token(time.perf_counter() - asked)
                     asked = None
+                if output.error_param is not None:
+                    raise InvalidRequest(output.error or "", param=output.error_param)
                 if output.finish_reason is FinishReason.ERROR:
                     raise self._failure(output.error or "the engine failed")
                 if first_choice:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from api.http.format_bodies import ResponseFormat
 from api.http.message_bodies import (
     Message,
     RequestBody,
@@ -88,6 +89,10 @@ class GenerationRequest(RequestBody):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
+    response_format: Annotated[
+        ResponseFormat | None,
+        Field(description="text, any JSON object, or JSON that is valid for a schema"),
+    ] = None
     stop: TextOrTexts | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: Annotated[
@@ -122,6 +127,11 @@ class GenerationRequest(RequestBody):
         return False
 
     @property
+    def grammar(self) -> str | None:
+        """What the answer has to follow. Raises InvalidRequest for a schema that is too large."""
+        return None if self.response_format is None else self.response_format.grammar
+
+    @property
     def echoes(self) -> bool:
         """Whether the answer begins with the prompt."""
         return False
@@ -152,6 +162,7 @@ class GenerationRequest(RequestBody):
             max_tokens=max_tokens,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
+            grammar=self.grammar,
             logprobs=self.answer_logprobs,
             prompt_logprobs=self.answer_logprobs if self.echoes else None,
             **given,
@@ -229,7 +240,6 @@ class ChatRequest(GenerationRequest):
     modalities: Annotated[Any, neutral(None, ["text"])] = None
     moderation: Annotated[Any, neutral(None)] = None
     reasoning_effort: Annotated[Any, neutral(None, "none")] = None
-    response_format: Annotated[Any, neutral(None, {"type": "text"})] = None
     store: Annotated[Any, neutral(None, False)] = None
     tool_choice: Annotated[Any, neutral(None, "none", "auto")] = None
     tools: Annotated[Any, neutral(None, [])] = None

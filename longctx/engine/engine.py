@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from longctx.engine.explain import Explainer
+from longctx.engine.grammars import Grammars
 from longctx.engine.ingestion import Ingestion
 from longctx.engine.input_processor import InputProcessor
 from longctx.engine.logprobs import sampled_logprobs, score_prompt
@@ -84,6 +85,7 @@ class Engine:
         self._explainer = Explainer(
             self._cache, self._inputs.prompts.documents, self.tokenizer, self._inputs.namespace
         )
+        self._grammars = Grammars(parts.tokenizer, vocab_size=parts.model.spec.vocab_size)
         self._ended = EndedRequests()
         self._requests: dict[str, RequestState] = {}
         self._steps = 0
@@ -110,6 +112,8 @@ class Engine:
             raise InvalidRequest(f"request id {request.request_id} is in use", param="request_id")
         sequence = self._inputs.sequence(request)
         self._scheduler.add(sequence)
+        if request.sampling.grammar is not None and request.sampling.max_tokens:
+            self._grammars.begin(sequence, request.sampling.grammar)
         self._requests[request.request_id] = RequestState(request, [sequence])
         if request.keeps_prompt:
             self._inputs.prompts.modules.note_ingested(sequence)
@@ -174,6 +178,7 @@ class Engine:
         """Abort all requests, and wait up to `flush_seconds` for what they sealed to be written."""
         for request_id in list(self._requests):
             self.abort(request_id)
+        self._grammars.close()
         if self._offloader is not None:
             self._offloader.close(flush_seconds)
         self._scheduler.cost.save()
@@ -206,6 +211,12 @@ class Engine:
         if self._ingestion is not None:
             for sequence in self._ingestion.take_durable(transferred=transferred):
                 outputs += self._finish(sequence, FinishReason.LENGTH)
+        for sequence, refusal in self._grammars.take_done():
+            if sequence.finish_reason is None:
+                last = RequestOutput(
+                    request_id=sequence.request.request_id, error_param=refusal.param
+                )
+                outputs += self._finish(sequence, FinishReason.ERROR, last, error=str(refusal))
         for sequence, failure in self._scheduler.failed():
             outputs += self._finish(sequence, FinishReason.ERROR, error=failure)
         scheduled = self._scheduler.schedule()
@@ -238,6 +249,8 @@ class Engine:
                     outputs += self._prefilled(chunk.sequence)
         elif not outputs and self._offloader is not None and self._offloader.busy:
             self._offloader.store.wait(IDLE_SECONDS)
+        elif not outputs and self._grammars.busy:
+            self._grammars.wait(IDLE_SECONDS)
         return outputs
 
     def _prefilled(self, sequence: Sequence) -> list[RequestOutput]:
@@ -325,6 +338,9 @@ class Engine:
         output = replace(output, text=delta.text)
         if delta.stopped_by is not None:
             output = replace(output, stop_reason=delta.stopped_by)
+            return self._finish(sequence, FinishReason.STOP, output)
+        mask = sequence.sampling_state.mask
+        if mask is not None and mask.complete:
             return self._finish(sequence, FinishReason.STOP, output)
         position = sequence.blocks.layout.position(len(sequence.blocks.tokens))
         full = position >= self.info.max_context_tokens

@@ -7,6 +7,7 @@ of Hugging Face and vLLM, in the order of `sample`'s docstring.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,6 +31,23 @@ class SamplingError(LongctxError):
     """Says why a row has no next token; `sample` returns it in the token's place."""
 
 
+class AnswerMask(Protocol):
+    """Says which tokens may come next, and is told which one came."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer is whole and nothing can follow."""
+        ...
+
+    def restrict(self, logits: Tensor) -> None:
+        """Set the others to minus infinity, in place; raises SamplingError where none is left."""
+        ...
+
+    def consume(self, token_id: int) -> None: ...
+
+    def fork(self) -> "AnswerMask": ...
+
+
 class SamplingState:
     """What sampling remembers of one sequence: its step in the random stream, and its counts.
 
@@ -48,6 +66,7 @@ class SamplingState:
         """Begin at step 0; only a repetition penalty calls `prompt_token_ids`, once."""
         self.params = params
         self.step = 0  # tokens observed
+        self.mask: AnswerMask | None = None  # where the answer has to follow a grammar
         self._seed = seed
         self._prompt_token_ids = prompt_token_ids
         self._stream: np.ndarray = np.empty(0)  # uniforms of the block that holds `step`
@@ -58,9 +77,9 @@ class SamplingState:
 
     @property
     def adjusts_logits(self) -> bool:
-        """Whether a bias or a penalty changes the sequence's logits (`adjust`)."""
+        """Whether a bias, a penalty or a grammar changes the sequence's logits (`adjust`)."""
         params = self.params
-        return bool(params.logit_bias) or self._counts_output
+        return bool(params.logit_bias) or self._counts_output or self.mask is not None
 
     @property
     def _counts_output(self) -> bool:
@@ -74,6 +93,8 @@ class SamplingState:
     def observe(self, token_id: int) -> None:
         """Count `token_id` as output; the next token takes the next number of the stream."""
         self.step += 1
+        if self.mask is not None:
+            self.mask.consume(token_id)
         if self._counts_output:
             self._uncounted.append(token_id)
 
@@ -81,6 +102,7 @@ class SamplingState:
         """Return a state with the same past and another seed."""
         other = SamplingState(self.params, seed=seed, prompt_token_ids=self._prompt_token_ids)
         other.step = self.step
+        other.mask = None if self.mask is None else self.mask.fork()
         other._uncounted = list(self._uncounted)
         other._counts = None if self._counts is None else self._counts.clone()
         other._in_prompt = self._in_prompt  # never changes
@@ -98,7 +120,15 @@ class SamplingState:
         return float(self._stream[offset])
 
     def adjust(self, logits: Tensor) -> None:
-        """Add the bias to `logits` [vocab], then apply the penalties, in place."""
+        """Add the bias to `logits` [vocab], apply the penalties, then the grammar, in place.
+
+        Raises SamplingError where the grammar cannot be followed.
+        """
+        self._adjust(logits)
+        if self.mask is not None:
+            self.mask.restrict(logits)
+
+    def _adjust(self, logits: Tensor) -> None:
         params = self.params
         if params.logit_bias:
             ids = torch.tensor(list(params.logit_bias), device=logits.device)
@@ -141,9 +171,10 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[int | Sampli
     `logits` [rows, vocab] are float32 and stay unchanged.
 
     Per row, in this order: logit_bias; repetition penalty over prompt and output; frequency and
-    presence penalties over the output; temperature (0: the largest logit, of equals the smallest
-    id); top_k (ties with the k-th stay); top_p (the fewest likeliest tokens whose share reaches it,
-    of equals the smaller ids); min_p relative to the likeliest. Shares are float64.
+    presence penalties over the output; the grammar; temperature (0: the largest logit, of equals
+    the smallest id); top_k (ties with the k-th stay); top_p (the fewest likeliest tokens whose
+    share reaches it, of equals the smaller ids); min_p relative to the likeliest. Shares are
+    float64.
     """
     rows, vocab_size = logits.shape
     assert rows == len(states), f"{rows} rows of logits for {len(states)} sequences"
@@ -159,8 +190,12 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[int | Sampli
             results[row] = SamplingError(
                 f"logit_bias names token {outside[0]}; ids go from 0 to {vocab_size - 1}"
             )
-        else:
+            continue
+        try:
             states[row].adjust(logits[row])
+        except SamplingError as error:
+            refused.add(row)
+            results[row] = error
     if rows == 0:
         return results
     peaks, likeliest = logits.max(dim=1)  # the first of equals; NaN wins

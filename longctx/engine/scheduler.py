@@ -363,7 +363,7 @@ class Scheduler:
         return min(room.tokens, math.floor(min(fitting, room.tokens)))
 
     def _admit(self, sequence: Sequence) -> bool:
-        if not self._make_place(sequence):
+        if sequence.held or not self._make_place(sequence):
             return False
         admission = self._cache.admit(sequence.blocks, spare_blocks=len(self.running))
         if admission is not Admission.ADMITTED:

@@ -41,6 +41,7 @@ class Sequence:
     preemptions: int = 0
     forked: bool = False  # the request's other choices have parted from it
     finish_reason: FinishReason | None = None
+    held: bool = False  # its grammar is not compiled yet: it may not be admitted
 
     @property
     def decoding(self) -> bool:

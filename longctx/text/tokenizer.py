@@ -172,6 +172,11 @@ class Tokenizer:
         text: str = self._backend.decode(ids, skip_special_tokens=skip_special)
         return text
 
+    def to_json(self) -> str:
+        """Return the tokenizer in the form of the tokenizers library."""
+        text: str = self._backend.to_str()
+        return text
+
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of one token, of a special one its name; of an id that is none, none."""
         return self._bytes.of(token_id)

@@ -27,7 +27,6 @@ def refused(kind: type[RequestBody], **fields: Any) -> ApiError:
     [
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "required"),
-        ("response_format", {"type": "json_object"}),
         ("modalities", ["text", "audio"]),
         ("audio", {"voice": "ash", "format": "wav"}),
         ("store", True),
