@@ -1,6 +1,7 @@
 """A GGUF file serves as the model that it was made of; what is wrong with one is named."""
 
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from longctx.errors import ModelRefused
 from longctx.model.gguf_file import PLAIN, QUANTIZED, read_gguf
 from longctx.text.tokenizer import Tokenizer
-from tests.support.plain_attention import assert_equal_to_eager, load
+from tests.support.plain_attention import (
+    assert_equal_to_eager,
+    load,
+    packed_logits,
+    some_tokens,
+)
 from tests.support.tiny_gguf import random_blocks, write_gguf
 from tests.support.tiny_models import write_model
 from tests.support.tiny_tokenizer import write_tokenizer
@@ -282,3 +288,59 @@ def test_random_blocks_are_of_a_models_magnitude() -> None:
     blocks = random_blocks((4, 256), TensorType.Q6_K, np.random.default_rng(0))
     values = gguf.dequantize(blocks, TensorType.Q6_K)
     assert 0.01 < np.abs(values).mean() < 1
+
+
+def test_another_type_of_numbers_has_the_values_rounded_to_it(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "exact", **WIDE)
+    path = write_gguf(folder, tmp_path / "model.gguf", TensorType.Q4_K)
+    narrow = load(path, dtype="bfloat16", device="cpu")
+    exact = load(path.with_suffix(""), dtype="bfloat16", device="cpu")
+    assert narrow.spec.dtype == torch.bfloat16
+    tokens = [some_tokens(9, 0)]
+    assert torch.equal(packed_logits(narrow, tokens)[0], packed_logits(exact, tokens)[0])
+
+
+def test_without_kernels_torch_computes_the_same_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gguf(
+        write_model(tmp_path / "exact", **WIDE, tie_word_embeddings=True),
+        tmp_path / "model.gguf",
+        TensorType.Q4_1,
+    )
+    monkeypatch.setitem(sys.modules, "longctx.model.packed_linear", None)  # as if not installed
+    model = load(path, dtype="float32", device="cpu")
+    assert not any(each.__name__ == "PackedLinear" for each in model.linear_types)
+    assert_equal_to_eager(path.with_suffix(""), model)
+
+
+def test_weights_may_be_rounded_further(tmp_path: Path) -> None:
+    pytest.importorskip("longctx.kernels._kernels")
+    folder = write_model(tmp_path / "exact", **WIDE)
+    path = write_gguf(folder, tmp_path / "model.gguf", TensorType.Q6_K)
+    own, rounded = (
+        load(path, dtype="float32", device="cpu", weights=weights).spec
+        for weights in ("auto", "int8")
+    )
+    assert rounded.weight_bytes < own.weight_bytes
+    assert rounded.fingerprint != own.fingerprint
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_takes_no_memory_of_its_own_where_it_is_tied(
+    tied: bool, tmp_path: Path
+) -> None:
+    pytest.importorskip("longctx.kernels._kernels")
+    folder = write_model(tmp_path / "exact", **WIDE, tie_word_embeddings=tied)
+    path = write_gguf(folder, tmp_path / "model.gguf", TensorType.Q8_0)
+    matrices = [tensor for tensor in read_gguf(path).tensors.values() if len(tensor.shape) > 1]
+    vectors = [tensor for tensor in read_gguf(path).tensors.values() if len(tensor.shape) == 1]
+    assert any(tensor.name == "output.weight" for tensor in matrices) != tied
+    weight_bytes = load(path, dtype="float32", device="cpu").spec.weight_bytes
+    assert weight_bytes == sum(tensor.byte_count for tensor in (*matrices, *vectors))
+
+
+def test_a_quantized_gemma_scales_its_embedding(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "exact", "gemma2", tie_word_embeddings=True)
+    path = write_gguf(folder, tmp_path / "model.gguf", TensorType.Q8_0)
+    assert_equal_to_eager(path.with_suffix(""), load(path, dtype="float32", device="cpu"))
