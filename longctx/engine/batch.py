@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -90,9 +91,20 @@ class Batch:
 
 
 def _chunk_rows(blocks: SequenceBlocks, num_tokens: int, *, row_begin: int) -> Iterator[ChunkRows]:
-    """Yield the sequence's next `num_tokens` tokens run by run, with the blocks that they see."""
+    """Yield the sequence's next `num_tokens` tokens run by run, with the blocks that they see.
+
+    Those of its answer come one by one: after a preemption several are computed in one step, and
+    a kernel that attends many rows adds in another order than one that attends one, as when they
+    were sampled.
+    """
     layout = blocks.layout
-    for begin, end in layout.cut(blocks.computed, blocks.computed + num_tokens):
+    end = blocks.computed + num_tokens
+    prompt_end = min(max(blocks.computed, blocks.prompt_tokens), end)
+    runs = chain(
+        layout.cut(blocks.computed, prompt_end) if prompt_end > blocks.computed else (),
+        ((token, token + 1) for token in range(prompt_end, end)),
+    )
+    for begin, end in runs:
         first, last = layout.blocks(begin), layout.blocks(end - 1)
         past_entries = layout.entry(first)
         own = [blocks.own_pages[block] for block in range(first, last + 1)]

@@ -180,7 +180,7 @@ def engine_config(
     pool_gib: float = 0.03,
     max_context: int | None = None,
     rope_override: str | None = None,
-    dtype: Literal["auto", "float32"] = "auto",
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
 ) -> EngineConfig:
     return EngineConfig(
         model=ModelConfig(
