@@ -4,8 +4,9 @@ A name and version mean one page layout, the same in every pool, backend and fil
 is a new version. Sealing is `encode`, and attention reads `decode` of the same bytes, so what a
 codec loses is lost in the same way for every reader (the block-causal rule).
 
-Where a row holds NaN or infinity, a codec with scales gives NaN for that token and head, and leaves
-the others alone. So a model that broke is seen to be broken, as it is with raw rows.
+Where a key or value holds NaN or infinity, a codec with scales gives NaN for that token and head,
+key and value, and leaves the others alone. So a model that broke is seen to be broken, as it is
+with raw rows.
 
 To add a codec, write a class and add a line to `CODECS`. The torch backend and the conformance
 suite take it from there; the CPU backend needs kernels of its own (`CONTRIBUTING.md`).

@@ -1,9 +1,9 @@
-"""4 bits: codes from 0 to 15, a scale and a minimum for each group of dims."""
+"""4 bits: codes from 0 to 15; a scale and an offset for each dim of keys and row of values."""
 
 import torch
 from torch import Tensor
 
-from compress.hadamard import hadamard
+from compress.channels import channels, keys_from
 from compress.record import (
     DIM_MULTIPLE,
     Records,
@@ -17,6 +17,7 @@ from compress.record import (
 from compress.shape import KVShape
 
 LARGEST_CODE = 15
+LARGEST_STEP = LARGEST_CODE / 2  # of keys, whose codes count from the middle
 LARGEST_GROUP = 64
 TOKEN_AXIS, DIM_AXIS = 1, 3  # of [blocks, tokens, kv_heads, dims]
 
@@ -28,24 +29,25 @@ def group_dims(head_dim: int) -> int:
 
 
 class Int4:
-    """Asymmetric 4-bit codes: a value is scale * code + minimum, to within half the stored scale.
+    """4-bit codes: a key is offset + scale * (code - 7.5), a value is minimum + scale * code.
 
-    Keys are rounded after a Hadamard transform (`compress.hadamard`), so for keys the bound is on
-    the transformed ones; `decode` transforms them back, a kernel transforms the query instead.
-    The minimum is rounded down to bfloat16, then the scale, from it to the largest value over 15,
-    to the nearest, then codes are computed. So none is below 0, and the largest value is at most
-    15 * (1 + 2^-8) steps, less than 15.5. (Scales below 2^-126 have fewer digits; the error then
-    stays below 2^-126.) A group with NaN or infinity, or more than float32 can span, has a scale
-    and a minimum of NaN.
+    Keys have a scale and an offset for each dim of a block (`compress.channels`), values a scale
+    and a minimum for each token and group of dims. All are rounded to bfloat16 before codes are
+    computed: the minimum down, the scales, from it to the largest value over 15, to the nearest. So
+    none is below 0 and the largest is at most 15 * (1 + 2^-8) steps, less than 15.5, and an error
+    is at most half the stored scale. (Scales below 2^-126 have fewer digits; the error then stays
+    below 2^-126.) Where a token's key has NaN or infinity, or a group of its value has, or more
+    than float32 can span, the scales and minimums of its value are NaN, and so are key and value.
 
-    Record, version 1: keys uint8 [head_dim / 8, block_tokens, 4], where byte i of four j has dim
+    Record, version 2: keys uint8 [head_dim / 8, block_tokens, 4], where byte i of four j has dim
     8j + i in its low half and dim 8j + 4 + i in its high one; values uint8 [block_tokens / 8,
-    head_dim, 4], likewise with tokens; then, each bfloat16 [head_dim / group_dims, block_tokens],
-    scales of keys, minimums of keys, scales of values, minimums of values.
+    head_dim, 4], likewise with tokens; then, bfloat16, scales of values [head_dim / group_dims,
+    block_tokens], minimums of values likewise, scales of keys [head_dim], offsets of keys
+    [head_dim].
     """
 
     name = "int4"
-    version = 1
+    version = 2
     lossless = False
     in_place = False
 
@@ -60,38 +62,44 @@ class Int4:
             [
                 (torch.int32, (dim // 8, tokens)),
                 (torch.uint8, (tokens // 8, dim, 4)),
-                *[per_group] * 4,
+                *[per_group] * 2,
+                *[(torch.bfloat16, (dim,))] * 2,
             ],
         )
         self.page_bytes = self._records.page_bytes
 
     def encode(self, rows: Tensor) -> Tensor:
-        key_codes, key_scales, key_minimums = self._rounded(hadamard(rows[:, :, 0].float()))
-        value_codes, value_scales, value_minimums = self._rounded(rows[:, :, 1].float())
+        by_channel = channels(rows[:, :, 0], LARGEST_STEP)
+        key_codes = (by_channel.steps + LARGEST_STEP).round_().clamp_(0, LARGEST_CODE)
+        value_codes, scales, minimums = self._rounded(rows[:, :, 1].float(), by_channel.whole)
 
         pages = self._records.empty(len(rows), rows.device)
-        keys, values, *groups = self._records.views(pages)
-        keys.copy_(key_lanes(_halves_joined(key_codes, DIM_AXIS)))
+        keys, values, value_scales, value_minimums, key_scales, key_offsets = self._records.views(
+            pages
+        )
+        keys.copy_(key_lanes(_halves_joined(key_codes.to(torch.uint8), DIM_AXIS)))
         values.copy_(value_lanes(_halves_joined(value_codes, TOKEN_AXIS)))
-        numbers = (key_scales, key_minimums, value_scales, value_minimums)
-        for stored, number in zip(groups, numbers, strict=True):
-            stored.copy_(number.permute(0, 2, 3, 1))
+        value_scales.copy_(scales.permute(0, 2, 3, 1))
+        value_minimums.copy_(minimums.permute(0, 2, 3, 1))
+        key_scales.copy_(by_channel.scales)
+        key_offsets.copy_(by_channel.offsets)
         return pages
 
     def decode(self, pages: Tensor) -> Tensor:
-        keys, values, key_scales, key_minimums, value_scales, value_minimums = self._records.views(
+        keys, values, value_scales, value_minimums, key_scales, key_offsets = self._records.views(
             pages
         )
-        key_codes = _halves_apart(keys_of(keys, torch.uint8), DIM_AXIS)
+        key_steps = _halves_apart(keys_of(keys, torch.uint8), DIM_AXIS) - LARGEST_STEP
         value_codes = _halves_apart(values_of(values), TOKEN_AXIS)
+        whole = ~value_scales[:, :, 0].isnan().transpose(1, 2)  # [blocks, tokens, kv_heads]
         return joined_rows(
-            hadamard(self._restored(key_codes, key_scales, key_minimums)),
+            keys_from(key_steps, key_scales, key_offsets, whole),
             self._restored(value_codes, value_scales, value_minimums),
             self.shape.dtype,
         )
 
-    def _rounded(self, wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Round `wide` [..., head_dim] to codes, scales and minimums.
+    def _rounded(self, wide: Tensor, whole: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Round `wide` [..., head_dim] to codes, scales and minimums, of the rows that are `whole`.
 
         Codes are uint8 of its shape; scales and minimums are bfloat16 [..., groups].
         A group from -1 to 2 has minimum -1 and scale 0.2, about. In it 0.45 is 7.25 steps above the
@@ -101,7 +109,7 @@ class Int4:
         minimums = _rounded_down(groups.amin(-1))
         spans = groups.amax(-1) - minimums + 0.0  # which turns -0.0 into 0.0
         scales = (spans * (1 / LARGEST_CODE)).to(torch.bfloat16)
-        finite = spans.isfinite() & scales.isfinite()
+        finite = (spans.isfinite() & scales.isfinite()).all(-1, keepdim=True) & whole[..., None]
         # Equal values that bfloat16 holds have scale 0; any divisor gives them codes of 0
         steps = torch.where(finite & (scales > 0), scales, 1.0).float()
         codes = ((groups - minimums[..., None]) / steps[..., None]).round_()

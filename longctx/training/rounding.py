@@ -16,7 +16,7 @@ Rounding = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def through_pages(codec: str) -> Rounding:
-    """Round by the engine's own codec, which treats each token and head by itself."""
+    """Round by the engine's own codec; keys [..., tokens, head_dim], blocks of tokens together."""
 
     def rounded(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         pairs = torch.stack((keys, values), dim=-2)  # [..., 2, head_dim]

@@ -30,6 +30,7 @@ from longctx.quality.verdict import LOSSLESS, is_settled, judge
 from longctx.request import SamplingParams
 from longctx.text.tokenizer import Tokenizer
 from tests.conftest import ModelFolders
+from tests.support.biased_models import write_biased_probe
 from tests.support.recorded_engine import Eager, some_ids
 from tests.support.tiny_models import write_model
 from tests.support.tiny_tokenizer import write_tokenizer
@@ -216,6 +217,36 @@ def test_the_verdict_does_not_depend_on_the_type_that_serves(dtype: str) -> None
     noise = measured["same"].text
     assert noise is not None and (noise.raw_kl == 0) == (dtype == "float32")
     assert abs(noise.kl) <= 1e-6 + 2 * noise.kl_error  # float32 sums in another order
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    return {
+        bias: write_biased_probe(tmp_path_factory.mktemp(f"bias{bias}"), bias) for bias in (0, 300)
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_keys_with_a_large_bias_are_served_with_int8(dtype: str, biased: dict[int, Path]) -> None:
+    """Biases of 100 to 900 in a few dims, turning or not, as all Qwen2 keys have."""
+    found = choose_codec(
+        CacheConfig(kv_codec="auto"), *loaded(biased[300], dtype=dtype), Kernels, cache_dir=None
+    )
+    assert found.codec == "int8", found.reason
+
+
+def test_a_large_bias_of_keys_costs_int4_no_more_than_twice(biased: dict[int, Path]) -> None:
+    costs: dict[int, Measured] = {}
+    for bias, folder in biased.items():
+        costs[bias] = measure(
+            *loaded(folder), TorchAttention, ["int4"], workload=Workload(limit_seconds=None)
+        )["int4"]
+    plain, large = costs[0].text, costs[300].text
+    assert plain is not None and large is not None
+    assert large.nats == pytest.approx(plain.nats, rel=0.05)  # the model is as good
+    assert large.kl <= 2 * plain.kl
+    plain, large = costs[0].own, costs[300].own
+    assert plain is not None and large is not None and large.kl <= 2 * plain.kl
 
 
 def test_what_is_no_more_than_noise_is_no_fault(llama: Path) -> None:

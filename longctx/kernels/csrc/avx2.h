@@ -54,9 +54,9 @@ struct Avx2 {
         F b = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
         return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
     }
-    // 2^x by a minimax polynomial on [-1/2, 1/2], relative error 1e-7; 0 below 2^-126.
+    // 2^x by a minimax polynomial on [-1/2, 1/2], relative error 1e-7; 0 below 2^-126, NaN for NaN.
     static F exp2(F x) {
-        x = _mm256_max_ps(x, set1(-127.f));
+        x = _mm256_max_ps(set1(-127.f), x); // gives its second operand where one is NaN
         __m256i n = _mm256_cvtps_epi32(x);
         F f = _mm256_sub_ps(x, _mm256_cvtepi32_ps(n));
         F p = fma(set1(1.327647043e-03f), f, set1(9.675541618e-03f));

@@ -63,7 +63,7 @@ template <bool VNNI> struct Avx512 {
         return Avx2::sums(halves);
     }
     static F exp2(F x) { // as Avx2::exp2
-        x = _mm512_max_ps(x, set1(-127.f));
+        x = _mm512_max_ps(set1(-127.f), x);
         I n = _mm512_cvtps_epi32(x);
         F f = _mm512_sub_ps(x, _mm512_cvtepi32_ps(n));
         F p = fma(set1(1.327647043e-03f), f, set1(9.675541618e-03f));

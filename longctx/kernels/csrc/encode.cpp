@@ -5,7 +5,6 @@
 
 #include <immintrin.h>
 
-#include <cmath>
 #include <cstring>
 
 namespace longctx {
@@ -13,6 +12,7 @@ namespace {
 
 constexpr int LARGEST_DIM = 256;
 constexpr uint16_t NAN_BF16 = 0x7fc0;
+constexpr float BF16_LARGEST = 0x1.fep127f;
 constexpr int32_t INFINITE = 0x7f800000; // bits of the first magnitude that is not finite
 
 int32_t bits(float x) {
@@ -76,30 +76,6 @@ uint32_t quad(const uint8_t* first, int stride) {
            uint32_t(first[3 * stride]) << 24;
 }
 
-// Applies `hadamard` of compress/hadamard.py in place. Runs are of at least 8 dims.
-void hadamard(float* wide, int dim) {
-    int run = dim & -dim;
-    const __m256 sign1 = _mm256_setr_ps(0.f, -0.f, 0.f, -0.f, 0.f, -0.f, 0.f, -0.f);
-    const __m256 sign2 = _mm256_setr_ps(0.f, 0.f, -0.f, -0.f, 0.f, 0.f, -0.f, -0.f);
-    const __m256 sign4 = _mm256_setr_ps(0.f, 0.f, 0.f, 0.f, -0.f, -0.f, -0.f, -0.f);
-    for (int d = 0; d < dim; d += 8) {
-        __m256 x = _mm256_loadu_ps(wide + d);
-        x = _mm256_add_ps(_mm256_permute_ps(x, 0xb1), _mm256_xor_ps(x, sign1));
-        x = _mm256_add_ps(_mm256_permute_ps(x, 0x4e), _mm256_xor_ps(x, sign2));
-        x = _mm256_add_ps(_mm256_permute2f128_ps(x, x, 1), _mm256_xor_ps(x, sign4));
-        _mm256_storeu_ps(wide + d, x);
-    }
-    for (int half = 8; half < run; half *= 2)
-        for (int begin = 0; begin < dim; begin += 2 * half)
-            for (int d = begin; d < begin + half; d += 8) {
-                __m256 a = _mm256_loadu_ps(wide + d), b = _mm256_loadu_ps(wide + d + half);
-                _mm256_storeu_ps(wide + d, _mm256_add_ps(a, b));
-                _mm256_storeu_ps(wide + d + half, _mm256_sub_ps(a, b));
-            }
-    float scale = float(1 / std::sqrt(double(run)));
-    for (int d = 0; d < dim; ++d) wide[d] *= scale;
-}
-
 // Rounds x to an integer: adding 1.5 * 2^23 leaves a small integer in the low bits.
 int32_t nearest(float x) { return bits(x + 12582912.f) - bits(12582912.f); }
 
@@ -131,40 +107,97 @@ void bf16_record(const Side& keys, const Side& values, uint8_t* record) {
     }
 }
 
-void int8_rows(const Side& side, uint8_t* rows, uint16_t* scales) {
+// The keys of one head, as `channels` of compress/channels.py measures them.
+struct Channels {
+    alignas(32) float steps[BLOCK * LARGEST_DIM]; // [BLOCK, head_dim], not rounded yet
+    bool whole[BLOCK];                            // tokens whose key is finite
+
+    Channels(const Side& keys, float largest_step, uint16_t* scales, uint16_t* offsets) {
+        const int dim = keys.dim;
+        alignas(32) float high[LARGEST_DIM], low[LARGEST_DIM];
+        bool some = false;
+        for (int d = 0; d < dim; ++d) {
+            high[d] = -from_bits(INFINITE);
+            low[d] = from_bits(INFINITE);
+        }
+        for (int t = 0; t < BLOCK; ++t) {
+            float* wide = steps + t * dim;
+            keys.widen(t, wide);
+            int32_t largest = 0; // magnitudes are in the order of their bits, and NaN beyond infinity
+            for (int d = 0; d < dim; ++d) {
+                int32_t magnitude = bits(wide[d]) & 0x7fffffff;
+                largest = magnitude > largest ? magnitude : largest;
+            }
+            whole[t] = largest < INFINITE;
+            if (!whole[t]) {
+                memset(wide, 0, size_t(dim) * 4);
+                continue;
+            }
+            some = true;
+            for (int d = 0; d < dim; ++d) {
+                high[d] = wide[d] > high[d] ? wide[d] : high[d];
+                low[d] = wide[d] < low[d] ? wide[d] : low[d];
+            }
+        }
+        alignas(32) float offset[LARGEST_DIM], divisor[LARGEST_DIM];
+        for (int d = 0; d < dim; ++d) {
+            if (!some) high[d] = low[d] = 0;
+            float middle = high[d] * 0.5f + low[d] * 0.5f + 0.f;
+            middle = middle > BF16_LARGEST ? BF16_LARGEST : middle;
+            middle = middle < -BF16_LARGEST ? -BF16_LARGEST : middle;
+            offsets[d] = bf16(middle);
+            offset[d] = from_bf16(offsets[d]);
+            float above = high[d] - offset[d], below = offset[d] - low[d];
+            float reach = (above > below ? above : below) + 0.f;
+            scales[d] = bf16(reach * float(1.0 / double(largest_step)));
+            divisor[d] = scales[d] ? from_bf16(scales[d]) : 1.f;
+        }
+        for (int t = 0; t < BLOCK; ++t) {
+            if (!whole[t]) continue;
+            float* wide = steps + t * dim;
+            for (int d = 0; d < dim; ++d) wide[d] = (wide[d] - offset[d]) / divisor[d];
+        }
+    }
+};
+
+uint8_t int8_code(float step) {
+    int32_t code = nearest(step);
+    code = code < -127 ? -127 : code;
+    return uint8_t(code > 127 ? 127 : code);
+}
+
+void int8_values(const Side& side, const bool* whole, uint8_t* rows, uint16_t* scales) {
     const int dim = side.dim;
     float wide[LARGEST_DIM];
     for (int t = 0; t < BLOCK; ++t) {
         uint8_t* codes = rows + t * dim;
         side.widen(t, wide);
-        int32_t largest = 0; // magnitudes are in the order of their bits, and NaN beyond infinity
+        int32_t largest = 0;
         for (int d = 0; d < dim; ++d) {
             int32_t magnitude = bits(wide[d]) & 0x7fffffff;
             largest = magnitude > largest ? magnitude : largest;
         }
-        if (largest >= INFINITE) {
+        if (largest >= INFINITE || !whole[t]) {
             scales[t] = NAN_BF16;
             memset(codes, 0, size_t(dim));
             continue;
         }
         scales[t] = bf16(from_bits(largest) * float(1.0 / 127));
         float step = scales[t] ? from_bf16(scales[t]) : 1.f;
-        for (int d = 0; d < dim; ++d) {
-            int32_t code = nearest(wide[d] / step);
-            code = code < -127 ? -127 : code;
-            codes[d] = uint8_t(code > 127 ? 127 : code);
-        }
+        for (int d = 0; d < dim; ++d) codes[d] = int8_code(wide[d] / step);
     }
 }
 
 void int8_record(const Side& keys, const Side& values, uint8_t* record) {
     const int dim = keys.dim;
     alignas(32) uint8_t rows[BLOCK * LARGEST_DIM];
-    uint16_t* scales = (uint16_t*)(record + 2 * dim * BLOCK);
-    int8_rows(keys, rows, scales);
+    uint16_t* value_scales = (uint16_t*)(record + 2 * dim * BLOCK);
+    uint16_t* key_scales = value_scales + BLOCK;
+    const Channels channels(keys, 127, key_scales, key_scales + dim);
+    for (int i = 0; i < BLOCK * dim; ++i) rows[i] = int8_code(channels.steps[i]);
     uint32_t* lanes = (uint32_t*)record;
     transpose(rows, dim / 4, lanes);
-    int8_rows(values, rows, scales + BLOCK);
+    int8_values(values, channels.whole, rows, value_scales);
     lanes += dim / 4 * BLOCK;
     for (int t = 0; t < BLOCK; t += 4, lanes += dim) {
         for (int d = 0; d < dim; ++d) lanes[d] = quad(rows + t * dim + d, dim);
@@ -180,7 +213,8 @@ float rounded_down(float x) {
 // Turns the bits of a float into an integer that has the order of floats, and back.
 int32_t ordered(int32_t b) { return b ^ (b >> 31 & 0x7fffffff); }
 
-void int4_group(const float* wide, int dims, uint8_t* codes, uint16_t* scale, uint16_t* minimum) {
+// Returns whether the group can be stored; `scale` and `minimum` are what it is stored by.
+bool int4_group(const float* wide, int dims, uint8_t* codes, uint16_t* scale, uint16_t* minimum) {
     int32_t low = ordered(bits(wide[0])), high = low; // NaN is beyond infinity, of either sign
     for (int d = 0; d < dims; ++d) {
         int32_t x = ordered(bits(wide[d]));
@@ -189,11 +223,7 @@ void int4_group(const float* wide, int dims, uint8_t* codes, uint16_t* scale, ui
     }
     float least = rounded_down(from_bits(ordered(low)));
     float span = from_bits(ordered(high)) - least + 0.f;
-    if ((bits(span) & 0x7fffffff) >= INFINITE) {
-        *scale = *minimum = NAN_BF16;
-        memset(codes, 0, size_t(dims));
-        return;
-    }
+    if ((bits(span) & 0x7fffffff) >= INFINITE) return false;
     *scale = bf16(span * float(1.0 / 15));
     *minimum = bf16(least);
     float step = *scale ? from_bf16(*scale) : 1.f;
@@ -201,28 +231,39 @@ void int4_group(const float* wide, int dims, uint8_t* codes, uint16_t* scale, ui
         int32_t code = nearest((wide[d] - least) / step);
         codes[d] = uint8_t(code > 15 ? 15 : code);
     }
+    return true;
 }
 
-void int4_rows(const Side& side, bool transformed, uint8_t* rows, uint16_t* numbers) {
+void int4_values(const Side& side, const bool* whole, uint8_t* rows, uint16_t* scales) {
     int dim = side.dim, group = 64;
     while (dim % group) group -= 8;
-    uint16_t* minimums = numbers + dim / group * BLOCK;
+    const int groups = dim / group;
+    uint16_t* minimums = scales + groups * BLOCK;
     float wide[LARGEST_DIM];
     for (int t = 0; t < BLOCK; ++t) {
         side.widen(t, wide);
-        if (transformed) hadamard(wide, dim);
-        for (int g = 0; g < dim / group; ++g)
-            int4_group(wide + g * group, group, rows + t * dim + g * group,
-                       numbers + g * BLOCK + t, minimums + g * BLOCK + t);
+        bool stored = whole[t];
+        for (int g = 0; g < groups && stored; ++g)
+            stored = int4_group(wide + g * group, group, rows + t * dim + g * group,
+                                scales + g * BLOCK + t, minimums + g * BLOCK + t);
+        if (stored) continue;
+        memset(rows + t * dim, 0, size_t(dim));
+        for (int g = 0; g < groups; ++g)
+            scales[g * BLOCK + t] = minimums[g * BLOCK + t] = NAN_BF16;
     }
 }
 
 void int4_record(const Side& keys, const Side& values, uint8_t* record, size_t record_bytes) {
     const int dim = keys.dim;
     alignas(32) uint8_t rows[BLOCK * LARGEST_DIM];
-    size_t packed_bytes = size_t(dim) * BLOCK;
-    uint16_t* numbers = (uint16_t*)(record + packed_bytes);
-    int4_rows(keys, true, rows, numbers);
+    uint16_t* value_scales = (uint16_t*)(record + dim * BLOCK);
+    uint16_t* key_scales = (uint16_t*)(record + record_bytes) - 2 * dim;
+    const Channels channels(keys, 7.5f, key_scales, key_scales + dim);
+    for (int i = 0; i < BLOCK * dim; ++i) {
+        int32_t code = nearest(channels.steps[i] + 7.5f);
+        code = code < 0 ? 0 : code;
+        rows[i] = uint8_t(code > 15 ? 15 : code);
+    }
     for (int i = 0; i < BLOCK * dim / 8; ++i) { // in place: it writes only what it has read
         uint32_t eight[2];
         memcpy(eight, rows + 8 * i, 8);
@@ -231,7 +272,7 @@ void int4_record(const Side& keys, const Side& values, uint8_t* record, size_t r
     }
     uint32_t* lanes = (uint32_t*)record;
     transpose(rows, dim / 8, lanes);
-    int4_rows(values, false, rows, numbers + (record_bytes - packed_bytes) / 4);
+    int4_values(values, channels.whole, rows, value_scales);
     lanes += dim / 8 * BLOCK;
     for (int t = 0; t < BLOCK; t += 8, lanes += dim) {
         const uint8_t *low = rows + t * dim, *high = low + 4 * dim;

@@ -9,25 +9,16 @@ constexpr float LOG2E = 1.4426950408889634f;
 constexpr int IN_PLACE = 4; // query rows that are multiplied with a page at once
 
 struct PageKind {
-    void (*scores[IN_PLACE])(const Head&, const void* prepared, float* out);
+    void (*scores[IN_PLACE])(const Head&, const float* query, float* out);
     void (*add[IN_PLACE])(const Head&, const float* weights, const float* factor, float* out);
     void (*widen)(const Head&, float* keys, float* values);
-    void (*prepare)(const float* query, int head_dim, uint8_t* to); // null: rows stay as they are
-    int (*prepared_bytes)(int head_dim);
 };
 
 template <class P> constexpr PageKind kind_of() {
-    PageKind kind = {{P::template scores<1>, P::template scores<2>, P::template scores<3>,
-                      P::template scores<4>},
-                     {P::template add<1>, P::template add<2>, P::template add<3>, P::template add<4>},
-                     P::widen,
-                     nullptr,
-                     nullptr};
-    if constexpr (requires { P::prepare; }) {
-        kind.prepare = P::prepare;
-        kind.prepared_bytes = P::prepared_bytes;
-    }
-    return kind;
+    return {{P::template scores<1>, P::template scores<2>, P::template scores<3>,
+             P::template scores<4>},
+            {P::template add<1>, P::template add<2>, P::template add<3>, P::template add<4>},
+            P::widen};
 }
 
 template <class V> constexpr PageKind raw_kinds[3] = {kind_of<RawPage<V, Dtype::float32>>(),

@@ -77,8 +77,7 @@ template <class V, Dtype D> struct RawPage {
         return (const T*)(rows + token * head.row_bytes);
     }
 
-    template <int R> static void scores(const Head& head, const void* prepared, float* out) {
-        const float* query = (const float*)prepared;
+    template <int R> static void scores(const Head& head, const float* query, float* out) {
         constexpr int TOKENS = R == 1 ? 8 : R == 2 ? 4 : 2; // up to 8 sums at once
         const int stride = row_floats(head.head_dim);
         const uint8_t* ahead = head.keys + head.keys_ahead;
@@ -233,8 +232,7 @@ template <class V> struct Bf16Page {
         }
     }
 
-    template <int R> static void scores(const Head& head, const void* prepared, float* out) {
-        const float* query = (const float*)prepared;
+    template <int R> static void scores(const Head& head, const float* query, float* out) {
         constexpr int N = min_of(BLOCK / W, R == 1 ? 8 : R == 2 ? 4 : 2);
         const int stride = row_floats(head.head_dim);
         for (int t = 0; t < BLOCK; t += N * W) {

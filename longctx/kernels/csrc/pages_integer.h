@@ -1,8 +1,9 @@
 // Pages of integer codes: `int8` and `int4` records, multiplied without widening them to floats.
 //
+// Each dim of a page's keys has a scale and an offset. So a query is multiplied with the page's
+// scales and rounded, page by page, and what it makes of the offsets is the same for all tokens.
 // Queries, and softmax weights times the scales of the values, are rounded to integers relative to
-// the largest of their row. For int8 codes both have 16 bits. For int4 codes, whose own error is
-// far larger, queries have 8 bits and weights two planes of 7.
+// the largest of their row: of 16 bits for int8 codes, of two planes of 7 for int4 codes.
 #pragma once
 
 #include "pages_float.h"
@@ -46,27 +47,64 @@ inline void prefetch_scales(const Head& head, int64_t codes, int64_t scales) {
         prefetch(next + byte);
 }
 
+// R queries times the scales of a page's keys, and the factor that makes each of them integers of at
+// most `limit`; `offset` is what a query makes of the offsets of the keys.
+template <class V, int R> struct Folded {
+    using F = typename V::F;
+    static constexpr int STRIDE = 256; // of head_dim at most
+    alignas(64) float x[R * STRIDE];
+    float inverse[R], unit[R], offset[R];
+
+    Folded(const float* query, const uint16_t* scales, const uint16_t* offsets, int head_dim,
+           float limit) {
+        const int stride = row_floats(head_dim);
+        F most[R], sum[R];
+        for (int r = 0; r < R; ++r)
+            most[r] = sum[r] = V::zero();
+        for (int d = 0; d < head_dim; d += V::W) {
+            const F scale = load_some<V, Dtype::bfloat16>(scales + d, head_dim - d);
+            const F middle = load_some<V, Dtype::bfloat16>(offsets + d, head_dim - d);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                const F q = V::load(query + r * stride + d), folded = V::mul(q, scale);
+                V::store(x + r * STRIDE + d, folded);
+                most[r] = V::max(most[r], V::max(folded, V::sub(V::zero(), folded)));
+                sum[r] = V::fma(q, middle, sum[r]);
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            const float reached = V::reduce_max(most[r]);
+            inverse[r] = reached > 0 ? limit / reached : 0.f;
+            unit[r] = reached / limit;
+            offset[r] = V::reduce_add(sum[r]);
+        }
+    }
+    typename V::I integers(int r, int d) const {
+        return V::to_int(V::mul(V::load(x + r * STRIDE + d), V::set1(inverse[r])));
+    }
+};
+
+// Returns 0, or NaN for tokens whose scale of values is NaN: their keys are not to be read either.
+template <class V> typename V::F nan_of(const uint16_t* value_scales) {
+    return V::mul(V::load_bf16(value_scales), V::zero());
+}
+
 // A record has codes of keys [head_dim / 4, BLOCK, 4] and of values [BLOCK / 4, head_dim, 4], then
-// bfloat16 scales [2, BLOCK]. With a head_dim of 64 the byte of key dim 5 of token 3 is number 1 of
-// the 4 at 4 * (64 * 1 + 3) = 268, which is byte 269.
+// bfloat16 scales of values [BLOCK], scales of keys [head_dim] and offsets of keys [head_dim]. With
+// a head_dim of 64 the byte of key dim 5 of token 3 is number 1 of the 4 at 4 * (64 * 1 + 3) = 268,
+// which is byte 269.
 template <class V> struct Int8Page {
     using F = typename V::F;
     using I = typename V::I;
     static constexpr int W = V::W;
     static constexpr float LIMIT = 32767.f;
 
-    // A prepared row has its 16-bit numbers, then the unit that they count.
-    static int prepared_bytes(int head_dim) { return row_floats(head_dim) * 2 + 64; }
-    static float& unit_of(uint8_t* prepared, int head_dim) {
-        return *(float*)(prepared + row_floats(head_dim) * 2);
-    }
-    static void prepare(const float* query, int head_dim, uint8_t* to) {
-        const int count = row_floats(head_dim);
-        const float most = largest<V>(query, count);
-        const F inverse = V::set1(most > 0 ? LIMIT / most : 0.f);
-        for (int i = 0; i < count; i += W)
-            V::store16((int16_t*)to + i, V::to_int(V::mul(V::load(query + i), inverse)));
-        unit_of(to, head_dim) = most / LIMIT;
+    struct Scales {
+        const uint16_t *value, *key, *key_offset;
+    };
+    static Scales scales_of(const Head& head) {
+        const uint16_t* p = (const uint16_t*)(head.values + BLOCK * head.head_dim);
+        return {p, p + BLOCK, p + BLOCK + head.head_dim};
     }
 
     template <int R, int N>
@@ -99,22 +137,28 @@ template <class V> struct Int8Page {
                 sums[r][n] = V::pair_sums(acc[r][2 * n], acc[r][2 * n + 1]);
     }
 
-    template <int R> static void scores(const Head& head, const void* prepared, float* out) {
-        const uint8_t* query = (const uint8_t*)prepared;
+    template <int R> static void scores(const Head& head, const float* query, float* out) {
         constexpr int N = min_of(BLOCK / W, R == 1 ? 4 : R == 2 ? 2 : 1);
-        const int head_dim = head.head_dim, stride = prepared_bytes(head_dim);
-        const uint16_t* scales = (const uint16_t*)(head.keys + 2 * BLOCK * head_dim);
+        const int head_dim = head.head_dim;
+        const Scales scales = scales_of(head);
+        const Folded<V, R> folded(query, scales.key, scales.key_offset, head_dim, LIMIT);
+        alignas(64) int16_t rounded[R * Folded<V, R>::STRIDE];
+        for (int r = 0; r < R; ++r)
+            for (int d = 0; d < head_dim; d += W)
+                V::store16(rounded + r * Folded<V, R>::STRIDE + d, folded.integers(r, d));
         for (int t = 0; t < BLOCK; t += N * W) {
             F sums[R][N];
-            dot<R, N>(head.keys + t * 4, 4 * BLOCK, head_dim / 4, false, (const int16_t*)query,
-                      stride / 2, head.keys + head.keys_ahead + t * head_dim,
+            dot<R, N>(head.keys + t * 4, 4 * BLOCK, head_dim / 4, false, rounded,
+                      Folded<V, R>::STRIDE, head.keys + head.keys_ahead + t * head_dim,
                       t * 4 % 64 == 0, sums);
-            for (int r = 0; r < R; ++r)
-                for (int n = 0; n < N; ++n) {
-                    F unit = V::set1(unit_of((uint8_t*)query + r * stride, head_dim));
-                    F scale = V::mul(V::load_bf16(scales + t + n * W), unit);
-                    V::store(out + r * BLOCK + t + n * W, V::mul(sums[r][n], scale));
+            for (int n = 0; n < N; ++n) {
+                const F broken = nan_of<V>(scales.value + t + n * W);
+                for (int r = 0; r < R; ++r) {
+                    const F offset = V::add(V::set1(folded.offset[r]), broken);
+                    V::store(out + r * BLOCK + t + n * W,
+                             V::fma(sums[r][n], V::set1(folded.unit[r]), offset));
                 }
+            }
         }
     }
 
@@ -136,8 +180,8 @@ template <class V> struct Int8Page {
     template <int R>
     static void add(const Head& head, const float* weights, const float* factor, float* out) {
         constexpr int N = R == 1 ? 4 : R == 2 ? 2 : 1;
-        const uint16_t* scales = (const uint16_t*)(head.values + BLOCK * head.head_dim) + BLOCK;
-        prefetch_scales(head, 2 * BLOCK * head.head_dim, 4 * BLOCK);
+        const uint16_t* scales = scales_of(head).value;
+        prefetch_scales(head, 2 * BLOCK * head.head_dim, 2 * BLOCK + 4 * head.head_dim);
         alignas(64) int16_t rounded[R * BLOCK];
         float units[R];
         F scale[BLOCK / W];
@@ -159,15 +203,18 @@ template <class V> struct Int8Page {
 
     static void widen(const Head& head, float* keys, float* values) {
         const int head_dim = head.head_dim;
-        const uint16_t* scales = (const uint16_t*)(head.values + BLOCK * head_dim);
+        const Scales scales = scales_of(head);
         for (int t = 0; t < BLOCK; t += W) {
             float* to = keys + t / (2 * W) * head_dim * 2 * W + t % (2 * W);
-            const F scale = V::load_bf16(scales + t);
+            const F broken = nan_of<V>(scales.value + t);
             for (int d = 0; d < head_dim; d += 4) {
                 I x = V::iload(head.keys + (d / 4 * BLOCK + t) * 4);
 #pragma GCC unroll 4
-                for (int i = 0; i < 4; ++i)
-                    V::store(to + (d + i) * 2 * W, V::mul(V::byte(x, i), scale));
+                for (int i = 0; i < 4; ++i) {
+                    F scale = V::set1(bf16_to_float(scales.key[d + i]));
+                    F offset = V::add(V::set1(bf16_to_float(scales.key_offset[d + i])), broken);
+                    V::store(to + (d + i) * 2 * W, V::fma(V::byte(x, i), scale, offset));
+                }
             }
         }
         for (int d = 0; d < head_dim; d += W) {
@@ -176,7 +223,7 @@ template <class V> struct Int8Page {
                 I x = V::iload_lanes(head.values + (t / 4 * head_dim + d) * 4, head_dim - d);
 #pragma GCC unroll 4
                 for (int i = 0; i < 4; ++i) {
-                    F scale = V::set1(bf16_to_float(scales[BLOCK + t + i]));
+                    F scale = V::set1(bf16_to_float(scales.value[t + i]));
                     V::store(to + (t + i) * 2 * W, V::mul(V::byte(x, i), scale));
                 }
             }
@@ -193,70 +240,24 @@ inline int int4_group(int head_dim) {
     return group;
 }
 
-// Applies an orthonormal Hadamard transform to blocks of the largest power of two that divides
-// head_dim: to 64 and 128 dims as a whole, to 96 dims in 3 blocks of 32.
-inline void hadamard(float* x, int head_dim) {
-    const int size = head_dim & -head_dim;
-    for (int half = 1; half < size; half *= 2)
-        for (int begin = 0; begin < head_dim; begin += 2 * half)
-            for (int i = begin; i < begin + half; ++i) {
-                const float a = x[i], b = x[i + half];
-                x[i] = a + b;
-                x[i + half] = a - b;
-            }
-    const float norm = 1.f / __builtin_sqrtf((float)size);
-    for (int i = 0; i < head_dim; ++i)
-        x[i] *= norm;
-}
-
 // A record has codes of keys [head_dim / 8, BLOCK, 4] and of values [BLOCK / 8, head_dim, 4], where
 // the low four bits of byte i belong to number i of eight, the high ones to number 4 + i. Then come
-// key scales, key minimums, value scales, value minimums, each [groups, BLOCK]. A value is scale *
-// code + minimum.
+// value scales and value minimums, each [groups, BLOCK], key scales and key offsets, each
+// [head_dim]. A value is scale * code + minimum, a key scale * (code - 7.5) + offset.
 template <class V> struct Int4Page {
     using F = typename V::F;
     using I = typename V::I;
     static constexpr int W = V::W;
-    static constexpr float LIMIT = 127.f * 128; // a weight is in two planes: 128 * high + low
+    static constexpr float LIMIT = 127.f * 128; // a number is in two planes: 128 * high + low
+    static constexpr float MIDDLE = 7.5f;       // of the codes of keys
 
     struct Scales {
-        const uint16_t *key, *key_minimum, *value, *value_minimum;
+        const uint16_t *value, *value_minimum, *key, *key_offset;
     };
     static Scales scales_of(const Head& head, int group) {
         const int count = head.head_dim / group * BLOCK;
         const uint16_t* p = (const uint16_t*)(head.keys + BLOCK * head.head_dim);
-        return {p, p + count, p + 2 * count, p + 3 * count};
-    }
-
-    // A prepared row has its bytes, then the unit that they count, then the sum of each group of
-    // them.
-    static int prepared_bytes(int head_dim) { return round_up(head_dim, 64) + 192; }
-    static float* floats_of(const void* prepared, int head_dim) {
-        return (float*)((uint8_t*)prepared + round_up(head_dim, 64));
-    }
-    static float unit_of(const float* query, int head_dim) {
-        return largest<V>(query, row_floats(head_dim)) / 127.f;
-    }
-    static void prepare(const float* query, int head_dim, uint8_t* to) {
-        const int group = int4_group(head_dim);
-        float* floats = floats_of(to, head_dim);
-        const float unit = floats[0] = unit_of(query, head_dim);
-        for (int begin = 0; begin < head_dim; begin += group) {
-            int sum = 0;
-            for (int d = begin; d < begin + group; ++d)
-                sum += (int8_t)(to[d] = (uint8_t)(int8_t)rounded(query[d], unit));
-            floats[1 + begin / group] = (float)sum;
-        }
-    }
-    static int rounded(float x, float unit) {
-        return unit > 0 ? (int)__builtin_rintf(x / unit) : 0;
-    }
-    // Rounds the query as `prepare` does: prefill uses the same numbers, so that a row has the same
-    // result whether it was computed among many or alone.
-    static void round_query(float* query, int head_dim) {
-        const float unit = unit_of(query, head_dim);
-        for (int d = 0; d < head_dim; ++d)
-            query[d] = rounded(query[d], unit) * unit;
+        return {p, p + count, p + 2 * count, p + 2 * count + head.head_dim};
     }
 
     // Multiplies with R `rows` of bytes, `stride` apart; of two planes the low one lies `low` bytes
@@ -299,28 +300,32 @@ template <class V> struct Int4Page {
             sums[r] = V::to_float(wide[r]);
     }
 
-    template <int R> static void scores(const Head& head, const void* prepared, float* out) {
-        const uint8_t* query = (const uint8_t*)prepared;
-        const int head_dim = head.head_dim, group = int4_group(head_dim);
-        const int stride = prepared_bytes(head_dim);
-        const Scales scales = scales_of(head, group);
-        for (int t = 0; t < BLOCK; t += W)
-            for (int g = 0; g < head_dim / group; ++g) {
-                F sums[R];
-                dot<R, 1>(head.keys + (g * group / 8 * BLOCK + t) * 4, 4 * BLOCK, group / 8, W,
-                          query + g * group, stride, 0,
-                          head.keys + head.keys_ahead + t * head_dim / 2 + g * group * 8,
-                          t * 4 % 64 == 0, sums);
-                const F scale = V::load_bf16(scales.key + g * BLOCK + t);
-                const F minimum = V::load_bf16(scales.key_minimum + g * BLOCK + t);
-                for (int r = 0; r < R; ++r) {
-                    const float* floats = floats_of(query + r * stride, head_dim);
-                    F score = V::fma(sums[r], scale, V::mul(V::set1(floats[1 + g]), minimum));
-                    score = V::mul(score, V::set1(floats[0]));
-                    float* to = out + r * BLOCK + t;
-                    V::store(to, g ? V::add(V::load(to), score) : score);
-                }
+    template <int R> static void scores(const Head& head, const float* query, float* out) {
+        constexpr int STRIDE = Folded<V, R>::STRIDE;
+        const int head_dim = head.head_dim;
+        const Scales scales = scales_of(head, int4_group(head_dim));
+        const Folded<V, R> folded(query, scales.key, scales.key_offset, head_dim, LIMIT);
+        alignas(64) uint8_t parts[2 * R * STRIDE]; // high parts of each row, then low parts
+        float offset[R];
+        for (int r = 0; r < R; ++r) {
+            F sum = V::zero();
+            for (int d = 0; d < head_dim; d += W) {
+                const I number = folded.integers(r, d);
+                const int at = r * STRIDE + d;
+                V::store_parts(parts + at, parts + R * STRIDE + at, number);
+                sum = V::add(sum, V::to_float(number));
             }
+            offset[r] = folded.offset[r] - MIDDLE * folded.unit[r] * V::reduce_add(sum);
+        }
+        for (int t = 0; t < BLOCK; t += W) {
+            F sums[R];
+            dot<R, 2>(head.keys + t * 4, 4 * BLOCK, head_dim / 8, W, parts, STRIDE, R * STRIDE,
+                      head.keys + head.keys_ahead + t * head_dim / 2, t * 4 % 64 == 0, sums);
+            const F broken = nan_of<V>(scales.value + t);
+            for (int r = 0; r < R; ++r)
+                V::store(out + r * BLOCK + t, V::fma(sums[r], V::set1(folded.unit[r]),
+                                                     V::add(V::set1(offset[r]), broken)));
+        }
     }
 
     template <int R>
@@ -329,7 +334,7 @@ template <class V> struct Int4Page {
         const int head_dim = head.head_dim, group = int4_group(head_dim);
         const int stride = row_floats(head_dim);
         const Scales scales = scales_of(head, group);
-        prefetch_scales(head, BLOCK * head_dim, head_dim / group * 8 * BLOCK);
+        prefetch_scales(head, BLOCK * head_dim, head_dim / group * 4 * BLOCK + 4 * head_dim);
         alignas(64) uint8_t parts[2 * R * BLOCK]; // high parts of each row, then low parts
         for (int g = 0; g < head_dim / group; ++g) {
             // A value is scale * (code + minimum / scale), so that minimums meet the weights as
@@ -377,15 +382,16 @@ template <class V> struct Int4Page {
         const Scales scales = scales_of(head, group);
         for (int t = 0; t < BLOCK; t += W) {
             float* to = keys + t / (2 * W) * head_dim * 2 * W + t % (2 * W);
+            const F broken = nan_of<V>(scales.value + t), middle = V::set1(MIDDLE);
             for (int d = 0; d < head_dim; d += 8) {
-                const int at = d / group * BLOCK + t;
-                const F scale = V::load_bf16(scales.key + at);
-                const F minimum = V::load_bf16(scales.key_minimum + at);
                 I x = V::iload(head.keys + (d / 8 * BLOCK + t) * 4);
 #pragma GCC unroll 8
-                for (int i = 0; i < 8; ++i)
-                    V::store(to + (d + i) * 2 * W,
-                             V::fma(V::nibble(x, i % 4 * 8 + i / 4 * 4), scale, minimum));
+                for (int i = 0; i < 8; ++i) {
+                    F scale = V::set1(bf16_to_float(scales.key[d + i]));
+                    F offset = V::add(V::set1(bf16_to_float(scales.key_offset[d + i])), broken);
+                    F step = V::sub(V::nibble(x, i % 4 * 8 + i / 4 * 4), middle);
+                    V::store(to + (d + i) * 2 * W, V::fma(step, scale, offset));
+                }
             }
         }
         for (int d = 0; d < head_dim; d += W) {

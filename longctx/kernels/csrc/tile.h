@@ -63,7 +63,7 @@ void finish_row(const Job& job, const Result& result, int kv_head, int n, const 
                 float row_max, float total) {
     const int row = n / job.layer.group, head = kv_head * job.layer.group + n % job.layer.group;
     float* out = result.out + row * result.out_row + head * job.layer.head_dim;
-    const bool empty = row_max == NO_KEY;
+    const bool empty = row_max == NO_KEY && total == 0; // of NaN scores alone, the total is NaN
     const float scale = empty ? 0.f : 1.f / total;
     for (int d = 0; d < job.layer.head_dim; ++d)
         out[d] = sums[d] * scale;
@@ -83,26 +83,13 @@ template <class V> void decode(const Job& job, const Result& result, uint8_t* sc
     const int head_dim = layer.head_dim, stride = row_floats(head_dim);
     const int rows = tile.rows * layer.group;
     const int all_rows = rows * (tile.kv_end - tile.kv_begin);
-    const bool prepares = job.packed_kind.prepare != nullptr;
-    const int prepared_bytes = prepares ? job.packed_kind.prepared_bytes(head_dim) : stride * 4;
     float* query = (float*)take(scratch, all_rows * stride * 4);
-    uint8_t* prepared = (uint8_t*)query;
-    if (prepares)
-        prepared = take(scratch, all_rows * prepared_bytes);
     float* sums = (float*)take(scratch, all_rows * stride * 4);
     float* row_max = (float*)take(scratch, all_rows * 4);
     float* total = (float*)take(scratch, all_rows * 4);
     float* scores = (float*)take(scratch, rows * BLOCK * 4);
     for (int i = 0; i < all_rows; ++i) {
         job.load_query<V>(tile.kv_begin + i / rows, i % rows, query + i * stride);
-        if (prepares) {
-            float* rotated = sums; // not in use yet
-            for (int d = 0; d < stride; ++d)
-                rotated[d] = query[i * stride + d];
-            if (layer.codec == Codec::int4)
-                hadamard(rotated, head_dim);
-            job.packed_kind.prepare(rotated, head_dim, prepared + i * prepared_bytes);
-        }
         row_max[i] = NO_KEY;
         total[i] = 0;
     }
@@ -110,15 +97,13 @@ template <class V> void decode(const Job& job, const Result& result, uint8_t* sc
         sums[i] = 0;
     job.pages([&](const View& view) {
         const PageKind& kind = job.kind(view);
-        const uint8_t* queries = view.own ? (const uint8_t*)query : prepared;
-        const int query_bytes = view.own ? stride * 4 : prepared_bytes;
         for (int kv_head = tile.kv_begin; kv_head < tile.kv_end; ++kv_head) {
             const Head head = job.head(view, kv_head);
             const int first = (kv_head - tile.kv_begin) * rows;
             const int steps = (rows + IN_PLACE - 1) / IN_PLACE; // as even as they come
             for (int step = 0; step < steps; ++step) {
                 const int begin = rows * step / steps, count = rows * (step + 1) / steps - begin;
-                kind.scores[count - 1](head, queries + (first + begin) * query_bytes,
+                kind.scores[count - 1](head, query + (first + begin) * stride,
                                        scores + begin * BLOCK);
             }
             float factor[DECODE_ROWS];
@@ -199,9 +184,7 @@ template <class V> void prefill(const Job& job, const Result& result, uint8_t* s
     const Tile& tile = job.tile;
     const int head_dim = layer.head_dim, stride = round_up(head_dim, 2 * V::W);
     const int rows = tile.rows * layer.group, padded = round_up(rows, M);
-    const bool rotates = layer.codec == Codec::int4;
     float* query = (float*)take(scratch, padded * head_dim * 4);
-    float* rotated = rotates ? (float*)take(scratch, padded * head_dim * 4) : query;
     float* sums = (float*)take(scratch, padded * stride * 4);
     float* row_max = (float*)take(scratch, padded * 4);
     float* total = (float*)take(scratch, padded * 4);
@@ -219,12 +202,6 @@ template <class V> void prefill(const Job& job, const Result& result, uint8_t* s
         const int64_t at = (int64_t)(n / M) * M * head_dim + n % M;
         for (int d = 0; d < head_dim; ++d)
             query[at + d * M] = row[d];
-        if (rotates) {
-            hadamard(row, head_dim);
-            Int4Page<V>::round_query(row, head_dim);
-            for (int d = 0; d < head_dim; ++d)
-                rotated[at + d * M] = row[d];
-        }
         row_max[n] = NO_KEY;
         total[n] = 0;
     }
@@ -238,8 +215,7 @@ template <class V> void prefill(const Job& job, const Result& result, uint8_t* s
             const int last = min_of(begin + M, rows) - 1;
             const int end = view.masked ? job.columns(view, last / layer.group).end : BLOCK;
             const int panels = (end + 2 * V::W - 1) / (2 * V::W);
-            tile_scores<V, M>((view.own ? query : rotated) + begin * head_dim, keys, head_dim, panels,
-                              scores);
+            tile_scores<V, M>(query + begin * head_dim, keys, head_dim, panels, scores);
             float factor[M];
             for (int m = 0; m < M; ++m) {
                 const int n = min_of(begin + m, last);
@@ -258,8 +234,8 @@ template <class V> int64_t scratch_bytes(const Layer& layer) {
     const int64_t stride = row_floats(layer.head_dim);
     const int64_t decode_rows = DECODE_ROWS * layer.kv_heads;
     const int64_t tile_rows = TILE_ROWS + V::TILE_BLOCK;
-    const int64_t decoding = decode_rows * (stride * 4 * 3 + 256 + 8) + DECODE_ROWS * BLOCK * 4;
-    const int64_t prefilling = tile_rows * (stride * 4 * 3 + 8) + BLOCK * stride * 4 * 2 +
+    const int64_t decoding = decode_rows * (stride * 4 * 2 + 8) + DECODE_ROWS * BLOCK * 4;
+    const int64_t prefilling = tile_rows * (stride * 4 * 2 + 8) + BLOCK * stride * 4 * 2 +
                                V::TILE_BLOCK * BLOCK * 4 + stride * 4;
     return (decoding > prefilling ? decoding : prefilling) + 16 * 64; // and what alignment takes
 }
