@@ -6,6 +6,8 @@ joins the computation of one that is tokenized but not yet computed.
 """
 
 import asyncio
+import uuid
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +24,7 @@ from api.files.document import Document
 from api.files.document_library import DocumentLibrary
 from api.http.auth import SINGLE_TENANT, tenant_of
 from api.http.bodies import ChatRequest
+from api.http.errors import ApiError
 from api.http.message_bodies import Message, TextPart
 from api.http.read_body import read_json
 from api.http.sse import JSONObject
@@ -31,6 +34,7 @@ from longctx.request import Segment, TokenLogprob
 from longctx.text import chat_template
 from longctx.text.chat_template import ChatPrompts, Ending, FilePart
 from longctx.text.tokenizer import Tokenizer
+from longctx.text.tool_calls import ToolCall, ToolCallReader
 
 
 class ChatFormat:
@@ -40,12 +44,21 @@ class ChatFormat:
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, logprobs: ChatLogprobs | None = None) -> None:
-        """`logprobs` writes them, where they were asked for."""
+    def __init__(self, logprobs: ChatLogprobs | None = None, *, reads_calls: bool = False) -> None:
+        """`logprobs` writes them, where they were asked for; `reads_calls` says that the answers
+        may have calls of tools in them."""
         self._logprobs = logprobs
+        self._reads_calls = reads_calls
+        self._readers: defaultdict[int, ToolCallReader] = defaultdict(ToolCallReader)
 
     def whole(self, choice: Choice) -> JSONObject:
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        message: JSONObject = {"role": "assistant", "content": choice.text, "refusal": None}
+        if self._reads_calls:
+            reader = self._readers[choice.index]
+            (said, calls), (rest, more) = reader.push(choice.text), reader.finish()
+            if reader.calls:
+                message["content"] = (said + rest).strip() or None
+                message["tool_calls"] = [_call(call) for call in (*calls, *more)]
         told = self._written(choice.logprobs)
         return {"message": message, **self._ending(choice), "logprobs": told}
 
@@ -54,10 +67,20 @@ class ChatFormat:
 
     def delta(self, index: int, text: str, logprobs: Sequence[TokenLogprob] = ()) -> JSONObject:
         piece = self._piece(index, {"content": text})
+        if self._reads_calls:
+            reader = self._readers[index]
+            before = reader.calls
+            piece = self._piece(index, _delta(*reader.push(text), before))
         return {**piece, "logprobs": self._written(logprobs)} if logprobs else piece
 
     def finish(self, choice: Choice) -> JSONObject:
-        return {"delta": {}, **self._ending(choice)}
+        delta: JSONObject = {}
+        if self._reads_calls:
+            reader = self._readers[choice.index]
+            before = reader.calls
+            text, calls = reader.finish()
+            delta = _delta(text, calls, before) if text or calls else {}
+        return {"delta": delta, **self._ending(choice)}
 
     def _written(self, told: Sequence[TokenLogprob]) -> JSONObject | None:
         return None if self._logprobs is None else self._logprobs.written(told)
@@ -66,12 +89,28 @@ class ChatFormat:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def _ending(self, choice: Choice) -> JSONObject:
+        called = self._reads_calls and self._readers[choice.index].calls
+        stopped = choice.finish_reason == "stop"
         return {
             "index": choice.index,
             "logprobs": None,
-            "finish_reason": choice.finish_reason,
+            "finish_reason": "tool_calls" if called and stopped else choice.finish_reason,
             "stop_reason": choice.stop_reason,
         }
+
+
+def _call(call: ToolCall) -> JSONObject:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+
+
+def _delta(text: str, calls: Sequence[ToolCall], first: int) -> JSONObject:
+    """Make a delta of text and calls, of which `first` came before."""
+    delta: JSONObject = {"content": text}
+    if calls:
+        numbered = enumerate(calls, first)
+        delta["tool_calls"] = [{"index": index, **_call(call)} for index, call in numbered]
+    return delta
 
 
 class ChatRoutes:
@@ -102,6 +141,15 @@ class ChatRoutes:
         """Answers a conversation, in one piece or as server-sent events."""
         wanted = await read_json(request, ChatRequest)
         self.generation.check_model(wanted.model)
+        tools = wanted.offered
+        if tools and not self.tokenizer.takes_tools:
+            raise ApiError(
+                400,
+                "this model's chat template has no place for tools, or has its calls written in a "
+                "form that is not read (<tool_call>...</tool_call> is); leave tools out",
+                param="tools",
+                code="unsupported_value",
+            )
         tenant = tenant_of(request)
         messages, files = await self.read(wanted.messages, tenant)
         preamble, more = await self.preambles.resolve(wanted.prompt_cache, tenant)
@@ -123,11 +171,13 @@ class ChatRoutes:
             self.library,
             preamble,
             ending=wanted.ending,
+            tools=tools,
             check=check,
             keep=keep,
         )
         written = ChatLogprobs(self.tokenizer) if wanted.logprobs else None
-        reply = Reply(self.generation, ChatFormat(written), conversation, wanted, tenant)
+        answer = ChatFormat(written, reads_calls=bool(tools))
+        reply = Reply(self.generation, answer, conversation, wanted, tenant)
         return await reply.respond(request, ping_seconds=self.ping_seconds)
 
     async def read(
@@ -150,7 +200,11 @@ class ChatRoutes:
                 level = await self.preambles.reuse(part.reuse)
                 parts.append(FilePart(document.id, document.record.filename, level.link_tokens))
             role = "system" if message.role == "developer" else message.role
-            read.append(chat_template.Message(role, tuple(parts)))
+            calls = tuple(
+                ToolCall(call.function.name, call.function.arguments)
+                for call in message.tool_calls or ()
+            )
+            read.append(chat_template.Message(role, tuple(parts), calls))
         return read, list(files.values())
 
     async def tokens(self, messages: list[Message], ending: Ending) -> list[int]:

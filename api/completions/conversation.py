@@ -12,6 +12,7 @@ from api.http.sse import JSONObject
 from longctx.request import Segment
 from longctx.text import chat_template
 from longctx.text.chat_template import ChatPrompts, Ending, FilePart, PromptPiece
+from longctx.text.tool_calls import Tool
 from prompt_cache.level import Level
 
 # A conversation of this length renders and tokenizes in about a millisecond; a longer one goes to
@@ -31,6 +32,7 @@ class Conversation(PromptSource):
         preamble: Preamble,
         *,
         ending: Ending,
+        tools: Sequence[Tool] = (),
         check: Callable[[Sequence[Segment], int], None],
         keep: Callable[[Sequence[Segment]], Awaitable[None]],
     ) -> None:
@@ -46,6 +48,7 @@ class Conversation(PromptSource):
         self._library = library
         self._preamble = preamble
         self._ending = ending
+        self._tools = tools
         self._check = check
         self._keep = keep
         self._segments: tuple[Segment, ...] = ()
@@ -111,9 +114,15 @@ class Conversation(PromptSource):
             if isinstance(part, str)
         )
         if characters <= SHORT_CHARACTERS:
-            return self._prompts.pieces(self._messages, date=date, ending=self._ending)
+            return self._prompts.pieces(
+                self._messages, date=date, ending=self._ending, tools=self._tools
+            )
         return await asyncio.to_thread(
-            self._prompts.pieces, self._messages, date=date, ending=self._ending
+            self._prompts.pieces,
+            self._messages,
+            date=date,
+            ending=self._ending,
+            tools=self._tools,
         )
 
     def _note_prefixes(self, preamble: Sequence[Segment], segments: Sequence[Segment]) -> None:

@@ -19,8 +19,10 @@ from api.http.message_bodies import (
     ending_of,
     neutral,
 )
+from api.http.tool_bodies import NamedTool, ToolChoice, ToolDefinition
 from longctx.request import MAX_LOGPROBS, SamplingParams
 from longctx.text.chat_template import Ending
+from longctx.text.tool_calls import Tool, tool_grammar
 from offload.tier_names import MemoryTierName
 
 MAX_PROMPTS = 2048
@@ -228,8 +230,16 @@ class ChatRequest(GenerationRequest):
         Field(ge=0, le=MAX_LOGPROBS, description="and so many of the likeliest in its place"),
     ] = None
 
+    tools: Annotated[
+        list[ToolDefinition] | None,
+        Field(max_length=128, description="functions that the model may ask for"),
+    ] = None
+    tool_choice: Annotated[
+        ToolChoice | None, Field(description="none, auto, required, or one of them by name")
+    ] = None
+    parallel_tool_calls: Annotated[bool | None, Field(description="false: at most one call")] = None
+
     # harmless
-    parallel_tool_calls: bool | None = None
     prediction: Any = None
     prompt_cache_key: str | None = None  # says which server of many; here is one, with one cache
     safety_identifier: str | None = None
@@ -241,8 +251,6 @@ class ChatRequest(GenerationRequest):
     moderation: Annotated[Any, neutral(None)] = None
     reasoning_effort: Annotated[Any, neutral(None, "none")] = None
     store: Annotated[Any, neutral(None, False)] = None
-    tool_choice: Annotated[Any, neutral(None, "none", "auto")] = None
-    tools: Annotated[Any, neutral(None, [])] = None
     verbosity: Annotated[Any, neutral(None, "medium")] = None
     web_search_options: Annotated[Any, neutral(None)] = None
 
@@ -259,6 +267,38 @@ class ChatRequest(GenerationRequest):
     @property
     def ending(self) -> Ending:
         return ending_of(self.add_generation_prompt, self.continue_final_message)
+
+    @model_validator(mode="after")
+    def _tools_go_together(self) -> Self:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise ValueError("tools has two functions of one name; rename one")
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            if name not in names:
+                raise ValueError(f"tool_choice names {name!r}, which is not among the tools")
+        elif self.tool_choice == "required" and not names:
+            raise ValueError("tool_choice is required, and there are no tools")
+        shaped = self.response_format is not None and self.response_format.type != "text"
+        if self.offered and shaped:
+            raise ValueError("response_format excludes tools; leave one of them out")
+        return self
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return [] if self.tool_choice == "none" else [each.tool for each in self.tools or ()]
+
+    @property
+    def grammar(self) -> str | None:
+        tools, several = self.offered, self.parallel_tool_calls is not False
+        if isinstance(self.tool_choice, NamedTool):
+            tools = [tool for tool in tools if tool.name == self.tool_choice.function.name]
+            return tool_grammar(tools, required=True, several=False, param="tools")
+        required = self.tool_choice == "required"
+        if tools and (required or not several or any(tool.strict for tool in tools)):
+            return tool_grammar(tools, required=required, several=several, param="tools")
+        return super().grammar
 
     @property
     def tier(self) -> str | None:

@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from api.http.tool_bodies import ToolCallBody
 from longctx.text.chat_template import Ending
 
 
@@ -89,15 +90,26 @@ Content = Annotated[
 
 
 class Message(RequestBody):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
 
     name: Annotated[Any, neutral(None)] = None
-    tool_calls: Annotated[Any, neutral(None, [])] = None
+    tool_calls: Annotated[
+        list[ToolCallBody] | None, Field(description="an assistant's: what it called")
+    ] = None
+    tool_call_id: Annotated[str | None, Field(description="a tool's: which call it answers")] = None
     function_call: Annotated[Any, neutral(None)] = None
     refusal: Annotated[Any, neutral(None)] = None
     audio: Annotated[Any, neutral(None)] = None
     annotations: Annotated[Any, neutral(None, [])] = None
+
+    @model_validator(mode="after")
+    def _calls_and_answers(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"has tool_calls, which are the assistant's, not the {self.role}'s")
+        if (self.tool_call_id is None) == (self.role == "tool"):
+            raise ValueError("must have a tool_call_id if and only if it is a tool's")
+        return self
 
     @property
     def parts(self) -> list[TextPart | FileContent]:

@@ -12,16 +12,18 @@ Message text that spells a special token is replaced by a marker too, and is the
 Read `ChatPrompts.render` first.
 """
 
+import json
 import re
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from longctx.errors import InvalidRequest
 from longctx.request import Segment
 from longctx.text.tokenizer import Tokenizer
+from longctx.text.tool_calls import Tool, ToolCall
 
 _ROLE = re.compile(r"[A-Za-z][A-Za-z_-]*")  # a role is written into the template as it is
 
@@ -55,6 +57,7 @@ class Message:
 
     role: str
     content: tuple[str | FilePart | Placeholder, ...]
+    tool_calls: tuple[ToolCall, ...] = ()  # an assistant's
 
 
 class Ending(Enum):
@@ -144,6 +147,7 @@ class ChatPrompts:
         *,
         date: str | None = None,
         ending: Ending = Ending.ANSWER,
+        tools: Sequence[Tool] = (),
     ) -> tuple[PromptPiece, ...]:
         """Render the same prompt as token runs, files and placeholders, in reading order.
 
@@ -153,15 +157,19 @@ class ChatPrompts:
         part of it, or when the model has none.
         """
         try:
-            return self._checked_pieces(messages, date, ending)
+            return self._checked_pieces(messages, date, ending, tools)
         except InvalidRequest:
             joined = _joined(messages)
             if len(joined) == len(messages):
                 raise
-            return self._checked_pieces(joined, date, ending)
+            return self._checked_pieces(joined, date, ending, tools)
 
     def _checked_pieces(
-        self, messages: Sequence[Message], date: str | None, ending: Ending
+        self,
+        messages: Sequence[Message],
+        date: str | None,
+        ending: Ending,
+        tools: Sequence[Tool],
     ) -> tuple[PromptPiece, ...]:
         for message in messages:
             if not _ROLE.fullmatch(message.role):
@@ -172,8 +180,8 @@ class ChatPrompts:
         # Render once with a marker for every text, only to see that the template loses nothing,
         # then with ordinary text in place: templates may look at it, and its tokens join those
         # of the text beside it.
-        self._pieces(messages, date, ending, replace_all=True)
-        return self._in_tokens(self._pieces(messages, date, ending, replace_all=False))
+        self._pieces(messages, date, ending, tools, replace_all=True)
+        return self._in_tokens(self._pieces(messages, date, ending, tools, replace_all=False))
 
     def frames(
         self, roles: Sequence[str], *, continued: bool, date: str | None = None
@@ -202,12 +210,18 @@ class ChatPrompts:
         return first.token_ids  # empty where the document itself comes first
 
     def _pieces(
-        self, messages: Sequence[Message], date: str | None, ending: Ending, *, replace_all: bool
+        self,
+        messages: Sequence[Message],
+        date: str | None,
+        ending: Ending,
+        tools: Sequence[Tool],
+        *,
+        replace_all: bool,
     ) -> list[str | _Marker]:
         markers = _Markers()
         tokenizer = self._tokenizer
         in_place = not tokenizer.takes_documents
-        conversation = []
+        conversation: list[dict[str, Any]] = []
         for number, message in enumerate(messages, start=1):
             label = f"the {message.role} message (number {number})"
             placeholders = "".join(
@@ -221,10 +235,11 @@ class ChatPrompts:
                 if isinstance(part, FilePart) and in_place
             ]
             text = "\n".join(part for part in message.content if isinstance(part, str))
+            calls = [self._call(call, markers) for call in message.tool_calls]
             if ending is Ending.OPEN and number == len(messages):
                 # All of it, also the space around it that templates trim: the answer goes on there.
                 parts.append(markers.add(text, label))
-            elif text or not (parts or placeholders):
+            elif text or (not calls and not (parts or placeholders)):
                 # Templates look for control tokens of their own in what the model said, such as
                 # `</think>`.
                 answered = message.role == "assistant"
@@ -233,17 +248,40 @@ class ChatPrompts:
                 parts.append(_replaced(text, markers, label) if hidden else text)
             conversation.append(
                 {"role": message.role, "content": placeholders + "\n\n".join(parts)}
+                | ({"tool_calls": calls} if calls else {})
             )
         documents = None if in_place else self._documents(messages, markers)
         answers = ending is Ending.ANSWER
         rendered = tokenizer.render(
-            conversation, documents=documents, date=date, add_generation_prompt=answers
+            conversation,
+            documents=documents,
+            tools=[self._hidden(tool.described, markers) for tool in tools] or None,
+            date=date,
+            add_generation_prompt=answers,
         )
         pieces = markers.split(rendered)
         if ending is Ending.OPEN:
             last = max(number for number, piece in enumerate(pieces) if not isinstance(piece, str))
             del pieces[last + 1 :]
         return pieces
+
+    def _call(self, call: ToolCall, markers: _Markers) -> dict[str, Any]:
+        arguments = self._hidden(json.loads(call.arguments), markers)
+        return {"type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+    def _hidden(self, value: Any, markers: _Markers) -> Any:
+        """Replace strings that spell control tokens, anywhere in what a template writes as JSON."""
+        if isinstance(value, dict):
+            return {
+                self._hidden(name, markers): self._hidden(inner, markers)
+                for name, inner in value.items()
+            }
+        if isinstance(value, list):
+            return [self._hidden(inner, markers) for inner in value]
+        if isinstance(value, str) and self._tokenizer.spells_control(value):
+            written = json.dumps(value, ensure_ascii=False)[1:-1]
+            return markers.add(written, "a text of a tool", required=False)
+        return value
 
     def _documents(
         self, messages: Iterable[Message], markers: _Markers
@@ -330,7 +368,8 @@ def _joined(messages: Sequence[Message]) -> list[Message]:
     """Join the messages that one role speaks in a row."""
     joined: list[Message] = []
     for message in messages:
-        if joined and joined[-1].role == message.role:
+        calls = message.role == "tool" or message.tool_calls
+        if joined and joined[-1].role == message.role and not calls and not joined[-1].tool_calls:
             message = Message(message.role, (*joined.pop().content, *message.content))
         joined.append(message)
     return joined

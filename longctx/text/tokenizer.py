@@ -25,6 +25,7 @@ from longctx.model.gguf_config import gguf_end_tokens
 from longctx.model.gguf_file import find_gguf, read_gguf
 from longctx.text.gguf_tokenizer import gguf_tokenizer
 from longctx.text.token_bytes import TokenBytes
+from longctx.text.tool_calls import OPENING
 
 # All that a template's `strftime_now` may ask for, glibc's unpadded forms included.
 _DATE_DIRECTIVES = ("%-d", "%-m", *(f"%{letter}" for letter in "aAbBcdDeFGhHIjmMpSTuUVwWxXyYZ"))
@@ -53,6 +54,7 @@ class Tokenizer:
         names, literal = _template_words(self._template or "")
         self.has_chat_template = self._template is not None
         self.takes_documents = "documents" in names
+        self.takes_tools = "tools" in names and OPENING in (self._template or "")
         self._asks_date = "strftime_now" in names
 
         added = backend.get_added_tokens_decoder()
@@ -186,6 +188,7 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         documents: Sequence[Mapping[str, str]] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         date: str | None = None,
     ) -> str:
@@ -205,6 +208,7 @@ class Tokenizer:
         try:
             text = self._hugging_face.apply_chat_template(
                 [dict(message) for message in messages],
+                tools=None if tools is None else [dict(tool) for tool in tools],
                 documents=None if documents is None else [dict(entry) for entry in documents],
                 chat_template=template,
                 add_generation_prompt=add_generation_prompt,

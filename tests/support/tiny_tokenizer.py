@@ -54,6 +54,32 @@ INST_TEMPLATE = """\
 {%- endif %}
 {%- endfor %}"""
 
+# Calls and their answers are written as Hermes and Qwen models do.
+HERMES_TEMPLATE = """\
+{{- bos_token }}
+{%- if tools %}
+{{- '<|system|>Tools:' }}
+{%- for tool in tools %}
+{{- '\\n' + tool | tojson }}
+{%- endfor %}
+{%- endif %}
+{%- for message in messages %}
+{%- if message['role'] == 'tool' %}
+{{- '<|user|><tool_response>' + message['content'] + '</tool_response>' }}
+{%- else %}
+{{- '<|' + message['role'] + '|>' + message['content'] }}
+{%- for call in message['tool_calls'] or [] %}
+{{- '<tool_call>\\n{"name": "' + call['function']['name'] + '", "arguments": ' }}
+{{- call['function']['arguments'] | tojson }}
+{{- '}\\n</tool_call>' }}
+{%- endfor %}
+{%- endif %}
+{{- eos_token }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|assistant|>' }}
+{%- endif %}"""
+
 _CORPUS = """\
 The harbour of the old town lies under a hill of white stone, and the road to it is steep.
 Every morning the boats come back with fish, and every evening they leave for the open sea.

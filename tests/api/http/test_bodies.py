@@ -25,8 +25,7 @@ def refused(kind: type[RequestBody], **fields: Any) -> ApiError:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("tool_choice", "required"),
+        ("functions", [{"name": "f"}]),
         ("modalities", ["text", "audio"]),
         ("audio", {"voice": "ash", "format": "wav"}),
         ("store", True),
