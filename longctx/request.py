@@ -14,6 +14,8 @@ from offload.tier_names import TierName
 MAX_INT = 2**31 - 1  # counts and token ids
 MAX_SEED = 2**63 - 1
 MAX_BIAS = 1e6  # beyond any logit, and far from where float32 ends
+MAX_STOPS = 64  # each is looked for after every token
+MAX_STOP_CHARACTERS = 1024
 MAX_LOGPROBS = 20  # tokens of which log-probabilities are told, in one token's place
 
 
@@ -78,6 +80,18 @@ class SamplingParams:
             _between(name, token_id, 0, MAX_INT)
         for bias in self.logit_bias.values():
             _between("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
+        if len(self.stop) > MAX_STOPS:
+            raise InvalidRequest(
+                f"stop has {len(self.stop)} strings, the limit is {MAX_STOPS}; leave some out",
+                param="stop",
+            )
+        longest = max(map(len, self.stop), default=0)
+        if longest > MAX_STOP_CHARACTERS:
+            raise InvalidRequest(
+                f"stop has a string of {longest} characters, the limit is {MAX_STOP_CHARACTERS}; "
+                "a shorter beginning of it stops as well",
+                param="stop",
+            )
         if any(not text for text in self.stop):
             raise InvalidRequest("stop contains an empty string; remove it", param="stop")
 

@@ -173,7 +173,7 @@ def test_too_long_an_answer_is_refused_with_what_is_left(client: openai.OpenAI) 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("tools", [{"type": "function"}]), ("temperature", 1e9), ("top_p", 0), ("unheard_of", 1)],
+    [("functions", [{"name": "f"}]), ("temperature", 1e9), ("top_p", 0), ("unheard_of", 1)],
 )
 def test_a_refusal_names_the_field(server: LiveServer, field: str, value: Any) -> None:
     answer = server.http.post("/v1/chat/completions", json={**GREEDY, field: value})

@@ -92,6 +92,8 @@ def test_nothing_is_put_after_the_last_message(server: LiveServer) -> None:
         ({"stream_options": {"continuous_usage_stats": True}, "stream": True}, "include_usage"),
         ({"service_tier": "priority"}, "service_tier"),
         ({"store": True}, "store"),
+        ({"stop": [f"{number}" for number in range(10_000)]}, "10000 strings, the limit is 64"),
+        ({"stop": "x" * 5000}, "5000 characters, the limit is 1024"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
     ],
 )
