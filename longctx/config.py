@@ -44,6 +44,9 @@ class ModelConfig:
         "how linear layers keep their weights; auto: as the checkpoint has them; int8: rounded to "
         "8 bits, faster and less exact (float32 on a CPU only)",
     ] = "auto"
+    force_weights: Annotated[
+        bool, "keep weights as told whatever that costs this model; it is not measured then"
+    ] = False
     max_context: Annotated[int | None, "longest prompt and answer, tokens; the model's own"] = None
     force_context: Annotated[bool, "allow a max-context beyond the trained length"] = False
     rope_override: Annotated[
@@ -57,6 +60,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        if self.force_weights and self.weights == "auto":
+            raise ValueError("force_weights needs weights to force; name them by weights")
         for name in ("max_context", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -19,6 +19,7 @@ from longctx.errors import InvalidRequest
 from longctx.model.loader import load_model
 from longctx.quality.gate import choose_codec
 from longctx.quality.measurement_cache import identity_of
+from longctx.quality.weights_gate import check_weights
 from longctx.ring.parts import many_rank_parts
 from longctx.ring.ranks import Ranks
 from longctx.text.tokenizer import Tokenizer
@@ -64,6 +65,15 @@ def engine_parts(
     tokenizer = Tokenizer(model_folder)
     model = load_model(config.model, model_folder, cache_dir=cache_dir)
     backend = backend_for(config.model.attention_backend, model.spec.device)
+    check_weights(
+        config.model,
+        model_folder,
+        model,
+        tokenizer,
+        BACKENDS[backend],
+        cache_dir=cache_dir,
+        say=say,
+    )
     codec = choose_codec(
         config.cache, model, tokenizer, BACKENDS[backend], cache_dir=cache_dir, say=say
     )
