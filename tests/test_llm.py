@@ -87,8 +87,8 @@ def test_an_empty_document_can_be_asked_about(llm: LLM) -> None:
 
 def test_a_file_that_is_not_text_is_refused(llm: LLM, tmp_path: Path) -> None:
     file = tmp_path / "photo.jpg"
-    file.write_bytes(b"abc\xff\xfe")
-    with pytest.raises(InvalidRequest, match=r"photo.jpg is not UTF-8 text \(byte 3\)"):
+    file.write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(InvalidRequest, match=r"photo\.jpg: the file is an image"):
         llm.document(file)
 
 
