@@ -71,7 +71,7 @@ async def open_services(
         records = PromptRecords(folder.prompts_database)
         stack.push_async_callback(records.close)
         await records.open()
-        modules = ModuleKeeper(engine)
+        modules = ModuleKeeper(engine, records)
         stack.push_async_callback(modules.close)
         schemas = SchemaLibrary(records, tokenizer, chat_prompts, engine, modules)
         await schemas.open()
@@ -87,6 +87,7 @@ async def open_services(
             await modules.reopen()
 
         engine.on_restart = reopen
+        await modules.drop_unknown()
         yield Services(
             config=config,
             folder=folder,

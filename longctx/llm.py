@@ -7,6 +7,7 @@
 For many users at once, or for not blocking the caller, use the server.
 """
 
+import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from longctx.errors import InvalidRequest, LongctxError
 from longctx.model.named import find_model
 from longctx.open_engine import open_engine
 from longctx.request import (
+    Erasure,
     FinishReason,
     Piece,
     Request,
@@ -69,6 +71,7 @@ class LLM:
         self.engine = open_engine(config, folder)
         self._prompts = ChatPrompts(self.engine.tokenizer)
         self._ids = itertools.count()
+        self._taken: set[str] = set()  # ids of what is open
 
     def close(self, *, flush_seconds: float = 60.0) -> None:
         """End the engine; wait up to `flush_seconds` for what is on its way to the disk."""
@@ -110,15 +113,19 @@ class LLM:
         module_id = llm.open_module([Piece(token_ids=tokens, position=0)])
         llm.answer([Segment(module_id=module_id, link_tokens=0), Segment(token_ids=question)])
         """
-        module_id = module_id or f"module-{next(self._ids)}"
+        module_id = module_id or self._new_id("module", repr(tuple(pieces)))
         self.engine.open_module(module_id, pieces)
         segments = (Segment(encodes=module_id),)
         self._answers([segments], SamplingParams(max_tokens=0), request_class=RequestClass.INGEST)
         return module_id
 
-    def close_module(self, module_id: str) -> None:
-        """Forget a module and free its blocks."""
-        self.engine.close_module(module_id)
+    def close_document(self, document_id: str) -> Erasure:
+        """Forget a document and erase what stems from it, as `Document.close`."""
+        return self._erased(document_id, self.engine.close_document(document_id))
+
+    def close_module(self, module_id: str) -> Erasure:
+        """Forget a module and erase what stems from it; return what that was."""
+        return self._erased(module_id, self.engine.close_module(module_id))
 
     def document(self, path: str | Path, *, system: str | None = None) -> "Document":
         """Read a document and compute its attention state, after `system` if given.
@@ -138,7 +145,7 @@ class LLM:
     ) -> "Document":
         """Compute the attention state of a text, as `document` does for a file."""
         token_ids = np.array(self.engine.tokenizer.encode(text), dtype=np.int32)
-        document_id = f"document-{next(self._ids)}"
+        document_id = self._new_id("document", repr((text, title, system)))
         self.engine.open_document(document_id, token_ids)
         prefix = self._prompts.document_prefix(system, title=title)
         segments = (Segment(token_ids=prefix), Segment(document_id=document_id))
@@ -146,6 +153,26 @@ class LLM:
             [segments], SamplingParams(max_tokens=0), request_class=RequestClass.INGEST
         )
         return Document(self, FilePart(document_id, title), len(token_ids), system, ingested.usage)
+
+    def _new_id(self, kind: str, content: str) -> str:
+        """Make an id that tells contents apart, also those of earlier processes on disk.
+
+        What is open twice has two ids.
+        """
+        digest = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=12)
+        name = f"{kind}-{digest.hexdigest()}"
+        while name in self._taken:
+            name = f"{kind}-{digest.hexdigest()}-{next(self._ids)}"
+        self._taken.add(name)
+        return name
+
+    def _erased(self, owner: str, erasure: Erasure) -> Erasure:
+        """See an erasure to its end: the tiers may still be writing what is to go."""
+        self._taken.discard(owner)
+        while erasure.waits and self.engine.has_transfers:
+            self.engine.step()
+            erasure = self.engine.take_erased().get(owner, erasure)
+        return erasure
 
     def _answers(
         self,
@@ -200,9 +227,12 @@ class Document:
         messages = (*system, Message("user", (self.part, question)))
         return self.llm.chat(messages, sampling or SamplingParams(temperature=0.0))
 
-    def close(self) -> None:
-        """Forget the document and free its blocks; `ask` raises DocumentMissing afterwards."""
-        self.llm.engine.close_document(self.part.document_id)
+    def close(self) -> Erasure:
+        """Forget the document and erase what stems from it; return what that was.
+
+        `ask` raises DocumentMissing afterwards.
+        """
+        return self.llm.close_document(self.part.document_id)
 
 
 def _answer(outputs: Sequence[RequestOutput]) -> Answer:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
 from longctx.errors import InvalidRequest
+from offload.stats import Cleared
 from offload.tier_names import TierName
 
 MAX_INT = 2**31 - 1  # counts and token ids
@@ -165,11 +166,32 @@ class Request:
     salt: str = ""  # tenant salt; blocks are shared only between equal salts
     explain: bool = False  # its usage says why the cache had what it had
     in_memory: bool = False  # what it computes, but for documents, is not written to disk
+    # Stored prompts and schemas whose text is among the literal tokens: what is computed for this
+    # request is erased when one of them is closed (`Engine.close_module`).
+    sources: tuple[str, ...] = ()
 
     @property
     def keeps_prompt(self) -> bool:
         """Whether the prompt is computed to be kept: the request ends when that is durable."""
         return self.sampling.max_tokens == 0 and self.sampling.prompt_logprobs is None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Erasure:
+    """What was erased of a closed document or module, by tier, and what the rest waits for.
+
+    What somebody else owns is not erased. A block counts once for each layer group.
+    """
+
+    tiers: dict[TierName, Cleared] = field(default_factory=dict)
+    requests: int = 0  # that were asked before, and still use it
+    transfers: int = 0  # of its blocks, to or from a tier; or their deletion is under way
+    left: int = 0  # blocks that could not be deleted: the log says why
+
+    @property
+    def waits(self) -> bool:
+        """Whether anything of it may be left."""
+        return bool(self.requests or self.transfers or self.left)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,13 +16,14 @@ page 7 of rank 2; only the first rank's pages lie in this process.
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from offload.descent import Stem, descendants
 from offload.key import BlockKey
 
 NO_PAGE = 0
@@ -30,11 +31,16 @@ NO_PAGE = 0
 
 @dataclass(slots=True)
 class KVBlock:
-    """One page of a pool: how many hold it, and the key that finds it once it is sealed."""
+    """One page of a pool: how many hold it, and the key that finds it once it is sealed.
+
+    With the key come the block's parent and sources, as in a `BlockRun`.
+    """
 
     page: int
     refs: int = 0
     key: BlockKey | None = None
+    parent: BlockKey | None = None
+    sources: tuple[str, ...] = ()
 
 
 class _Share:
@@ -160,12 +166,22 @@ class BlockPool:
         for page in self._give_back(pages):
             self._share(page).superseded[page] = None
 
-    def publish(self, page: int, key: BlockKey) -> None:
-        """Let `key` find a sealed page. Another page that already has the key keeps it."""
+    def publish(
+        self,
+        page: int,
+        key: BlockKey,
+        *,
+        parent: BlockKey | None = None,
+        sources: tuple[str, ...] = (),
+    ) -> None:
+        """Let `key` find a sealed page. Another page that already has the key keeps it.
+
+        `parent` is the key before it, and `sources` are as in a `BlockRun`: `erase` needs both.
+        """
         block = self._blocks[page]
         assert block.refs > 0 and block.key is None, f"published twice or unheld: {block}"
         if key not in self._by_key:
-            block.key = key
+            block.key, block.parent, block.sources = key, parent, sources
             self._by_key[key] = block
 
     def forget(self, pages: Iterable[int]) -> int:
@@ -180,6 +196,22 @@ class BlockPool:
                 heapq.heappush(share.free, page)
                 dropped += 1
         return dropped
+
+    def erase(
+        self, source: str | None, keys: Iterable[BlockKey], is_owned: Callable[[BlockKey], bool]
+    ) -> int:
+        """Forget what stems from a source or follows one of these keys; return how many pages.
+
+        What is owned stays (`descendants`). A page that is held is not found any more, and is free
+        once nobody holds it.
+        """
+        stems = [Stem((key,), block.parent, block.sources) for key, block in self._by_key.items()]
+        found = descendants(stems, source, keys, is_owned)
+        pages = [block.page for key in found if (block := self._by_key.get(key)) is not None]
+        for page in pages:
+            if not self.forget([page]):
+                self._drop(self._blocks[page])
+        return len(pages)
 
     def _share(self, page: int) -> _Share:
         return self._shares[page // self.pages_per_rank]
@@ -208,7 +240,7 @@ class BlockPool:
     def _drop(self, block: KVBlock) -> None:
         assert block.key is not None
         del self._by_key[block.key]
-        block.key = None
+        block.key, block.parent, block.sources = None, None, ()
 
 
 def _zeros(num_pages: int, page_bytes: int, device: torch.device) -> Tensor:

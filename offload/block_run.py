@@ -1,7 +1,7 @@
 """What travels between tiers: a `BlockRun` says which blocks, `Slots` say where their pages lie."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 import numpy as np
@@ -17,7 +17,9 @@ class BlockRun:
     """Consecutive blocks of one chain in one layer group.
 
     `first_block` is the index of the first one in its chain, `parent` is the key before it. Where
-    the run begins the chain, `parent` is the namespace.
+    the run begins the chain, `parent` is the namespace. `sources` are the ids of the documents and
+    modules of which the prompt had text by the end of the run: when one of them is deleted, so are
+    these blocks.
     """
 
     namespace: BlockKey
@@ -25,6 +27,16 @@ class BlockRun:
     first_block: int
     parent: BlockKey
     keys: tuple[BlockKey, ...]
+    sources: tuple[str, ...] = ()
+
+    def stretch(self, begin: int, end: int) -> "BlockRun":
+        """Return its blocks from index `begin` to before `end`, as a run."""
+        return replace(
+            self,
+            first_block=self.first_block + begin,
+            parent=self.keys[begin - 1] if begin else self.parent,
+            keys=self.keys[begin:end],
+        )
 
 
 class Slots(Protocol):

@@ -4,6 +4,8 @@ import threading
 from collections import deque
 from dataclasses import dataclass
 
+from offload.stats import Erased
+
 
 @dataclass(frozen=True, slots=True)
 class Written:
@@ -31,7 +33,15 @@ class Late:
     ticket: int
 
 
-Event = Written | Loaded | Late
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """The store has erased what it could."""
+
+    ticket: int
+    erased: Erased
+
+
+Event = Written | Loaded | Late | Gone
 
 
 class Mailbox:

@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offload.block_run import PageSlots, Slots
+from offload.descent import Stem
 from offload.eviction import Evictable, EvictionPolicy
 from offload.eviction_log import EvictionLog
 from offload.key import BlockKey, GroupKey
-from offload.stats import Cleared, TierStats
+from offload.stats import Cleared, Dropped, TierStats
 from offload.tier_names import TierName
 
 _UNITS_PER_PAGE = 16  # at most, since each unit is copied by a call of its own
@@ -64,6 +65,7 @@ class HostTier:
         self._policy = policy
         self._lock = threading.Lock()
         self._units: dict[GroupKey, list[int]] = {}  # a block's units: layer by layer, in order
+        self._origins: dict[GroupKey, tuple[BlockKey | None, tuple[str, ...]]] = {}  # for `stems`
         self._free: list[int] = []
         self._never_used = 0  # units from here on were never given out
         self._groups: dict[int, tuple[int, ...]] = {}  # page sizes of the layers of each
@@ -84,6 +86,7 @@ class HostTier:
         parent: BlockKey | None,
         cost_seconds: float,
         retained: bool,
+        sources: tuple[str, ...] = (),
     ) -> int:
         """Copy consecutive blocks in; return how many of them, from the first on, are here now.
 
@@ -96,10 +99,11 @@ class HostTier:
         with self._lock:
             self._groups[group] = tuple(array.shape[1] for array in slots.arrays)
             for row, key in zip(slots.pages, keys, strict=True):
-                if (group, key) in self._units:
-                    self._policy.used((group, key))
+                block = (group, key)
+                if block in self._units:
+                    self._policy.used(block)
                 elif not self._store(
-                    (group, key),
+                    block,
                     slots,
                     row,
                     parent=None if parent is None else (group, parent),
@@ -107,6 +111,8 @@ class HostTier:
                     retained=retained,
                 ):
                     break
+                else:
+                    self._origins[block] = (parent, sources)
                 parent = key
                 count += 1
             self._write_seconds += time.perf_counter() - begin
@@ -149,10 +155,20 @@ class HostTier:
             for block in self._held(keys):
                 self._policy.release(block)
 
-    def drop(self, keys: Iterable[BlockKey]) -> None:
+    def drop(self, keys: Iterable[BlockKey]) -> Dropped:
         with self._lock:
-            for block in self._held(keys):
+            blocks = self._held(keys)
+            units = sum(len(self._units[block]) for block in blocks)
+            for block in blocks:
                 self._remove(block, "deleted")
+        return Dropped(len(blocks), units * self._unit_bytes)
+
+    def stems(self) -> list[Stem]:
+        with self._lock:
+            return [
+                Stem((key,), parent, sources)
+                for (_, key), (parent, sources) in self._origins.items()
+            ]
 
     def clear(self) -> Cleared:
         """Empty the tier and return what it held."""
@@ -229,6 +245,7 @@ class HostTier:
 
     def _remove(self, block: GroupKey, reason: str) -> None:
         self._free.extend(self._units.pop(block))
+        self._origins.pop(block, None)
         self._policy.removed(block)
         self._log.record(block, reason)
 

@@ -48,6 +48,7 @@ class _Job:
     keys: tuple[BlockKey, ...]
     parent: BlockKey | None  # the key before its first one, where known
     slots: Slots
+    sources: tuple[str, ...]
 
 
 class Reader:
@@ -91,11 +92,11 @@ class Reader:
         """How many loads have not ended."""
         return len(self._loads)
 
-    def add(self, ticket: int, parts: Sequence[Part]) -> None:
-        """Queue a load. One without any keys ends at once."""
+    def add(self, ticket: int, parts: Sequence[Part], sources: tuple[str, ...] = ()) -> None:
+        """Queue a load. One without any keys ends at once. `sources`: see `KVStore.load`."""
         size_bytes = sum(len(keys) * slots.block_bytes for _, keys, slots in parts)
         load = _Load(ticket, size_bytes, [[False] * len(keys) for _, keys, _ in parts])
-        jobs = list(_jobs(load, parts))
+        jobs = list(_jobs(load, parts, sources))
         load.jobs_left = len(jobs)
         if not jobs:
             self._mailbox.tell(Loaded(ticket, tuple(() for _ in parts)))
@@ -175,7 +176,7 @@ class Reader:
 
     def _read(self, job: _Job) -> list[bool]:
         try:
-            return self._stack.read(job.group, job.keys, job.slots, job.parent)
+            return self._stack.read(job.group, job.keys, job.slots, job.parent, job.sources)
         except Exception:  # a thread that ended would keep all later loads waiting
             log.exception("the KV store's reader failed; these blocks count as missing")
             self.failures += 1
@@ -221,7 +222,7 @@ class Reader:
         self._avoided = kept | dict.fromkeys(blocks, now + AVOIDED_SECONDS)
 
 
-def _jobs(load: _Load, parts: Sequence[Part]) -> Iterator[_Job]:
+def _jobs(load: _Load, parts: Sequence[Part], sources: tuple[str, ...]) -> Iterator[_Job]:
     """Cut the parts of a load into jobs of at most one extent."""
     for number, (group, keys, slots) in enumerate(parts):
         assert len(keys) == len(slots.pages), (len(keys), len(slots.pages))
@@ -235,4 +236,5 @@ def _jobs(load: _Load, parts: Sequence[Part]) -> Iterator[_Job]:
                 keys=keys[begin:end],
                 parent=keys[begin - 1] if begin else None,
                 slots=slots.rows(begin, end),
+                sources=sources,
             )

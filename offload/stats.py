@@ -19,6 +19,22 @@ class Cleared(NamedTuple):
     num_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Erased:
+    """Says what a deletion took from each tier, and how many blocks could not be deleted."""
+
+    tiers: Mapping[TierName, Cleared]
+    left: int = 0
+
+
+class Dropped(NamedTuple):
+    """Says what of a deletion has left a tier, and how many blocks could not be deleted."""
+
+    blocks: int
+    num_bytes: int
+    left: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierStats:
     """Holds one tier's counters and gauges.

@@ -2,6 +2,7 @@
 
     offer -> ... -> Written           the writer copies to host memory, then to disk
     load -> ... [Late ...] -> Loaded  readers fill pages from host memory, then from disk
+    delete -> ... -> Gone             the writer deletes from disk, then from host memory
 
 `KVStore` is the one door. Behind it, a `Reader` and a `Writer` make calls to a `TierStack` on
 threads of their own, and put what happened into a `Mailbox`.
@@ -11,17 +12,17 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from offload.block_run import BlockRun, Slots
-from offload.events import Event, Late, Loaded, Mailbox, Written
+from offload.events import Event, Gone, Late, Loaded, Mailbox, Written
 from offload.key import BlockKey
 from offload.owners import Owners
 from offload.reader import Part, Reader
-from offload.stats import Cleared, StoreStats
+from offload.stats import Cleared, Erased, StoreStats
 from offload.tier import DurableTier, MemoryTier
 from offload.tier_names import TierName
 from offload.tier_stack import TierStack
 from offload.writer import Offer, Writer
 
-__all__ = ["Event", "KVStore", "Late", "Loaded", "Part", "Written"]
+__all__ = ["Event", "Gone", "KVStore", "Late", "Loaded", "Part", "Written"]
 
 USED_SECONDS = 60.0  # between two times that the tiers are told of an owner's use
 
@@ -33,9 +34,10 @@ class KVStore:
     `read_bytes_per_second` and `losses`, which any thread may ask for. Calls return at once, but
     for `read`, `wait`, `flush` and `close`.
 
-    An `offer` or a `load` returns a ticket; a later `poll` gives the event with that ticket. The
-    pages that were passed in belong to the store until then: they must not be changed, nor, for a
-    load, be read. `poll` at each step of the engine; `wait` where there is nothing else to do.
+    An `offer`, a `load` or a `delete` returns a ticket; a later `poll` gives the event with that
+    ticket. The pages that were passed in belong to the store until then: they must not be changed,
+    nor, for a load, be read. `poll` at each step of the engine; `wait` where there is nothing else
+    to do.
 
     What is kept is up to owners: documents and stored prompts `retain` keys under their ids, before
     or after the keys are written, and `release` or `delete` them.
@@ -95,10 +97,13 @@ class KVStore:
         """
         return self._stack.read_layers(group, keys, slots)
 
-    def load(self, parts: Sequence[Part]) -> int:
-        """Fill pages from the tiers; return the ticket that its `Loaded` will carry."""
+    def load(self, parts: Sequence[Part], sources: tuple[str, ...] = ()) -> int:
+        """Fill pages from the tiers; return the ticket that its `Loaded` will carry.
+
+        `sources` are those of the prompt that needs them, as in a `BlockRun`.
+        """
         self._ticket += 1
-        self._reader.add(self._ticket, parts)
+        self._reader.add(self._ticket, parts, sources)
         return self._ticket
 
     def poll(self) -> list[Event]:
@@ -189,15 +194,24 @@ class KVStore:
         if free:
             self._writer.add(lambda: self._stack.release(self._unowned(free)))
 
-    def delete(self, owner: str) -> None:
-        """Release what the owner retains, and delete the keys that nobody else retains.
+    def is_owned(self, key: BlockKey) -> bool:
+        """Return whether any owner retains the key."""
+        return key in self._owners
 
-        They are not found from now on. The writer deletes them after what was offered before.
+    def delete(self, owner: str, *, sources: bool = True) -> tuple[int, list[BlockKey]]:
+        """Release what the owner retains, and delete it with all that stems from it.
+
+        That is what nobody else retains: the owner's keys, which are not found from now on, what
+        follows them in any chain, and, with `sources`, the blocks of runs that name the owner as a
+        source. The writer deletes them after what was offered before. Returns the ticket that its
+        `Gone` will carry, and the owner's keys.
         """
         free = self._let_go(owner)
-        if free:
-            self._dropping.update(free)
-            self._writer.add(lambda: self._drop(free))
+        self._dropping.update(free)
+        self._ticket += 1
+        ticket, source = self._ticket, owner if sources else None
+        self._writer.add(lambda: self._erase(ticket, source, free))
+        return ticket, free
 
     @property
     def queued_bytes(self) -> int:
@@ -254,10 +268,15 @@ class KVStore:
         self._used.pop(owner, None)
         return self._owners.release(owner)
 
-    def _drop(self, keys: Sequence[BlockKey]) -> None:
-        """Delete keys, on the writer's thread."""
-        self._stack.drop(self._unowned(keys))
-        self._dropping.difference_update(keys)
+    def _erase(self, ticket: int, source: str | None, keys: Sequence[BlockKey]) -> None:
+        """Delete what stems from a source or from keys, on the writer's thread."""
+        erased = Erased({}, left=max(1, len(keys)))
+        try:
+            erased = self._stack.erase(source, keys, self.is_owned)
+            if not erased.left:  # else they are there still, and must not be served
+                self._dropping.difference_update(keys)
+        finally:
+            self._mailbox.tell(Gone(ticket, erased))
 
     def _unowned(self, keys: Sequence[BlockKey]) -> list[BlockKey]:
         """Return the keys without those that somebody retained since they were released."""

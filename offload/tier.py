@@ -13,8 +13,9 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol
 
 from offload.block_run import BlockRun, Slots
+from offload.descent import Stem
 from offload.key import BlockKey
-from offload.stats import Cleared, TierStats
+from offload.stats import Cleared, Dropped, TierStats
 from offload.tier_names import TierName
 
 
@@ -50,8 +51,12 @@ class Tier(Protocol):
         """End what `retain` began: these keys may be evicted like any others."""
         ...
 
-    def drop(self, keys: Iterable[BlockKey]) -> None:
-        """Delete these keys, in any group."""
+    def drop(self, keys: Iterable[BlockKey]) -> Dropped:
+        """Delete these keys, in any group; return how much that was."""
+        ...
+
+    def stems(self) -> Iterable[Stem]:
+        """Return what the tier holds: of each block its key, its parent and its sources."""
         ...
 
     def explain(self, group: int, key: BlockKey) -> str | None:
@@ -86,11 +91,13 @@ class MemoryTier(Tier, Protocol):
         parent: BlockKey | None,
         cost_seconds: float,
         retained: bool,
+        sources: tuple[str, ...],
     ) -> int:
         """Copy consecutive blocks of one chain in; return how many, from the first on, are here.
 
         `parent` is the key before the first one, None where it is not known. `cost_seconds` is
-        what all these blocks together cost whoever has to get them again.
+        what all these blocks together cost whoever has to get them again. `sources` are as in a
+        `BlockRun`; a block that is here already keeps its own.
         """
         ...
 

@@ -10,13 +10,14 @@ nothing is lost.
                    retain leaves last
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 
 from offload.bandwidth import Bandwidth
 from offload.block_run import BlockRun, Slots
+from offload.descent import descendants
 from offload.key import BlockKey
-from offload.stats import Cleared, TierStats
+from offload.stats import Cleared, Erased, TierStats
 from offload.tier import DurableTier, MemoryTier
 from offload.tier_names import TierName
 
@@ -109,6 +110,7 @@ class TierStack:
                 parent=run.parent,
                 cost_seconds=cost_seconds,
                 retained=retained,
+                sources=run.sources,
             )
         written = [
             self._write_missing(tier, run, slots, cost_seconds=cost_seconds, retained=retained)
@@ -117,12 +119,18 @@ class TierStack:
         return any(written)
 
     def read(
-        self, group: int, keys: Sequence[BlockKey], slots: Slots, parent: BlockKey | None
+        self,
+        group: int,
+        keys: Sequence[BlockKey],
+        slots: Slots,
+        parent: BlockKey | None,
+        sources: tuple[str, ...] = (),
     ) -> list[bool]:
         """Fill `slots` and return which keys arrived; memory above has a copy of those afterwards.
 
-        `keys` are blocks of one chain in order; `parent` is the one before them, where known. A
-        durable tier gets no copy, since a run's namespace and place are not known here.
+        `keys` are blocks of one chain in order; `parent` is the one before them, where known, and
+        `sources` are those of the prompt that needs them. A durable tier gets no copy, since a
+        run's namespace and place are not known here.
         """
         had = [False] * len(keys)
         fresh: list[tuple[MemoryTier, list[bool]]] = []
@@ -132,7 +140,7 @@ class TierStack:
         found = self.read_layers(group, keys, slots)
         for tier, lacked in fresh:
             rows = [i for i, here in enumerate(found) if here and lacked[i]]
-            self._promote(tier, group, keys, slots, parent, rows)
+            self._promote(tier, group, keys, slots, parent, rows, sources)
         return found
 
     def read_layers(self, group: int, keys: Sequence[BlockKey], slots: Slots) -> list[bool]:
@@ -165,6 +173,24 @@ class TierStack:
     def release(self, keys: Iterable[BlockKey]) -> None:
         self._lowest.release(keys)
 
+    def erase(
+        self,
+        source: str | None,
+        keys: Iterable[BlockKey],
+        is_owned: Callable[[BlockKey], bool],
+    ) -> Erased:
+        """Delete from every tier what stems from a source or follows one of these keys.
+
+        What is owned stays; see `descendants`.
+        """
+        stems = chain.from_iterable(tier.stems() for tier in self._tiers)
+        found = descendants(stems, source, keys, is_owned)
+        dropped = {tier.name: tier.drop(found) for tier in reversed(self._tiers)}
+        return Erased(
+            {name: Cleared(*each[:2]) for name, each in reversed(dropped.items())},
+            sum(each.left for each in dropped.values()),
+        )
+
     def drop(self, keys: Sequence[BlockKey]) -> None:
         """Delete the keys from every tier."""
         for tier in reversed(self._tiers):  # the lowest first: see `_promote`
@@ -193,14 +219,8 @@ class TierStack:
         missing = [i for i, key in enumerate(run.keys) if not tier.has(run.group, key)]
         ok = True
         for begin, end in _stretches(missing):
-            stretch = replace(
-                run,
-                first_block=run.first_block + begin,
-                parent=run.keys[begin - 1] if begin else run.parent,
-                keys=run.keys[begin:end],
-            )
             ok &= tier.write(
-                stretch,
+                run.stretch(begin, end),
                 slots.rows(begin, end),
                 cost_seconds=cost_seconds * (end - begin) / len(run.keys),
                 retained=retained,
@@ -215,6 +235,7 @@ class TierStack:
         slots: Slots,
         parent: BlockKey | None,
         rows: Sequence[int],
+        sources: tuple[str, ...],
     ) -> None:
         """Copy what was read from below into a memory tier."""
         below = self._below[tier.name]
@@ -227,6 +248,7 @@ class TierStack:
                 parent=keys[begin - 1] if begin else parent,
                 cost_seconds=0.0,
                 retained=False,
+                sources=sources,
             )
             # A key may have been deleted since it was read. `drop` asks the lowest tier first, so
             # if it asked this one before the copy came, the tiers below lack the key by now.
@@ -245,13 +267,22 @@ class TierStack:
         parent: BlockKey | None,
         cost_seconds: float,
         retained: bool,
+        sources: tuple[str, ...],
     ) -> None:
         below = self._below[tier.name]
         if below:  # whoever misses a block here reads it there
             size_bytes = len(keys) * slots.block_bytes
             cost_seconds = size_bytes / self._bandwidths[below[0].name].bytes_per_second
             retained = False
-        tier.put(group, keys, slots, parent=parent, cost_seconds=cost_seconds, retained=retained)
+        tier.put(
+            group,
+            keys,
+            slots,
+            parent=parent,
+            cost_seconds=cost_seconds,
+            retained=retained,
+            sources=sources,
+        )
 
 
 def _stretches(rows: Sequence[int]) -> Iterator[tuple[int, int]]:

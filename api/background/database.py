@@ -56,6 +56,16 @@ class Database:
             self._thread, lambda: work(connection)
         )
 
+    async def erase(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
+        """Calls `work` as `run` does; what it deletes is in no file any more when this returns."""
+
+        def erase(connection: sqlite3.Connection) -> Result:
+            result = work(connection)
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").close()
+            return result
+
+        return await self.run(erase)
+
     def _open(self) -> None:
         try:
             self._connection = connection = sqlite3.connect(self._path, isolation_level=None)
@@ -67,6 +77,7 @@ class Database:
                 )
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA secure_delete = ON")  # what is deleted is overwritten
             connection.executescript(self._tables)
             connection.execute(f"PRAGMA user_version = {self._version}")
         except sqlite3.Error as error:

@@ -97,6 +97,7 @@ class Conversation(PromptSource):
                 segments=self._segments,
                 tokens=tokens,
                 gap_tokens=split.gap_tokens,
+                sources=self._preamble.sources,
             )
         ]
 

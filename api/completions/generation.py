@@ -36,6 +36,7 @@ class EnginePrompt:
     tokens: int
     gap_tokens: int = 0
     text: str = ""  # of a prompt that is echoed
+    sources: tuple[str, ...] = ()  # as in `Request`
 
 
 class Generation:
@@ -89,6 +90,7 @@ class Generation:
                 salt=salt,
                 explain=wanted.cache_explain,
                 in_memory=wanted.in_memory,
+                sources=prompt.sources,
             )
             for number, prompt in enumerate(prompts)
         ]

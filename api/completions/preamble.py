@@ -47,6 +47,11 @@ class Preamble(Waitable):
         """The answer's object `prompt_cache`: how the preamble was used. Without one, empty."""
         return {}
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The ids of stored modules whose text is in the prompt, as `Request.sources`."""
+        return ()
+
     def messages(self, messages: Sequence[Message]) -> list[Message]:
         """Puts the preamble before the messages. Raises ApiError where they do not go together."""
         return list(messages)
@@ -70,6 +75,10 @@ class PromptPreamble(Preamble):
     @property
     def prompt_cache(self) -> JSONObject:
         return {"prompt": self.stored.record.name}
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.stored.modules.id,)
 
     def messages(self, messages: Sequence[Message]) -> list[Message]:
         record = self.stored.record
@@ -107,6 +116,10 @@ class SchemaPreamble(Preamble):
             "level": self.level.name,
             "level_reason": self.reason,
         }
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return () if self._modules is None else (self._modules.id,)
 
     @property
     def is_ready(self) -> bool:

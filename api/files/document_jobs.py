@@ -4,9 +4,11 @@ One document is tokenized at a time, two are computed. All of it is done again a
 the engine, which then knows no document; what the tiers below the device have kept of one is found
 there and not computed again, and a question that comes first joins that work.
 
-What the tiers keep of a deleted document can be named, and dropped, only by an engine that knows
-its tokens. While it does not, the deletion waits its turn behind the documents there are, which may
-share blocks with it. It is written down (`DocumentStore.delete`), so it outlives the server.
+What the tiers keep of a deleted document is erased by an engine that knows its tokens, or where
+there is none, by its id. While the engine does not know them, the deletion waits its turn behind
+the documents there are, which may share blocks with it. An engine that still answers questions
+about the document erases it after those. Until all of it is gone the deletion is written down
+(`DocumentStore.delete`), so it outlives the server.
 """
 
 import asyncio
@@ -14,6 +16,7 @@ import logging
 from contextlib import suppress
 from dataclasses import replace
 
+from api.background.endings import Ending, Endings, Receipt
 from api.background.finish import finish
 from api.background.ingest import ingest, ingest_request
 from api.background.job_queue import JobQueue
@@ -22,7 +25,7 @@ from api.files.document import Document
 from api.files.document_store import DocumentStore
 from api.files.reading import load_reading
 from api.files.tokenizer_process import TokenizerProcess
-from longctx.errors import ContextTooLong, EngineDied, LongctxError
+from longctx.errors import ContextTooLong, EngineDied, InvalidRequest, LongctxError
 from longctx.process.client import EngineClient
 from longctx.request import Progress, Request, Segment
 
@@ -50,6 +53,7 @@ class DocumentJobs:
         self._engine = engine
         self._documents: dict[str, Document] = {}
         self._deleted: dict[str, Document] = {}  # which the tiers may still have something of
+        self._endings = Endings()
         self._tokenizing = JobQueue(self._tokenize, width=1)
         self._ingesting = JobQueue(self._ingest, width=2)
 
@@ -71,12 +75,15 @@ class DocumentJobs:
         await self._tokenizing.cancel(document.id)
         await self._ingesting.cancel(document.id)
 
-    async def drop(self, document: Document) -> None:
-        """Drops what is stored of a deleted document: now, or once the engine knows it."""
+    async def drop(self, document: Document) -> Receipt:
+        """Drops what is stored of a deleted document: now, or once the engine knows it.
+
+        Returns how far that is when it has ended, or after a moment.
+        """
         if document.record.tokens is None or document.opened_by == self._engine.restarts:
-            await self._drop(document)
-        else:
-            self.drop_later(document)
+            return await self._drop(document)
+        self.drop_later(document)
+        return Receipt(engine_away=True)
 
     def drop_later(self, document: Document) -> None:
         """Queues the deletion behind the documents that wait now."""
@@ -99,6 +106,7 @@ class DocumentJobs:
         """Stops all work, which is taken up again next time; a deletion at work is ended."""
         await self._tokenizing.close()
         await self._ingesting.close()
+        await self._endings.close()
 
     async def _tokenize(self, document_id: str) -> None:
         if (deleted := self._deleted.get(document_id)) is not None:
@@ -172,24 +180,31 @@ class DocumentJobs:
         except LongctxError as error:
             document.error = str(error)
 
-    async def _drop(self, document: Document) -> None:
-        await finish(self._drop_to_the_end(document))  # also when the server ends meanwhile
+    async def _drop(self, document: Document) -> Receipt:
+        """Has the engine erase what stems from the document, then removes its tokens and record."""
+        self._deleted[document.id] = document
+        ending = await finish(self._end(document))  # also when the server ends meanwhile
+        if ending is None:
+            return Receipt(engine_away=True)  # `restart` comes when it is back
+        return await ending.receipt()
 
-    async def _drop_to_the_end(self, document: Document) -> None:
-        """Has the engine delete the document's blocks, then forgets it and removes its files."""
+    async def _end(self, document: Document) -> Ending | None:
+        """Begins to end a deletion; returns None where the engine died."""
+        known = document.record.fingerprint == self._engine.info.fingerprint
         try:
-            if document.record.fingerprint == self._engine.info.fingerprint:
-                if document.opened_by != self._engine.restarts:
+            if known and document.opened_by != self._engine.restarts:
+                with suppress(InvalidRequest, ContextTooLong):  # its tokens are lost, or too many
                     await self._open(document)
-                await self._engine.close_document(document.id)
-        except EngineDied:  # `restart` comes when it is back
-            self._deleted[document.id] = document
-            return
-        except LongctxError as error:
-            logger.warning("what is stored of %s stays until it expires: %s", document.id, error)
-        await self._store.remove(document.id)
-        await asyncio.to_thread(self._folder.remove_document, document.id)
-        self._deleted.pop(document.id, None)
+            closing = await self._engine.close_document(document.id)
+        except EngineDied:
+            return None
+
+        async def forget() -> None:
+            await self._store.remove(document.id)
+            await asyncio.to_thread(self._folder.remove_document, document.id)
+            self._deleted.pop(document.id, None)
+
+        return self._endings.begin(document.id, [closing], forget)
 
 
 def _request_of(document: Document) -> Request:

@@ -9,12 +9,13 @@ every known document is taken up again. `document_jobs.py` has the work.
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from api.background.endings import Receipt
 from api.background.store_dir import StoreDir
 from api.files.document import Document, DocumentState
 from api.files.document_jobs import DocumentJobs
@@ -83,11 +84,14 @@ class DocumentLibrary:
         await self._store.save(record)
         return self._start(record, prefix)
 
-    async def remove(self, document: Document) -> None:
+    async def remove(
+        self, document: Document, forget: Sequence[Callable[[str], Awaitable[None]]] = ()
+    ) -> Receipt:
         """Deletes the document, whatever is done about it now; those who wait for it get 404.
 
-        When this returns its text is gone. Its tokens and blocks are gone too, unless the engine
-        is away: then they follow when it is back.
+        Each of `forget` is called with its id, and drops what was made of its text. When this
+        returns its text is gone. Its tokens and blocks are gone too, unless the receipt says what
+        they wait for: questions that were asked before, or the engine where it is away.
         """
         document.removed = True
         document.tokenized.set()
@@ -95,7 +99,9 @@ class DocumentLibrary:
         await self._jobs.cancel(document)
         await self._store.delete(document.id)
         await asyncio.to_thread(self._folder.remove_text, document.id)
-        await self._jobs.drop(document)
+        for each in forget:
+            await each(document.id)
+        return await self._jobs.drop(document)
 
     def find(self, tenant: str, document_id: str, *, param: str | None = None) -> Document:
         """Returns the document. Raises ApiError 404 when the tenant has none of that id."""

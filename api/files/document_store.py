@@ -100,7 +100,7 @@ class DocumentStore:
             for table in ("documents", "deleted"):
                 connection.execute(f"DELETE FROM {table} WHERE id = ?", (document_id,))
 
-        await self._database.run(remove)
+        await self._database.erase(remove)
 
     async def all(self) -> list[DocumentRecord]:
         """Returns the records that were not deleted, oldest first."""

@@ -152,12 +152,17 @@ class FileRoutes:
         )
 
     async def delete(self, request: Request) -> Response:
-        """Deletes a file, with its KV blocks in every tier."""
+        """Deletes a file, with all that stems from it in every tier; `longctx` is the receipt.
+
+        Its `erased` has blocks and bytes by tier. `waiting_for` is empty once nothing is left: else
+        it counts the requests that were asked before and go on, transfers and deletions under way,
+        blocks that could not be deleted, or says that the engine is being restarted.
+        """
         document = self._find(request)
-        await self.library.remove(document)
-        for forget in self.forget:
-            await forget(document.id)
-        return JSONResponse({"id": document.id, "object": "file", "deleted": True})
+        receipt = await self.library.remove(document, self.forget)
+        return JSONResponse(
+            {"id": document.id, "object": "file", "deleted": True, "longctx": receipt.body()}
+        )
 
     def _find(self, request: Request) -> Document:
         return self.library.find(tenant_of(request), request.path_params["file_id"])

@@ -2,15 +2,18 @@
 again whenever the engine has been restarted."""
 
 import asyncio
+import hashlib
+import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
+from api.background.endings import Endings, Receipt
 from api.background.ingest import Failures, ingest, ingest_request
 from api.background.job_queue import JobQueue
 from api.http.errors import logger
-from longctx.errors import EngineDied, LongctxError
+from longctx.errors import ContextTooLong, EngineDied, InvalidRequest, LongctxError
 from longctx.process.client import EngineClient
 from longctx.request import Piece, Progress, Request, Segment
 
@@ -30,6 +33,7 @@ class StoredModules:
     id: str
     salt: str
     prepare: Callable[[], Awaitable[Modules]]
+    sources: tuple[str, ...] = ()  # files whose text is in them
     opened: asyncio.Event = field(default_factory=asyncio.Event)  # or failed, or dropped
     module_ids: tuple[str, ...] = ()
     opened_by: int | None = None  # how often the engine had been restarted then
@@ -52,31 +56,48 @@ class StoredModules:
         return self.opened.is_set()
 
 
+class KeptIds(Protocol):
+    """Remembers, also through a crash, of which modules the tiers may have something."""
+
+    async def note_kept(self, name: str) -> None: ...
+    async def forget_kept(self, name: str) -> None: ...
+    async def kept(self) -> list[str]: ...
+
+
 class ModuleKeeper:
     """Keeps the modules of all schemas, named prompts and retained prompts.
 
     Every method is called on the server's event loop: `keep`, perhaps `replace`, in the end `drop`;
-    `reopen` after each restart of the engine; `close` at the end.
+    `drop_unknown` once what is known has been taken up; `reopen` after each restart of the engine;
+    `close` at the end.
     """
 
-    def __init__(self, engine: EngineClient) -> None:
+    def __init__(self, engine: EngineClient, ids: KeptIds) -> None:
         self._engine = engine
+        self._ids = ids
         self._kept: dict[str, StoredModules] = {}
         self._opening = JobQueue(self._open, width=4)
         self._encoding = JobQueue(self._encode, width=1)
         self._dropped: dict[str, StoredModules] = {}  # of which the tiers may still have something
-        self._closing = JobQueue(self._close, width=1)
+        self._closing = JobQueue(self._close_later, width=1)
+        self._endings = Endings()
+
+    def new_id(self, kind: str, record: object) -> str:
+        """Makes the id of a record's modules, which is the same after a restart."""
+        digest = hashlib.blake2b(repr(record).encode(), digest_size=12)
+        name = f"{kind}-{digest.hexdigest()}"
+        return f"{name}-{secrets.token_hex(4)}" if name in self._kept else name
 
     def keep(self, stored: StoredModules) -> None:
         """Opens and encodes them in the background, now and after each restart of the engine."""
         self._kept[stored.id] = stored
         self._opening.add(stored.id)
 
-    async def drop(self, stored: StoredModules) -> None:
-        """Frees what nothing else needs; requests that wait for the modules go on without them.
+    async def drop(self, stored: StoredModules) -> Receipt:
+        """Erases what nothing else needs; requests that wait for the modules go on without them.
 
         What the tiers have of them can be named, and deleted, by an engine that knows them: where
-        that does not (yet), this is done later.
+        that does not (yet), this is done later. Returns how far it is.
         """
         stored.opened.set()
         if self._kept.get(stored.id) is stored:
@@ -85,11 +106,22 @@ class ModuleKeeper:
         await self._encoding.cancel(stored.id)
         await self._wait_for_others()
         self._dropped[stored.id] = stored
+        receipt = Receipt(engine_away=True)
         if stored.error is not None or stored.opened_by == self._engine.restarts:
-            await self._close(stored.id)
+            receipt = await self._close(stored.id)
         else:
             self._closing.add(stored.id)
         await self._drop_replaced(stored)
+        return receipt
+
+    async def drop_unknown(self) -> None:
+        """Erases what the tiers have of modules that nothing known has: a crash has left it."""
+        for name in await self._ids.kept():
+            if name not in self._kept and name not in self._dropped:
+                self._dropped[name] = StoredModules(
+                    id=name, salt="", prepare=_nothing, error="its record is gone"
+                )
+                self._closing.add(name)
 
     async def replace(self, old: StoredModules, new: StoredModules) -> None:
         """Drops the old ones once the new ones are computed."""
@@ -110,6 +142,7 @@ class ModuleKeeper:
     async def close(self) -> None:
         """Stops all work, which is taken up again next time."""
         await self._closing.close()
+        await self._endings.close()
         await self._opening.close()
         await self._encoding.close()
 
@@ -137,11 +170,12 @@ class ModuleKeeper:
 
     async def _tell_engine(self, stored: StoredModules) -> None:
         modules = await stored.prepare()
+        await self._ids.note_kept(stored.id)
         stored.module_ids = tuple(module_id for module_id, _ in modules)
         opened_by = self._engine.restarts
         for module_id, pieces in modules:
             request = _request_of(module_id, stored)
-            await self._engine.open_module(module_id, pieces, keep=request)
+            await self._engine.open_module(module_id, pieces, keep=request, sources=stored.sources)
         stored.opened_by = opened_by
 
     async def _encode(self, name: str) -> None:
@@ -186,19 +220,35 @@ class ModuleKeeper:
         for task in waiting:
             task.cancel()
 
-    async def _close(self, name: str) -> None:
+    async def _close_later(self, name: str) -> None:
+        await self._wait_for_others()
+        if name in self._dropped:
+            await self._close(name)
+
+    async def _close(self, name: str) -> Receipt:
         stored = self._dropped[name]
+        if name in self._kept:  # its blocks are those of what is kept again
+            del self._dropped[name]
+            return Receipt()
         try:
-            if name not in self._kept:  # else its blocks are those of what is kept again
-                if stored.error is None and stored.opened_by != self._engine.restarts:
+            if stored.error is None and stored.opened_by != self._engine.restarts:
+                with suppress(InvalidRequest, ContextTooLong):  # a file of it is gone
                     await self._tell_engine(stored)
-                for module_id in stored.module_ids:
-                    await self._engine.close_module(module_id)
+            # By its id as well: where it is not open, that is all that the tiers know of it.
+            names = dict.fromkeys((*stored.module_ids, name))
+            closings = [await self._engine.close_module(each) for each in names]
         except EngineDied:  # `reopen` comes when it is back
-            return
-        except LongctxError as error:
-            logger.warning("what is stored of %s stays until it is evicted: %s", name, error)
-        self._dropped.pop(name, None)
+            return Receipt(engine_away=True)
+
+        async def forget() -> None:
+            if self._dropped.pop(name, None) is not None and name not in self._kept:
+                await self._ids.forget_kept(name)
+
+        return await self._endings.begin(name, closings, forget).receipt()
+
+
+async def _nothing() -> Modules:
+    return ()
 
 
 def _request_of(module_id: str, stored: StoredModules) -> Request:

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator
 from typing import ClassVar, Generic, Protocol, TypeVar
 
+from api.background.endings import Receipt
 from api.background.name_locks import NameLocks
 from api.http.errors import ApiError
 from api.stored_prompts.module_keeper import ModuleKeeper, StoredModules
@@ -63,11 +64,11 @@ class NamedLibrary(ABC, Generic[Item]):
             if owner == tenant and not self._is_expired(item)
         )
 
-    async def remove(self, tenant: str, name: str) -> None:
-        """Removes whatever the tenant has under that name now."""
+    async def remove(self, tenant: str, name: str) -> Receipt:
+        """Removes whatever the tenant has under that name now; returns what that has erased."""
         async with self._locks.of(tenant, name):
-            if (item := self._items.get((tenant, name))) is not None:
-                await self._forget(item)
+            item = self._items.get((tenant, name))
+            return Receipt() if item is None else await self._forget(item)
 
     @abstractmethod
     async def _remove_record(self, item: Item) -> None:
@@ -100,12 +101,11 @@ class NamedLibrary(ABC, Generic[Item]):
         if known is not None and known.modules is not None:
             await self._keeper.replace(known.modules, modules)
 
-    async def _forget(self, item: Item) -> None:
+    async def _forget(self, item: Item) -> Receipt:
         """Removes the item from the database, then from memory and from the tiers."""
         await self._remove_record(item)  # first: where it fails, all is as it was
         del self._items[item.record.tenant, item.record.name]
-        if item.modules is not None:
-            await self._keeper.drop(item.modules)
+        return Receipt() if item.modules is None else await self._keeper.drop(item.modules)
 
 
 async def until_opened(modules: StoredModules, *, param: str) -> None:

@@ -6,7 +6,6 @@ names the prompt or says the same by itself. When the prompt expires nothing kee
 """
 
 import asyncio
-import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -73,6 +72,9 @@ class PromptLibrary(NamedLibrary[StoredPrompt]):
         too long; how long files are is known later, and said by the prompt's state.
         """
         async with self._locks.of(record.tenant, record.name):
+            known = self._items.get((record.tenant, record.name))
+            if known is not None and known.record == record and known.modules.error is None:
+                return known
             files = [FilePart(name, self._title(record, name)) for name in record.file_ids]
             await asyncio.to_thread(self._pieces, record, files)
             stored = self._stored(record)
@@ -125,7 +127,10 @@ class PromptLibrary(NamedLibrary[StoredPrompt]):
             return [(modules.id, (Piece(token_ids=token_ids, position=0),))]
 
         modules = StoredModules(
-            id=f"prompt-{secrets.token_hex(12)}", salt=record.tenant, prepare=prepare
+            id=self._keeper.new_id("prompt", record),
+            salt=record.tenant,
+            prepare=prepare,
+            sources=record.file_ids,
         )
         stored = StoredPrompt(record, modules)
         return stored

@@ -101,11 +101,16 @@ class PromptRoutes:
         return JSONResponse(self._described(stored, await self._states((stored,))))
 
     async def delete(self, request: Request) -> Response:
-        """Deletes a stored prompt; its files stay."""
+        """Deletes a stored prompt; its files stay. `longctx` is a receipt, as that of a file."""
         stored = self.library.find(tenant_of(request), request.path_params["name"])
-        await self.library.remove(stored.record.tenant, stored.record.name)
+        receipt = await self.library.remove(stored.record.tenant, stored.record.name)
         return JSONResponse(
-            {"name": stored.record.name, "object": "prompt_cache.prompt.deleted", "deleted": True}
+            {
+                "name": stored.record.name,
+                "object": "prompt_cache.prompt.deleted",
+                "deleted": True,
+                "longctx": receipt.body(),
+            }
         )
 
     async def _states(self, found: Iterable[StoredPrompt]) -> dict[str, ModuleState]:

@@ -45,6 +45,7 @@ CREATE TABLE IF NOT EXISTS retained_files (
     file_id TEXT NOT NULL,
     PRIMARY KEY (id, file_id)
 ) STRICT;
+CREATE TABLE IF NOT EXISTS kept (id TEXT PRIMARY KEY) STRICT;
 """
 
 
@@ -102,13 +103,13 @@ class PromptRecords:
     async def save_schema(self, record: SchemaRecord) -> None:
         """Stores it in the place of one of the same name; durable when this returns."""
         source = json.dumps(schema_object(record.schema))
-        await self._execute(
+        await self._erase(
             "INSERT OR REPLACE INTO schemas VALUES (?, ?, ?, ?, ?)",
             (record.tenant, record.name, record.created_at, record.date, source),
         )
 
     async def remove_schema(self, tenant: str, name: str) -> None:
-        await self._execute("DELETE FROM schemas WHERE tenant = ? AND name = ?", (tenant, name))
+        await self._erase("DELETE FROM schemas WHERE tenant = ? AND name = ?", (tenant, name))
 
     async def schemas(self) -> list[SchemaRecord]:
         """Returns all schemas, oldest first."""
@@ -124,7 +125,7 @@ class PromptRecords:
 
     async def save_prompt(self, record: PromptRecord) -> None:
         """Stores it in the place of one of the same name; durable when this returns."""
-        await self._execute(
+        await self._erase(
             "INSERT OR REPLACE INTO prompts VALUES (?, ?, ?, ?, ?, ?, ?)",
             (
                 record.tenant,
@@ -138,7 +139,7 @@ class PromptRecords:
         )
 
     async def remove_prompt(self, tenant: str, name: str) -> None:
-        await self._execute("DELETE FROM prompts WHERE tenant = ? AND name = ?", (tenant, name))
+        await self._erase("DELETE FROM prompts WHERE tenant = ? AND name = ?", (tenant, name))
 
     async def prompts(self) -> list[PromptRecord]:
         """Returns all named prompts, oldest first."""
@@ -179,7 +180,7 @@ class PromptRecords:
                 connection.execute("DELETE FROM retained WHERE id = ?", (name,))
                 connection.execute("DELETE FROM retained_files WHERE id = ?", (name,))
 
-        await self._database.run(remove)
+        await self._database.erase(remove)
 
     async def retained(self) -> list[RetainedRecord]:
         rows = await self._select("SELECT id, tenant, expires_at, token_ids FROM retained")
@@ -197,8 +198,22 @@ class PromptRecords:
             for name, tenant, expires, token_ids in rows
         ]
 
+    async def note_kept(self, name: str) -> None:
+        """Notes that the tiers may have something of these modules; durable when this returns."""
+        await self._execute("INSERT OR IGNORE INTO kept (id) VALUES (?)", (name,))
+
+    async def forget_kept(self, name: str) -> None:
+        await self._execute("DELETE FROM kept WHERE id = ?", (name,))
+
+    async def kept(self) -> list[str]:
+        """Returns the ids of all modules of which the tiers may have something."""
+        return [name for (name,) in await self._select("SELECT id FROM kept")]
+
     async def _execute(self, statement: str, values: tuple[object, ...]) -> None:
         await self._database.run(lambda connection: connection.execute(statement, values).close())
+
+    async def _erase(self, statement: str, values: tuple[object, ...]) -> None:
+        await self._database.erase(lambda connection: connection.execute(statement, values).close())
 
     async def _select(self, statement: str) -> list[tuple[Any, ...]]:
         return await self._database.run(lambda connection: connection.execute(statement).fetchall())

@@ -92,8 +92,11 @@ class Retention:
         async with self._changing:
             try:
                 token_ids = await asyncio.to_thread(self._token_ids, segments)
-            except FileNotFoundError:  # a file was deleted while it was asked about
+            except FileNotFoundError:
                 return
+            files = {s.document_id for s in segments if s.document_id is not None}
+            if not all(self._folder.text_path(file_id).exists() for file_id in files):
+                return  # one was deleted while it was asked about
             if len(token_ids) < BLOCK_BYTES:
                 return
             record = RetainedRecord(
@@ -140,7 +143,9 @@ class Retention:
             token_ids = np.frombuffer(record.token_ids, dtype="<i4").tolist()
             return [(record.id, (Piece(token_ids=tuple(token_ids), position=0),))]
 
-        modules = StoredModules(id=record.id, salt=record.tenant, prepare=prepare)
+        modules = StoredModules(
+            id=record.id, salt=record.tenant, prepare=prepare, sources=record.file_ids
+        )
         self._retained[record.id] = (record, modules)
         self._keeper.keep(modules)
         self._expiry.reschedule()

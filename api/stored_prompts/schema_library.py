@@ -6,7 +6,6 @@ so the layout is made anew; where it no longer fits, the schema stays, with the 
 
 import asyncio
 import datetime
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -131,7 +130,7 @@ class SchemaLibrary(NamedLibrary[StoredSchema]):
     async def _laid_out(self, record: SchemaRecord) -> tuple[StoredSchema, StoredModules]:
         """Lays the schema out in this model's tokens; returns it with its modules, not kept yet."""
         frames, layout = await asyncio.to_thread(self._lay_out, record.schema, record.date)
-        name = f"schema-{secrets.token_hex(12)}"
+        name = self._keeper.new_id("schema", record)
 
         async def prepare() -> Modules:
             return [

@@ -57,14 +57,15 @@ class SchemaRoutes:
         return JSONResponse(await self._described(stored))
 
     async def delete(self, request: Request) -> Response:
-        """Deletes a schema, with what was computed of its modules."""
+        """Deletes a schema, with all that stems from it; `longctx` is a receipt, as a file's."""
         stored = self.library.find(tenant_of(request), request.path_params["name"])
-        await self.library.remove(stored.record.tenant, stored.record.name)
+        receipt = await self.library.remove(stored.record.tenant, stored.record.name)
         return JSONResponse(
             {
                 "name": stored.record.name,
                 "object": "prompt_cache.schema.deleted",
                 "deleted": True,
+                "longctx": receipt.body(),
             }
         )
 

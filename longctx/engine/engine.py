@@ -22,6 +22,7 @@ from longctx.engine.explain import Explainer
 from longctx.engine.grammars import Grammars
 from longctx.engine.ingestion import Ingestion
 from longctx.engine.input_processor import InputProcessor
+from longctx.engine.leaving import Leaving
 from longctx.engine.logprobs import sampled_logprobs, score_prompt
 from longctx.engine.module_prefill import ModulePrefills
 from longctx.engine.module_status import module_states
@@ -35,6 +36,7 @@ from longctx.engine_stats import EngineStats
 from longctx.errors import BlocksLost, InvalidRequest, PeerLost
 from longctx.kv.clear import clear_tiers
 from longctx.request import (
+    Erasure,
     FinishReason,
     ModuleState,
     Piece,
@@ -90,6 +92,7 @@ class Engine:
         self._requests: dict[str, RequestState] = {}
         self._steps = 0
         self._between_steps: list[RequestOutput] = []  # outputs that the next step returns
+        self._leaving = Leaving(self._cache, self._uses)
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -115,6 +118,7 @@ class Engine:
         if request.sampling.grammar is not None and request.sampling.max_tokens:
             self._grammars.begin(sequence, request.sampling.grammar)
         self._requests[request.request_id] = RequestState(request, [sequence])
+        self._leaving.note_use(request.sources)
         if request.keeps_prompt:
             self._inputs.prompts.modules.note_ingested(sequence)
             if self._ingestion is not None and self._ingestion.register(sequence):
@@ -138,29 +142,50 @@ class Engine:
         have of its prompt is retained from now on, and leaves them when the document is closed.
         Raises as `submit` does.
         """
-        if self._inputs.open_document(document_id, token_ids):
-            self._forget_blocks(document_id)  # the id had other tokens before
+        if self._inputs.open_document(document_id, token_ids):  # the id had other tokens before
+            self._forget(document_id)
+            self._leaving.replace(document_id)
+        self._leaving.stay(document_id)
         self._retain(keep)
 
-    def close_document(self, document_id: str) -> None:
-        """Forget a document and free the blocks that only it uses."""
+    def close_document(self, document_id: str) -> Erasure:
+        """Forget a document and erase what stems from it, but for what others own too.
+
+        Requests that use it go on, and are waited for. What is returned tells how far that is;
+        where it `waits`, `take_erased` tells when it has ended. The document need not be open:
+        whatever the tiers have of its text is erased, of whatever model.
+        """
         self._inputs.close(document_id)
-        self._forget_blocks(document_id)
+        self._forget(document_id)
+        return self._leaving.close(document_id)
 
     def open_module(
-        self, module_id: str, pieces: Items[Piece], *, keep: Request | None = None
+        self,
+        module_id: str,
+        pieces: Items[Piece],
+        *,
+        keep: Request | None = None,
+        sources: tuple[str, ...] = (),
     ) -> None:
         """Make a module known; requests may then encode it, and use its pieces as segments.
 
-        `keep` is as in `open_document`, and so are the errors; it raises ContextTooLong as well.
+        `sources` are ids of the documents whose text is in it: closing one of them erases what no
+        open module owns of it. `keep` is as in `open_document`, and so are the errors; it raises
+        ContextTooLong as well.
         """
-        if self._inputs.open_module(module_id, pieces):
-            self._forget_blocks(module_id)
+        if self._inputs.open_module(module_id, pieces, sources):
+            self._forget(module_id)
+            self._leaving.replace(module_id)
+        self._leaving.stay(module_id)
         self._retain(keep)
 
-    def close_module(self, module_id: str) -> None:
+    def close_module(self, module_id: str) -> Erasure:
         """Forget a module, as a document; prompts that still wait to reuse it end with an error."""
-        self.close_document(module_id)
+        return self.close_document(module_id)
+
+    def take_erased(self) -> dict[str, Erasure]:
+        """Return what was erased of documents and modules whose erasure has ended meanwhile."""
+        return self._leaving.take_ended()
 
     def module_states(self, module_ids: Iterable[str]) -> dict[str, ModuleState]:
         """Return the states of those modules that are open, by id."""
@@ -175,19 +200,33 @@ class Engine:
         return {} if self._ingestion is None else self._ingestion.durable_changes()
 
     def close(self, *, flush_seconds: float = 0.0) -> None:
-        """Abort all requests, and wait up to `flush_seconds` for what they sealed to be written."""
+        """Abort all requests, and wait up to `flush_seconds` for what they sealed to be written.
+
+        What was closed and could not be erased before is erased now.
+        """
+        deadline = time.monotonic() + flush_seconds
         for request_id in list(self._requests):
             self.abort(request_id)
         self._grammars.close()
         if self._offloader is not None:
-            self._offloader.close(flush_seconds)
+            if self._leaving:
+                self._offloader.flush(flush_seconds)
+                self._leaving.erase()
+            self._offloader.close(max(0.0, deadline - time.monotonic()))
         self._scheduler.cost.save()
 
     def _retain(self, keep: Request | None) -> None:
         if keep is not None and self._ingestion is not None:
             self._ingestion.register(self._inputs.sequence(keep))
 
-    def _forget_blocks(self, document_id: str) -> None:
+    def _uses(self, source: str) -> int:
+        """Count the requests that have a document or module in their prompt."""
+        return sum(
+            any(s.finish_reason is None and s.blocks.has_source(source) for s in state.sequences)
+            for state in self._requests.values()
+        )
+
+    def _forget(self, document_id: str) -> None:
         for state in self._requests.values():
             for sequence in state.sequences:
                 sequence.blocks.forget_document(document_id)
@@ -200,6 +239,15 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Compute one batch; return its outputs, and those of calls since the last step.
+
+        `_step` says how. Then what was closed and nothing uses any more is erased.
+        """
+        outputs = self._step()
+        self._leaving.erase()
+        return outputs
+
+    def _step(self) -> list[RequestOutput]:
+        """Compute one batch and return its outputs.
 
         In order: take note of transfers and end what is durable or failed; schedule, and prefill
         what is missing; compute the batch and sample; append the tokens, and end the choices that

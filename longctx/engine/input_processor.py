@@ -78,15 +78,18 @@ class InputProcessor:
         self.prompts.documents[document_id] = token_ids
         return known is not None and not np.array_equal(known, token_ids)
 
-    def open_module(self, module_id: str, pieces: Items[Piece]) -> bool:
+    def open_module(
+        self, module_id: str, pieces: Items[Piece], sources: tuple[str, ...] = ()
+    ) -> bool:
         """Make a module known; return whether it replaces other pieces under this id.
 
-        Raises InvalidRequest or ContextTooLong where it can never be encoded.
+        `sources` are ids of documents whose text is among the pieces'. Raises InvalidRequest or
+        ContextTooLong where it can never be encoded.
         """
         self._check_ranks()
         if module_id in self.prompts.documents:
             raise InvalidRequest(f"{module_id} is a document; close it first", param="module_id")
-        module = Module.of(module_id, pieces)
+        module = replace(Module.of(module_id, pieces), sources=sources)
         self._check_ids(module.token_ids, f"module {module_id}", "pieces")
         end = module.layout.runs[-1]
         self._check_positions(end.position)
@@ -155,7 +158,7 @@ class InputProcessor:
                 namespace=self.namespace(request.salt, self._cache.memory.codecs[0]),
                 preemption_key=preemption_key(request, self._arrivals, 0),
                 layout=layout,
-                owners=_owners(request),
+                sources=self._sources(request),
                 document_ends=prompt.ends,
                 prefill_only=request.keeps_prompt,
                 in_memory=request.in_memory,
@@ -176,6 +179,26 @@ class InputProcessor:
             blocks = layout.blocks(longest) + 1 + sum(reused.values())
             self._check_blocks(blocks, "the prompt with what it reuses")
         return sequence
+
+    def _sources(self, request: Request) -> tuple[tuple[int, str], ...]:
+        """Return the ids of all that the prompt has text of, and where each begins.
+
+        That is in own tokens. After the first module, or document that is reused, there may be
+        fewer of them: then all that follow count from there.
+        """
+        begin, plain = 0, True
+        found: list[tuple[int, str]] = [(0, source) for source in request.sources]
+        for segment in request.segments:
+            source = segment.document_id or segment.module_id or segment.encodes
+            if source is not None:
+                found.append((begin, source))
+                module = self.prompts.modules.find(source)
+                found += [] if module is None else [(begin, name) for name in module.sources]
+            plain &= segment.module_id is None and segment.link_tokens is None
+            if plain:
+                document = self.prompts.documents.get(segment.document_id or "", ())
+                begin += len(segment.token_ids) + len(document)
+        return tuple(dict.fromkeys(found))
 
     def namespace(self, salt: str, codec: Codec) -> BlockKey:
         """Return the root of all keys of what this model stores by that codec for a tenant."""
@@ -279,13 +302,3 @@ def _prompt_token_ids(prompt: Prompt) -> Callable[[], NDArray[np.int32]]:
     """Return a function of the tokens that penalties count: the prompt's, without its answer."""
     tokens, prompt_tokens = prompt.tokens, len(prompt.tokens)
     return lambda: np.concatenate([tokens.slice(0, prompt_tokens), *prompt.reused_ids])
-
-
-def _owners(request: Request) -> frozenset[str]:
-    """Return the ids of the documents and modules in the prompt."""
-    return frozenset(
-        owner
-        for segment in request.segments
-        for owner in (segment.document_id, segment.module_id, segment.encodes)
-        if owner is not None
-    )

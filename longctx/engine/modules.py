@@ -38,6 +38,7 @@ class Module:
     token_ids: NDArray[np.int32]
     ends: tuple[int, ...]
     layout: Layout
+    sources: tuple[str, ...] = ()  # documents whose text is in it
     chains: dict[tuple[BlockKey, int], CachedChain] = field(default_factory=dict)
     hits: int = 0  # prompts that have reused a part of it
 

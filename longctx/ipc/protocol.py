@@ -32,7 +32,7 @@ from longctx.errors import (
     Overloaded,
     PeerLost,
 )
-from longctx.request import LevelVerdict, ModuleState, Piece, Request, RequestOutput
+from longctx.request import Erasure, LevelVerdict, ModuleState, Piece, Request, RequestOutput
 from offload.stats import Cleared
 from prompt_cache.level import Level
 
@@ -112,7 +112,7 @@ class OpenDocument(Message, frozen=True):
 
 
 class CloseDocument(Message, frozen=True):
-    """Forget a document, as `Engine.close_document`."""
+    """Forget a document, as `Engine.close_document`; return `Done.erasure`, `Erased` later."""
 
     ticket: int
     document_id: str
@@ -125,10 +125,11 @@ class OpenModule(Message, frozen=True):
     module_id: str
     pieces: tuple[Piece, ...]
     keep: Request | None = None
+    sources: tuple[str, ...] = ()
 
 
 class CloseModule(Message, frozen=True):
-    """Forget a module, as `Engine.close_module`."""
+    """Forget a module, as `Engine.close_module`; return `Done.erasure`, `Erased` later."""
 
     ticket: int
     module_id: str
@@ -197,6 +198,12 @@ class Durable(Message, frozen=True):
     documents: dict[str, int]
 
 
+class Erased(Message, frozen=True):
+    """What was erased of documents and modules, by id; their `Done.erasure` said that it waits."""
+
+    erasures: dict[str, Erasure]
+
+
 class Heartbeat(Message, frozen=True):
     """A sign of life: it shows that a rank which computes for long has not hung."""
 
@@ -216,6 +223,7 @@ class Done(Message, frozen=True):
     cleared: dict[str, Cleared] | None = None  # by tier
     modules: dict[str, ModuleState] | None = None
     level: LevelVerdict | None = None
+    erasure: Erasure | None = None
 
 
 Command = (
@@ -233,7 +241,18 @@ Command = (
     | Clear
     | Stop
 )
-Event = RankJoined | Heartbeat | RanksLost | Loading | Loaded | Rejected | Outputs | Durable | Done
+Event = (
+    RankJoined
+    | Heartbeat
+    | RanksLost
+    | Loading
+    | Loaded
+    | Rejected
+    | Outputs
+    | Durable
+    | Erased
+    | Done
+)
 
 _FAULTS: dict[str, type[LongctxError]] = {
     kind.__name__: kind

@@ -6,6 +6,8 @@ Keys that are being computed are pending: who needs one of them waits for it. Bl
 holds stay findable until their room is needed; so do whole prefixes that nobody uses.
 """
 
+import operator
+from collections.abc import Callable
 from enum import Enum
 
 from longctx.kv.block_entry import PAGE
@@ -19,6 +21,7 @@ from longctx.kv.resident_prefixes import ResidentPrefixes
 from longctx.kv.sequence_blocks import SequenceBlocks
 from offload.block_run import EXTENT_BLOCKS
 from offload.key import BlockKey
+from offload.stats import Cleared
 from offload.tier_names import TierName
 
 MAX_LOADS = 2  # a tier that lists what it cannot read makes nobody wait for ever
@@ -352,8 +355,10 @@ class KVCacheManager:
         sequence.extend_keys()
         for block in range(first, end):
             key, entry = sequence.key(block), sequence.layout.entry(block)
+            sources = sequence.sources_until(block + 1)
             for pool, table in zip(self.memory.packed, sequence.tables, strict=True):
-                pool.publish(int(table.entries[entry, PAGE]), key)
+                page = int(table.entries[entry, PAGE])
+                pool.publish(page, key, parent=sequence.parent(block), sources=sources)
             self.memory.raw.release([sequence.own_pages.pop(block)])
             if self._pending.get(key) is sequence:
                 del self._pending[key]
@@ -412,10 +417,29 @@ class KVCacheManager:
         self.resident_prefixes.leave(sequence)
 
     def close_document(self, document_id: str) -> None:
-        """Free the blocks that only prompts with this document use; running ones keep them."""
-        if self.offloader is not None:
-            self.offloader.close_document(document_id)
+        """Hold the document whole no longer; its blocks stay cached until `erase`."""
         self.resident_prefixes.close_document(document_id)
+
+    def erase(self, owner: str, *, sources: bool = True) -> Cleared:
+        """Delete what stems from a closed document or module from the device and all tiers.
+
+        What others own stays. Without `sources` only what the owner retained goes, and what
+        follows it. Nothing that runs may need it any more: what is held is not found again. Returns
+        how much the device had; the tiers below are done when `KVOffloader.erased` says so.
+        """
+        if self.offloader is None:
+            owned = {
+                key for name in self.prefixes.names() for key in self.prefixes.known_keys(name)
+            }
+            keys: list[BlockKey] = []
+            is_owned: Callable[[BlockKey], bool] = owned.__contains__
+        else:
+            keys = self.offloader.erase(owner, sources=sources)
+            is_owned = self.offloader.store.is_owned
+        source = owner if sources else None
+        blocks = [pool.erase(source, keys, is_owned) for pool in self.memory.packed]
+        sizes = [sum(pool.page_bytes) for pool in self.memory.packed]
+        return Cleared(sum(blocks), sum(map(operator.mul, blocks, sizes)))
 
     def clear(self) -> list[int]:
         """Evict every idle block; return how many there were, by layer group."""

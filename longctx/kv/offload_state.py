@@ -13,6 +13,8 @@ class Load:
     begin: int  # depth in blocks without them
     held: list[list[int]]  # per group: pages that it will need too and that are there already
     parts: list[tuple[int, tuple[BlockKey, ...], list[int], Slots]]  # group, keys, pages, slots
+    parents: list[list[BlockKey]]  # per part: of each key
+    sources: tuple[str, ...]  # of the prompt that waits, as in a `BlockRun`
     ended: bool = False  # or late: the sequence computes what is missing
     arrived: bool = field(default=False, init=False)  # no thread writes into the pages any more
     abandoned: bool = field(default=False, init=False)

@@ -19,7 +19,8 @@ from longctx.kv.sequence_blocks import SequenceBlocks
 from longctx.kv.transfer import PageTransfer, Transfer
 from offload.block_run import EXTENT_BLOCKS, BlockRun, Slots
 from offload.key import BlockKey
-from offload.store import KVStore, Late, Loaded, Written
+from offload.stats import Erased
+from offload.store import Gone, KVStore, Late, Loaded, Written
 from offload.tier_names import TierName
 
 KEPT_PROMPT_TOKENS = 1024  # prompts from here on are stored at once, shorter ones when seen again
@@ -69,12 +70,20 @@ class KVOffloader:
         self._copying: list[_Write] = []  # to pinned memory, before they are offered
         self._writes: dict[int, _Write] = {}
         self._loads: dict[int, Load] = {}
-        self._closed: set[str] = set()  # documents that went while something of them was written
+        self._erasing: dict[int, str | None] = {}  # what the store deletes, by ticket
+        self.erased: dict[str, Erased] = {}  # what it has deleted; whoever reads this empties it
 
     @property
     def busy(self) -> bool:
         """Whether transfers are under way, so that `poll` will have something to tell."""
-        return bool(self._copying or self._writes or self._loads)
+        return bool(self._copying or self._writes or self._loads or self._erasing)
+
+    def transfers_of(self, source: str) -> int:
+        """Count the transfers under way of prompts with that document or module."""
+        writes = (*self._copying, *self._writes.values())
+        return sum(write.sequence.has_source(source) for write in writes) + sum(
+            source in load.sources for load in self._loads.values()
+        )
 
     def poll(self) -> bool:
         """Take note of what was transferred; return whether pages were unpinned."""
@@ -88,22 +97,32 @@ class KVOffloader:
                     self._loaded(self._loads.pop(event.ticket), event.found)
                 case Late():
                     self._loads[event.ticket].ended = True
+                case Gone():
+                    owner = self._erasing.pop(event.ticket, None)
+                    if owner is not None:
+                        self.erased[owner] = event.erased
         return bool(events)
 
     def close(self, flush_seconds: float) -> None:
         """Write what was offered, as long as that may take, and end all transfers."""
         deadline = time.monotonic() + flush_seconds
+        self.flush(max(0.0, deadline - time.monotonic()))
+        self.store.close()
+
+    def flush(self, seconds: float) -> None:
+        """Wait, as long as that may take, until what was offered or deleted so far is done."""
+        deadline = time.monotonic() + seconds
         while self._copying and time.monotonic() < deadline:
             self._offer_copied()
         self.store.flush(max(0.0, deadline - time.monotonic()))
-        self.store.close()
+        self.poll()
 
     # -- down -----------------------------------------------------------------------------------
 
     def on_admitted(self, sequence: SequenceBlocks, depth: int) -> None:
         """Decide how much of the sequence is worth storing; `depth` blocks of it were found."""
-        for owner in sequence.owners:
-            self.store.use(owner)
+        for _, source in sequence.sources:
+            self.store.use(source)
         prompt = sequence.layout.blocks(sequence.prompt_tokens)
         documents = max((end for end, _ in sequence.document_ends), default=0)
         own_tokens = sequence.prompt_tokens - documents
@@ -111,6 +130,8 @@ class KVOffloader:
         if sequence.in_memory:
             seen_again = 0
         sequence.offload.store_until = max(sequence.blocks_until(documents), seen_again)
+        if sequence.leaves:
+            sequence.offload.store_until = 0
         if sequence.offload.streams:
             sequence.offload.store_until = prompt
         ingests = sequence.prefill_only
@@ -200,8 +221,9 @@ class KVOffloader:
             namespace=sequence.namespace,
             group=group,
             first_block=begin,
-            parent=sequence.key(begin - 1) if begin else sequence.namespace,
+            parent=sequence.parent(begin),
             keys=keys,
+            sources=sequence.sources_until(begin + len(keys)),
         )
         self._memory.packed[group].acquire(pages)
         slots, ready = self._transfers[group].outgoing(pages)
@@ -223,16 +245,15 @@ class KVOffloader:
         pool = self._memory.packed[write.run.group]
         pool.release(write.pages)
         write.sequence.offload.writing -= 1
-        if not self._closed.isdisjoint(write.sequence.owners):
-            pool.forget(write.pages)
-        if not self._writes and not self._copying:
-            self._closed.clear()
 
-    def close_document(self, document_id: str) -> None:
-        """Delete its blocks from every tier, except for those that something else retains."""
-        self.store.delete(document_id)
-        if self._writes or self._copying:
-            self._closed.add(document_id)
+    def erase(self, owner: str, *, sources: bool) -> list[BlockKey]:
+        """Have the store delete what it has of an owner, as `KVStore.delete`; return its keys.
+
+        With `sources`, `erased` has the result, once `poll` has seen it.
+        """
+        ticket, keys = self.store.delete(owner, sources=sources)
+        self._erasing[ticket] = owner if sources else None
+        return keys
 
     # -- up -------------------------------------------------------------------------------------
 
@@ -265,15 +286,18 @@ class KVOffloader:
         for pool, there in zip(self._memory.packed, held, strict=True):
             pool.acquire(there)  # first, or the fresh pages might be these
         parts: list[tuple[int, tuple[BlockKey, ...], list[int], Slots]] = []
+        parents: list[list[BlockKey]] = []
         for index, missing in wanted:
             if missing:
                 fresh = self._memory.allocate(index, missing)
                 slots = self._transfers[index].incoming(fresh)
                 keys = tuple(sequence.key(block) for block in missing)
                 parts.append((index, keys, fresh, slots))
-        load = sequence.offload.load = Load(depth, held, parts)
+                parents.append([sequence.parent(block) for block in missing])
+        sources = sequence.sources_until(target)
+        load = sequence.offload.load = Load(depth, held, parts, parents, sources)
         sequence.offload.loads += 1
-        ticket = self.store.load([(group, keys, slots) for group, keys, _, slots in parts])
+        ticket = self.store.load([(group, keys, slots) for group, keys, _, slots in parts], sources)
         self._loads[ticket] = load
         return True
 
@@ -315,12 +339,13 @@ class KVOffloader:
             self._release_parts(load)
 
     def _loaded(self, load: Load, found: Items[Items[bool]]) -> None:
-        for (group, keys, pages, slots), there in zip(load.parts, found, strict=True):
+        for part, parents, there in zip(load.parts, load.parents, found, strict=True):
+            group, keys, pages, slots = part
             self._transfers[group].arrived(slots, pages)
             pool = self._memory.packed[group]
-            for key, page, is_there in zip(keys, pages, there, strict=True):
+            for key, parent, page, is_there in zip(keys, parents, pages, there, strict=True):
                 if is_there:
-                    pool.publish(page, key)
+                    pool.publish(page, key, parent=parent, sources=load.sources)
         load.ended = load.arrived = True
         if load.abandoned:
             self._release_parts(load)

@@ -65,7 +65,7 @@ class Prefix:
     tables: tuple[NDArray[np.int64], ...]
     window_begin: tuple[int, ...]
     users: int = 0
-    closed: bool = False  # its document is gone: the blocks follow with the last user
+    closed: bool = False  # its document is gone: it is freed with the last user
 
     @property
     def blocks(self) -> int:

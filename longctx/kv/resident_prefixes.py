@@ -50,7 +50,7 @@ class ResidentPrefixes:
                 self._free(prefix)
 
     def close_document(self, document_id: str) -> None:
-        """Free the document's prefixes, those in use with their last user."""
+        """Release the document's prefixes, those in use with their last user."""
         for prefix in self._prefixes.pop_document(document_id):
             prefix.closed = True
             if prefix.users == 0:
@@ -121,8 +121,5 @@ class ResidentPrefixes:
         for pool, entries, begin in zip(
             self._memory.packed, prefix.tables, prefix.window_begin, strict=True
         ):
-            pages = entries[begin:, PAGE].tolist()
-            pool.release(pages)
-            if prefix.closed:
-                pool.forget(pages)
+            pool.release(entries[begin:, PAGE].tolist())
         self.freed += 1

@@ -58,11 +58,12 @@ class SequenceBlocks:
     namespace: BlockKey
     preemption_key: tuple[int, ...]  # lower is kept: a total order, so no two preempt in turn
     layout: Layout = PLAIN  # where its own blocks lie, and what it reuses between them
-    owners: frozenset[str] = frozenset()  # ids of the documents and modules in the prompt
+    sources: tuple[tuple[int, str], ...] = ()  # documents and modules in the prompt: begin, id
     document_ends: tuple[tuple[int, PrefixName], ...] = ()  # tokens up to there, and their name
     prefill_only: bool = False  # computed to be kept: nothing is sampled
     in_memory: bool = False  # what it computes, but for documents, is not written to disk
     fresh_from: int | None = None  # tokens from here on are computed, also where a cache has them
+    leaves: bool = False  # one of its sources is closed: nothing of it is kept for others
     base_keys: tuple[BlockKey, ...] = ()  # of a prefix, shared with it
     tail_keys: list[BlockKey] = field(default_factory=list)  # those that follow
     computed: int = 0
@@ -100,11 +101,30 @@ class SequenceBlocks:
         before = self.key(known - 1) if known else self.namespace
         self.tail_keys += self.layout.keys(self.tokens.slice, known, end, before)
 
+    def parent(self, block: int) -> BlockKey:
+        """Return the key before a block; of the first one, the namespace."""
+        return self.key(block - 1) if block else self.namespace
+
+    def has_source(self, name: str) -> bool:
+        """Whether a document or module of that id is in the prompt."""
+        return any(source == name for _, source in self.sources)
+
+    def sources_until(self, block: int) -> tuple[str, ...]:
+        """Return the ids of the documents and modules that begin before the end of block - 1."""
+        if not self.sources:
+            return ()
+        end = self.layout.tokens(block)
+        return tuple(dict.fromkeys(name for begin, name in self.sources if begin < end))
+
     def forget_document(self, document_id: str) -> None:
         """Keep nothing more of a closed document for others."""
         self.document_ends = tuple(
             (end, name) for end, name in self.document_ends if not contains(name, document_id)
         )
+        if self.has_source(document_id):
+            self.leaves = True
+            if not self.offload.streams:
+                self.offload.store_until = self.offload.stored
 
     def full_blocks(self) -> int:
         """Return how many blocks all tokens but the last fill.
@@ -131,8 +151,9 @@ class SequenceBlocks:
             namespace=self.namespace,
             preemption_key=preemption_key,
             layout=self.layout,
-            owners=self.owners,
+            sources=self.sources,
             document_ends=self.document_ends,
             prefill_only=self.prefill_only,
             in_memory=self.in_memory,
+            leaves=self.leaves,
         )

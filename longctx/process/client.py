@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,7 @@ from longctx.ipc.channel import HEADER, frame
 from longctx.ipc.protocol import Command, Done, Event, decode_event, encode
 from longctx.process.launcher import EngineProcesses, engine_processes
 from longctx.request import (
+    Erasure,
     FinishReason,
     LevelVerdict,
     ModuleState,
@@ -36,6 +38,17 @@ PAUSE_SECONDS = 0.5  # after the first of them, then twice as long each time
 LOOK_SECONDS = 0.5
 
 State = Literal["starting", "ready", "restarting", "draining", "stopped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """How far the erasure of a closed document or module is `now`, and what it comes to in the end.
+
+    `end` is None where the engine died before that.
+    """
+
+    now: Erasure
+    end: "asyncio.Future[Erasure | None]"
 
 
 class EngineClient:
@@ -78,6 +91,7 @@ class EngineClient:
         self._restarted: asyncio.Future[None] | None = None  # held, or it might be collected
         self._requests: dict[str, asyncio.Queue[RequestOutput | LongctxError]] = {}
         self._calls: dict[int, asyncio.Future[Done]] = {}
+        self._erasures: dict[str, list[asyncio.Future[Erasure | None]]] = {}  # by id
         self._tickets = itertools.count()
 
     @property
@@ -133,24 +147,31 @@ class EngineClient:
         """
         await self._call(lambda ticket: protocol.OpenDocument(ticket, document_id, tokens, keep))
 
-    async def close_document(self, document_id: str) -> None:
-        """Forget a document and free the blocks that only it uses."""
-        self.durable_tokens.pop(document_id, None)
-        await self._call(lambda ticket: protocol.CloseDocument(ticket, document_id))
+    async def close_document(self, document_id: str) -> "Closing":
+        """Forget a document and erase what stems from it, as `Engine.close_document`."""
+        return await self._close(
+            document_id, lambda ticket: protocol.CloseDocument(ticket, document_id)
+        )
 
     async def open_module(
-        self, module_id: str, pieces: Sequence[Piece], *, keep: Request | None = None
+        self,
+        module_id: str,
+        pieces: Sequence[Piece],
+        *,
+        keep: Request | None = None,
+        sources: tuple[str, ...] = (),
     ) -> None:
-        """Make a module known; `keep` is that of `Engine.open_module`.
+        """Make a module known; `keep` and `sources` are those of `Engine.open_module`.
 
         Raises InvalidRequest or ContextTooLong.
         """
-        await self._call(lambda ticket: protocol.OpenModule(ticket, module_id, tuple(pieces), keep))
+        await self._call(
+            lambda ticket: protocol.OpenModule(ticket, module_id, tuple(pieces), keep, sources)
+        )
 
-    async def close_module(self, module_id: str) -> None:
-        """Forget a module and free the blocks that only it uses."""
-        self.durable_tokens.pop(module_id, None)
-        await self._call(lambda ticket: protocol.CloseModule(ticket, module_id))
+    async def close_module(self, module_id: str) -> "Closing":
+        """Forget a module and erase what stems from it, as `Engine.close_module`."""
+        return await self._close(module_id, lambda ticket: protocol.CloseModule(ticket, module_id))
 
     async def module_states(self, module_ids: Sequence[str]) -> dict[str, ModuleState]:
         """Returns the states of those modules that are open, by their ids."""
@@ -210,6 +231,28 @@ class EngineClient:
             raise EngineDied(
                 f"the engine is {self.state}" + (self._stopped_by or "; try again in a moment")
             )
+
+    async def _close(self, owner: str, command: Callable[[int], Command]) -> "Closing":
+        self.durable_tokens.pop(owner, None)
+        end: asyncio.Future[Erasure | None] = asyncio.get_running_loop().create_future()
+        waiting = self._erasures.setdefault(owner, [])
+        waiting.append(end)
+        try:
+            erasure = (await self._call(command)).erasure
+        except BaseException:
+            if end in waiting:
+                waiting.remove(end)
+            raise
+        assert erasure is not None
+        if not erasure.waits or erasure.left:
+            self._erased(owner, erasure)
+        return Closing(erasure, end)
+
+    def _erased(self, owner: str, erasure: Erasure | None) -> None:
+        """Tell all who wait for the owner's erasure that it has ended; None: with the engine."""
+        for end in self._erasures.pop(owner, ()):
+            if not end.done():
+                end.set_result(erasure)
 
     async def _call(self, command: Callable[[int], Command]) -> Done:
         self._check_ready()
@@ -330,6 +373,9 @@ class EngineClient:
                     self._requests[event.request_id].put_nowait(event.fault.error())
             case protocol.Durable():
                 self.durable_tokens.update(event.documents)
+            case protocol.Erased():
+                for owner, erasure in event.erasures.items():
+                    self._erased(owner, erasure)
             case Done():
                 future = self._calls.get(event.ticket)
                 if future is not None and not future.done():
@@ -354,6 +400,8 @@ class EngineClient:
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(EngineDied(reason))
+        for owner in list(self._erasures):
+            self._erased(owner, None)
 
     async def _reap(self) -> str:
         """Close the connection to a lost engine; returns which of its processes ended, in words."""

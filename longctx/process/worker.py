@@ -186,12 +186,20 @@ def _serve(
             event = _obey(engine, command)
             if event is not None:
                 channel.send(encode(event))
+            _tell_erased(engine, channel)
         outputs = engine.step()
         documents = engine.durable_changes()
         if documents:  # first: what ends with these outputs is durable by then
             channel.send(encode(protocol.Durable(documents)))
         if outputs:
             channel.send(encode(protocol.Outputs(outputs)))
+        _tell_erased(engine, channel)
+
+
+def _tell_erased(engine: Engine, channel: Channel) -> None:
+    erasures = engine.take_erased()
+    if erasures:
+        channel.send(encode(protocol.Erased(erasures)))
 
 
 def _obey(engine: Engine, command: Command) -> Event | None:
@@ -207,14 +215,14 @@ def _obey(engine: Engine, command: Command) -> Event | None:
                 engine.open_document(command.document_id, token_ids, keep=command.keep)
                 return Done(command.ticket)
             case protocol.CloseDocument():
-                engine.close_document(command.document_id)
-                return Done(command.ticket)
+                return Done(command.ticket, erasure=engine.close_document(command.document_id))
             case protocol.OpenModule():
-                engine.open_module(command.module_id, command.pieces, keep=command.keep)
+                engine.open_module(
+                    command.module_id, command.pieces, keep=command.keep, sources=command.sources
+                )
                 return Done(command.ticket)
             case protocol.CloseModule():
-                engine.close_module(command.module_id)
-                return Done(command.ticket)
+                return Done(command.ticket, erasure=engine.close_module(command.module_id))
             case protocol.GetModules():
                 modules = engine.module_states(command.module_ids)
                 return Done(command.ticket, modules=modules)

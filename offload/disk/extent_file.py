@@ -80,6 +80,28 @@ def write(files: FileSystem, path: Path, extent: PackedExtent) -> None:
         files.close(descriptor)
 
 
+def excerpt(files: FileSystem, path: Path, meta: ExtentMeta, begin: int, end: int) -> PackedExtent:
+    """Return the blocks from index `begin` to before `end` of a file, as an extent of their own.
+
+    `meta` describes the new one. The pages stay as they are stored, checksums included. Raises
+    ExtentUnreadable, OSError.
+    """
+    descriptor = files.open(path)
+    try:
+        header = read_header(files, descriptor)
+        if header.meta.run.keys[begin:end] != meta.run.keys:
+            raise ExtentUnreadable("holds other blocks than it did")
+        table = np.ascontiguousarray(header.pages[:, begin:end])
+        buffers: list[memoryview] = []
+        for layer, offset in enumerate(header.offsets()[:, begin].tolist()):
+            buffers.append(memoryview(bytearray(int(table["stored_bytes"][layer].sum()))))
+            if files.read(descriptor, buffers[-1:], offset) < len(buffers[-1]):
+                raise ExtentUnreadable("shorter than its header says")
+    finally:
+        files.close(descriptor)
+    return PackedExtent(ExtentHeader(meta, header.page_bytes, table), buffers)
+
+
 def read_header(files: FileSystem, descriptor: int) -> ExtentHeader:
     """Return the header of an open file. Raises ExtentUnreadable, OSError."""
     buffer = memoryview(bytearray(_FIRST_READ_BYTES))

@@ -2,6 +2,7 @@
 
     magic, version, header_bytes | namespace, parent, group, first_block, cost, created, retained
     | keys | bytes of a page in each layer | per page: stored bytes, encoding, checksum
+    | bytes of sources, sources, with a zero between two; nothing where there are none
     | zeros | checksum of all this                                        = header_bytes
     | pages of layer 0, one per key | pages of layer 1 | ...
 
@@ -35,6 +36,7 @@ SHUFFLED = 1  # the low bytes of all values, then the high ones by zstd: offload
 
 PREFIX = struct.Struct("<8sII")  # magic, version, header_bytes: the same in every version
 _FIXED = struct.Struct("<32s32sIIIIQddQ")
+_SOURCES = struct.Struct("<I")
 _CHECKSUM = struct.Struct("<Q")
 _PAGE = np.dtype([("stored_bytes", "<u4"), ("encoding", "<u4"), ("checksum", "<u8")])
 _KEY_BYTES = 32
@@ -87,6 +89,7 @@ class ExtentHeader:
         """The size of the header, padding included: where the first page begins."""
         blocks, layers = len(self.meta.run.keys), len(self.page_bytes)
         tables = blocks * _KEY_BYTES + layers * 8 + layers * blocks * _PAGE.itemsize
+        tables += len(pack_sources(self.meta.run))
         used = PREFIX.size + _FIXED.size + tables + _CHECKSUM.size
         return math.ceil((used - _SKEW) / _ALIGNMENT) * _ALIGNMENT + _SKEW
 
@@ -120,6 +123,7 @@ class ExtentHeader:
             *run.keys,
             np.asarray(self.page_bytes, dtype="<u8").tobytes(),
             self.pages.tobytes(),
+            pack_sources(run),
         )
         body = b"".join(parts).ljust(self.header_bytes - _CHECKSUM.size, b"\0")
         return body + _CHECKSUM.pack(checksum(body))
@@ -128,6 +132,25 @@ class ExtentHeader:
 def file_name(run: BlockRun) -> str:
     """Return the name of the file that holds this run, and that no other run has."""
     return f"{run.keys[-1].hex()}-{run.group}-{run.first_block}{SUFFIX}"
+
+
+def pack_sources(run: BlockRun) -> bytes:
+    """Return the ids of a run's sources as they stand in files."""
+    packed = "\0".join(run.sources).encode()
+    return _SOURCES.pack(len(packed)) + packed if packed else b""
+
+
+def parse_sources(packed: bytes) -> tuple[str, ...]:
+    """Return the ids that `pack_sources` packed, before other bytes or zeros."""
+    if len(packed) < _SOURCES.size:
+        return ()
+    end = _SOURCES.size + _SOURCES.unpack_from(packed)[0]
+    return tuple(packed[_SOURCES.size : end].decode().split("\0")) if end > _SOURCES.size else ()
+
+
+def sources_bytes(data: bytes, at: int) -> int:
+    """Return how many bytes of `data` from there on `pack_sources` has packed; not for none."""
+    return int(_SOURCES.size + _SOURCES.unpack_from(data, at)[0])
 
 
 def checksum(data: bytes | memoryview) -> int:
@@ -173,8 +196,10 @@ def parse(header: bytes, *, file_bytes: int) -> ExtentHeader:
     page_bytes = np.frombuffer(body, dtype="<u8", count=layers, offset=at)
     at += layers * 8
     pages = np.frombuffer(body, dtype=_PAGE, count=layers * blocks, offset=at)
+    at += layers * blocks * _PAGE.itemsize
+    sources = parse_sources(body[at:])
     meta = ExtentMeta(
-        run=BlockRun(BlockKey(namespace), group, first_block, BlockKey(parent), keys),
+        run=BlockRun(BlockKey(namespace), group, first_block, BlockKey(parent), keys, sources),
         cost_seconds=cost,
         created_at=created,
         retained=bool(retained),

@@ -13,7 +13,7 @@ import re
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 
 from offload.disk import extent_file
@@ -255,18 +255,31 @@ class DiskFolder:
             return True
 
     def forget_quarantined_of(self, keys: Iterable[BlockKey]) -> None:
-        """Remove the quarantined files whose last block is one of these. Raises OSError.
+        """Remove the quarantined files that hold one of these blocks, or may. Raises OSError.
 
-        Otherwise a deleted document would go on lying in a file that nobody looks at.
+        Otherwise a deleted document would go on lying in a file that nobody looks at. One whose
+        header cannot be read any more may hold anything.
         """
-        ends = {key.hex() for key in keys}
+        gone = set(keys)
         with self._quarantine_lock:
-            found = [name for name in self._quarantine if name.partition("-")[0] in ends]
+            found = [name for name in self._quarantine if self._may_hold(name, gone)]
             for name in found:
                 self.discard(self.path / QUARANTINE / name)
                 del self._quarantine[name]
         if found:
             self._files.sync_folder(self.path / QUARANTINE)
+
+    def _may_hold(self, name: str, keys: Set[BlockKey]) -> bool:
+        """Return whether a quarantined file cannot be shown to hold none of these blocks."""
+        try:
+            descriptor = self._files.open(self.path / QUARANTINE / name)
+            try:
+                header = extent_file.read_header(self._files, descriptor)
+            finally:
+                self._files.close(descriptor)
+        except (ExtentUnreadable, OSError):
+            return bool(keys)
+        return not keys.isdisjoint(header.meta.run.keys)
 
     def _close_to_others(self) -> None:
         """Close the folder to other users, who could read from KV blocks what documents say.

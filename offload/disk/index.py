@@ -14,9 +14,8 @@ from offload.key import BlockKey, GroupKey
 class Extent:
     """One file, as the index has it.
 
-    `used_at` is in seconds since 1970. `dropped` are keys that were deleted logically: their bytes
-    stay until the whole file goes. What is retained now, the index knows: `meta.retained` is only
-    how the extent came into it.
+    `used_at` is in seconds since 1970. What is retained now, the index knows: `meta.retained` is
+    only how the extent came into it.
     """
 
     meta: ExtentMeta
@@ -24,18 +23,11 @@ class Extent:
     used_at: float
     name: str = field(init=False)
     blocks: tuple[GroupKey, ...] = field(init=False)
-    dropped: set[BlockKey] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
         run = self.meta.run
         self.name = self.meta.file_name
         self.blocks = tuple([(run.group, key) for key in run.keys])
-
-    def live(self) -> Iterable[GroupKey]:
-        """The blocks that were not dropped."""
-        if not self.dropped:
-            return self.blocks
-        return [block for block in self.blocks if block[1] not in self.dropped]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +40,6 @@ class DiskEntry:
     meta: ExtentMeta
     file_bytes: int
     used_at: float
-    dropped: frozenset[BlockKey] = frozenset()  # see `Extent`
 
     @property
     def name(self) -> str:
@@ -56,8 +47,7 @@ class DiskEntry:
 
     @property
     def keys(self) -> tuple[BlockKey, ...]:
-        """The keys that were not dropped."""
-        return tuple([key for key in self.meta.run.keys if key not in self.dropped])
+        return self.meta.run.keys
 
     @property
     def num_blocks(self) -> int:
@@ -114,7 +104,7 @@ class DiskIndex:
         self.changes += 1
         self._groups[run.group] = self._groups.get(run.group, 0) + 1
         self.num_bytes += extent.file_bytes
-        for block in extent.live():
+        for block in extent.blocks:
             self._point(block, extent)
         if extent.meta.retained:
             self._retained.update(run.keys)
@@ -141,7 +131,7 @@ class DiskIndex:
         if not self._groups[run.group]:
             del self._groups[run.group]
         self.num_bytes -= extent.file_bytes
-        for block in extent.live():
+        for block in extent.blocks:
             self._unpoint(block, extent, reason)
         self._policy.removed(extent.name)
         self._retained.difference_update(key for key in run.keys if not self._is_held(key))
@@ -171,7 +161,6 @@ class DiskIndex:
                 meta=self.meta_now(extent),
                 file_bytes=extent.file_bytes,
                 used_at=extent.used_at,
-                dropped=frozenset(extent.dropped),
             )
             for extent in self
         ]
@@ -209,27 +198,6 @@ class DiskIndex:
 
     def is_retained(self, extent: Extent) -> bool:
         return not self._retained.isdisjoint(extent.meta.run.keys)
-
-    def drop(self, keys: Iterable[BlockKey]) -> list[Extent]:
-        """Delete the keys logically; return the extents of which no key is left.
-
-        Of an extent of 16 blocks whose last 4 are dropped, the first 12 are still served. Its file
-        goes when those are dropped too, or when it is evicted: the tier does that.
-        """
-        empty: list[Extent] = []
-        for key in keys:
-            for extent in self._holding(key):
-                self._unpoint((extent.meta.run.group, key), extent, "deleted")
-                extent.dropped.add(key)
-                if len(extent.dropped) == len(set(extent.meta.run.keys)):
-                    empty.append(extent)
-        return empty
-
-    def restore(self, extent: Extent) -> None:
-        """Serve an extent's dropped blocks again: its file has them still."""
-        for key in list(extent.dropped):
-            extent.dropped.remove(key)
-            self._point((extent.meta.run.group, key), extent)
 
     def explain(self, block: GroupKey) -> str | None:
         """Return why a block left; None for one that is here, or that nobody remembers."""

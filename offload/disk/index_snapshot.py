@@ -10,14 +10,21 @@ from collections.abc import Callable, Iterable
 from operator import attrgetter
 
 from offload.block_run import BlockRun
-from offload.disk.extent_header import ExtentMeta, checksum
+from offload.disk.extent_header import (
+    ExtentMeta,
+    checksum,
+    pack_sources,
+    parse_sources,
+    sources_bytes,
+)
 from offload.disk.folder import DiskFolder
 from offload.disk.index import DiskEntry, DiskIndex, Extent
 from offload.key import BlockKey
 
 _HEAD = struct.Struct("<8sQ")  # magic and version, checksum of the rest
-_MAGIC = b"lctxidx\1"
-_EXTENT = struct.Struct("<32s32sIIQQddd?")
+_PLAIN, _MAGIC = b"lctxidx\1", b"lctxidx\2"  # without sources, which earlier versions read; with
+_EXTENT = struct.Struct("<32s32sIIQQdddB")
+_RETAINED, _SOURCES = 1, 2  # flags; the second says that sources follow the keys
 _KEY_BYTES = 32
 # A crash may leave so many extents out of the copy, or this part of all: the next start opens them
 _FEW, _SHARE = 64, 16
@@ -78,10 +85,13 @@ class IndexSnapshot:
 
 
 def pack(entries: Iterable[DiskEntry]) -> bytes:
-    """Return the copy's bytes. Dropped keys are not noted, so a restart serves them again."""
+    """Return the copy's bytes."""
     parts: list[bytes] = []
+    magic = _PLAIN
     for entry in entries:
         meta, run = entry.meta, entry.meta.run
+        sources = pack_sources(run)
+        magic = _MAGIC if sources else magic
         parts.append(
             _EXTENT.pack(
                 run.namespace,
@@ -93,12 +103,13 @@ def pack(entries: Iterable[DiskEntry]) -> bytes:
                 meta.cost_seconds,
                 meta.created_at,
                 entry.used_at,
-                meta.retained,
+                meta.retained * _RETAINED + bool(sources) * _SOURCES,
             )
         )
         parts.extend(run.keys)
+        parts.append(sources)
     body = b"".join(parts)
-    return _HEAD.pack(_MAGIC, checksum(body)) + body
+    return _HEAD.pack(magic, checksum(body)) + body
 
 
 def parse(data: bytes) -> list[DiskEntry]:
@@ -106,22 +117,27 @@ def parse(data: bytes) -> list[DiskEntry]:
     if len(data) < _HEAD.size:
         return []
     magic, expected = _HEAD.unpack_from(data)
-    if magic != _MAGIC or checksum(memoryview(data)[_HEAD.size :]) != expected:
+    if magic not in (_PLAIN, _MAGIC) or checksum(memoryview(data)[_HEAD.size :]) != expected:
         return []
     found: list[DiskEntry] = []
     at = _HEAD.size
     while at < len(data):
         fields = _EXTENT.unpack_from(data, at)
-        namespace, parent, group, blocks, first_block, size, cost, created, used, retained = fields
+        namespace, parent, group, blocks, first_block, size, cost, created, used, flags = fields
         at += _EXTENT.size
         end = at + blocks * _KEY_BYTES
         keys = [BlockKey(data[begin : begin + _KEY_BYTES]) for begin in range(at, end, _KEY_BYTES)]
         at = end
+        sources: tuple[str, ...] = ()
+        if flags & _SOURCES:
+            at += sources_bytes(data, at)
+            sources = parse_sources(data[end:at])
+        root, before = BlockKey(namespace), BlockKey(parent)
         meta = ExtentMeta(
-            run=BlockRun(BlockKey(namespace), group, first_block, BlockKey(parent), tuple(keys)),
+            run=BlockRun(root, group, first_block, before, tuple(keys), sources),
             cost_seconds=cost,
             created_at=created,
-            retained=retained,
+            retained=bool(flags & _RETAINED),
         )
         found.append(DiskEntry(meta=meta, file_bytes=size, used_at=used))
     return found

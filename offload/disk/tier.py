@@ -11,12 +11,15 @@ import contextlib
 import errno
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Final, Literal
 
 from offload.block_run import BlockRun, Slots
+from offload.descent import Stem
+from offload.disk import extent_file
 from offload.disk.clocks import Clocks, seconds_since_boot
 from offload.disk.extent_file import LayoutDiffers
 from offload.disk.extent_header import ExtentMeta, ExtentUnreadable, file_name
@@ -31,7 +34,7 @@ from offload.disk.shuffle import PageShuffle
 from offload.disk.verify import DiskVerifier, Verified
 from offload.eviction import EvictionPolicy
 from offload.key import BlockKey
-from offload.stats import TierStats
+from offload.stats import Dropped, TierStats
 from offload.tier_names import TierName
 
 __all__ = [
@@ -265,7 +268,6 @@ class DiskTier:
         with self._index.lock:
             if self._index.named(extent.name) is not extent:
                 return False
-            self._index.restore(extent)
             self._index.use(extent, self._now())
             if retained:
                 self._index.retain(run.keys)
@@ -315,22 +317,86 @@ class DiskTier:
         with self._index.lock:
             self._index.release(keys)
 
-    def drop(self, keys: Iterable[BlockKey]) -> None:
-        """Delete these keys, in any group. A file goes with the last of its blocks."""
+    def drop(self, keys: Iterable[BlockKey]) -> Dropped:
+        """Delete these keys, in any group, durably: no byte of them is left in any file.
+
+        Of an extent of 16 blocks whose last 4 are deleted, the first 12 are written to a file of
+        their own. Where that cannot be done, they are lost as well, and are computed again.
+        """
         assert not self.read_only
-        gone = list(keys)
+        gone = set(keys)
+        before_bytes, blocks, left = self._quota.used_bytes, 0, 0
         with self._writer:
             with self._index.lock:
-                empty = self._index.drop(gone)
+                extents = list(self._index.holding(gone))
+            for extent in extents:
+                deleted = sum(key in gone for key in extent.meta.run.keys)
+                try:
+                    self._cut(extent, gone)
+                    blocks += deleted
+                except OSError as error:
+                    left += deleted
+                    self._deleting_failed(error)
             try:
-                for extent in empty:
-                    self._quota.delete(extent, "deleted")
                 self._folder.forget_quarantined_of(gone)
                 self._folder.sync_removals()
             except OSError as error:
-                self._incidents.report(
-                    "write_errors", f"cannot delete from {self._folder.path}: {error}"
-                )
+                left += 1
+                self._deleting_failed(error)
+        return Dropped(blocks, max(0, before_bytes - self._quota.used_bytes), left)
+
+    def _cut(self, extent: Extent, gone: Container[BlockKey]) -> None:
+        """Delete an extent, but write what it has of other keys anew. Raises OSError if it stays.
+
+        The new files get their names when the old one is gone: the cap holds at every moment.
+        """
+        with self._index.lock:
+            meta = self._index.meta_now(extent)
+        keys = meta.run.keys
+        cuts = [-1, *(i for i, key in enumerate(keys) if key in gone), len(keys)]
+        new: list[tuple[Path, ExtentMeta, int]] = []
+        for begin, end in ((before + 1, cut) for before, cut in pairwise(cuts)):
+            if begin < end:
+                with contextlib.suppress(ExtentUnreadable, OSError):
+                    new.append(self._excerpt(extent.name, meta, begin, end))
+        try:
+            self._quota.delete(extent, "deleted")
+        except OSError:
+            for temporary, _, _ in new:
+                self._folder.discard(temporary)
+            raise
+        for temporary, part, file_bytes in new:
+            with contextlib.suppress(OSError):
+                self._folder.publish(temporary, part.file_name)
+                with self._index.lock:
+                    self._index.add(Extent(part, file_bytes, extent.used_at))
+
+    def _excerpt(
+        self, name: str, meta: ExtentMeta, begin: int, end: int
+    ) -> tuple[Path, ExtentMeta, int]:
+        """Write blocks of a file to a temporary one. Raises ExtentUnreadable, OSError."""
+        share = (end - begin) / len(meta.run.keys)
+        part = replace(
+            meta, run=meta.run.stretch(begin, end), cost_seconds=meta.cost_seconds * share
+        )
+        temporary = self._folder.file(part.file_name + TEMPORARY)
+        with self._index.lock:
+            if self._index.named(part.file_name) is not None:
+                raise ExtentUnreadable("has a file of its own already")
+        try:
+            extent = extent_file.excerpt(self._files, self._folder.file(name), part, begin, end)
+            extent_file.write(self._files, temporary, extent)
+        except BaseException:
+            self._folder.discard(temporary)
+            raise
+        return temporary, part, extent.header.file_bytes
+
+    def _deleting_failed(self, error: OSError) -> None:
+        self._incidents.report("write_errors", f"cannot delete from {self._folder.path}: {error}")
+
+    def stems(self) -> list[Stem]:
+        with self._index.lock:
+            return [Stem.of(extent.meta.run) for extent in self._index]
 
     def gc(self) -> Collected:
         """Remove what is too old or over the bounds, and what crashes have left; count files."""

@@ -213,6 +213,7 @@ def test_blocks_of_a_closed_document_are_found_no_more(tokenizer: Tokenizer) -> 
     bench.finish()
     assert matched(bench, numbers(1000)) == 960
     bench.cache.close_document("d")
+    assert bench.cache.erase("d").blocks == 15
     assert matched(bench, numbers(1000)) == 0
 
 

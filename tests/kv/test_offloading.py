@@ -288,6 +288,7 @@ def test_pages_of_a_deleted_document_leave_every_tier(bench: TieredBench) -> Non
     keys = sequence.blocks.base_keys + tuple(sequence.blocks.tail_keys)
     bench.cache.offloader.store.retain("report", keys)
     bench.cache.close_document("report")
+    bench.cache.erase("report")
     bench.cache.offloader.store.flush(PATIENCE_SECONDS)
     bench.settle()
     assert bench.cache.offloader.store.stats().tiers["host"].held_bytes == 0

@@ -7,8 +7,9 @@ from typing import Final, Literal
 import numpy as np
 
 from offload.block_run import BlockRun, PageSlots, Slots
+from offload.descent import Stem
 from offload.key import BlockKey
-from offload.stats import TierStats
+from offload.stats import Dropped, TierStats
 from offload.tier_names import TierName
 
 PAGE_BYTES = (96, 64)  # of the two layers of every group in these tests
@@ -111,9 +112,14 @@ class MemoryDisk:
     def release(self, keys: Iterable[BlockKey]) -> None:
         self.retained.difference_update(keys)
 
-    def drop(self, keys: Iterable[BlockKey]) -> None:
+    def drop(self, keys: Iterable[BlockKey]) -> Dropped:
         gone = set(keys)
+        before = len(self.blocks)
         self.blocks = {block: raw for block, raw in self.blocks.items() if block[1] not in gone}
+        return Dropped(before - len(self.blocks), (before - len(self.blocks)) * sum(PAGE_BYTES))
+
+    def stems(self) -> list[Stem]:
+        return [Stem.of(run) for run in self.runs]
 
     def explain(self, group: int, key: BlockKey) -> str | None:
         return None if self.has(group, key) else "expired"

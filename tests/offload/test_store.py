@@ -8,6 +8,7 @@ from typing import cast
 
 import pytest
 
+from offload.block_run import BlockRun
 from offload.eviction import LRU
 from offload.host import HostTier
 from offload.key import GroupKey
@@ -333,17 +334,20 @@ def test_what_no_document_retains_any_more_is_dropped_from_every_tier(
     hosted: KVStore, disk: MemoryDisk
 ) -> None:
     write(hosted, chain(1, 6))
+    write(hosted, BlockRun(key(0), 0, 5, key(55), (key(56),)))  # of another chain
     hosted.retain("first", [key(number) for number in (1, 2, 3, 4)])
     hosted.retain("second", [key(number) for number in (1, 2, 5)])
     hosted.delete("first")
-    # Keys 3 and 4 were retained by the first alone; key 6 never was, since it is a prompt's
+    # Keys 3 and 4 were retained by the first alone
     assert [number for number in range(1, 7) if hosted.has(0, key(number))] == [1, 2, 5, 6]
     assert hosted.flush(10)
     assert not disk.has(0, key(3)) and not hosted.has(0, key(3))
     assert disk.has(0, key(1))
+    # Key 6 follows 5, which is owned, and goes with it: without its beginning it is of no use
+    assert disk.has(0, key(6))
     hosted.delete("second")
     assert hosted.flush(10)
-    assert {number for _, number in disk.blocks} == {key(6)}
+    assert {number for _, number in disk.blocks} == {key(56)}
 
 
 def test_a_deleted_key_is_gone_at_once_and_can_come_back(hosted: KVStore, disk: MemoryDisk) -> None:

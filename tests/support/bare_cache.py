@@ -114,6 +114,7 @@ class Bench:
                 prompt_tokens=len(token_ids),
                 namespace=SPACE,
                 preemption_key=preemption_key(request, arrival, 0),
+                sources=() if document is None else ((0, document[0]),),
                 document_ends=ends,
                 prefill_only=max_tokens == 0,
             ),

@@ -15,7 +15,8 @@ from api.files.document_library import DocumentLibrary
 from api.files.document_store import DocumentRecord, DocumentStore
 from api.stored_prompts.module_keeper import ModuleKeeper, StoredModules
 from longctx.errors import DocumentMissing, EngineDied, InvalidRequest
-from longctx.request import FinishReason, Piece, Request, RequestOutput
+from longctx.process.client import Closing
+from longctx.request import Erasure, FinishReason, Piece, Request, RequestOutput
 from tests.support.waiting import eventually, patient
 
 
@@ -44,7 +45,7 @@ class MortalEngine:
         self.known.add(document_id)
         self.calls.append(f"open {document_id}")
 
-    async def close_document(self, document_id: str) -> None:
+    async def close_document(self, document_id: str) -> Closing:
         self._check()
         self.closing.set()
         await self.may_close.wait()
@@ -52,16 +53,30 @@ class MortalEngine:
             self.known.remove(document_id)
             self.stored.discard(document_id)
         self.calls.append(f"close {document_id}")
+        return self._closing()
 
-    async def open_module(self, module_id: str, pieces: Sequence[Piece], *, keep: Request) -> None:
+    async def open_module(
+        self,
+        module_id: str,
+        pieces: Sequence[Piece],
+        *,
+        keep: Request,
+        sources: tuple[str, ...] = (),
+    ) -> None:
         self._check()
         self.known.add(module_id)
         self.calls.append(f"open {module_id}")
 
-    async def close_module(self, module_id: str) -> None:
+    async def close_module(self, module_id: str) -> Closing:
         self._check()
         self.known.discard(module_id)
         self.calls.append(f"close {module_id}")
+        return self._closing()
+
+    def _closing(self) -> Closing:
+        end: asyncio.Future[Erasure | None] = asyncio.get_running_loop().create_future()
+        end.set_result(Erasure())
+        return Closing(Erasure(), end)
 
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         self._check()
@@ -92,6 +107,19 @@ class MortalEngine:
     def _check(self) -> None:
         if self.state != "ready":
             raise EngineDied(f"the engine is {self.state}")
+
+
+class Ids(set[str]):
+    """As a table of ids of modules."""
+
+    async def note_kept(self, name: str) -> None:
+        self.add(name)
+
+    async def forget_kept(self, name: str) -> None:
+        self.discard(name)
+
+    async def kept(self) -> list[str]:
+        return list(self)
 
 
 class SlowTokenizer:
@@ -208,7 +236,7 @@ def test_modules_are_encoded_again_after_crashes_until_there_are_too_many(
     tmp_path: Path, crashes: int, state: str
 ) -> None:
     async def test(bench: Bench) -> None:
-        keeper = ModuleKeeper(bench.engine)
+        keeper = ModuleKeeper(bench.engine, Ids())
         bench.engine.on_restart = keeper.reopen
         bench.engine.deadly["n"] = crashes
 
@@ -229,7 +257,7 @@ def test_modules_that_are_dropped_while_the_engine_is_away_leave_the_tiers_later
     tmp_path: Path, opened: bool
 ) -> None:
     async def test(bench: Bench) -> None:
-        keeper = ModuleKeeper(bench.engine)
+        keeper = ModuleKeeper(bench.engine, Ids())
         bench.engine.on_restart = keeper.reopen
 
         async def prepare() -> list[tuple[str, tuple[Piece, ...]]]:
@@ -244,7 +272,7 @@ def test_modules_that_are_dropped_while_the_engine_is_away_leave_the_tiers_later
             keeper.keep(modules)
         bench.engine.calls.clear()
         await keeper.drop(modules)
-        await eventually(lambda: bench.engine.calls == ["open m", "close m"])
+        await eventually(lambda: bench.engine.calls == ["open m", "close m", "close k"])
         await keeper.close()
 
     on_bench(tmp_path, test)

@@ -18,7 +18,8 @@ from api.stored_prompts.module_keeper import ModuleKeeper
 from api.stored_prompts.records import PromptRecords
 from api.stored_prompts.schema_library import SchemaLibrary
 from longctx.errors import ContextTooLong, InvalidRequest
-from longctx.request import FinishReason, Piece, Request, RequestOutput
+from longctx.process.client import Closing
+from longctx.request import Erasure, FinishReason, Piece, Request, RequestOutput
 from prompt_cache.level import EXACT
 from prompt_cache.read import read_schema
 from prompt_cache.schema import Schema
@@ -36,7 +37,12 @@ class SlowEngine:
         self.open: set[str] = set()
 
     async def open_module(
-        self, module_id: str, pieces: tuple[Piece, ...], *, keep: Request
+        self,
+        module_id: str,
+        pieces: tuple[Piece, ...],
+        *,
+        keep: Request,
+        sources: tuple[str, ...] = (),
     ) -> None:
         tokens = len(pieces[0].token_ids)
         await asyncio.sleep(0.05 if tokens > LONG else 0)
@@ -44,8 +50,11 @@ class SlowEngine:
             raise ContextTooLong("it is larger than the device")
         self.open.add(module_id)
 
-    async def close_module(self, module_id: str) -> None:
+    async def close_module(self, module_id: str) -> Closing:
         self.open.discard(module_id)
+        end: asyncio.Future[Erasure | None] = asyncio.get_running_loop().create_future()
+        end.set_result(Erasure())
+        return Closing(Erasure(), end)
 
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         yield RequestOutput(
@@ -59,7 +68,7 @@ class Shelf:
     def __init__(self, path: Path) -> None:
         self.records = PromptRecords(path)
         self.engine: Any = SlowEngine()
-        self.keeper = ModuleKeeper(self.engine)
+        self.keeper = ModuleKeeper(self.engine, self.records)
         tokenizer: Any = SimpleNamespace(encode=lambda text, continues: list(range(len(text))))
         prompts: Any = SimpleNamespace(
             frames=lambda roles, continued, date: ((),) * (len(roles) + continued)

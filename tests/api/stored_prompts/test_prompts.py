@@ -112,7 +112,9 @@ def test_a_prompt_is_replaced_listed_and_deleted(server: LiveServer) -> None:
     listed = server.http.get(PROMPTS).json()
     assert [entry["name"] for entry in listed["data"]].count("mine") == 1
     deleted = server.http.delete(f"{PROMPTS}/mine").json()
+    receipt = deleted.pop("longctx")
     assert deleted == {"name": "mine", "object": "prompt_cache.prompt.deleted", "deleted": True}
+    assert receipt["waiting_for"] == {} and receipt["erased"]["disk"]["blocks"] > 0
     for answer in (server.http.get(f"{PROMPTS}/mine"), server.http.delete(f"{PROMPTS}/mine")):
         assert answer.status_code == 404
         assert answer.json()["error"]["code"] == "prompt_not_found"

@@ -175,8 +175,8 @@ def test_quarantine_is_bounded_and_counts(folder: Path) -> None:
         assert tier.stats().evictions["cap"] == 0
     with closing(open_tier(folder)) as tier:
         assert tier.stats().quarantine_files == 31
-        tier.drop(runs[39].keys)
-        assert tier.stats().quarantine_files in (30, 31)
+        tier.drop(runs[39].keys)  # whose bytes may be in any of them: nobody can tell
+        assert tier.stats().quarantine_files == 0
 
 
 # -- files and folders that are not there -------------------------------------------------------
