@@ -22,7 +22,6 @@ from longctx.engine.explain import Explainer
 from longctx.engine.grammars import Grammars
 from longctx.engine.ingestion import Ingestion
 from longctx.engine.input_processor import InputProcessor
-from longctx.engine.leaving import Leaving
 from longctx.engine.logprobs import sampled_logprobs, score_prompt
 from longctx.engine.module_prefill import ModulePrefills
 from longctx.engine.module_status import module_states
@@ -35,6 +34,7 @@ from longctx.engine.stats import EndedRequests, device_stats, group_stats
 from longctx.engine_stats import EngineStats
 from longctx.errors import BlocksLost, InvalidRequest, PeerLost
 from longctx.kv.clear import clear_tiers
+from longctx.kv.leaving import Leaving
 from longctx.request import (
     Erasure,
     FinishReason,
