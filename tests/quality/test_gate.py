@@ -35,7 +35,7 @@ from tests.support.recorded_engine import Eager, some_ids
 from tests.support.tiny_models import write_model
 from tests.support.tiny_tokenizer import write_tokenizer
 
-SHORT = Workload(text_tokens=(128, 160), own_tokens=8, limit_seconds=None)
+SHORT = Workload(text_tokens=(128, 160), own_tokens=16, limit_seconds=None)
 
 
 class Rounded(Raw):
