@@ -130,7 +130,9 @@ class SchedulerConfig:
         "as far as possible; 250 on a CPU, 50 on a GPU",
     ] = None
     max_sequences: Annotated[int, "sequences running at once"] = 64
-    max_waiting: Annotated[int, "requests that may wait; more are refused with 429"] = 1024
+    max_waiting: Annotated[
+        int, "answers that may wait, each of a request's n; more are refused with 429"
+    ] = 1024
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "max_waiting"):

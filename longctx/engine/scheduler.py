@@ -142,11 +142,15 @@ class Scheduler:
         return self._config.max_sequences
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises Overloaded where `max_waiting` others wait already."""
-        if len(self.waiting) >= self._config.max_waiting:
+        """Queue a sequence. Raises Overloaded where more than `max_waiting` answers would wait.
+
+        A request with `n` choices counts `n` times. One by itself is never too much.
+        """
+        waiting = sum(each.width for each in self.waiting)
+        if waiting and waiting + sequence.width > self._config.max_waiting:
             raise Overloaded(
-                f"{len(self.waiting)} requests are waiting and --max-waiting allows no more; "
-                "try again later"
+                f"{waiting} answers are waiting, and with {sequence.width} more they are more than "
+                f"--max-waiting {self._config.max_waiting} allows; try again later"
             )
         present = {each.request.salt for each in (*self.running, *self.waiting)}
         self._tenants.join(sequence.request.salt, present)

@@ -142,9 +142,23 @@ def test_more_sequences_than_allowed_wait(tokenizer: Tokenizer) -> None:
 
 def test_a_full_queue_refuses(tokenizer: Tokenizer) -> None:
     bench = Bench(tokenizer, bare_cache(blocks=200))
-    with pytest.raises(Overloaded, match="1024 requests are waiting"):
+    with pytest.raises(Overloaded, match=r"1024 answers are waiting, .* --max-waiting 1024"):
         for _ in range(1025):
             bench.add([1])
+
+
+def test_each_choice_of_a_request_counts_as_one_that_waits(tokenizer: Tokenizer) -> None:
+    bench = Bench(tokenizer, bare_cache(blocks=200))
+    for index in range(16):
+        bench.add(numbers(10, 100 * index), n=64)
+    with pytest.raises(Overloaded, match="1024 answers are waiting, and with 64 more"):
+        bench.add(numbers(10, 5000), n=64)
+    assert len(bench.scheduler.waiting) == 16
+
+
+def test_a_request_by_itself_is_never_too_many(tokenizer: Tokenizer) -> None:
+    bench = Bench(tokenizer, bare_cache(blocks=200), max_waiting=4)
+    assert bench.add(numbers(10), n=8).state is SequenceState.WAITING
 
 
 # -- memory -----------------------------------------------------------------------------------

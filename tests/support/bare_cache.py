@@ -58,6 +58,7 @@ class Bench:
     batch_tokens: int = 128
     max_sequences: int = 8
     seconds_of: Callable[[SchedulerOutput], float] = lambda output: 0.01
+    max_waiting: int = 1024
     target_seconds: float = 0.25
     cost: CostModel = field(default_factory=CostModel)
     now: float = 0.0
@@ -65,7 +66,9 @@ class Bench:
 
     def __post_init__(self) -> None:
         config = SchedulerConfig(
-            max_batch_tokens=self.batch_tokens, max_sequences=self.max_sequences
+            max_batch_tokens=self.batch_tokens,
+            max_sequences=self.max_sequences,
+            max_waiting=self.max_waiting,
         )
         self.scheduler = Scheduler(
             config,
@@ -83,11 +86,12 @@ class Bench:
         request_class: RequestClass = RequestClass.INTERACTIVE,
         max_tokens: int = 1,
         salt: str = "",
+        n: int = 1,
         document: tuple[str, int] | None = None,
     ) -> EngineSequence:
         """Make a sequence; `document` is an id, and the prompt tokens up to the document's end."""
         arrival = next(self.arrivals)
-        sampling = SamplingParams(max_tokens=max_tokens)
+        sampling = SamplingParams(max_tokens=max_tokens, n=n)
         tokens = TokenIds(np.array(token_ids, dtype=np.int32), [])
         ends = ()
         if document is not None:
