@@ -22,7 +22,9 @@ from tests.support.waiting import patient
 ANSWER_TOKENS = 300
 ANSWERS = 5
 UPLOAD_BYTES = 4 << 20
-SLOWDOWN = 1.20
+# While it is parsed others hardly notice; while it is computed it may take just under half of the
+# time (`engine/time_shares.py`).
+SLOWDOWN = {"parsing": 1.20, "reading": 2.0}
 HEALTH_P99_SECONDS = 0.050
 
 
@@ -116,5 +118,5 @@ def test_answers_and_health_hardly_notice_a_large_upload(tmp_path: Path) -> None
         + f"; {prefilled:,} tokens read meanwhile; /health p99 {1000 * p99:.1f} ms of {len(health)}"
     )
     assert prefilled > 0
-    assert max(slowdowns.values()) < SLOWDOWN
+    assert all(ratio < SLOWDOWN[phase] for phase, ratio in slowdowns.items())
     assert p99 < HEALTH_P99_SECONDS
