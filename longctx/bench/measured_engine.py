@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,10 +16,12 @@ from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import AttentionBackend, AttentionPlan, ChunkRows
 from longctx.bench.random_pages import fill_pages
 from longctx.config import EngineConfig
+from longctx.engine.cost_model import CostModel
 from longctx.engine.engine import Engine
 from longctx.engine.input_processor import block_namespace
 from longctx.engine.model_runner import ModelRunner
 from longctx.engine.sampler import SamplingState, sample
+from longctx.engine.scheduler import Scheduler
 from longctx.kv.pool_indices import PoolIndices
 from longctx.model.layer_attention import AttentionCall
 from longctx.open_engine import engine_parts
@@ -81,8 +83,20 @@ class MeasuredEngine:
     `profile` tells where the time of the steps within it went.
     """
 
-    def __init__(self, config: EngineConfig, model_folder: Path) -> None:
+    def __init__(
+        self, config: EngineConfig, model_folder: Path, *, scheduler: type[Scheduler] = Scheduler
+    ) -> None:
         parts = engine_parts(config, model_folder)
+        if scheduler is not Scheduler:
+            device_type = parts.model.spec.device.type
+            other = scheduler(
+                config.scheduler,
+                parts.cache,
+                batch_tokens=config.scheduler.batch_tokens(device_type),
+                target_seconds=config.scheduler.target_seconds(device_type),
+                cost=CostModel(),
+            )
+            parts = replace(parts, scheduler=other)
         assert isinstance(parts.runner, ModelRunner), "on one rank"
         self._parts, self._runner = parts, parts.runner
         self._engine = Engine(parts)

@@ -3,6 +3,7 @@
 pytest -m slow -s tests/api/test_busy.py        # prints the figures
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -82,6 +83,10 @@ def upload(client: httpx.Client, text: str) -> str:
     return file_id
 
 
+def phase_of(client: httpx.Client, file_id: str) -> str:
+    return "parsing" if state_of(client, file_id)["tokens"] is None else "reading"
+
+
 @pytest.mark.slow
 def test_answers_and_health_hardly_notice_a_large_upload(tmp_path: Path) -> None:
     sentence = "The committee met on a grey morning and wrote down what each of them had seen. "
@@ -94,16 +99,17 @@ def test_answers_and_health_hardly_notice_a_large_upload(tmp_path: Path) -> None
         probe = threading.Thread(target=health_seconds, args=(url, stop, health))
         probe.start()
         busy: dict[str, list[float]] = {"parsing": [], "reading": []}
-        prefilled = 0
+        prefilled, numbers = 0, itertools.count(1000)
         try:
             # Parsing is over after an answer or two, so it takes several uploads to judge it.
             while min(map(len, busy.values())) < ANSWERS:
                 file_id = upload(client, text)
                 enough = len(busy["reading"]) + 2
                 while len(busy["reading"]) < enough:
-                    phase = "parsing" if state_of(client, file_id)["tokens"] is None else "reading"
-                    number = 1000 + sum(map(len, busy.values()))
-                    busy[phase].append(seconds_per_token(client, number))
+                    before = phase_of(client, file_id)
+                    seconds = seconds_per_token(client, next(numbers))
+                    if before == phase_of(client, file_id):  # the whole answer was in one phase
+                        busy[before].append(seconds)
                 prefilled += state_of(client, file_id)["prefilled_tokens"]
                 client.delete(f"/v1/files/{file_id}").raise_for_status()
         finally:

@@ -31,12 +31,12 @@ from longctx.bench.picture import Series, draw_bars
 from longctx.bench.random_model import SIZES, write_random_llama
 from longctx.bench.report import Parameter, Report, Result
 from longctx.config import EngineConfig
+from longctx.engine.scheduler import Scheduler, StepRoom
 from longctx.errors import LongctxError
 from longctx.request import FinishReason, Request, RequestClass, SamplingParams, Segment
 
 ANSWER_TOKENS = 4096  # more than any is let write: they are aborted
 SETTLED_TOKENS = 8  # of each answer, before anything is measured
-UNCHUNKED_STEP_MS = 60_000.0
 
 
 @dataclass(slots=True)
@@ -47,12 +47,12 @@ class Watched:
     ended: set[str] = field(default_factory=set)
 
     def intervals(self, names: Sequence[str], since: float) -> list[float]:
-        """The times between tokens of these requests that came after `since`."""
+        """The times between tokens of these requests that ended after `since`."""
         return [
             later - earlier
             for name in names
             for earlier, later in itertools.pairwise(self.token_seconds[name])
-            if earlier >= since
+            if later >= since
         ]
 
 
@@ -85,6 +85,13 @@ class AtDepth:
         answers, at their own pace, leave to it."""
         answers = self.chunked.answer_steps * float(np.median(self.alone_intervals))
         return self.alone_document_seconds / max(self.chunked.document_seconds - answers, 1e-9)
+
+
+class UnchunkedScheduler(Scheduler):
+    """Computes what is left of a prompt in one step, as schedulers without chunks do."""
+
+    def _fitting_tokens(self, past: int, smallest: int, room: StepRoom) -> int:
+        return room.tokens
 
 
 class LoadedEngine:
@@ -168,7 +175,6 @@ def run(
         engine,
         scheduler=replace(
             engine.scheduler,
-            target_step_ms=UNCHUNKED_STEP_MS,
             max_batch_tokens=load.window_tokens + 2 * engine.scheduler.max_sequences,
         ),
     )
@@ -177,7 +183,9 @@ def run(
         if folder is None:
             folder = Path(temporary)
             write_random_llama(folder, SIZES[load.load_model], seed=bench.seed)
-        contrast = dict(_contrast(_opened(unchunked, folder, load, bench.seed), load, say))
+        whole = _opened(unchunked, folder, load, bench.seed, UnchunkedScheduler)
+        contrast = dict(_contrast(whole, load, say))
+        del whole
         gc.collect()  # its pools, before the next one's
         loaded = _opened(engine, folder, load, bench.seed)
         found = list(_depths(loaded, load, contrast, say))
@@ -203,11 +211,17 @@ def run(
     )
 
 
-def _opened(engine: EngineConfig, folder: Path, load: LoadConfig, seed: int) -> LoadedEngine:
+def _opened(
+    engine: EngineConfig,
+    folder: Path,
+    load: LoadConfig,
+    seed: int,
+    scheduler: type[Scheduler] = Scheduler,
+) -> LoadedEngine:
     # Random weights hide what a codec costs, so none is measured
     codec = "int8" if engine.cache.kv_codec == "auto" else engine.cache.kv_codec
     cache = replace(engine.cache, kv_codec=codec, force_codec=True)
-    measured = MeasuredEngine(replace(engine, cache=cache), folder)
+    measured = MeasuredEngine(replace(engine, cache=cache), folder, scheduler=scheduler)
     loaded = LoadedEngine(measured, max(load.every_depth), seed=seed)
     loaded.timed((), load.chat_tokens)  # warms up
     return loaded
