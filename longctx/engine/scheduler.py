@@ -181,16 +181,16 @@ class Scheduler:
         """Choose the chunks of the next step and allocate their pages.
 
         The objective is 250 ms and 512 tokens a step. 4 sequences decode, which is predicted to
-        take 60 ms; a question has 700 tokens left, and an ingestion 5,000:
+        take 70 ms; a question has 700 tokens left, and an ingestion 5,000:
 
-        - the 4 get one token each, which leaves 508 tokens and 190 ms;
-        - the question's class has the turn, and beside 60 ms of answers it may take 180 ms. That
-          is predicted for 150 tokens, so its chunk is two blocks, 128 tokens in 154 ms;
-        - 36 ms are left of the step, in which no block of the ingestion fits.
+        - the 4 get one token each, which leaves 508 tokens and 180 ms;
+        - the question's class has the turn, and beside 70 ms of answers it may take 163 ms. That
+          is predicted for 135 tokens, so its chunk is two blocks, 128 tokens in 154 ms;
+        - 26 ms are left of the step, in which no block of the ingestion fits.
 
         The class that was served least for its weight has the first turn in the next step: 128 / 8
         for the question, 0 for the ingestion, so it is the ingestion's. Beside answers it may take
-        49 ms. A block takes longer, but the first chunk of a step is never less: what it takes too
+        8 ms. A block takes longer, but the first chunk of a step is never less: what it takes too
         much is taken from the steps that follow (`TimeShares`). Only where one block takes longer
         than the whole step may, its rows are divided among steps.
         """

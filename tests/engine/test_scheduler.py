@@ -256,12 +256,10 @@ def test_steps_without_answers_repay_what_is_owed_and_save_nothing_up() -> None:
     assert shares.left(INGEST) == 0
     for _ in range(100):
         shares.begin(0.01)
-    assert shares.left(INGEST) == pytest.approx(0.01 * 0.45 / 0.55)
+    assert shares.left(INGEST) == pytest.approx(0.01 * 0.1 / 0.9)
 
 
-def test_beside_an_ingestion_an_answer_takes_less_than_twice_its_time(
-    tokenizer: Tokenizer,
-) -> None:
+def test_an_ingestion_slows_decoding_by_less_than_a_fifth(tokenizer: Tokenizer) -> None:
     bench = Bench(tokenizer, bare_cache(blocks=3000), seconds_of=seconds_by_tokens)
     answer = bench.add(numbers(5), max_tokens=100_000)
     for _ in range(50):
@@ -270,10 +268,10 @@ def test_beside_an_ingestion_an_answer_takes_less_than_twice_its_time(
     ingestion = bench.add(numbers(100_000, 100_000), request_class=INGEST)
     bench.step()
     began, computed = bench.now, ingestion.blocks.computed
-    assert rate_of(bench, answer) > 0.5 * alone
-    # And what the answer leaves, the ingestion uses: a millisecond for each token.
+    assert rate_of(bench, answer) > 0.8 * alone
+    # And its share is used, a tenth of the time: a millisecond for each token.
     used = 0.001 * (ingestion.blocks.computed - computed)
-    assert used > 0.4 * (bench.now - began)
+    assert used > 0.08 * (bench.now - began)
 
 
 def rate_of(bench: Bench, answer: Sequence) -> float:
@@ -316,7 +314,7 @@ def test_chunks_shrink_with_depth_so_that_answers_keep_their_pace(
             assert bench.now - before <= 1.05 * 0.25
         if tokens_in(output, prompt) > 1:
             sizes.append((past, tokens_in(output, prompt)))
-    shallow = max(size for past, size in sizes if 2000 < past < 6000)
+    shallow = max(size for past, size in sizes if past < 6000)
     deep = max(size for past, size in sizes if past > 40_000)
     assert shallow > deep and (request_class is INGEST or shallow >= 128)
     assert deep < 64  # less than a block, where a block takes longer than the objective
