@@ -21,6 +21,16 @@ from longctx.errors import LongctxError
 KEPT = {".txt", ".read", ".reading", ".tokens"}  # of documents that are known
 
 
+def read_path(upload: Path) -> Path:
+    """Returns where the text of an upload lies that is no UTF-8 text itself."""
+    return upload.with_suffix(".read")
+
+
+def reading_path(upload: Path) -> Path:
+    """Returns where it is told how such an upload was read."""
+    return upload.with_suffix(".reading")
+
+
 class StoreDir:
     """Names the paths in the folder, and holds its lock until `close`."""
 
@@ -65,10 +75,10 @@ class StoreDir:
         return self.path / "documents" / f"{document_id}.tokens"
 
     def read_path(self, document_id: str) -> Path:
-        return self.path / "documents" / f"{document_id}.read"
+        return read_path(self.text_path(document_id))
 
     def reading_path(self, document_id: str) -> Path:
-        return self.path / "documents" / f"{document_id}.reading"
+        return reading_path(self.text_path(document_id))
 
     def new_upload_path(self) -> Path:
         """Returns a new path for an upload until it is complete, on the same file system."""

@@ -30,6 +30,7 @@ from typing import Any
 import msgspec
 
 from api.background.finish import finish
+from api.background.store_dir import read_path, reading_path
 from api.files.reading import Reading
 from longctx.documents.reader import is_plain_text, read_document
 from longctx.errors import InvalidRequest, LongctxError
@@ -291,16 +292,6 @@ def _run_child(tokenizer: Tokenizer, job: dict[str, Any], lines: TextIOWrapper) 
 def _write(lines: TextIOWrapper, **message: Any) -> None:
     lines.write(json.dumps(message) + "\n")
     lines.flush()
-
-
-def read_path(text: Path) -> Path:
-    """Returns where the text of a document lies that is no UTF-8 text itself."""
-    return text.with_suffix(".read")
-
-
-def reading_path(text: Path) -> Path:
-    """Returns where it is told how such a document was read."""
-    return text.with_suffix(".reading")
 
 
 def _read(source: Path, filename: str, text: Path, reading: Path) -> Path:

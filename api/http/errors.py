@@ -137,6 +137,10 @@ def invalid_body(error: ValidationError, body: Any) -> ApiError:
         case "value_error":
             reason = first["msg"].removeprefix("Value error, ")
             message, code = (f"{path} {reason}" if path else reason), "unsupported_value"
+            # What is wrong between fields is said of the whole body, beginning with the first one.
+            field = reason.partition(" ")[0]
+            if path is None and isinstance(body, dict) and field in body:
+                path = field
         case _:
             message, code = f"{path or 'the body'}: {first['msg']}", "invalid_value"
     return ApiError(400, message, param=path, code=code)

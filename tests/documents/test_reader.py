@@ -182,7 +182,7 @@ def test_any_bytes_are_text_or_refused(data: bytes, name: str) -> None:
         read = read_bytes(data, name)
     except Unreadable:
         return
-    assert read.text.encode("utf-8", "replace")
+    assert read.text and read.format in ("text", "html", "docx", "pdf", "epub", "zip", "tar")
 
 
 def test_plain_text_is_known_as_such(tmp_path: Path) -> None:

@@ -44,16 +44,8 @@ def test_a_document_is_read_computed_and_asked_about(
     assert server.http.get(f"/v1/files/{file['id']}/content").content == content
     for section in server.http.get(f"/v1/files/{file['id']}/sections").json()["data"]:
         assert section["label"] in text[section["offset"] :]
-    body = {
-        "messages": [
-            {
-                "role": "user",
-                "content": [{"type": "file", "file": {"file_id": file["id"]}}, "When?"],
-            }
-        ],
-        "max_tokens": 4,
-    }
-    body["messages"][0]["content"][1] = {"type": "text", "text": "When?"}  # type: ignore[index]
+    parts = [{"type": "file", "file": {"file_id": file["id"]}}, {"type": "text", "text": "When?"}]
+    body = {"messages": [{"role": "user", "content": parts}], "max_tokens": 4}
     assert server.http.post("/v1/chat/completions", json=body).status_code == 200
 
 
