@@ -141,7 +141,7 @@ def test_a_streamed_echo_says_the_same(client: openai.OpenAI) -> None:
         ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ("/v1/chat/completions", {"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
         ("/v1/chat/completions", {"logprobs": 5}, "logprobs"),
-        ("/v1/chat/completions", {"top_logprobs": 2}, None),
+        ("/v1/chat/completions", {"top_logprobs": 2}, "top_logprobs"),
         ("/v1/completions", {"logprobs": 21}, "logprobs"),
         ("/v1/completions", {"logprobs": -1}, "logprobs"),
         ("/v1/completions", {"logprobs": True}, "logprobs"),

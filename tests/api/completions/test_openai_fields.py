@@ -181,9 +181,9 @@ def test_tokens_and_text_are_each_other(server: LiveServer) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
-        ("/tokenize", {"messages": ASK, "add_special_tokens": True}, None),
+        ("/tokenize", {"messages": ASK, "add_special_tokens": True}, "add_special_tokens"),
         ("/tokenize", {"prompt": "a", "add_generation_prompt": True}, None),
-        ("/tokenize", {"messages": ASK, "continue_final_message": True}, None),
+        ("/tokenize", {"messages": ASK, "continue_final_message": True}, "continue_final_message"),
         ("/detokenize", {"tokens": [512]}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),
         ("/detokenize", {"tokens": ["a"]}, "tokens[0]"),
