@@ -12,8 +12,8 @@ from api.config import ServerConfig
 from api.files.document_library import DocumentLibrary
 from api.files.tokenizer_process import TokenizerProcess
 from api.http.auth import Authentication
-from api.http.errors import HANDLERS
 from api.http.openapi import add_routes
+from api.http.refusals import HANDLERS
 from api.metrics import MetricsMiddleware
 from api.routes import routes
 from api.services import Services, open_services

@@ -14,6 +14,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.completions.answering import Answering
 from api.completions.attachments import Attachments
 from api.completions.conversation import Conversation
 from api.completions.generation import Generation
@@ -140,6 +141,17 @@ class ChatRoutes:
     async def create(self, request: Request) -> Response:
         """Answers a conversation, in one piece or as server-sent events."""
         wanted = await read_json(request, ChatRequest)
+        answering = await self.ask(wanted, tenant_of(request))
+        written = ChatLogprobs(self.tokenizer) if wanted.logprobs else None
+        answer = ChatFormat(written, reads_calls=bool(wanted.offered))
+        return await Reply(answering, answer).respond(request, ping_seconds=self.ping_seconds)
+
+    async def ask(self, wanted: ChatRequest, tenant: str) -> Answering:
+        """Finds what the conversation refers to, and returns it ready to be asked.
+
+        Other APIs bring their questions here, as a `ChatRequest`, and write the answers themselves.
+        Raises ApiError and InvalidRequest for what cannot be asked.
+        """
         self.generation.check_model(wanted.model)
         tools = wanted.offered
         if tools and not self.tokenizer.takes_tools:
@@ -150,7 +162,6 @@ class ChatRoutes:
                 param="tools",
                 code="unsupported_value",
             )
-        tenant = tenant_of(request)
         messages, files = await self.read(wanted.messages, tenant)
         preamble, more = await self.preambles.resolve(wanted.prompt_cache, tenant)
         files = list({document.id: document for document in (*more, *files)}.values())
@@ -175,10 +186,7 @@ class ChatRoutes:
             check=check,
             keep=keep,
         )
-        written = ChatLogprobs(self.tokenizer) if wanted.logprobs else None
-        answer = ChatFormat(written, reads_calls=bool(tools))
-        reply = Reply(self.generation, answer, conversation, wanted, tenant)
-        return await reply.respond(request, ping_seconds=self.ping_seconds)
+        return Answering(self.generation, conversation, wanted, tenant)
 
     async def read(
         self, messages: list[Message], tenant: str

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.completions.answering import Answering, PromptSource
 from api.completions.generation import EnginePrompt, Generation
 from api.completions.logprobs import CompletionLogprobs
-from api.completions.reply import Choice, PromptSource, Reply
+from api.completions.reply import Choice, Reply
 from api.http.auth import tenant_of
 from api.http.bodies import CompletionRequest
 from api.http.read_body import read_json
@@ -70,8 +71,8 @@ class CompletionRoutes:
         prompts = LiteralPrompts(wanted, self.tokenizer, self.generation.engine.info.vocab_size)
         written = None if wanted.logprobs is None else CompletionLogprobs(self.tokenizer)
         answer = CompletionFormat(written)
-        reply = Reply(self.generation, answer, prompts, wanted, tenant_of(request))
-        return await reply.respond(request, ping_seconds=self.ping_seconds)
+        answering = Answering(self.generation, prompts, wanted, tenant_of(request))
+        return await Reply(answering, answer).respond(request, ping_seconds=self.ping_seconds)
 
 
 def check_vocabulary(token_ids: Sequence[int], vocab_size: int, *, param: str) -> None:

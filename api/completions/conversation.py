@@ -3,9 +3,9 @@
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
+from api.completions.answering import PromptSource
 from api.completions.generation import EnginePrompt
 from api.completions.preamble import REPORT_SECONDS, Preamble
-from api.completions.reply import PromptSource
 from api.files.document import Document
 from api.files.document_library import DocumentLibrary
 from api.http.sse import JSONObject

@@ -14,14 +14,10 @@ from typing import Any, Protocol
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from api.completions.echo import with_prompts
-from api.completions.generation import EnginePrompt, Generation
-from api.completions.waiting import Waitable
+from api.completions.answering import Answering, UsageTotals
 from api.http.bodies import GenerationRequest
-from api.http.errors import logger
 from api.http.sse import EventStream, JSONObject, while_connected
-from longctx.request import CacheExplanation, Progress, RequestOutput, TokenLogprob, Usage
-from longctx.request import Request as EngineRequest
+from longctx.request import Progress, RequestOutput, TokenLogprob
 
 
 @dataclass(slots=True)
@@ -57,93 +53,41 @@ class ResponseFormat(Protocol):
     def finish(self, choice: Choice) -> JSONObject: ...
 
 
-class PromptSource(Waitable):
-    """Makes the prompts of one request, which may have to wait for documents.
-
-    It is used in this order: `waiting`, `prompts`, and `on_answered` once the answer is complete.
-    """
-
-    def __init__(self) -> None:
-        self.notes: JSONObject = {}  # for the answer's object `longctx`
-
-    @property
-    def prompt_cache(self) -> JSONObject:
-        """The answer's object `prompt_cache`, which is left out when it is empty: how what the
-        conversation begins with was used."""
-        return {}
-
-    async def prompts(self) -> list[EnginePrompt]:
-        """Returns the prompts, when nothing is waited for. Raises what the client is told."""
-        raise NotImplementedError
-
-    async def on_answered(self) -> None:
-        """Is called when all prompts have been answered. What it raises is logged."""
-
-
-@dataclass(slots=True)
-class UsageTotals:
-    """Adds up the token counts of all prompts of one request."""
-
-    prompt: int = 0
-    cached: int = 0
-    completion: int = 0
-    computed: int = 0
-    reused: int = 0
-    linked: int = 0
-    explanation: CacheExplanation | None = None
-
-    def add(self, usage: Usage) -> None:
-        self.prompt += usage.prompt_tokens
-        self.cached += usage.cached_tokens
-        self.completion += usage.completion_tokens
-        self.computed += usage.computed_tokens
-        self.reused += usage.reused_tokens
-        self.linked += usage.linked_tokens
-        self.explanation = usage.explanation
-
-    def usage(self) -> JSONObject:
-        return {
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.completion,
-            "total_tokens": self.prompt + self.completion,
-            "prompt_tokens_details": {"cached_tokens": self.cached},
-        }
-
-
 @dataclass(slots=True)
 class Reply:
-    """Takes one HTTP request from its prompts to the answer. `respond` is called once."""
+    """Writes the answer to one HTTP request. `respond` is called once."""
 
-    generation: Generation
+    answering: Answering
     response_format: ResponseFormat
-    prompt_source: PromptSource
-    wanted: GenerationRequest
-    salt: str
     created: int = field(default_factory=lambda: int(time.time()))
-    totals: UsageTotals = field(default_factory=UsageTotals)
-    prompts: list[EnginePrompt] = field(default_factory=list)
     streamed_tokens: int = 0
-    requests: list[EngineRequest] | None = None
     id: str = field(init=False)
 
     def __post_init__(self) -> None:
         self.id = f"{self.response_format.id_prefix}-{uuid.uuid4().hex}"
 
+    @property
+    def wanted(self) -> GenerationRequest:
+        return self.answering.wanted
+
+    @property
+    def totals(self) -> UsageTotals:
+        return self.answering.totals
+
     async def respond(self, request: Request, *, ping_seconds: float) -> Response:
         """Returns the answer, whole or as a stream that has yet to begin."""
-        self.wanted.sampling(0)  # a value out of range is refused before anything is waited for
+        self.answering.check()
         if not self.wanted.stream:
             return JSONResponse(await while_connected(request, self._whole()))
-        if self.prompt_source.is_ready:  # what is wrong is then an error, not an event in a stream
-            self.requests = await self._prepare()
+        await self.answering.prepare()
         return EventStream(self._events(), ping_seconds=ping_seconds)
 
     async def _whole(self) -> JSONObject:
         choices: dict[int, Choice] = {}
-        async with aclosing(self._outputs()) as outputs:
+        async with aclosing(self.answering.outputs()) as outputs:
             async for output in outputs:
                 if isinstance(output, RequestOutput):
-                    _collect(choices, output)
+                    collect(choices, output)
         return self._body(
             self.response_format.whole_object,
             [self.response_format.whole(choices[index]) for index in sorted(choices)],
@@ -157,7 +101,7 @@ class Reply:
         choices: dict[int, Choice] = {}
         opened: set[int] = set()
         last: JSONObject | None = None  # held back: the very last one carries more
-        async with aclosing(self._outputs()) as outputs:
+        async with aclosing(self.answering.outputs()) as outputs:
             async for output in outputs:
                 if last is not None:
                     yield last
@@ -174,7 +118,7 @@ class Reply:
                     opened.add(output.index)
                     if (first := self.response_format.first_delta(output.index)) is not None:
                         yield self._chunk([first])
-                choice = _collect(choices, output)
+                choice = collect(choices, output)
                 if has_news:
                     news = self.response_format.delta(output.index, output.text, output.logprobs)
                     yield self._chunk([news])
@@ -190,29 +134,6 @@ class Reply:
             }
         if self.wanted.include_usage:
             yield self._chunk([], usage=self.totals.usage(), **told)
-
-    async def _outputs(self) -> AsyncGenerator[RequestOutput | JSONObject, None]:
-        async with aclosing(self.prompt_source.waiting()) as news:
-            async for item in news:
-                yield item
-        requests = self.requests or await self._prepare()
-        outputs = self.generation.outputs(requests)
-        if self.wanted.echoes:
-            texts = [prompt.text for prompt in self.prompts]
-            outputs = with_prompts(outputs, texts, choices=requests[0].sampling.n)
-        async with aclosing(outputs):
-            async for output in outputs:
-                if output.usage is not None:
-                    self.totals.add(output.usage)
-                yield output
-        try:
-            await self.prompt_source.on_answered()
-        except Exception as error:  # the answer is complete, and not to be taken back
-            logger.error("keeping the prompt of %s failed", self.id, exc_info=error)
-
-    async def _prepare(self) -> list[EngineRequest]:
-        self.prompts = await self.prompt_source.prompts()
-        return self.generation.requests(self.prompts, self.wanted, self.salt)
 
     def _progress(self, index: int, progress: Progress) -> JSONObject:
         told = {
@@ -230,7 +151,7 @@ class Reply:
         return self._body(self.response_format.chunk_object, choices, **more)
 
     def _usage_so_far(self) -> JSONObject:
-        prompt = sum(prompt.tokens for prompt in self.prompts)
+        prompt = sum(prompt.tokens for prompt in self.answering.prompts)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": self.streamed_tokens,
@@ -238,22 +159,23 @@ class Reply:
         }
 
     def _body(self, kind: str, choices: list[JSONObject], **more: Any) -> JSONObject:
+        generation = self.answering.generation
         return {
             "id": self.id,
             "object": kind,
             "created": self.created,
-            "model": self.generation.served_name,
-            "system_fingerprint": f"fp_{self.generation.engine.info.fingerprint[:12]}",
+            "model": generation.served_name,
+            "system_fingerprint": f"fp_{generation.engine.info.fingerprint[:12]}",
             "choices": choices,
             **({} if self.wanted.tier is None else {"service_tier": self.wanted.tier}),
             **more,
         }
 
     def _longctx(self) -> JSONObject:
-        return {"computed_tokens": self.totals.computed, **self.prompt_source.notes}
+        return {"computed_tokens": self.totals.computed, **self.answering.prompt_source.notes}
 
     def _prompt_cache(self) -> JSONObject:
-        told = self.prompt_source.prompt_cache
+        told = self.answering.prompt_source.prompt_cache
         if not told:
             return {}
         counts = {"borrowed_tokens": self.totals.reused, "linked_tokens": self.totals.linked}
@@ -279,7 +201,8 @@ class Reply:
         }
 
 
-def _collect(choices: dict[int, Choice], output: RequestOutput) -> Choice:
+def collect(choices: dict[int, Choice], output: RequestOutput) -> Choice:
+    """Adds an output to its choice among `choices`, and returns that."""
     choice = choices.setdefault(output.index, Choice(output.index))
     if output.text:
         choice.texts.append(output.text)

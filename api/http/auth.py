@@ -15,9 +15,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.config import ServerConfig
 from api.http.errors import ApiError
+from api.http.refusals import refusal
 from longctx.errors import LongctxError
 
 OPEN_PATHS = frozenset({"/health"})
+KEY_HEADERS = ("x-api-key",)  # where clients of other APIs send the bare key
 SINGLE_TENANT = ""
 
 
@@ -65,26 +67,32 @@ class Authentication:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         tenant: str | None = SINGLE_TENANT
+        connection = HTTPConnection(scope)
         if self.tenants and scope["path"] not in OPEN_PATHS:
-            tenant = self._tenant(HTTPConnection(scope).headers.get("authorization", ""))
+            tenant = self._tenant(connection)
         if tenant is None:
-            refusal = ApiError(
+            error = ApiError(
                 401,
-                "a valid API key is required: send the header 'Authorization: Bearer KEY'",
+                "a valid API key is required: send the header 'Authorization: Bearer KEY' "
+                "or 'x-api-key: KEY'",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-            return await refusal.response()(scope, receive, send)
+            return await refusal(connection, error)(scope, receive, send)
         scope["longctx.tenant"] = tenant
         await self.app(scope, receive, send)
 
-    def _tenant(self, authorization: str) -> str | None:
-        scheme, _, given = authorization.partition(" ")
+    def _tenant(self, connection: HTTPConnection) -> str | None:
+        """Finds whose key a request carries; where it carries several, of the last known one."""
+        scheme, _, bearer = connection.headers.get("authorization", "").partition(" ")
+        given = [bearer] if scheme.lower() == "bearer" else []
+        given += [connection.headers[name] for name in KEY_HEADERS if name in connection.headers]
         found = None
-        for key, tenant in self.tenants.items():  # all of them: the time says nothing about keys
-            if hmac.compare_digest(key, given.strip().encode()):
-                found = tenant
-        return found if scheme.lower() == "bearer" else None
+        for carried in given:
+            for key, tenant in self.tenants.items():  # all: the time says nothing about keys
+                if hmac.compare_digest(key, carried.strip().encode()):
+                    found = tenant
+        return found
 
 
 def tenant_of(connection: HTTPConnection) -> str:

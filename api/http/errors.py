@@ -1,22 +1,21 @@
-"""Gives every refusal OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
+"""Says what a client is told of each error: the status and the words.
 
-`api_error` turns whatever was raised into an `ApiError`; the status and the words are chosen here
-and nowhere else, for plain answers and for streams alike.
+`api_error` turns whatever was raised into an `ApiError`, for plain answers and for streams alike.
+Its `body` is OpenAI's: `{"error": {"message", "type", "param", "code"}}`; for clients of other APIs
+`refusals.py` writes it in theirs.
 """
 
 import errno
 import logging
 import os
 import sqlite3
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
 
 from longctx.errors import (
     ContextTooLong,
@@ -29,8 +28,6 @@ from longctx.errors import (
 from prompt_cache.errors import SchemaError
 
 logger = logging.getLogger("longctx.api")
-
-CLIENT_CLOSED_REQUEST = 499  # nobody reads it; it keeps logs truthful
 
 
 class ApiError(Exception):
@@ -62,9 +59,6 @@ class ApiError(Exception):
             kind = "invalid_request_error"
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
-
-    def response(self) -> Response:
-        return JSONResponse(self.body, self.status, self.headers)
 
 
 def api_error(error: Exception) -> ApiError:
@@ -181,24 +175,3 @@ def _http_error(error: HTTPException) -> ApiError:
         case _:
             message = str(error.detail)
     return ApiError(error.status_code, message, headers=headers)
-
-
-async def answer_error(request: Request, error: Exception) -> Response:
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return api_error(error).response()
-
-
-# The last is for what nobody expected: it is answered here and then logged by the server.
-HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {
-    kind: answer_error
-    for kind in (
-        ApiError,
-        LongctxError,
-        SchemaError,
-        ValidationError,
-        HTTPException,
-        ClientDisconnect,
-        Exception,
-    )
-}

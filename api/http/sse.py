@@ -6,15 +6,16 @@ engine's iterator, which aborts the request.
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from api.http.errors import api_error, logger
+from api.http.errors import ApiError, api_error, logger
 
 Result = TypeVar("Result")
 JSONObject: TypeAlias = dict[str, Any]
@@ -26,6 +27,25 @@ DONE = b"data: [DONE]\n\n"
 def encode_event(data: JSONObject) -> bytes:
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return b"data: " + text.encode() + b"\n\n"
+
+
+def encode_named_event(data: JSONObject) -> bytes:
+    """Encodes an event that is called by its own `type`."""
+    return f"event: {data['type']}\n".encode() + encode_event(data)
+
+
+@dataclass(frozen=True, slots=True)
+class EventForm:
+    """Says how the events of an API are written: each of them, a ping, the end, and an error that
+    comes when the stream has begun."""
+
+    encode: Callable[[JSONObject], bytes] = encode_event
+    ping: bytes = PING
+    last: bytes = DONE
+    failure: Callable[[ApiError], JSONObject] = lambda error: error.body
+
+
+OPENAI_EVENTS = EventForm()
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
@@ -45,7 +65,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
 
 
 class EventStream(Response):
-    """Sends each dict of a generator as an event, pings while there is none, and `[DONE]` last.
+    """Sends each dict of a generator as an event, pings while there is none, and the end last.
 
     Headers go out with the first event or ping, so a request that fails at once is still answered
     with a status; a later failure is an event with the error's body.
@@ -53,10 +73,17 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[JSONObject, None], *, ping_seconds: float) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[JSONObject, None],
+        *,
+        ping_seconds: float,
+        form: EventForm = OPENAI_EVENTS,
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self.events = events
+        self.form = form
         self.ping_seconds = ping_seconds
         self.started = False
         self.last_sent = 0.0
@@ -80,22 +107,23 @@ class EventStream(Response):
         async with aclosing(self.events) as events:
             try:
                 async for event in events:
-                    await self._write(send, encode_event(event))
+                    await self._write(send, self.form.encode(event))
             except Exception as error:
                 if not self.started:
                     raise
                 failure = api_error(error)
                 if failure is not error and failure.status == 500:
                     logger.exception("a stream failed")
-                await self._write(send, encode_event(failure.body))
-        await self._write(send, DONE)
+                await self._write(send, self.form.encode(self.form.failure(failure)))
+        if self.form.last:
+            await self._write(send, self.form.last)
 
     async def _ping(self, send: Send) -> None:
         loop = asyncio.get_running_loop()
         while True:
             silent = loop.time() - self.last_sent
             if silent >= self.ping_seconds:
-                await self._write(send, PING)
+                await self._write(send, self.form.ping)
             else:
                 await asyncio.sleep(self.ping_seconds - silent)
 

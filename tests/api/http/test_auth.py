@@ -42,6 +42,20 @@ def test_a_wrong_key_is_refused_in_openai_shape(authorization: str) -> None:
     assert answer.json()["error"]["code"] == "invalid_api_key"
 
 
+def test_a_key_may_come_in_a_header_of_its_own() -> None:
+    tenant = get("/v1/models", "right", Authorization="Bearer right").text
+    assert get("/v1/models", "right", **{"x-api-key": "right"}).text == tenant
+    both = {"x-api-key": "right", "Authorization": "Bearer another"}
+    assert get("/v1/models", "right", **both).text == tenant
+    assert get("/v1/models", "right", **{"x-api-key": "wrong"}).status_code == 401
+
+
+def test_clients_of_another_api_are_refused_in_its_shape() -> None:
+    answer = get("/v1/models", "right", **{"anthropic-version": "2023-06-01"})
+    assert answer.status_code == 401 and answer.json()["type"] == "error"
+    assert answer.json()["error"]["type"] == "authentication_error"
+
+
 def test_unknown_routes_are_refused_too() -> None:
     assert get("/nothing", "right").status_code == 401
 
