@@ -133,9 +133,11 @@ class KVMemory:
         """Reserve up to `blocks` staging pages in the first group's pool.
 
         It gives at most an eighth of the pool, and an even number: with 300 pages and 64 wanted,
-        36 are reserved.
+        36 are reserved. Where that is none, two: one is attended while the other is read.
         """
-        pages = self.packed[0].allocate(min(blocks, self.packed[0].capacity // 8) // 2 * 2)
+        capacity = self.packed[0].capacity
+        wanted = max(2, min(blocks, capacity // 8) // 2 * 2)
+        pages = self.packed[0].allocate(min(wanted, capacity - 1))
         self.reserved_blocks += len(pages)
         return pages
 

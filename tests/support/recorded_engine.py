@@ -165,9 +165,10 @@ class RecordedEngine(Engine):
         assert not self.cache._pending
         self.cache.resident_prefixes.clear()
         assert len(self.cache.prefixes) == 0, "a prefix is in use"
-        for pool in self.memory.packed:
-            assert pool.held == 0
-            assert pool.available == pool.capacity
+        staging = [self.memory.reserved_blocks] + [0] * (len(self.memory.packed) - 1)
+        for pool, kept in zip(self.memory.packed, staging, strict=True):
+            assert pool.held == kept
+            assert pool.available == pool.capacity - kept
 
 
 def engine_config(
