@@ -107,6 +107,25 @@ def test_a_retry_resumes_a_cancelled_prefill(
     engine.assert_idle()
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_a_cancelled_prefill_ends_at_once_and_its_retry_computes_only_the_rest(
+    architecture: str, model_folders: ModelFolders
+) -> None:
+    engine = build_engine(model_folders(architecture), max_batch_tokens=64)
+    prompt = some_ids(1500, 0)
+    engine.submit(ask("cancelled", prompt))
+    while engine.runner.computed_tokens < 1344:
+        engine.take_step()
+    engine.abort("cancelled")
+    assert engine.memory.raw.held == 0
+    engine.take_step()
+    assert engine.answered["cancelled"].reason is FinishReason.ABORT
+    assert engine.runner.computed_tokens == 1344, "a chunk of it came after its end"
+    (retry,) = engine.finish(ask("retry", prompt, max_tokens=1))
+    assert retry.counts.computed_tokens == 1500 - 1344
+    engine.assert_idle()
+
+
 def test_an_answer_and_its_prompt_are_the_prefix_of_the_next_turn(llama: Path) -> None:
     engine = build_engine(llama)
     prompt = some_ids(100, 0)

@@ -1,5 +1,6 @@
 """Decoding goes on, prompts take turns, memory goes to who came first, and nobody waits forever."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx.engine.cost_model import Coefficients
-from longctx.engine.scheduler import SchedulerOutput
+from longctx.engine.scheduler import AGEING_TOKENS_PER_SECOND, SchedulerOutput
 from longctx.engine.sequence import Sequence, SequenceState
 from longctx.engine.time_shares import TIME_SHARE, TimeShares
 from longctx.errors import Overloaded
@@ -159,6 +160,45 @@ def test_each_choice_of_a_request_counts_as_one_that_waits(tokenizer: Tokenizer)
 def test_a_request_by_itself_is_never_too_many(tokenizer: Tokenizer) -> None:
     bench = Bench(tokenizer, bare_cache(blocks=200), max_waiting=4)
     assert bench.add(numbers(10), n=8).state is SequenceState.WAITING
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    length=st.integers(500, 3000),
+    own_class=st.sampled_from(list(RequestClass)),
+    rivals=st.lists(
+        st.tuples(st.integers(1, 300), st.sampled_from(list(RequestClass)), st.sampled_from("abc")),
+        min_size=1,
+        max_size=6,
+    ),
+)
+def test_nobody_starves_however_many_shorter_prompts_keep_coming(
+    tokenizer: Tokenizer,
+    length: int,
+    own_class: RequestClass,
+    rivals: list[tuple[int, RequestClass, str]],
+) -> None:
+    """Of a step's 128 tokens a class has an eleventh at least, and a tenant a third of that.
+
+    Before it come those that were there, eight at most, and of those who come later only who comes
+    before it has aged: `length / 500` seconds, in steps of a tenth of a second.
+    """
+    bench = Bench(
+        tokenizer, bare_cache(blocks=4000), max_sequences=16, seconds_of=lambda output: 0.1
+    )
+    begins = itertools.count(100_000, 1000)
+    long = bench.add(numbers(length), request_class=own_class, salt="a")
+    window_steps = length / AGEING_TOKENS_PER_SECOND / 0.1
+    before_it = 8 * 300 + window_steps * bench.batch_tokens
+    most_steps = (before_it + length) / (bench.batch_tokens / 11 / 3)
+    for step in itertools.count():
+        for number in range(8 - len(bench.scheduler.waiting)):
+            tokens, its_class, salt = rivals[(step + number) % len(rivals)]
+            bench.add(numbers(tokens, next(begins)), request_class=its_class, salt=salt)
+        bench.step()
+        if long.state is SequenceState.FINISHED:
+            return
+        assert step < most_steps, f"{long.blocks.computed} of {length} tokens"
 
 
 # -- memory -----------------------------------------------------------------------------------
