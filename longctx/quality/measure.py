@@ -1,8 +1,9 @@
 """Measures codecs against `raw`, and weights against exact ones: the same tokens through each.
 
 Two kinds of rows are compared. *Text*: the built-in texts, computed in chunks as any document.
-*Own*: what the model goes on to say with raw KV (sampled at temperature 1, asked about the text
-where it has a chat template), read as any text by the others. Only rows that see a sealed block
+*Own*: what the model goes on to say in the exact pass (sampled at temperature 1, asked about the
+text where it has a chat template), read as any text by the others: so the rows are the same
+whatever type serves. Only rows that see a sealed block
 count: a row's own block is never encoded.
 
 A type of 16 bits has a noise of its own, larger than what int8 does: two bfloat16 computations of
@@ -282,7 +283,7 @@ class _Comparison:
         self._replays.append(replay)
 
     def answer(self, late: Callable[[], bool]) -> None:
-        """Let the model answer the prompts that were read, with raw KV; then all others read it.
+        """Let the exact pass answer the prompts that were read; then all others read it.
 
         Stops where `late()` says so, but not before there is enough for an interval.
         """
@@ -299,11 +300,11 @@ class _Comparison:
             skipped = max(0, BLOCK_TOKENS - first)  # rows that see no sealed block
             if skipped >= rows:
                 continue
-            served = torch.cat(replay.rows)[skipped:]
+            served, exact = torch.cat(replay.rows)[skipped:], None
             replay.rows.clear()
-            exact = None
-            if self._exact is not None and replay.exact is not None:
-                exact = _read_on(self._exact, replay.exact, said, rows)[skipped:]
+            if replay.exact is not None:
+                exact = served
+                served = _read_on(self._served, replay.served, said, rows)[skipped:]
             for name, cache in self._changed.items():
                 changed = _read_on(cache, replay.changed[name], said, rows)[skipped:]
                 targets = replay.spoken[skipped:]
@@ -312,14 +313,15 @@ class _Comparison:
     def _speak(self, replays: "Sequence[_PromptReplay]", late: Callable[[], bool]) -> None:
         """Sample an answer to each prompt, side by side, and keep the logits of its rows."""
         speaking = list(replays)
-        counts = [replay.served.blocks.remaining for replay in speaking]
+        cache = self._served if self._exact is None else self._exact
+        counts = [replay.speaker.blocks.remaining for replay in speaking]
         for step in range(self._own_tokens):
             enough = step * len(replays) >= 2 * SPAN_ROWS  # for an interval
             if not speaking or (enough and late()):
                 break
-            chunks = [(each.served, count) for each, count in zip(speaking, counts, strict=True)]
-            rows = self._served.feed(chunks, [1] * len(chunks))
-            sampled = sample(torch.cat(rows), [each.served.sampling_state for each in speaking])
+            chunks = [(each.speaker, count) for each, count in zip(speaking, counts, strict=True)]
+            rows = cache.feed(chunks, [1] * len(chunks))
+            sampled = sample(torch.cat(rows), [each.speaker.sampling_state for each in speaking])
             for replay, row, draw in zip(speaking, rows, sampled, strict=True):
                 replay.say(_token(draw), row)
             speaking = [each for each in speaking if each.spoken[-1] not in self._eos]
@@ -337,12 +339,17 @@ class _PromptReplay:
     spoken: list[int] = field(default_factory=list)
     rows: list[Tensor] = field(default_factory=list)  # logits [1, vocab] that each was drawn from
 
+    @property
+    def speaker(self) -> EngineSequence:
+        """The sequence whose logits the answer is drawn from."""
+        return self.served if self.exact is None else self.exact
+
     def say(self, token: int, row: Tensor) -> None:
-        """Append a token that was sampled from the logits `row` with raw KV."""
+        """Append a token that was sampled from the logits `row` of the speaker."""
         self.spoken.append(token)
         self.rows.append(row)
-        self.served.sampling_state.observe(token)
-        self.served.blocks.tokens.append(token)
+        self.speaker.sampling_state.observe(token)
+        self.speaker.blocks.tokens.append(token)
 
 
 def _read_on(cache: Replay, sequence: EngineSequence, said: Sequence[int], rows: int) -> Tensor:

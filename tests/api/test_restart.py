@@ -32,8 +32,12 @@ def wait_until_ready(client: openai.OpenAI, file_id: str) -> None:
 def computed_tokens(client: openai.OpenAI, file_id: str) -> int:
     part: Any = {"type": "file", "file": {"file_id": file_id}}
     answer: Any = client.chat.completions.create(
-        model=MODEL, messages=[{"role": "user", "content": [part]}], max_tokens=2
+        model=MODEL,
+        messages=[{"role": "user", "content": [part]}],
+        max_tokens=2,
+        extra_body={"cache_explain": True},
     )
+    print(answer.longctx)  # a failure shows why something was computed
     return answer.longctx["computed_tokens"]  # type: ignore[no-any-return]
 
 
