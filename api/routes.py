@@ -32,6 +32,7 @@ def routes(services: Services) -> list[Route]:
         engine,
         config.served_name or engine.info.model_name,
         aliases=config.alias,
+        tool_form=services.tokenizer.tool_form,
         on_first_token=services.http_metrics.first_token_seconds.observe,
     )
     preambles = PreambleResolver(

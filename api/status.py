@@ -90,7 +90,8 @@ class StatusRoutes:
             tokens = await asyncio.to_thread(encode, wanted.prompt)
         else:
             assert wanted.messages is not None
-            tokens = await self.chat.tokens(wanted.messages, wanted.ending)
+            tools = [each.tool for each in wanted.tools or ()]
+            tokens = await self.chat.tokens(wanted.messages, wanted.ending, tools)
         limit = self.generation.engine.info.max_context_tokens
         names = None
         if wanted.return_token_strs:

@@ -58,6 +58,7 @@ class SamplingParams:
     logprobs: int | None = None  # of each token, and of so many of the likeliest in its place
     grammar: str | None = None  # what the answer has to follow, as `text/grammar.py` writes it
     prompt_logprobs: int | None = None  # the same for the prompt, all of which is then computed
+    shown_tokens: tuple[int, ...] = ()  # special ones that the answer's text names
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest for a number out of its range. That of `logit_bias` and of

@@ -85,7 +85,7 @@ class Answering:
 
     def check(self) -> None:
         """Raises InvalidRequest for a value out of range, before anything is waited for."""
-        self.wanted.sampling(0)
+        self.generation.sampling(self.wanted, 0)
 
     async def prepare(self) -> None:
         """Makes the prompts, where nothing has to be waited for: what is wrong with them is then

@@ -6,9 +6,9 @@ joins the computation of one that is tokenized but not yet computed.
 """
 
 import asyncio
-import uuid
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -35,7 +35,16 @@ from longctx.request import Segment, TokenLogprob
 from longctx.text import chat_template
 from longctx.text.chat_template import ChatPrompts, Ending, FilePart
 from longctx.text.tokenizer import Tokenizer
-from longctx.text.tool_calls import ToolCall, ToolCallReader
+from longctx.text.tool_calls import (
+    CallArguments,
+    CallBegun,
+    Event,
+    Said,
+    ToolCall,
+    ToolCallReader,
+    joined,
+)
+from longctx.text.tool_forms import Tool, ToolForm
 
 
 class ChatFormat:
@@ -45,21 +54,31 @@ class ChatFormat:
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, logprobs: ChatLogprobs | None = None, *, reads_calls: bool = False) -> None:
-        """`logprobs` writes them, where they were asked for; `reads_calls` says that the answers
-        may have calls of tools in them."""
+    def __init__(
+        self,
+        logprobs: ChatLogprobs | None = None,
+        *,
+        calls: ToolForm | None = None,
+        names: Collection[str] = (),
+    ) -> None:
+        """`logprobs` writes them, where they were asked for; `calls` is how the answers may have
+        calls of tools in them, whose `names` these are."""
         self._logprobs = logprobs
-        self._reads_calls = reads_calls
-        self._readers: defaultdict[int, ToolCallReader] = defaultdict(ToolCallReader)
+        self._calls = calls
+        reader = partial(ToolCallReader, calls, names) if calls is not None else None
+        self._readers: defaultdict[int, ToolCallReader] = defaultdict(reader)
 
     def whole(self, choice: Choice) -> JSONObject:
         message: JSONObject = {"role": "assistant", "content": choice.text, "refusal": None}
-        if self._reads_calls:
+        if self._calls is not None:
             reader = self._readers[choice.index]
-            (said, calls), (rest, more) = reader.push(choice.text), reader.finish()
-            if reader.calls:
-                message["content"] = (said + rest).strip() or None
-                message["tool_calls"] = [_call(call) for call in (*calls, *more)]
+            text, calls = joined([*reader.push(choice.text), *reader.finish()])
+            if calls:
+                message["content"] = text or None
+                message["tool_calls"] = [
+                    {"id": self._calls.call_id(), "type": "function", "function": _function(call)}
+                    for call in calls
+                ]
         told = self._written(choice.logprobs)
         return {"message": message, **self._ending(choice), "logprobs": told}
 
@@ -68,19 +87,19 @@ class ChatFormat:
 
     def delta(self, index: int, text: str, logprobs: Sequence[TokenLogprob] = ()) -> JSONObject:
         piece = self._piece(index, {"content": text})
-        if self._reads_calls:
+        if self._calls is not None:
             reader = self._readers[index]
             before = reader.calls
-            piece = self._piece(index, _delta(*reader.push(text), before))
+            piece = self._piece(index, _delta(reader.push(text), before, self._calls))
         return {**piece, "logprobs": self._written(logprobs)} if logprobs else piece
 
     def finish(self, choice: Choice) -> JSONObject:
         delta: JSONObject = {}
-        if self._reads_calls:
+        if self._calls is not None:
             reader = self._readers[choice.index]
             before = reader.calls
-            text, calls = reader.finish()
-            delta = _delta(text, calls, before) if text or calls else {}
+            events = reader.finish()
+            delta = _delta(events, before, self._calls) if events else {}
         return {"delta": delta, **self._ending(choice)}
 
     def _written(self, told: Sequence[TokenLogprob]) -> JSONObject | None:
@@ -90,7 +109,7 @@ class ChatFormat:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def _ending(self, choice: Choice) -> JSONObject:
-        called = self._reads_calls and self._readers[choice.index].calls
+        called = self._calls is not None and self._readers[choice.index].calls
         stopped = choice.finish_reason == "stop"
         return {
             "index": choice.index,
@@ -100,18 +119,30 @@ class ChatFormat:
         }
 
 
-def _call(call: ToolCall) -> JSONObject:
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+def _function(call: ToolCall) -> JSONObject:
+    return {"name": call.name, "arguments": call.arguments}
 
 
-def _delta(text: str, calls: Sequence[ToolCall], first: int) -> JSONObject:
-    """Make a delta of text and calls, of which `first` came before."""
-    delta: JSONObject = {"content": text}
-    if calls:
-        numbered = enumerate(calls, first)
-        delta["tool_calls"] = [{"index": index, **_call(call)} for index, call in numbered]
-    return delta
+def _delta(events: Sequence[Event], calls: int, form: ToolForm) -> JSONObject:
+    """Make a delta of events; so many `calls` were begun before them."""
+    text = ""
+    told: dict[int, JSONObject] = {}
+    for event in events:
+        match event:
+            case Said():
+                text += event.text
+            case CallBegun():
+                function = {"name": event.name, "arguments": ""}
+                head = {"index": calls, "id": form.call_id(), "type": "function"}
+                told[calls] = {**head, "function": function}
+                calls += 1
+            case CallArguments():
+                index = calls - 1
+                call = told.setdefault(index, {"index": index, "function": {"arguments": ""}})
+                call["function"]["arguments"] += event.text
+    if not told:
+        return {"content": text}
+    return {**({"content": text} if text else {}), "tool_calls": list(told.values())}
 
 
 class ChatRoutes:
@@ -143,7 +174,11 @@ class ChatRoutes:
         wanted = await read_json(request, ChatRequest)
         answering = await self.ask(wanted, tenant_of(request))
         written = ChatLogprobs(self.tokenizer) if wanted.logprobs else None
-        answer = ChatFormat(written, reads_calls=bool(wanted.offered))
+        answer = ChatFormat(
+            written,
+            calls=self.tokenizer.tool_form if wanted.offered else None,
+            names=[tool.name for tool in wanted.offered],
+        )
         return await Reply(answering, answer).respond(request, ping_seconds=self.ping_seconds)
 
     async def ask(self, wanted: ChatRequest, tenant: str) -> Answering:
@@ -154,14 +189,7 @@ class ChatRoutes:
         """
         self.generation.check_model(wanted.model)
         tools = wanted.offered
-        if tools and not self.tokenizer.takes_tools:
-            raise ApiError(
-                400,
-                "this model's chat template has no place for tools, or has its calls written in a "
-                "form that is not read (<tool_call>...</tool_call> is); leave tools out",
-                param="tools",
-                code="unsupported_value",
-            )
+        self.check_tools(tools)
         messages, files = await self.read(wanted.messages, tenant)
         preamble, more = await self.preambles.resolve(wanted.prompt_cache, tenant)
         files = list({document.id: document for document in (*more, *files)}.values())
@@ -188,6 +216,17 @@ class ChatRoutes:
         )
         return Answering(self.generation, conversation, wanted, tenant)
 
+    def check_tools(self, tools: Sequence[Tool]) -> None:
+        """Raises ApiError where there are tools, and a model that is not known to call them."""
+        if tools and self.tokenizer.tool_form is None:
+            raise ApiError(
+                400,
+                "this model's chat template has no place for tools, or has its calls written in a "
+                "form that is not read (docs/openai.md has those that are); leave tools out",
+                param="tools",
+                code="unsupported_value",
+            )
+
     async def read(
         self, messages: list[Message], tenant: str
     ) -> tuple[list[chat_template.Message], list[Document]]:
@@ -209,14 +248,18 @@ class ChatRoutes:
                 parts.append(FilePart(document.id, document.record.filename, level.link_tokens))
             role = "system" if message.role == "developer" else message.role
             calls = tuple(
-                ToolCall(call.function.name, call.function.arguments)
+                ToolCall(call.function.name, call.function.arguments, call.id)
                 for call in message.tool_calls or ()
             )
-            read.append(chat_template.Message(role, tuple(parts), calls))
+            answered = message.tool_call_id or ""
+            read.append(chat_template.Message(role, tuple(parts), calls, answered))
         return read, list(files.values())
 
-    async def tokens(self, messages: list[Message], ending: Ending) -> list[int]:
+    async def tokens(
+        self, messages: list[Message], ending: Ending, tools: Sequence[Tool] = ()
+    ) -> list[int]:
         """Returns the tokens of a conversation without files. Raises InvalidRequest for files."""
+        self.check_tools(tools)
         for number, message in enumerate(messages):
             if not all(isinstance(part, TextPart) for part in message.parts):
                 raise InvalidRequest(
@@ -224,5 +267,5 @@ class ChatRoutes:
                     param="messages",
                 )
         read, _ = await self.read(messages, tenant=SINGLE_TENANT)
-        segments = await asyncio.to_thread(self.prompts.render, read, ending=ending)
+        segments = await asyncio.to_thread(self.prompts.render, read, ending=ending, tools=tools)
         return [token for segment in segments for token in segment.token_ids]

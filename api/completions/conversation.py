@@ -12,7 +12,7 @@ from api.http.sse import JSONObject
 from longctx.request import Segment
 from longctx.text import chat_template
 from longctx.text.chat_template import ChatPrompts, Ending, FilePart, PromptPiece
-from longctx.text.tool_calls import Tool
+from longctx.text.tool_forms import Tool
 from prompt_cache.level import Level
 
 # A conversation of this length renders and tokenizes in about a millisecond; a longer one goes to

@@ -22,6 +22,7 @@ from longctx.request import (
     SamplingParams,
     Segment,
 )
+from longctx.text.tool_forms import ToolForm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,15 +49,18 @@ class Generation:
         served_name: str,
         *,
         aliases: Sequence[str] = (),
+        tool_form: ToolForm | None = None,
         on_first_token: Callable[[float], None],
     ) -> None:
-        """`aliases` are other names of the model, which requests may use.
+        """`aliases` are other names of the model, which requests may use; `tool_form` is how it
+        calls tools.
 
         `on_first_token` is called with the seconds that a request waited for its first token.
         """
         self.engine = engine
         self.served_name = served_name
         self.names = tuple(dict.fromkeys((served_name, *aliases)))
+        self.tool_form = tool_form
         self._on_first_token = on_first_token
 
     def check_model(self, name: str | None) -> None:
@@ -95,6 +99,10 @@ class Generation:
             for number, prompt in enumerate(prompts)
         ]
 
+    def sampling(self, wanted: GenerationRequest, max_tokens: int) -> SamplingParams:
+        """Returns what the engine is asked for. Raises InvalidRequest for a value out of range."""
+        return wanted.sampling(max_tokens, self.tool_form)
+
     async def outputs(self, requests: Sequence[Request]) -> AsyncGenerator[RequestOutput, None]:
         """Yields the outputs of all requests as they come, with choices numbered over all of them:
         with n = 2, those of the second request are 2 and 3.
@@ -132,7 +140,7 @@ class Generation:
                 f"{limits.cure}",
                 param=wanted.answer_tokens_field,
             )
-        return wanted.sampling(answer_tokens)
+        return self.sampling(wanted, answer_tokens)
 
     async def _one(
         self, request: Request, *, first_choice: int

@@ -22,7 +22,7 @@ from api.http.message_bodies import (
 from api.http.tool_bodies import NamedTool, ToolChoice, ToolDefinition
 from longctx.request import MAX_LOGPROBS, SamplingParams
 from longctx.text.chat_template import Ending
-from longctx.text.tool_calls import Tool, tool_grammar
+from longctx.text.tool_forms import Tool, ToolForm
 from offload.tier_names import MemoryTierName
 
 MAX_PROMPTS = 2048
@@ -128,9 +128,11 @@ class GenerationRequest(RequestBody):
         """Whether the prompt may not be written to disk."""
         return False
 
-    @property
-    def grammar(self) -> str | None:
-        """What the answer has to follow. Raises InvalidRequest for a schema that is too large."""
+    def grammar(self, form: ToolForm | None) -> str | None:
+        """Returns what the answer has to follow; `form` is how the model calls tools.
+
+        Raises InvalidRequest for a schema that is too large.
+        """
         return None if self.response_format is None else self.response_format.grammar
 
     @property
@@ -157,14 +159,23 @@ class GenerationRequest(RequestBody):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self, max_tokens: int) -> SamplingParams:
-        """Returns the parameters for the engine. Raises InvalidRequest for a value out of range."""
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return []
+
+    def sampling(self, max_tokens: int, form: ToolForm | None = None) -> SamplingParams:
+        """Returns the parameters for the engine; `form` is how the model calls tools.
+
+        Raises InvalidRequest for a value out of range.
+        """
         given = {name: value for name in AS_GIVEN if (value := getattr(self, name)) is not None}
         return SamplingParams(
             max_tokens=max_tokens,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
-            grammar=self.grammar,
+            grammar=self.grammar(form),
+            shown_tokens=() if form is None or not self.offered else form.shown_tokens,
             logprobs=self.answer_logprobs,
             prompt_logprobs=self.answer_logprobs if self.echoes else None,
             **given,
@@ -289,16 +300,17 @@ class ChatRequest(GenerationRequest):
         """The tools that the model is told of."""
         return [] if self.tool_choice == "none" else [each.tool for each in self.tools or ()]
 
-    @property
-    def grammar(self) -> str | None:
+    def grammar(self, form: ToolForm | None) -> str | None:
         tools, several = self.offered, self.parallel_tool_calls is not False
+        if form is None or not tools:
+            return super().grammar(form)
         if isinstance(self.tool_choice, NamedTool):
             tools = [tool for tool in tools if tool.name == self.tool_choice.function.name]
-            return tool_grammar(tools, required=True, several=False, param="tools")
+            return form.grammar(tools, required=True, several=False, param="tools")
         required = self.tool_choice == "required"
-        if tools and (required or not several or any(tool.strict for tool in tools)):
-            return tool_grammar(tools, required=required, several=several, param="tools")
-        return super().grammar
+        if required or not several or any(tool.strict for tool in tools):
+            return form.grammar(tools, required=required, several=several, param="tools")
+        return super().grammar(form)
 
     @property
     def tier(self) -> str | None:
@@ -404,6 +416,10 @@ class TokenizeRequest(RequestBody):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    tools: Annotated[
+        list[ToolDefinition] | None,
+        Field(max_length=128, description="with messages: functions that the model is told of"),
+    ] = None
     add_special_tokens: Annotated[
         bool | None, Field(description="of a prompt: with what comes before it by default")
     ] = None
@@ -421,6 +437,8 @@ class TokenizeRequest(RequestBody):
             self.add_generation_prompt is not None or self.continue_final_message is not None
         ):
             raise ValueError("a prompt has no messages to end; leave out how they do")
+        if self.messages is None and self.tools:
+            raise ValueError("tools are for messages; a prompt has them in its text")
         if self.messages is not None:
             if self.add_special_tokens is not None:
                 raise ValueError("add_special_tokens is for a prompt; messages have a template's")

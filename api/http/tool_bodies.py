@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
-from longctx.text.tool_calls import Tool
+from longctx.text.tool_forms import Tool
 
 NO_PARAMETERS: dict[str, Any] = {
     "type": "object",

@@ -44,7 +44,6 @@ from longctx.request import (
     RequestOutput,
     TokenLogprob,
 )
-from longctx.text.detokenizer import TextStream
 from offload.stats import Cleared
 
 # A sequence whose streamed blocks are lost more often ends: no tier keeps its context.
@@ -357,7 +356,7 @@ class Engine:
         """Make the other choices of a request whose prompt is computed, unless that was done."""
         forks = []
         for index in range(1, first.width):
-            fork = first.fork(index, TextStream(self.tokenizer, stop=first.request.sampling.stop))
+            fork = first.fork(index, first.text.another())
             self._cache.fork(first.blocks, fork.blocks)
             self._scheduler.add_fork(fork)
             self._requests[first.request.request_id].sequences.append(fork)

@@ -151,7 +151,7 @@ class InputProcessor:
                 sampling, seed=seed, prompt_token_ids=_prompt_token_ids(prompt)
             ),
             seed=seed,
-            text=TextStream(self._tokenizer, stop=sampling.stop),
+            text=TextStream(self._tokenizer, stop=sampling.stop, shown=sampling.shown_tokens),
             blocks=SequenceBlocks(
                 tokens=tokens,
                 prompt_tokens=prompt_tokens,

@@ -12,18 +12,20 @@ Message text that spells a special token is replaced by a marker too, and is the
 Read `ChatPrompts.render` first.
 """
 
+import contextlib
 import json
 import re
 import secrets
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, TypeAlias
 
 from longctx.errors import InvalidRequest
 from longctx.request import Segment
 from longctx.text.tokenizer import Tokenizer
-from longctx.text.tool_calls import Tool, ToolCall
+from longctx.text.tool_calls import ToolCall
+from longctx.text.tool_forms import Tool
 
 _ROLE = re.compile(r"[A-Za-z][A-Za-z_-]*")  # a role is written into the template as it is
 
@@ -58,6 +60,7 @@ class Message:
     role: str
     content: tuple[str | FilePart | Placeholder, ...]
     tool_calls: tuple[ToolCall, ...] = ()  # an assistant's
+    tool_call_id: str = ""  # a tool's: which call it answers
 
 
 class Ending(Enum):
@@ -127,6 +130,7 @@ class ChatPrompts:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._form = tokenizer.tool_form
 
     def render(
         self,
@@ -134,12 +138,13 @@ class ChatPrompts:
         *,
         date: str | None = None,
         ending: Ending = Ending.ANSWER,
+        tools: Sequence[Tool] = (),
     ) -> tuple[Segment, ...]:
         """Render the prompt, which asks for the assistant's next message, as segments.
 
         The messages may not have placeholders. Raises InvalidRequest as `pieces` does.
         """
-        return segments_of(self.pieces(messages, date=date, ending=ending))
+        return segments_of(self.pieces(messages, date=date, ending=ending, tools=tools))
 
     def pieces(
         self,
@@ -152,17 +157,19 @@ class ChatPrompts:
         """Render the same prompt as token runs, files and placeholders, in reading order.
 
         `date` (YYYY-MM-DD) is the template's today. Where the template refuses a conversation in
-        which one role speaks several times in a row, those messages are joined into one. Raises
+        which one role speaks several times in a row, those messages are joined into one; where it
+        refuses one with several calls in a message, each call stands in one of its own. Raises
         InvalidRequest when the template refuses the conversation all the same, loses or repeats a
         part of it, or when the model has none.
         """
         try:
             return self._checked_pieces(messages, date, ending, tools)
         except InvalidRequest:
-            joined = _joined(messages)
-            if len(joined) == len(messages):
-                raise
-            return self._checked_pieces(joined, date, ending, tools)
+            for changed in (_joined(messages), _one_call_each(messages)):
+                if len(changed) != len(messages):
+                    with contextlib.suppress(InvalidRequest):
+                        return self._checked_pieces(changed, date, ending, tools)
+            raise
 
     def _checked_pieces(
         self,
@@ -236,10 +243,13 @@ class ChatPrompts:
             ]
             text = "\n".join(part for part in message.content if isinstance(part, str))
             calls = [self._call(call, markers) for call in message.tool_calls]
+            if calls and self._form is not None and not self._form.shows_calls:
+                parts.append(self._written(calls))
+                calls = []
             if ending is Ending.OPEN and number == len(messages):
                 # All of it, also the space around it that templates trim: the answer goes on there.
                 parts.append(markers.add(text, label))
-            elif text or (not calls and not (parts or placeholders)):
+            elif text or not (calls or parts or placeholders):
                 # Templates look for control tokens of their own in what the model said, such as
                 # `</think>`.
                 answered = message.role == "assistant"
@@ -249,6 +259,7 @@ class ChatPrompts:
             conversation.append(
                 {"role": message.role, "content": placeholders + "\n\n".join(parts)}
                 | ({"tool_calls": calls} if calls else {})
+                | self._answered(message, markers)
             )
         documents = None if in_place else self._documents(messages, markers)
         answers = ending is Ending.ANSWER
@@ -267,7 +278,23 @@ class ChatPrompts:
 
     def _call(self, call: ToolCall, markers: _Markers) -> dict[str, Any]:
         arguments = self._hidden(json.loads(call.arguments), markers)
-        return {"type": "function", "function": {"name": call.name, "arguments": arguments}}
+        function = {"name": self._hidden(call.name, markers), "arguments": arguments}
+        return {**self._told_id("id", call.id, markers), "type": "function", "function": function}
+
+    def _answered(self, message: Message, markers: _Markers) -> dict[str, Any]:
+        return self._told_id("tool_call_id", message.tool_call_id, markers)
+
+    def _told_id(self, key: str, call_id: str, markers: _Markers) -> dict[str, Any]:
+        if not call_id:
+            return {}
+        told = call_id if self._form is None else self._form.told_id(call_id)
+        return {key: self._hidden(told, markers)}
+
+    def _written(self, calls: Sequence[Mapping[str, Any]]) -> str:
+        """Write calls as text, for a template that leaves them out."""
+        assert self._form is not None
+        functions = [call["function"] for call in calls]
+        return self._form.written([(each["name"], each["arguments"]) for each in functions])
 
     def _hidden(self, value: Any, markers: _Markers) -> Any:
         """Replace strings that spell control tokens, anywhere in what a template writes as JSON."""
@@ -373,6 +400,30 @@ def _joined(messages: Sequence[Message]) -> list[Message]:
             message = Message(message.role, (*joined.pop().content, *message.content))
         joined.append(message)
     return joined
+
+
+def _one_call_each(messages: Sequence[Message]) -> list[Message]:
+    """Part messages with several calls, each call followed by the answer to it."""
+    parted: list[Message] = []
+    waiting: list[Message] = []  # the further calls of the last such message
+    for message in messages:
+        if message.role == "tool":
+            about = next((one for one in waiting if _asks(one, message)), None)
+            if about is not None:
+                waiting.remove(about)
+                parted.append(about)
+        else:
+            parted += waiting
+            first, *rest = message.tool_calls or (None,)
+            waiting = [Message(message.role, (), (call,)) for call in rest if call is not None]
+            if waiting and first is not None:
+                message = replace(message, tool_calls=(first,))
+        parted.append(message)
+    return parted + waiting
+
+
+def _asks(message: Message, answer: Message) -> bool:
+    return message.tool_calls[0].id == answer.tool_call_id
 
 
 def _replaced(text: str, markers: _Markers, label: str) -> str:

@@ -33,10 +33,14 @@ class TextStream:
     `decode`; after byte-fallback tokens (`<0xE2>`) the number of these may differ from `decode`'s.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, stop: tuple[str, ...]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, stop: tuple[str, ...], shown: tuple[int, ...] = ()
+    ) -> None:
+        """`shown`: special tokens that are named in the text; the others are left out."""
         assert all(stop), "an empty stop string would end every text"
         self._tokenizer = tokenizer
         self._stop = stop
+        self._shown = shown
         self._stopped_by: str | None = None
         self._held = ""  # final text that may become a stop string
         self._window: list[int] = []  # the tokens that are decoded again
@@ -46,8 +50,13 @@ class TextStream:
 
     def push(self, token_id: int) -> TextDelta:
         """Add a token and return the text that is certain now; none comes after a stop string."""
-        if self._stopped_by is not None or self._tokenizer.is_special(token_id):
+        if self._stopped_by is not None:
             return TextDelta("", self._stopped_by)
+        if self._tokenizer.is_special(token_id):
+            if token_id not in self._shown:
+                return TextDelta("", None)
+            name = self._tokenizer.token_bytes(token_id).decode()
+            return self._release(self._tail() + name)
         self._window.append(token_id)
         text = self._tokenizer.decode(self._window)
         final = self._final_chars(text)
@@ -66,11 +75,19 @@ class TextStream:
         """Return what was kept back; an incomplete character comes out as U+FFFD."""
         if self._stopped_by is not None:
             return ""
-        tail = self._tokenizer.decode(self._window)[self._taken :]
-        self._window, self._fresh, self._taken = [], 0, 0
-        text = self._release(tail).text + self._held
+        text = self._release(self._tail()).text + self._held
         self._held = ""
         return text
+
+    def another(self) -> "TextStream":
+        """Return the text of another answer, which begins anew."""
+        return TextStream(self._tokenizer, stop=self._stop, shown=self._shown)
+
+    def _tail(self) -> str:
+        """Take what is left in the window as it is."""
+        tail = self._tokenizer.decode(self._window)[self._taken :]
+        self._window, self._fresh, self._taken = [], 0, 0
+        return tail
 
     def _final_chars(self, text: str) -> int:
         """Count the characters of the window's text that later tokens cannot change."""

@@ -25,7 +25,7 @@ from longctx.model.gguf_config import gguf_end_tokens
 from longctx.model.gguf_file import find_gguf, read_gguf
 from longctx.text.gguf_tokenizer import gguf_tokenizer
 from longctx.text.token_bytes import TokenBytes
-from longctx.text.tool_calls import OPENING
+from longctx.text.tool_forms import find_tool_form
 
 # All that a template's `strftime_now` may ask for, glibc's unpadded forms included.
 _DATE_DIRECTIVES = ("%-d", "%-m", *(f"%{letter}" for letter in "aAbBcdDeFGhHIjmMpSTuUVwWxXyYZ"))
@@ -51,11 +51,13 @@ class Tokenizer:
         backend.no_truncation()  # a checkpoint may carry its training length
         backend.no_padding()
         self._template = _chat_template(hugging_face)
+        # Some checkpoints have another one for conversations with tools.
+        self._tools_template = _chat_template(hugging_face, tools=[]) or self._template
         names, literal = _template_words(self._template or "")
+        tool_names, tool_literal = _template_words(self._tools_template or "")
         self.has_chat_template = self._template is not None
         self.takes_documents = "documents" in names
-        self.takes_tools = "tools" in names and OPENING in (self._template or "")
-        self._asks_date = "strftime_now" in names
+        self._asks_date = "strftime_now" in names | tool_names
 
         added = backend.get_added_tokens_decoder()
         special = {token_id: token.content for token_id, token in added.items() if token.special}
@@ -63,8 +65,13 @@ class Tokenizer:
         control = special | {
             token_id: token.content
             for token_id, token in added.items()
-            if token.content in literal and not token.content.isspace()
+            if token.content in f"{literal}\n{tool_literal}" and not token.content.isspace()
         }
+        self.tool_form = find_tool_form(
+            self._tools_template or "",
+            tool_names,
+            {token.content: token_id for token_id, token in added.items() if token.special},
+        )
         described: str = backend.to_str()
         state = json.loads(described)
         for entry in state["added_tokens"]:
@@ -202,13 +209,14 @@ class Tokenizer:
                 "this model has no chat template; send the prompt as text to /v1/completions",
                 param="messages",
             )
-        template = self._template
+        template = self._template if tools is None else self._tools_template
+        assert template is not None
         if date is not None and self._asks_date:
             template = _frozen_clock(date) + template
         try:
             text = self._hugging_face.apply_chat_template(
                 [dict(message) for message in messages],
-                tools=None if tools is None else [dict(tool) for tool in tools],
+                **self._told_tools(tools),
                 documents=None if documents is None else [dict(entry) for entry in documents],
                 chat_template=template,
                 add_generation_prompt=add_generation_prompt,
@@ -220,6 +228,11 @@ class Tokenizer:
             ) from error
         assert isinstance(text, str)
         return text
+
+    def _told_tools(self, tools: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:
+        if tools is None or self.tool_form is None:
+            return {}
+        return {self.tool_form.variable: [dict(tool) for tool in tools]}
 
 
 def _load(folder: Path) -> Any:
@@ -277,9 +290,9 @@ def _json_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def _chat_template(tokenizer: Any) -> str | None:
+def _chat_template(tokenizer: Any, tools: list[Any] | None = None) -> str | None:
     try:
-        template: str = tokenizer.get_chat_template()
+        template: str = tokenizer.get_chat_template(tools=tools)
     except ValueError:  # none, or several without a default
         return None
     return template

@@ -54,32 +54,6 @@ INST_TEMPLATE = """\
 {%- endif %}
 {%- endfor %}"""
 
-# Calls and their answers are written as Hermes and Qwen models do.
-HERMES_TEMPLATE = """\
-{{- bos_token }}
-{%- if tools %}
-{{- '<|system|>Tools:' }}
-{%- for tool in tools %}
-{{- '\\n' + tool | tojson }}
-{%- endfor %}
-{%- endif %}
-{%- for message in messages %}
-{%- if message['role'] == 'tool' %}
-{{- '<|user|><tool_response>' + message['content'] + '</tool_response>' }}
-{%- else %}
-{{- '<|' + message['role'] + '|>' + message['content'] }}
-{%- for call in message['tool_calls'] or [] %}
-{{- '<tool_call>\\n{"name": "' + call['function']['name'] + '", "arguments": ' }}
-{{- call['function']['arguments'] | tojson }}
-{{- '}\\n</tool_call>' }}
-{%- endfor %}
-{%- endif %}
-{{- eos_token }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|assistant|>' }}
-{%- endif %}"""
-
 _CORPUS = """\
 The harbour of the old town lies under a hill of white stone, and the road to it is steep.
 Every morning the boats come back with fish, and every evening they leave for the open sea.
@@ -94,20 +68,26 @@ Größe, Übermut, façade, naïve, señor; das Wort für heute ist Straße. П�
 
 
 def write_tokenizer(
-    folder: Path, *, vocab_size: int = 512, chat_template: str | None = PLAIN_TEMPLATE
+    folder: Path,
+    *,
+    vocab_size: int = 512,
+    chat_template: str | None = PLAIN_TEMPLATE,
+    more_special: tuple[str, ...] = (),
 ) -> None:
     """Write `tokenizer.json`, its configuration and the template; at least 261 tokens.
 
-    Ids 0 to 4 are SPECIAL_TOKENS in their order; `<s>` is added by default in front of text.
+    Ids 0 to 4 are SPECIAL_TOKENS in their order, `more_special` come next; `<s>` is added by
+    default in front of text.
     """
-    smallest = len(SPECIAL_TOKENS) + len(pre_tokenizers.ByteLevel.alphabet())
+    special = [*SPECIAL_TOKENS, *more_special]
+    smallest = len(special) + len(pre_tokenizers.ByteLevel.alphabet())
     assert vocab_size >= smallest, f"vocab_size={vocab_size}, the bytes alone need {smallest}"
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -119,7 +99,7 @@ def write_tokenizer(
         tokenizer_object=backend,
         bos_token="<s>",
         eos_token="</s>",
-        additional_special_tokens=list(SPECIAL_TOKENS[2:]),
+        additional_special_tokens=special[2:],
         clean_up_tokenization_spaces=False,
     )
     if chat_template is not None:

@@ -134,6 +134,18 @@ def test_special_tokens_are_skipped(tokenizer):
     assert "".join(streamed(tokenizer, [eos, *ids, eos, *ids])) == "aa"
 
 
+def test_special_tokens_that_are_to_be_shown_are_named_in_their_place(tokenizer):
+    (eos,) = tokenizer.eos_token_ids
+    (mark,) = tokenizer.encode("#")
+    emoji = tokenizer.encode("😀")
+    stream = TextStream(tokenizer, stop=("#</s>#",), shown=(eos,)).another()
+    ids = [mark, eos, *tokenizer.encode("a"), *emoji[:-1], eos, *emoji, mark, eos, mark]
+    deltas = [stream.push(token_id) for token_id in ids]
+    text = "".join(delta.text for delta in deltas)
+    assert text == "#</s>a\ufffd</s>😀" and deltas[-1].stopped_by == "#</s>#"
+    assert deltas[0].text == deltas[1].text == ""  # they may become the stop string
+
+
 @pytest.mark.parametrize("kind", ["words", "stray bytes", "one emoji"])
 def test_a_token_decodes_few_tokens_however_long_the_answer(tokenizer, kind, monkeypatch):
     stray = next(i for i in range(VOCAB_SIZE) if tokenizer.decode([i]) == "\ufffd")
