@@ -19,6 +19,8 @@ from api.http.bodies import (
 )
 from api.http.openapi import Route
 from api.metrics import MetricsRoute
+from api.responses.bodies import InputTokensRequest, ResponseRequest
+from api.responses.routes import ResponseRoutes
 from api.services import Services
 from api.status import EMBEDDINGS_BODY, StatusRoutes
 from api.stored_prompts.prompt_routes import PromptRequest, PromptRoutes
@@ -63,6 +65,7 @@ def routes(services: Services) -> list[Route]:
     )
     prompts = PromptRoutes(services.prompts, engine, services.modules)
     schemas = SchemaRoutes(services.schemas, engine, services.modules)
+    responses = ResponseRoutes(chat, services.responses, ping_seconds=config.ping_seconds)
     status = StatusRoutes(generation, services.tokenizer, chat)
     cache = CacheRoutes(engine, documents)
     metrics = MetricsRoute(engine, documents, services.http_metrics)
@@ -79,6 +82,11 @@ def routes(services: Services) -> list[Route]:
         Route("POST", "/v1/embeddings", status.embeddings, EMBEDDINGS_BODY),
         Route("POST", "/v1/chat/completions", chat.create, ChatRequest),
         Route("POST", "/v1/completions", completions.create, CompletionRequest),
+        Route("POST", "/v1/responses", responses.create, ResponseRequest),
+        Route("POST", "/v1/responses/input_tokens", responses.input_tokens, InputTokensRequest),
+        Route("GET", "/v1/responses/{response_id}", responses.retrieve),
+        Route("DELETE", "/v1/responses/{response_id}", responses.delete),
+        Route("GET", "/v1/responses/{response_id}/input_items", responses.input_items),
         Route("POST", "/v1/prompt_cache/prompts", prompts.create, PromptRequest),
         Route("GET", "/v1/prompt_cache/prompts", prompts.list),
         Route("GET", "/v1/prompt_cache/prompts/{name}", prompts.retrieve),

@@ -16,6 +16,8 @@ from api.stored_prompts.prompt_library import PromptLibrary
 from api.stored_prompts.records import PromptRecords
 from api.stored_prompts.retention import Retention
 from api.stored_prompts.schema_library import SchemaLibrary
+from api.stored_responses.library import StoredResponses
+from api.stored_responses.records import ResponseRecords
 from longctx.config import EngineConfig
 from longctx.process.client import EngineClient
 from longctx.process.launcher import EngineProcesses
@@ -37,6 +39,7 @@ class Services:
     schemas: SchemaLibrary
     prompts: PromptLibrary
     retention: Retention
+    responses: StoredResponses
     http_metrics: HTTPMetrics
 
 
@@ -81,10 +84,17 @@ async def open_services(
         retention = Retention(records, folder, engine, modules)
         stack.push_async_callback(retention.close)
         await retention.open()
+        response_records = ResponseRecords(folder.responses_database)
+        stack.push_async_callback(response_records.close)
+        await response_records.open()
+        responses = StoredResponses(response_records, engine, forget=(retention.forget_file,))
+        stack.push_async_callback(responses.close)
+        await responses.open()
 
         async def reopen() -> None:
             await documents.reopen()
             await modules.reopen()
+            await responses.reopen()
 
         engine.on_restart = reopen
         await modules.drop_unknown()
@@ -99,5 +109,6 @@ async def open_services(
             schemas=schemas,
             prompts=prompts,
             retention=retention,
+            responses=responses,
             http_metrics=HTTPMetrics(),
         )

@@ -127,6 +127,7 @@ def http_page() -> str:
 SUBJECTS = {
     "/v1/chat": "Chat and completions",
     "/v1/completions": "Chat and completions",
+    "/v1/responses": "Responses",
     "/v1/files": "Files",
     "/v1/prompt_cache": "Stored prompts and schemas",
 }
@@ -198,7 +199,8 @@ def _model(model: type[BaseModel]) -> Iterator[str]:
         own = schema["properties"][shown]
         needed = _needed(shown in schema.get("required", ()), own)
         rows.append((f"`{shown}`", _type(own), needed, _help(own)))
-    yield _table(("field", "value", "default", "what"), rows)
+    if rows:
+        yield _table(("field", "value", "default", "what"), rows)
     if neutral:
         yield (
             "Known from OpenAI's API and not served, so accepted only with a value that asks for "

@@ -3,6 +3,7 @@
 secret               what tenants are derived from; private
 documents.sqlite     what is known about each file (`files/document_store.py`)
 prompts.sqlite       schemas, named and retained prompts (`stored_prompts/records.py`)
+responses.sqlite     stored responses (`stored_responses/records.py`)
 documents/ID.txt     a file as uploaded
 documents/ID.read    the text of one that is no UTF-8 text itself, such as a PDF
 documents/ID.reading how that was read: format, encoding, pages and sections
@@ -63,6 +64,10 @@ class StoreDir:
     @property
     def prompts_database(self) -> Path:
         return self.path / "prompts.sqlite"
+
+    @property
+    def responses_database(self) -> Path:
+        return self.path / "responses.sqlite"
 
     @property
     def models(self) -> Path:

@@ -83,6 +83,13 @@ class Answering:
     prompts: list[EnginePrompt] = field(default_factory=list)  # once they are made
     _requests: list[EngineRequest] | None = None
 
+    @property
+    def sealed_tokens(self) -> int:
+        """Counts the tokens that were computed into full blocks, where later prompts find them, of
+        a prompt that reuses nothing out of place."""
+        block_tokens = self.generation.engine.info.block_tokens
+        return max(0, self.totals.prompt // block_tokens * block_tokens - self.totals.cached)
+
     def check(self) -> None:
         """Raises InvalidRequest for a value out of range, before anything is waited for."""
         self.generation.sampling(self.wanted, 0)
@@ -92,6 +99,13 @@ class Answering:
         raised before an answer has begun."""
         if self.prompt_source.is_ready:
             await self._prepare()
+
+    async def count(self) -> int:
+        """Counts the tokens of all prompts, once nothing is waited for, and asks nothing."""
+        async with aclosing(self.prompt_source.waiting()) as news:
+            async for _ in news:
+                pass
+        return sum(prompt.tokens for prompt in await self.prompt_source.prompts())
 
     async def outputs(self) -> AsyncGenerator[RequestOutput | JSONObject, None]:
         """Yields what is waited for, as objects, then the outputs of all prompts.

@@ -181,10 +181,13 @@ class ChatRoutes:
         )
         return await Reply(answering, answer).respond(request, ping_seconds=self.ping_seconds)
 
-    async def ask(self, wanted: ChatRequest, tenant: str) -> Answering:
+    async def ask(
+        self, wanted: ChatRequest, tenant: str, *, sources: tuple[str, ...] = ()
+    ) -> Answering:
         """Finds what the conversation refers to, and returns it ready to be asked.
 
         Other APIs bring their questions here, as a `ChatRequest`, and write the answers themselves.
+        `sources` name what else has its text in the conversation, as `Request.sources`.
         Raises ApiError and InvalidRequest for what cannot be asked.
         """
         self.generation.check_model(wanted.model)
@@ -201,7 +204,7 @@ class ChatRoutes:
 
         async def keep(segments: Sequence[Segment]) -> None:
             if keep_seconds is not None:
-                await self.retention.retain(tenant, segments, keep_seconds)
+                await self.retention.retain(tenant, segments, keep_seconds, sources)
 
         conversation = Conversation(
             messages,
@@ -211,6 +214,7 @@ class ChatRoutes:
             preamble,
             ending=wanted.ending,
             tools=tools,
+            sources=sources,
             check=check,
             keep=keep,
         )

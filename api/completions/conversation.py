@@ -33,11 +33,13 @@ class Conversation(PromptSource):
         *,
         ending: Ending,
         tools: Sequence[Tool] = (),
+        sources: tuple[str, ...] = (),
         check: Callable[[Sequence[Segment], int], None],
         keep: Callable[[Sequence[Segment]], Awaitable[None]],
     ) -> None:
-        """`check` is called with the prompt's segments and tokens before it is answered, and raises
-        for a prompt that may not be; `keep` with its segments afterwards.
+        """`sources` are those of the messages, as `Request.sources`. `check` is called with the
+        prompt's segments and tokens before it is answered, and raises for a prompt that may not be;
+        `keep` with its segments afterwards.
 
         Raises ApiError where the messages do not go together with the preamble.
         """
@@ -49,6 +51,7 @@ class Conversation(PromptSource):
         self._preamble = preamble
         self._ending = ending
         self._tools = tools
+        self._sources = sources
         self._check = check
         self._keep = keep
         self._segments: tuple[Segment, ...] = ()
@@ -97,7 +100,7 @@ class Conversation(PromptSource):
                 segments=self._segments,
                 tokens=tokens,
                 gap_tokens=split.gap_tokens,
-                sources=self._preamble.sources,
+                sources=(*self._preamble.sources, *self._sources),
             )
         ]
 

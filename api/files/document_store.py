@@ -11,6 +11,7 @@ from typing import Literal
 from api.background.database import Database
 
 SCHEMA_VERSION = 1
+FILE_PREFIX = "file-"  # of the ids of files, and of nothing else that has an id
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS documents (
     number INTEGER PRIMARY KEY,

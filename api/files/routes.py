@@ -18,7 +18,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from api.background.store_dir import StoreDir
 from api.files.document import Document
 from api.files.document_library import DocumentLibrary
-from api.files.document_store import DocumentRecord
+from api.files.document_store import FILE_PREFIX, DocumentRecord
 from api.files.multipart import MultipartReader
 from api.files.reading import Reading
 from api.files.upload import Upload
@@ -222,7 +222,7 @@ def new_record(
 ) -> DocumentRecord:
     """Makes the record of a file that has just been received."""
     return DocumentRecord(
-        id=f"file-{uuid.uuid4().hex}",
+        id=f"{FILE_PREFIX}{uuid.uuid4().hex}",
         tenant=tenant,
         filename=filename,
         purpose=purpose,

@@ -3,7 +3,7 @@
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from longctx.text.tool_forms import Tool
 
@@ -63,20 +63,20 @@ ToolChoice = Annotated[
 ]
 
 
+def json_object(text: str) -> str:
+    """Returns the text of a JSON object. Raises ValueError for any other text."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError("is not a JSON object")
+    return text
+
+
 class CalledFunction(_Strict):
     name: str
-    arguments: str
-
-    @field_validator("arguments")
-    @classmethod
-    def _is_an_object(cls, arguments: str) -> str:
-        try:
-            value = json.loads(arguments)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"is not JSON: {error}") from error
-        if not isinstance(value, dict):
-            raise ValueError("is not a JSON object")
-        return arguments
+    arguments: Annotated[str, AfterValidator(json_object)]
 
 
 class ToolCallBody(_Strict):

@@ -9,12 +9,13 @@ goes on where a retained one ends, as each turn of a conversation does, takes it
 import asyncio
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from api.background.expiry import Expiry
 from api.background.store_dir import StoreDir
+from api.files.document_store import FILE_PREFIX
 from api.stored_prompts.module_keeper import ModuleKeeper, Modules, StoredModules
 from api.stored_prompts.records import PromptRecords, RetainedRecord
 from compress.shape import BLOCK_TOKENS
@@ -53,7 +54,7 @@ class Retention:
         their time is over.
         """
         for record in await self._records.retained():
-            whole = all(self._folder.text_path(file_id).exists() for file_id in record.file_ids)
+            whole = self._all_there(record.file_ids)
             if whole and record.id == self._name(record.tenant, record.token_ids):
                 self._keep(record)
             elif whole and record.expires_at > time.time():
@@ -85,8 +86,17 @@ class Retention:
                 param="prompt_cache_retention",
             )
 
-    async def retain(self, tenant: str, segments: Sequence[Segment], seconds: int) -> None:
-        """Retains a prompt of literal text and documents; modules of others are kept anyway."""
+    async def retain(
+        self,
+        tenant: str,
+        segments: Sequence[Segment],
+        seconds: int,
+        sources: tuple[str, ...] = (),
+    ) -> None:
+        """Retains a prompt of literal text and documents; modules of others are kept anyway.
+
+        `sources`: what else its text is from, as `Request.sources`; it goes with these, too.
+        """
         if not _plain(segments):
             return
         async with self._changing:
@@ -94,8 +104,7 @@ class Retention:
                 token_ids = await asyncio.to_thread(self._token_ids, segments)
             except FileNotFoundError:
                 return
-            files = {s.document_id for s in segments if s.document_id is not None}
-            if not all(self._folder.text_path(file_id).exists() for file_id in files):
+            if not self._all_there(_file_ids(segments)):
                 return  # one was deleted while it was asked about
             if len(token_ids) < BLOCK_BYTES:
                 return
@@ -104,12 +113,12 @@ class Retention:
                 tenant=tenant,
                 expires_at=int(time.time()) + seconds,
                 token_ids=token_ids,
-                file_ids=tuple(dict.fromkeys(s.document_id for s in segments if s.document_id)),
+                file_ids=tuple(dict.fromkeys((*_file_ids(segments), *sources))),
             )
             await self._retain(record)
 
     async def forget_file(self, file_id: str) -> None:
-        """Drops all that is retained with the text of a file, which was deleted."""
+        """Drops all that is retained with the text of a file or another source that leaves."""
         async with self._changing:
             for name, (record, _) in list(self._retained.items()):
                 if file_id in record.file_ids:
@@ -118,6 +127,11 @@ class Retention:
                 if file_id in record.file_ids:
                     await self._records.remove_retained(name)
                     del self._of_other_models[name]
+
+    def _all_there(self, sources: Iterable[str]) -> bool:
+        """Tells whether all files among the sources are there; others forget themselves."""
+        files = (name for name in sources if name.startswith(FILE_PREFIX))
+        return all(self._folder.text_path(name).exists() for name in files)
 
     def _name(self, tenant: str, token_ids: bytes) -> str:
         """Names a prompt by what it is computed from, the model and its tokenizer among it."""
@@ -170,6 +184,10 @@ class Retention:
             else np.array(segment.token_ids, dtype="<i4").tobytes()
             for segment in segments
         )
+
+
+def _file_ids(segments: Sequence[Segment]) -> list[str]:
+    return [each.document_id for each in segments if each.document_id is not None]
 
 
 def _plain(segments: Sequence[Segment]) -> bool:
