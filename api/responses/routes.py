@@ -143,8 +143,9 @@ class ResponseRoutes:
             return response
 
         logprobs = ChatLogprobs(self.chat.tokenizer) if wanted.tells_logprobs else None
-        reads_calls = bool(wanted.tools) and wanted.tool_choice != "none"
-        writer = ItemWriter(reads_calls=reads_calls, logprobs=logprobs)
+        names = [] if wanted.tool_choice == "none" else [each.name for each in wanted.tools or ()]
+        form = self.chat.tokenizer.tool_form if names else None
+        writer = ItemWriter(form, names, logprobs)
         reply = ResponseReply(name, wanted, answering, writer, store)
         answering.check()
         if not wanted.stream:
