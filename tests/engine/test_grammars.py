@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longctx.embedded import model_path
 from longctx.engine.grammars import Grammars
 from longctx.errors import InvalidRequest
 from longctx.request import FinishReason, Request
@@ -122,6 +123,26 @@ def test_an_answer_is_valid_for_its_schema_or_was_cut_short(
         return
     assert answer.reason is FinishReason.STOP
     jsonschema.validate(json.loads(answer.texts[0]), schema)
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Iterator[RecordedEngine]:
+    engine = build_engine(model_path("needle"))
+    yield engine
+    engine.close()
+
+
+@settings(max_examples=25, deadline=None)
+@given(schema=schemas, seed=st.integers(0, 10**6), temperature=st.sampled_from([0.0, 0.7, 1.5]))
+def test_the_embedded_model_keeps_to_any_schema(
+    embedded: RecordedEngine, schema: dict[str, Any], seed: int, temperature: float
+) -> None:
+    request = constrained(schema, seed=seed, max_tokens=300)
+    sampling = replace(request.sampling, temperature=temperature)
+    (answer,) = embedded.finish(replace(request, sampling=sampling))
+    assert not answer.errors
+    if answer.reason is not FinishReason.LENGTH:
+        jsonschema.validate(json.loads(answer.texts[0]), schema)
 
 
 def test_a_long_enough_answer_ends_by_itself(engine: RecordedEngine) -> None:
