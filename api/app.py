@@ -11,10 +11,11 @@ from api.background.store_dir import StoreDir
 from api.config import ServerConfig
 from api.files.document_library import DocumentLibrary
 from api.files.tokenizer_process import TokenizerProcess
-from api.http.auth import Authentication
+from api.http.auth import OPEN_PATHS, Authentication
 from api.http.openapi import add_routes
 from api.http.refusals import HANDLERS
 from api.metrics import MetricsMiddleware
+from api.page.page import page_paths
 from api.routes import routes
 from api.services import Services, open_services
 from longctx.config import EngineConfig
@@ -57,7 +58,12 @@ async def open_application(
         processes=processes,
     ) as services:
         asgi = make_asgi(services)
-        asgi.add_middleware(Authentication, keys=keys, secret=folder.secret())
+        asgi.add_middleware(
+            Authentication,
+            keys=keys,
+            secret=folder.secret(),
+            open_paths=OPEN_PATHS | (page_paths() if config.page else frozenset()),
+        )
         if config.cors_origin:  # before keys are asked for: browsers ask first, without one
             asgi.add_middleware(
                 CORSMiddleware,

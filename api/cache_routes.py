@@ -41,7 +41,7 @@ class CacheRoutes:
                 "tiers": {tier: self._tier(tier, stats.tiers.get(tier)) for tier in TIERS},
                 "write_queue_bytes": 0 if stats.store is None else stats.store.queued_bytes,
                 "documents": [
-                    self._document(document)
+                    self._document(document, stats.document_tiers.get(document.id))
                     for document in self.library.documents()
                     if document.record.tenant == tenant
                 ],
@@ -100,11 +100,12 @@ class CacheRoutes:
             }
         return described
 
-    def _document(self, document: Document) -> dict[str, Any]:
+    def _document(self, document: Document, tier: TierName | None) -> dict[str, Any]:
         return {
             "id": document.id,
             "filename": document.record.filename,
             "state": self.library.state(document),
             "tokens": document.record.tokens,
+            "tier": tier,  # the fastest that has it, after its own prompt
             "durable_tokens": self.library.durable_tokens(document),
         }

@@ -30,6 +30,7 @@ class ServerConfig:
     ] = "exact"
     max_upload_mib: Annotated[int, "largest file accepted"] = 512
     ping_seconds: Annotated[float, "a silent stream carries a comment this often"] = 5.0
+    page: Annotated[bool, "show a page for browsers at /"] = True
     drain_seconds: Annotated[float, "time that running answers get to finish at the end"] = 10.0
 
     def __post_init__(self) -> None:

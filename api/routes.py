@@ -19,6 +19,8 @@ from api.http.bodies import (
 )
 from api.http.openapi import Route
 from api.metrics import MetricsRoute
+from api.page.bench_results import BenchRoutes
+from api.page.page import PageRoutes
 from api.responses.bodies import InputTokensRequest, ResponseRequest
 from api.responses.routes import ResponseRoutes
 from api.services import Services
@@ -68,12 +70,14 @@ def routes(services: Services) -> list[Route]:
     responses = ResponseRoutes(chat, services.responses, ping_seconds=config.ping_seconds)
     status = StatusRoutes(generation, services.tokenizer, chat)
     cache = CacheRoutes(engine, documents)
+    bench = BenchRoutes(services.folder)
     metrics = MetricsRoute(engine, documents, services.http_metrics)
-    return [
+    found = [
         Route("GET", "/health", status.health),
         Route("GET", "/metrics", metrics.scrape),
         Route("GET", "/v1/cache", cache.retrieve),
         Route("POST", "/v1/cache/flush", cache.clear, CLEAR_BODY),
+        Route("GET", "/v1/bench/niah", bench.niah),
         Route("GET", "/v1/models", status.models),
         Route("GET", "/v1/models/{name:path}", status.model),
         Route("GET", "/v1/scheduler", status.scheduler),
@@ -103,3 +107,7 @@ def routes(services: Services) -> list[Route]:
         Route("GET", "/v1/files/{file_id}/sections", files.sections),
         Route("DELETE", "/v1/files/{file_id}", files.delete),
     ]
+    if config.page:
+        page = PageRoutes()
+        found += [Route("GET", "/", page.index), Route("GET", "/page/{name}", page.file)]
+    return found

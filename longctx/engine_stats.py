@@ -73,6 +73,7 @@ class EngineStats:
 
     documents_open: int
     modules_open: int
+    document_tiers: Mapping[str, TierName]  # the fastest that has each one, after its prompt
     prefixes_held: int  # documents, each after its prompt, whole on the device
     raw_blocks_in_use: int  # blocks that are being filled
     groups: tuple[GroupStats, ...]  # by layer group

@@ -29,7 +29,7 @@ LADDER = (
     ("api.app",),
     ("api.routes",),
     ("api.status", "api.responses"),
-    ("api.cache_routes", "api.completions", "api.services"),
+    ("api.cache_routes", "api.completions", "api.page", "api.services"),
     ("api.metrics", "api.stored_prompts", "api.stored_responses"),
     ("api.engine_metrics", "api.files"),
     ("api.background", "longctx.bench.scheduling"),

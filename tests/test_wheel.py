@@ -61,6 +61,8 @@ def test_an_installed_wheel_serves_from_a_folder_with_packages_of_the_same_names
         names = set(archive.namelist())
     assert names >= {f"{package}/py.typed" for package in PACKAGES}
     assert not any(name.endswith((".cpp", ".h")) for name in names)
+    shown = {path.relative_to(ROOT).as_posix() for path in (ROOT / "api/page/static").iterdir()}
+    assert names >= shown and "api/page/static/index.html" in shown
     compiled = [name for name in names if name.startswith("longctx/kernels/_kernels.")]
     assert any(name.endswith(".so") for name in compiled) == (backend == "cpu")
     command = install(wheel, tmp_path / "venv")

@@ -106,7 +106,8 @@ def http_page() -> str:
         "# HTTP interface",
         GENERATED,
         "The server describes itself at `/openapi.json`, and shows that at `/docs`. Where API keys "
-        "are configured, every route but `/health` wants `Authorization: Bearer KEY`. Errors have "
+        "are configured, every route but `/health` and the page at `/` wants `Authorization: "
+        "Bearer KEY`. Errors have "
         'OpenAI\'s shape: `{"error": {"message", "type", "param", "code"}}`. Unknown fields are '
         "refused with 400.",
     ]

@@ -41,6 +41,7 @@ def main() -> None:
                 f'raise ImportError("this {package} belongs to somebody else")\n'
             )
         with _server(arguments.longctx.absolute(), folder) as address:
+            _look(address)
             answer = _ask(address)
             backend = _backend(address)
     if ANSWER not in answer:
@@ -79,6 +80,14 @@ def _server(longctx: Path, folder: Path) -> Iterator[str]:
             code = process.wait(STOP_SECONDS)
         if code:
             raise SystemExit(f"the server ended with status {code}")
+
+
+def _look(address: str) -> None:
+    """Ends with a message where the page that a browser would show is not there."""
+    with urllib.request.urlopen(f"{address}/") as response:
+        text: str = response.read().decode()
+    if "page/main.js" not in text:
+        raise SystemExit(f"the page at / is {text[:200]!r}")
 
 
 def _ask(address: str) -> str:

@@ -9,6 +9,7 @@ documents/ID.read    the text of one that is no UTF-8 text itself, such as a PDF
 documents/ID.reading how that was read: format, encoding, pages and sections
 documents/ID.tokens  its token ids, little-endian int32
 documents/*partial   one of these while it is written
+bench/               results that the page shows, where `longctx bench` was told to write here
 models               checksums of models, and what codecs cost them
 """
 
@@ -68,6 +69,10 @@ class StoreDir:
     @property
     def responses_database(self) -> Path:
         return self.path / "responses.sqlite"
+
+    @property
+    def bench(self) -> Path:
+        return self.path / "bench"
 
     @property
     def models(self) -> Path:

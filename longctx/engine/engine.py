@@ -24,7 +24,7 @@ from longctx.engine.ingestion import Ingestion
 from longctx.engine.input_processor import InputProcessor
 from longctx.engine.logprobs import sampled_logprobs, score_prompt
 from longctx.engine.module_prefill import ModulePrefills
-from longctx.engine.module_status import module_states
+from longctx.engine.module_status import document_tiers, module_states
 from longctx.engine.parts import EngineParts
 from longctx.engine.request_state import RequestState
 from longctx.engine.sampler import SamplingError, sample
@@ -470,6 +470,7 @@ class Engine:
             scheduler=self._scheduler.stats(),
             documents_open=len(self._inputs.prompts.documents),
             modules_open=len(self._inputs.prompts.modules),
+            document_tiers=document_tiers(self._cache.prefixes, self._store),
             prefixes_held=len(self._cache.prefixes),
             raw_blocks_in_use=self._cache.memory.raw.held,
             groups=group_stats(self._cache.memory),

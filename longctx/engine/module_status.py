@@ -1,14 +1,15 @@
-"""Says in which tier modules are, for the server that keeps schemas."""
+"""Says in which tier modules and documents are, for the server that keeps them."""
 
 from collections.abc import Iterable
 
 from longctx.engine.ingestion import Ingestion
 from longctx.engine.modules import Module, Modules
 from longctx.kv.cache_manager import KVCacheManager
+from longctx.kv.prefix_index import PrefixIndex, document_name, owner_of
 from longctx.request import ModuleState
 from offload.key import BlockKey
 from offload.store import KVStore
-from offload.tier_names import TIERS
+from offload.tier_names import TIERS, TierName
 
 BEST_FIRST = (*TIERS, "none")
 
@@ -28,6 +29,29 @@ def module_states(
             durable = 0 if ingestion is None else ingestion.durable_tokens(module_id)
             states[module_id] = _state(module, cache, store, durable)
     return states
+
+
+def document_tiers(prefixes: PrefixIndex, store: KVStore | None) -> dict[str, TierName]:
+    """Return the fastest tier that has each document, those that none has left out.
+
+    The device has a document that it holds whole. A tier below evicts a chain from its end, so one
+    that has the last block is taken to have them all: this is asked often, and documents are long.
+    """
+    tiers: dict[str, TierName] = {}
+    for name in prefixes.names():
+        owner = owner_of(name)
+        alone = not any(part[:1] == ("document",) for part in name[:-1])
+        if not (alone and name[-1] == document_name(owner)):
+            continue  # a module's, or what stands after another document
+        keys = prefixes.known_keys(name)
+        tier: TierName | None = None
+        if name in prefixes:
+            tier = "device"
+        elif store is not None and keys:
+            tier = store.tier_of(0, keys[-1])
+        if tier is not None:
+            tiers[owner] = min(tier, tiers.get(owner, tier), key=TIERS.index)
+    return tiers
 
 
 def _state(

@@ -79,6 +79,7 @@ def test_the_tiers_and_documents_are_listed(tiered: LiveServer, document: str) -
     (listed,) = (one for one in told["documents"] if one["id"] == document)
     assert (listed["filename"], listed["state"]) == ("boats.txt", "ready")
     assert listed["tokens"] == listed["durable_tokens"] > 1000
+    assert listed["tier"] == "device"
 
 
 def test_capacity_is_told_in_tokens(server: LiveServer, tiered: LiveServer) -> None:
@@ -117,6 +118,8 @@ def test_the_explanation_names_the_tier_that_had_it(tiered: LiveServer, document
     for lost, place in ((None, "device"), ("device", "host"), ("all", "disk")):
         if lost is not None:
             clear(tiered, tier=lost)
+        (listed,) = (one for one in cache_of(tiered)["documents"] if one["id"] == document)
+        assert listed["tier"] == place
         answer = tiered.http.post(
             "/v1/chat/completions", json=about(document, f"Which {place}?")
         ).json()

@@ -189,6 +189,7 @@ STATS = EngineStats(
     ),
     documents_open=0,
     modules_open=0,
+    document_tiers={},
     prefixes_held=0,
     raw_blocks_in_use=0,
     groups=(GroupStats(capacity_blocks=0, blocks_in_use=0),) * 2,

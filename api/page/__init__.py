@@ -1,0 +1,1 @@
+"""The page at `/`: a browser's way to documents, questions and what the cache holds."""
