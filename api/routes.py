@@ -62,7 +62,6 @@ def routes(services: Services) -> list[Route]:
     files = FileRoutes(
         documents,
         services.folder,
-        forget=(services.prompts.forget_file, services.retention.forget_file),
         max_upload_bytes=config.max_upload_bytes,
     )
     prompts = PromptRoutes(services.prompts, engine, services.modules)

@@ -84,6 +84,8 @@ async def open_services(
         retention = Retention(records, folder, engine, modules)
         stack.push_async_callback(retention.close)
         await retention.open()
+        documents.start_expiry(prompts.forget_file, retention.forget_file)
+        stack.push_async_callback(documents.stop_expiry)
         response_records = ResponseRecords(folder.responses_database)
         stack.push_async_callback(response_records.close)
         await response_records.open()

@@ -9,13 +9,15 @@ every known document is taken up again. `document_jobs.py` has the work.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from api.background.endings import Receipt
+from api.background.expiry import Expiry
 from api.background.store_dir import StoreDir
 from api.files.document import Document, DocumentState
 from api.files.document_jobs import DocumentJobs
@@ -52,6 +54,8 @@ class DocumentLibrary:
         self._prompts = prompts
         self._engine = engine
         self._documents: dict[str, Document] = {}
+        self._forget: tuple[Callable[[str], Awaitable[None]], ...] = ()
+        self._expiry = Expiry(self._deadlines, self._expire)
         self._jobs = DocumentJobs(folder, store, tokenizer_process, engine)
 
     async def open(self) -> None:
@@ -68,6 +72,18 @@ class DocumentLibrary:
             with suppress(InvalidRequest):  # this model's template takes no documents
                 self._jobs.drop_later(Document(record, await self._prefix(record)))
 
+    def start_expiry(self, *forget: Callable[[str], Awaitable[None]]) -> None:
+        """Begins to delete documents whose time is over.
+
+        Each of `forget` is called with the id of every document that is removed from now on, and
+        drops what was made of its text.
+        """
+        self._forget = forget
+        self._expiry.start()
+
+    async def stop_expiry(self) -> None:
+        await self._expiry.close()
+
     async def close(self) -> None:
         """Stops all work, which is taken up again next time."""
         await self._jobs.close()
@@ -82,16 +98,16 @@ class DocumentLibrary:
         prefix = await self._prefix(record)
         await asyncio.to_thread(text.rename, self._folder.text_path(record.id))
         await self._store.save(record)
-        return self._start(record, prefix)
+        document = self._start(record, prefix)
+        self._expiry.reschedule()
+        return document
 
-    async def remove(
-        self, document: Document, forget: Sequence[Callable[[str], Awaitable[None]]] = ()
-    ) -> Receipt:
+    async def remove(self, document: Document) -> Receipt:
         """Deletes the document, whatever is done about it now; those who wait for it get 404.
 
-        Each of `forget` is called with its id, and drops what was made of its text. When this
-        returns its text is gone. Its tokens and blocks are gone too, unless the receipt says what
-        they wait for: questions that were asked before, or the engine where it is away.
+        When this returns its text is gone, and what was made of it. Its tokens and blocks are gone
+        too, unless the receipt says what they wait for: questions that were asked before, or the
+        engine where it is away.
         """
         document.removed = True
         document.tokenized.set()
@@ -99,24 +115,25 @@ class DocumentLibrary:
         await self._jobs.cancel(document)
         await self._store.delete(document.id)
         await asyncio.to_thread(self._folder.remove_text, document.id)
-        for each in forget:
+        for each in self._forget:
             await each(document.id)
         return await self._jobs.drop(document)
 
     def find(self, tenant: str, document_id: str, *, param: str | None = None) -> Document:
         """Returns the document. Raises ApiError 404 when the tenant has none of that id."""
         document = self._documents.get(document_id)
-        if document is None or document.record.tenant != tenant:
+        if document is None or document.record.tenant != tenant or _is_over(document):
             raise _unknown(document_id, param)
         return document
 
     def find_same(self, tenant: str, sha256: str, filename: str) -> Document | None:
         """Returns a document of the tenant of that content and name, without a system prompt, that
-        has not failed; None when there is none."""
+        has not failed and stays until it is deleted; None when there is none."""
         for document in self._documents.values():
             record = document.record
             same_content = (record.tenant, record.sha256) == (tenant, sha256)
-            same_prompt = (record.filename, record.system) == (filename, None)
+            told = (record.filename, record.system, record.expires_at)
+            same_prompt = told == (filename, None, None)
             if same_content and same_prompt and document.error is None:
                 return document
         return None
@@ -207,6 +224,15 @@ class DocumentLibrary:
                 code="file_error",
             )
 
+    def _deadlines(self) -> Iterator[tuple[float, Document]]:
+        for document in self._documents.values():
+            if document.record.expires_at is not None:
+                yield float(document.record.expires_at), document
+
+    async def _expire(self, document: Document) -> None:
+        if not document.removed:  # by a client, meanwhile
+            await self.remove(document)
+
     async def _take_up(self, record: DocumentRecord) -> None:
         tokens = self._folder.tokens_path(record.id)
         known = record.fingerprint == self._engine.info.fingerprint
@@ -232,6 +258,11 @@ class DocumentLibrary:
             title=record.filename,
             date=record.date,
         )
+
+
+def _is_over(document: Document) -> bool:
+    expires_at = document.record.expires_at
+    return expires_at is not None and expires_at <= time.time()
 
 
 def _unknown(document_id: str, param: str | None) -> ApiError:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from api.background.database import Database
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 had no expires_at
 FILE_PREFIX = "file-"  # of the ids of files, and of nothing else that has an id
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS documents (
@@ -25,7 +25,8 @@ CREATE TABLE IF NOT EXISTS documents (
     system TEXT,
     date TEXT NOT NULL,
     tokens INTEGER,
-    fingerprint TEXT
+    fingerprint TEXT,
+    expires_at INTEGER
 ) STRICT;
 CREATE INDEX IF NOT EXISTS documents_of_tenant ON documents (tenant, number);
 CREATE TABLE IF NOT EXISTS deleted (id TEXT PRIMARY KEY) STRICT;
@@ -48,6 +49,7 @@ class DocumentRecord:
     date: str
     tokens: int | None = None
     fingerprint: str | None = None
+    expires_at: int | None = None  # None: kept until it is deleted
 
 
 COLUMNS = ", ".join(field.name for field in fields(DocumentRecord))
@@ -71,6 +73,7 @@ class DocumentStore:
     async def open(self) -> None:
         """Opens the file, or makes it. Raises LongctxError when it is no database of ours."""
         await self._database.open()
+        await self._database.run(_add_missing_column)
 
     async def close(self) -> None:
         await self._database.close()
@@ -133,6 +136,12 @@ class DocumentStore:
             values.append(after)
         clause = f"WHERE {' AND '.join(conditions)} ORDER BY number {order} LIMIT {limit}"
         return await self._database.run(lambda connection: _select(connection, clause, *values))
+
+
+def _add_missing_column(connection: sqlite3.Connection) -> None:
+    columns = [row[1] for row in connection.execute("PRAGMA table_info(documents)")]
+    if "expires_at" not in columns:
+        connection.execute("ALTER TABLE documents ADD COLUMN expires_at INTEGER")
 
 
 def _select(connection: sqlite3.Connection, clause: str, *values: str) -> list[DocumentRecord]:

@@ -8,7 +8,7 @@ import datetime
 import mimetypes
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from api.background.store_dir import StoreDir
+from api.files import lifetime
 from api.files.document import Document
 from api.files.document_library import DocumentLibrary
 from api.files.document_store import FILE_PREFIX, DocumentRecord
@@ -31,6 +32,7 @@ PURPOSES = ("user_data", "assistants")
 FIELDS = {
     "purpose": {"type": "string", "enum": PURPOSES, "default": PURPOSES[0]},
     "system": {"type": "string"},
+    **lifetime.FIELDS,
 }
 UPLOAD_BODY = Body(
     content={
@@ -60,20 +62,31 @@ class FileRoutes:
         self,
         library: DocumentLibrary,
         folder: StoreDir,
-        forget: Sequence[Callable[[str], Awaitable[None]]],
         *,
         max_upload_bytes: int,
     ) -> None:
-        """Each of `forget` is called with the id of a file that was deleted."""
         self.library = library
         self.folder = folder
-        self.forget = forget
         self.max_upload_bytes = max_upload_bytes
 
     async def create(self, request: Request) -> Response:
         """Stores an uploaded text and has it computed in the background."""
+        document = await self.receive(request, FIELDS, lifetime.seconds_of)
+        return JSONResponse(self._body(document))
+
+    async def receive(
+        self,
+        request: Request,
+        allowed: Collection[str],
+        seconds_of: Callable[[Mapping[str, str]], int | None],
+    ) -> Document:
+        """Stores the file of a form, whose other fields may have the names `allowed`.
+
+        `seconds_of` reads from these how long the file lives. Raises ApiError for a form or a file
+        that is refused.
+        """
         with Upload(self.folder.new_upload_path(), limit_bytes=self.max_upload_bytes) as upload:
-            form = MultipartReader(upload, allowed=frozenset(FIELDS))
+            form = MultipartReader(upload, allowed=frozenset(allowed))
             await form.receive(request)
             purpose = form.fields.get("purpose", PURPOSES[0])
             if purpose not in PURPOSES:
@@ -89,9 +102,9 @@ class FileRoutes:
                 filename=form.filename,
                 purpose=purpose,
                 system=form.fields.get("system"),
+                seconds=seconds_of(form.fields),
             )
-            document = await self.library.add(record, upload.path)
-        return JSONResponse(self._body(document))
+            return await self.library.add(record, upload.path)
 
     async def list(self, request: Request) -> Response:
         """Lists the caller's files, page by page."""
@@ -159,7 +172,7 @@ class FileRoutes:
         blocks that could not be deleted, or says that the engine is being restarted.
         """
         document = self._find(request)
-        receipt = await self.library.remove(document, self.forget)
+        receipt = await self.library.remove(document)
         return JSONResponse(
             {"id": document.id, "object": "file", "deleted": True, "longctx": receipt.body()}
         )
@@ -182,6 +195,7 @@ class FileRoutes:
             "object": "file",
             "bytes": record.bytes,
             "created_at": record.created_at,
+            "expires_at": record.expires_at,
             "filename": record.filename,
             "purpose": record.purpose,
             "status": STATUS[state],
@@ -218,17 +232,25 @@ def _reading(reading: Reading | None) -> dict[str, Any]:
 
 
 def new_record(
-    upload: Upload, *, tenant: str, filename: str, purpose: str, system: str | None
+    upload: Upload,
+    *,
+    tenant: str,
+    filename: str,
+    purpose: str,
+    system: str | None,
+    seconds: int | None = None,
 ) -> DocumentRecord:
-    """Makes the record of a file that has just been received."""
+    """Makes the record of a file that has just been received, and lives for so many seconds."""
+    now = int(time.time())
     return DocumentRecord(
         id=f"{FILE_PREFIX}{uuid.uuid4().hex}",
         tenant=tenant,
         filename=filename,
         purpose=purpose,
         bytes=upload.size_bytes,
-        created_at=int(time.time()),
+        created_at=now,
         sha256=upload.sha256,
         system=system,
         date=datetime.date.today().isoformat(),
+        expires_at=None if seconds is None else now + seconds,
     )

@@ -87,6 +87,13 @@ def blocks(server: LiveServer) -> dict[str, int]:
     return {"device": stats.device.blocks, **below}
 
 
+def queued_bytes(server: LiveServer) -> int:
+    """Count what is still to be written to disk."""
+    stats = server.engine_stats()
+    assert stats.store is not None
+    return stats.store.queued_bytes
+
+
 def assert_nothing_is_left(server: LiveServer) -> None:
     """Wait until no tier has a block; then no file has a byte of the text or of its tokens."""
     wait_for(lambda: not any(blocks(server).values()))
@@ -128,6 +135,7 @@ def test_a_document_that_was_computed_and_asked_leaves_with_its_questions(
     messages = question([name])["messages"]
     other = [{"role": "system", "content": "Be brief."}, *messages]
     ask(server, name, messages=other)  # computed anew, and stored under keys of its own
+    wait_for(lambda: not queued_bytes(server))
     held = blocks(server)
     receipt = delete(server, name)
     assert receipt["waiting_for"] == {}
