@@ -14,6 +14,7 @@ from longctx.commands.arguments import (
     ask_arguments,
     bench_arguments,
     cache_arguments,
+    chat_arguments,
     models_arguments,
     prompt_cache_arguments,
     serve_arguments,
@@ -44,7 +45,12 @@ COMMANDS = {
         "serve a model over HTTP", serve_arguments, "longctx.commands.serve", prints=False
     ),
     "ask": Command(
-        "ask a question about a file, without a server", ask_arguments, "longctx.commands.ask"
+        "ask a question about documents, without a server", ask_arguments, "longctx.commands.ask"
+    ),
+    "chat": Command(
+        "converse about documents in a terminal, without a server",
+        chat_arguments,
+        "longctx.commands.chat",
     ),
     "models": Command(
         "list the models that can be named", models_arguments, "longctx.commands.models"

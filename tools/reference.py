@@ -51,8 +51,9 @@ def options_page() -> str:
         "key `max_context` of the TOML file that `--config` (or `LONGCTX_CONFIG`) names. The "
         "command line wins over the environment, that over the file, that over the default. "
         "Unknown names are errors.",
-        "`longctx serve` takes the options of the engine and of the server; `longctx ask` and all "
-        "benchmarks but `eviction` those of the engine. `longctx COMMAND --help` lists them too.",
+        "`longctx serve` takes the options of the engine and of the server; `longctx ask`, "
+        "`longctx chat` and all benchmarks but `eviction` those of the engine. `longctx COMMAND "
+        "--help` lists them too.",
         "## The engine",
     ]
     for title, config in _groups(EngineConfig):

@@ -31,6 +31,7 @@ CACHE_ACTIONS = {
     "gc": "delete what is too old or over the bounds, and what crashes have left",
 }
 PROMPT_CACHE_ACTIONS = {"check": "check a prompt schema, and show where its modules stand"}
+FORMATS = "text, Markdown, CSV, HTML, PDF, Word (.docx), EPUB, .zip, .tar.gz"
 
 Config = TypeVar("Config")
 
@@ -42,9 +43,17 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def ask_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the file, the question and every option of the engine."""
-    parser.add_argument("file", type=Path, help="UTF-8 text or Markdown")
+    """Add the files, the question and every option of the engine."""
+    parser.add_argument(
+        "files", type=Path, nargs="+", metavar="FILE", help=f"{FORMATS}; - is stdin"
+    )
     parser.add_argument("question")
+    add_options(parser, EngineConfig)
+
+
+def chat_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the files and every option of the engine."""
+    parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help=FORMATS)
     add_options(parser, EngineConfig)
 
 

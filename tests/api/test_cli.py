@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from longctx.cli import main
+from tests.support import made_documents
 from tests.support.waiting import patient, wait_for
 
 OPTIONS = ("--device-pool-gib", "0.1", "--threads", "1", "--device", "cpu", "--kv-codec", "raw")
@@ -80,6 +81,20 @@ def test_ask_streams_an_answer_and_tells_the_cost(model_folder: Path, tmp_path: 
     assert prompt - 128 <= cached < prompt
 
 
+def test_ask_takes_several_documents_of_any_format_and_standard_input(tmp_path: Path) -> None:
+    handbook = tmp_path / "handbook.pdf"
+    handbook.write_bytes(made_documents.pdf("The access code of the north gate is 7421."))
+    asked = longctx(
+        *("ask", handbook, "-", "What is the gate number of the crane in Belgrade?", *OPTIONS),
+        stdin=subprocess.PIPE,
+    )
+    output, errors = asked.communicate(
+        "The gate number of the crane in Belgrade is 5964.", timeout=patient()
+    )
+    assert (asked.returncode, output) == (0, "5964\n"), errors
+    assert "reading handbook.pdf, bytes" in errors and "reading standard input, bytes" in errors
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_ctrl_c_ends_ask_quietly(model_folder: Path, tmp_path: Path) -> None:
@@ -102,6 +117,8 @@ def test_ctrl_c_ends_ask_quietly(model_folder: Path, tmp_path: Path) -> None:
         (["serve", "--model", "/nowhere"], "longctx: no tokenizer: /nowhere is not a folder"),
         (["serve", "--model", "/nowhere", "--api-key-file", "/none"], "cannot read the API keys"),
         (["ask", "/none", "What?", "--model", "MODEL"], "cannot read /none: No such file"),
+        (["ask", "-", "-", "What?", "--model", "MODEL"], "standard input can be read once"),
+        (["chat", "-", "--model", "MODEL"], "chat reads its questions from standard input"),
     ],
 )
 def test_a_mistake_is_one_line(
