@@ -11,6 +11,7 @@ from api.background.store_dir import StoreDir
 from api.config import ServerConfig
 from api.files.document_library import DocumentLibrary
 from api.files.tokenizer_process import TokenizerProcess
+from api.gemini.versions import GeminiVersions
 from api.http.auth import OPEN_PATHS, Authentication
 from api.http.openapi import add_routes
 from api.http.refusals import HANDLERS
@@ -71,8 +72,9 @@ async def open_application(
                 allow_methods=["*"],
                 allow_headers=["*"],
             )
-        # The last one added is the outermost: refused requests are counted too.
+        # The last ones added are the outermost: refused requests are counted too.
         asgi.add_middleware(MetricsMiddleware, metrics=services.http_metrics)
+        asgi.add_middleware(GeminiVersions)
         yield Application(asgi, services.engine, services.documents)
 
 

@@ -11,6 +11,15 @@ from api.completions.completions import CompletionRoutes
 from api.completions.generation import Generation
 from api.completions.preamble_resolver import PreambleResolver
 from api.files.routes import UPLOAD_BODY, FileRoutes
+from api.gemini.bodies import (
+    CachedContentRequest,
+    ContentTokensRequest,
+    ExpiryRequest,
+    GenerateContentRequest,
+)
+from api.gemini.cached_routes import CachedRoutes
+from api.gemini.content_routes import ContentRoutes
+from api.gemini.file_routes import UPLOAD_BEGIN_BODY, UPLOAD_PIECE, GeminiFileRoutes
 from api.http.bodies import (
     ChatRequest,
     CompletionRequest,
@@ -71,6 +80,9 @@ def routes(services: Services) -> list[Route]:
     cache = CacheRoutes(engine, documents)
     bench = BenchRoutes(services.folder)
     metrics = MetricsRoute(engine, documents, services.http_metrics)
+    gemini = ContentRoutes(chat, services.cached_contents)
+    cached = CachedRoutes(chat, attachments, services.cached_contents)
+    gemini_files = GeminiFileRoutes(files, services.uploads)
     found = [
         Route("GET", "/health", status.health),
         Route("GET", "/metrics", metrics.scrape),
@@ -105,6 +117,33 @@ def routes(services: Services) -> list[Route]:
         Route("GET", "/v1/files/{file_id}/text", files.text),
         Route("GET", "/v1/files/{file_id}/sections", files.sections),
         Route("DELETE", "/v1/files/{file_id}", files.delete),
+        Route(
+            "POST",
+            "/v1beta/models/{model:path}:generateContent",
+            gemini.generate,
+            GenerateContentRequest,
+        ),
+        Route(
+            "POST",
+            "/v1beta/models/{model:path}:streamGenerateContent",
+            gemini.stream,
+            GenerateContentRequest,
+        ),
+        Route(
+            "POST", "/v1beta/models/{model:path}:countTokens", gemini.count, ContentTokensRequest
+        ),
+        Route("GET", "/v1beta/models", gemini.models),
+        Route("GET", "/v1beta/models/{model:path}", gemini.model),
+        Route("POST", "/v1beta/cachedContents", cached.create, CachedContentRequest),
+        Route("GET", "/v1beta/cachedContents", cached.page),
+        Route("GET", "/v1beta/cachedContents/{name}", cached.retrieve),
+        Route("PATCH", "/v1beta/cachedContents/{name}", cached.update, ExpiryRequest),
+        Route("DELETE", "/v1beta/cachedContents/{name}", cached.delete),
+        Route("POST", "/upload/v1beta/files", gemini_files.begin, UPLOAD_BEGIN_BODY),
+        Route("POST", "/upload/v1beta/sessions/{upload_id}", gemini_files.go_on, UPLOAD_PIECE),
+        Route("GET", "/v1beta/files", gemini_files.list),
+        Route("GET", "/v1beta/files/{name}", gemini_files.retrieve),
+        Route("DELETE", "/v1beta/files/{name}", gemini_files.delete),
     ]
     if config.page:
         page = PageRoutes()

@@ -9,8 +9,10 @@ from api.background.store_dir import StoreDir
 from api.config import ServerConfig
 from api.files.document_library import DocumentLibrary
 from api.files.document_store import DocumentStore
+from api.files.resumable import ResumableUploads
 from api.files.tokenizer_process import TokenizerProcess
 from api.metrics import HTTPMetrics
+from api.stored_prompts.cached_contents import CachedContents
 from api.stored_prompts.module_keeper import ModuleKeeper
 from api.stored_prompts.prompt_library import PromptLibrary
 from api.stored_prompts.records import PromptRecords
@@ -40,6 +42,8 @@ class Services:
     prompts: PromptLibrary
     retention: Retention
     responses: StoredResponses
+    cached_contents: CachedContents
+    uploads: ResumableUploads
     http_metrics: HTTPMetrics
 
 
@@ -84,14 +88,22 @@ async def open_services(
         retention = Retention(records, folder, engine, modules)
         stack.push_async_callback(retention.close)
         await retention.open()
-        documents.start_expiry(prompts.forget_file, retention.forget_file)
-        stack.push_async_callback(documents.stop_expiry)
         response_records = ResponseRecords(folder.responses_database)
         stack.push_async_callback(response_records.close)
         await response_records.open()
         responses = StoredResponses(response_records, engine, forget=(retention.forget_file,))
         stack.push_async_callback(responses.close)
         await responses.open()
+        cached_contents = CachedContents(records, documents, folder, chat_prompts, modules)
+        stack.push_async_callback(cached_contents.close)
+        documents.start_expiry(
+            prompts.forget_file, retention.forget_file, cached_contents.forget_file
+        )
+        stack.push_async_callback(documents.stop_expiry)
+        await cached_contents.open()
+        uploads = ResumableUploads(folder, max_upload_bytes=config.max_upload_bytes)
+        stack.push_async_callback(uploads.close)
+        uploads.open()
 
         async def reopen() -> None:
             await documents.reopen()
@@ -112,5 +124,7 @@ async def open_services(
             prompts=prompts,
             retention=retention,
             responses=responses,
+            cached_contents=cached_contents,
+            uploads=uploads,
             http_metrics=HTTPMetrics(),
         )

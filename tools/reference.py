@@ -132,6 +132,8 @@ SUBJECTS = {
     "/v1/responses": "Responses",
     "/v1/files": "Files",
     "/v1/prompt_cache": "Stored prompts and schemas",
+    "/v1beta": "Gemini's API",
+    "/upload/v1beta": "Gemini's API",
 }
 
 
@@ -205,7 +207,7 @@ def _model(model: type[BaseModel]) -> Iterator[str]:
         yield _table(("field", "value", "default", "what"), rows)
     if neutral:
         yield (
-            "Known from OpenAI's API and not served, so accepted only with a value that asks for "
+            "Known and not served, so accepted only with a value that asks for "
             f"nothing, such as null: {', '.join(neutral)}."
         )
 

@@ -31,6 +31,10 @@ class Attachments:
         """Raises ApiError: 404 for an unknown id, 400 for data that is not text."""
         if reference.file_id is not None:
             return self.library.find(tenant, reference.file_id, param="messages")
+        return (await self.keep(tenant, reference))[0]
+
+    async def keep(self, tenant: str, reference: FileReference) -> tuple[Document, bool]:
+        """Returns the document of data that came along, and whether it was not known before."""
         assert reference.file_data is not None
         data = _decode(reference.file_data)
         filename = reference.filename or "file"
@@ -39,11 +43,11 @@ class Attachments:
             await asyncio.to_thread(upload.finish)
             known = self.library.find_same(tenant, upload.sha256, filename)
             if known is not None:
-                return known
+                return known, False
             record = new_record(
                 upload, tenant=tenant, filename=filename, purpose=PURPOSES[0], system=None
             )
-            return await self.library.add(record, upload.path)
+            return await self.library.add(record, upload.path), True
 
 
 def _decode(file_data: str) -> bytes:

@@ -19,6 +19,7 @@ from api.completions.attachments import Attachments
 from api.completions.conversation import Conversation
 from api.completions.generation import Generation
 from api.completions.logprobs import ChatLogprobs
+from api.completions.preamble import Preamble
 from api.completions.preamble_resolver import PreambleResolver
 from api.completions.reply import Choice, Reply
 from api.files.document import Document
@@ -182,19 +183,25 @@ class ChatRoutes:
         return await Reply(answering, answer).respond(request, ping_seconds=self.ping_seconds)
 
     async def ask(
-        self, wanted: ChatRequest, tenant: str, *, sources: tuple[str, ...] = ()
+        self,
+        wanted: ChatRequest,
+        tenant: str,
+        *,
+        sources: tuple[str, ...] = (),
+        begins: tuple[Preamble, list[Document]] | None = None,
     ) -> Answering:
         """Finds what the conversation refers to, and returns it ready to be asked.
 
         Other APIs bring their questions here, as a `ChatRequest`, and write the answers themselves.
-        `sources` name what else has its text in the conversation, as `Request.sources`.
+        `sources` name what else has its text in the conversation, as `Request.sources`; `begins` is
+        a preamble of theirs, with its files, in place of what `prompt_cache` names.
         Raises ApiError and InvalidRequest for what cannot be asked.
         """
         self.generation.check_model(wanted.model)
         tools = wanted.offered
         self.check_tools(tools)
         messages, files = await self.read(wanted.messages, tenant)
-        preamble, more = await self.preambles.resolve(wanted.prompt_cache, tenant)
+        preamble, more = begins or await self.preambles.resolve(wanted.prompt_cache, tenant)
         files = list({document.id: document for document in (*more, *files)}.values())
         keep_seconds = wanted.keep_seconds
 

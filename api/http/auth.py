@@ -15,11 +15,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.config import ServerConfig
 from api.http.errors import ApiError
-from api.http.refusals import refusal
+from api.http.refusals import refusal, speaks_gemini
 from longctx.errors import LongctxError
 
 OPEN_PATHS = frozenset({"/health"})
-KEY_HEADERS = ("x-api-key",)  # where clients of other APIs send the bare key
+# Whoever was given the address of an upload, which cannot be guessed, may go on with it.
+OPEN_BEGINNING = "/upload/v1beta/sessions/"
+KEY_HEADERS = ("x-api-key", "x-goog-api-key")  # where clients of other APIs send the bare key
 SINGLE_TENANT = ""
 
 
@@ -77,13 +79,14 @@ class Authentication:
             return await self.app(scope, receive, send)
         tenant: str | None = SINGLE_TENANT
         connection = HTTPConnection(scope)
-        if self.tenants and scope["path"] not in self.open_paths:
+        path = scope["path"]
+        if self.tenants and path not in self.open_paths and not path.startswith(OPEN_BEGINNING):
             tenant = self._tenant(connection)
         if tenant is None:
             error = ApiError(
                 401,
                 "a valid API key is required: send the header 'Authorization: Bearer KEY' "
-                "or 'x-api-key: KEY'",
+                "or 'x-api-key: KEY'; Gemini's clients send 'x-goog-api-key: KEY' or ?key=KEY",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
@@ -96,6 +99,8 @@ class Authentication:
         scheme, _, bearer = connection.headers.get("authorization", "").partition(" ")
         given = [bearer] if scheme.lower() == "bearer" else []
         given += [connection.headers[name] for name in KEY_HEADERS if name in connection.headers]
+        if speaks_gemini(connection):
+            given += connection.query_params.getlist("key")
         found = None
         for carried in given:
             for key, tenant in self.tenants.items():  # all: the time says nothing about keys

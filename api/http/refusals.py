@@ -28,6 +28,33 @@ ANTHROPIC_KINDS: dict[int, str] = {
     HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error",
 }
 
+GOOGLE_STATUS: dict[int, str] = {
+    HTTPStatus.UNAUTHORIZED: "UNAUTHENTICATED",
+    HTTPStatus.FORBIDDEN: "PERMISSION_DENIED",
+    HTTPStatus.NOT_FOUND: "NOT_FOUND",
+    HTTPStatus.METHOD_NOT_ALLOWED: "UNIMPLEMENTED",
+    HTTPStatus.CONFLICT: "ABORTED",
+    HTTPStatus.TOO_MANY_REQUESTS: "RESOURCE_EXHAUSTED",
+    HTTPStatus.SERVICE_UNAVAILABLE: "UNAVAILABLE",
+    HTTPStatus.INSUFFICIENT_STORAGE: "RESOURCE_EXHAUSTED",
+}
+# What Gemini calls the fields of a question that OpenAI calls something else.
+GEMINI_FIELDS = {
+    "messages": "contents",
+    "max_tokens": "generationConfig.maxOutputTokens",
+    "temperature": "generationConfig.temperature",
+    "top_p": "generationConfig.topP",
+    "top_k": "generationConfig.topK",
+    "stop": "generationConfig.stopSequences",
+    "n": "generationConfig.candidateCount",
+    "seed": "generationConfig.seed",
+    "logprobs": "generationConfig.logprobs",
+    "presence_penalty": "generationConfig.presencePenalty",
+    "frequency_penalty": "generationConfig.frequencyPenalty",
+    "response_format": "generationConfig.responseMimeType",
+    "response_format.json_schema.schema": "generationConfig.responseSchema",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
@@ -51,7 +78,33 @@ def anthropic_body(error: ApiError) -> JSONObject:
     return {"type": "error", "error": told}
 
 
-DIALECTS = (Dialect(speaks_anthropic, anthropic_body),)
+def speaks_gemini(connection: HTTPConnection) -> bool:
+    """Tells whether a request is of Gemini's API, by the version in its path."""
+    path: str = connection.scope["path"]
+    return path.startswith(("/v1beta/", "/upload/v1beta/"))
+
+
+def gemini_body(error: ApiError) -> JSONObject:
+    """Writes an error as Google does: `details` name the field at fault, and our code."""
+    details: list[JSONObject] = []
+    if error.code is not None:
+        info = {"reason": error.code.upper(), "domain": "longctx", "metadata": {}}
+        details.append({"@type": "type.googleapis.com/google.rpc.ErrorInfo", **info})
+    if error.param is not None:
+        field = GEMINI_FIELDS.get(error.param, error.param)
+        violations = [{"field": field, "description": error.message}]
+        kind = "type.googleapis.com/google.rpc.BadRequest"
+        details.append({"@type": kind, "fieldViolations": violations})
+    other = "INTERNAL" if error.status >= 500 else "INVALID_ARGUMENT"
+    told = {
+        "code": error.status,
+        "message": error.message,
+        "status": GOOGLE_STATUS.get(error.status, other),
+    }
+    return {"error": {**told, "details": details} if details else told}
+
+
+DIALECTS = (Dialect(speaks_anthropic, anthropic_body), Dialect(speaks_gemini, gemini_body))
 
 
 def refusal(connection: HTTPConnection, error: ApiError) -> Response:

@@ -43,6 +43,7 @@ class EventForm:
     ping: bytes = PING
     last: bytes = DONE
     failure: Callable[[ApiError], JSONObject] = lambda error: error.body
+    media_type: str = "text/event-stream"
 
 
 OPENAI_EVENTS = EventForm()
@@ -71,8 +72,6 @@ class EventStream(Response):
     with a status; a later failure is an event with the error's body.
     """
 
-    media_type = "text/event-stream"
-
     def __init__(
         self,
         events: AsyncGenerator[JSONObject, None],
@@ -80,7 +79,10 @@ class EventStream(Response):
         ping_seconds: float,
         form: EventForm = OPENAI_EVENTS,
     ) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+            media_type=form.media_type,
+        )
         del self.headers["content-length"]
         self.events = events
         self.form = form

@@ -1,7 +1,8 @@
-"""Stores schemas, named prompts and retained prompts in SQLite, so that they outlive the process.
+"""Stores schemas, named prompts, cached contents and retained prompts in SQLite, so that they
+outlive the process.
 
-Each tenant has names of its own. `schema_library.py`, `prompt_library.py` and `retention.py` know
-how far each is computed in this process.
+Each tenant has names of its own. `schema_library.py`, `prompt_library.py`, `cached_contents.py` and
+`retention.py` know how far each is computed in this process.
 """
 
 import json
@@ -11,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from api.background.database import Database, transaction
+from api.http.tool_bodies import ToolDefinition
+from longctx.text.chat_template import FilePart, Message
+from longctx.text.tool_calls import ToolCall
+from longctx.text.tool_forms import Tool
 from prompt_cache.schema import Schema
 from prompt_cache.schema_json import read_json, schema_object
 
-VERSION = 1
+VERSION = 2
 TABLES = """
 CREATE TABLE IF NOT EXISTS schemas (
     tenant TEXT NOT NULL,
@@ -45,6 +50,15 @@ CREATE TABLE IF NOT EXISTS retained_files (
     file_id TEXT NOT NULL,
     PRIMARY KEY (id, file_id)
 ) STRICT;
+CREATE TABLE IF NOT EXISTS cached_contents (
+    tenant TEXT NOT NULL,
+    name TEXT NOT NULL,
+    created_at REAL NOT NULL,
+    updated_at REAL NOT NULL,
+    expires_at REAL NOT NULL,
+    body TEXT NOT NULL,
+    PRIMARY KEY (tenant, name)
+) STRICT;
 CREATE TABLE IF NOT EXISTS kept (id TEXT PRIMARY KEY) STRICT;
 """
 
@@ -74,6 +88,36 @@ class PromptRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CachedRecord:
+    """Holds what conversations can begin with: messages, and the fields of a chat beside them.
+
+    `fields` are `tools` and `tool_choice`, as a chat's body has them. `owned_file_ids` are those
+    files that came inside the contents.
+    """
+
+    tenant: str
+    name: str
+    created_at: float
+    updated_at: float
+    expires_at: float
+    model: str
+    display_name: str | None
+    date: str
+    messages: tuple[Message, ...]
+    fields: dict[str, Any]
+    file_ids: tuple[str, ...]
+    owned_file_ids: tuple[str, ...]
+    tokens: int = 0
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        if self.fields.get("tool_choice") == "none":
+            return []
+        return [ToolDefinition.model_validate(each).tool for each in self.fields.get("tools", ())]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RetainedRecord:
     """Holds a prompt that is to be retained. `token_ids` are little-endian int32."""
 
@@ -85,7 +129,7 @@ class RetainedRecord:
 
 
 class PromptRecords:
-    """The tables of schemas, named prompts and retained prompts.
+    """The tables of schemas, named prompts, cached contents and retained prompts.
 
     `open` comes first, `close` last; all methods are called on the event loop.
     """
@@ -160,6 +204,63 @@ class PromptRecords:
             for tenant, name, created, expires, date, system, files in rows
         ]
 
+    async def save_cached(self, record: CachedRecord) -> None:
+        """Stores it in the place of one of the same name; durable when this returns."""
+        body = {
+            "model": record.model,
+            "display_name": record.display_name,
+            "date": record.date,
+            "messages": [_written(message) for message in record.messages],
+            "fields": record.fields,
+            "file_ids": record.file_ids,
+            "owned_file_ids": record.owned_file_ids,
+            "tokens": record.tokens,
+        }
+        await self._erase(
+            "INSERT OR REPLACE INTO cached_contents VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                record.tenant,
+                record.name,
+                record.created_at,
+                record.updated_at,
+                record.expires_at,
+                json.dumps(body),
+            ),
+        )
+
+    async def remove_cached(self, tenant: str, name: str) -> None:
+        await self._erase(
+            "DELETE FROM cached_contents WHERE tenant = ? AND name = ?", (tenant, name)
+        )
+
+    async def cached_contents(self) -> list[CachedRecord]:
+        """Returns all cached contents, oldest first."""
+        rows = await self._select(
+            "SELECT tenant, name, created_at, updated_at, expires_at, body FROM cached_contents "
+            "ORDER BY created_at, rowid"
+        )
+        found = []
+        for tenant, name, created, updated, expires, source in rows:
+            body = json.loads(source)
+            found.append(
+                CachedRecord(
+                    tenant=tenant,
+                    name=name,
+                    created_at=created,
+                    updated_at=updated,
+                    expires_at=expires,
+                    model=body["model"],
+                    display_name=body["display_name"],
+                    date=body["date"],
+                    messages=tuple(_read(message) for message in body["messages"]),
+                    fields=body["fields"],
+                    file_ids=tuple(body["file_ids"]),
+                    owned_file_ids=tuple(body["owned_file_ids"]),
+                    tokens=body["tokens"],
+                )
+            )
+        return found
+
     async def save_retained(self, record: RetainedRecord) -> None:
         """Stores it in the place of what was known of it; durable when this returns."""
         files = [(record.id, file_id) for file_id in record.file_ids]
@@ -217,3 +318,24 @@ class PromptRecords:
 
     async def _select(self, statement: str) -> list[tuple[Any, ...]]:
         return await self._database.run(lambda connection: connection.execute(statement).fetchall())
+
+
+def _written(message: Message) -> dict[str, Any]:
+    content: list[str | list[str]] = []
+    for part in message.content:
+        if isinstance(part, str):
+            content.append(part)
+        else:
+            assert isinstance(part, FilePart), "a cached content has no gaps"
+            content.append([part.document_id, part.title])
+    calls = [[call.name, call.arguments, call.id] for call in message.tool_calls]
+    answered = message.tool_call_id
+    return {"role": message.role, "content": content, "calls": calls, "answered": answered}
+
+
+def _read(written: dict[str, Any]) -> Message:
+    content = tuple(
+        part if isinstance(part, str) else FilePart(*part) for part in written["content"]
+    )
+    calls = tuple(ToolCall(*call) for call in written["calls"])
+    return Message(written["role"], content, calls, written["answered"])

@@ -1,0 +1,1 @@
+"""Gemini's API, for its clients as they are: content, tokens, files and cached contents."""
