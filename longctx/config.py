@@ -23,7 +23,7 @@ CACHE_DIR = _cache_dir()  # what was measured of models that were loaded
 Weights = Literal["auto", "int8"]
 # Names of what the registries hold, so that a wrong one is refused before anything is loaded.
 KVCodec = Literal["auto", "raw", "bf16", "int8", "int4"]
-AttentionBackendName = Literal["auto", "reference", "torch", "cpu"]
+AttentionBackendName = Literal["auto", "reference", "torch", "cpu", "cuda"]
 EvictionPolicyName = Literal["lru", "gdsf"]
 KV_CODECS: tuple[KVCodec, ...] = get_args(KVCodec)[1:]  # all that `auto` is not
 
@@ -55,7 +55,7 @@ class ModelConfig:
     threads: Annotated[int | None, "CPU threads of the engine; one per core if absent"] = None
     attention_backend: Annotated[
         AttentionBackendName,
-        "what computes attention; auto: cpu, the compiled kernels, where they are; else torch",
+        "what computes attention; auto: the kernels for cpu or cuda where they are, else torch",
     ] = "auto"
 
     def __post_init__(self) -> None:

@@ -1,10 +1,15 @@
-"""One thread, and model folders that several test files share, written once per run."""
+"""One thread, Triton interpreted, and model folders that several test files share."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+
+with pytest.MonkeyPatch.context() as _patch, suppress(ImportError):
+    _patch.setenv("TRITON_INTERPRET", "1")  # which counts when it is first imported
+    import triton  # noqa: F401
 
 from tests.support.tiny_models import write_model
 from tests.support.tiny_tokenizer import write_tokenizer

@@ -251,7 +251,8 @@ class Engine:
         In order: take note of transfers and end what is durable or failed; schedule, and prefill
         what is missing; compute the batch and sample; append the tokens, and end the choices that
         have come to their end. A step without chunks waits a moment for the lower tiers instead.
-        Raises PeerLost where another rank is gone; any other failure ends the step's requests.
+        Raises PeerLost where another rank is gone, and torch.AcceleratorError where the device
+        failed: this process must end. Any other failure ends the step's requests.
         """
         outputs, self._between_steps = self._between_steps, []
         transferred = self._cache.poll_transfers()
@@ -279,8 +280,8 @@ class Engine:
                 self._explainer.explain(chunk.sequence, self._scheduler.running)
             try:
                 sampled = self._compute(scheduled)
-            except PeerLost:
-                raise
+            except (PeerLost, torch.AcceleratorError):
+                raise  # after the latter nothing works any more on that device
             except BlocksLost as error:
                 self._retry(scheduled, str(error))
                 return outputs

@@ -61,6 +61,9 @@ class ModelRunner:
         self._memory.clear_raw(batch.fresh_pages)
         logits = self.model.forward(batch.token_ids, batch.positions, step, batch.logits_rows)
         self.computed_tokens += len(batch.token_ids)
+        if self._memory.device.type == "cuda":
+            # The step was only launched: whoever times it would time that
+            torch.cuda.synchronize(self._memory.device)
         return logits
 
 

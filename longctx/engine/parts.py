@@ -18,7 +18,7 @@ from longctx.engine.model_runner import ModelRunner, Runner
 from longctx.engine.scheduler import Scheduler
 from longctx.engine_info import CodecChoice, EngineInfo
 from longctx.kv.cache_manager import KVCacheManager
-from longctx.kv.memory import KVMemory, pool_bytes
+from longctx.kv.memory import SCRATCH_BYTES, KVMemory, pool_bytes, raw_pool_bytes
 from longctx.kv.offloading import KVOffloader
 from longctx.kv.open_store import open_store
 from longctx.model.loader import LoadedModel
@@ -62,13 +62,15 @@ def one_rank_parts(
     """Make the parts of an engine that computes alone, with a codec and a backend chosen before."""
     spec = model.spec
     batch_tokens = scheduler.batch_tokens(spec.device.type)
+    growing = step_blocks(scheduler, batch_tokens)
+    beside_bytes = raw_pool_bytes(spec.layers, spec.dtype, growing) + SCRATCH_BYTES
     memory = KVMemory(
         spec.layers,
         dtype=spec.dtype,
         device=spec.device,
         codec=codec.codec,
-        pool_bytes=pool_bytes(cache.device_pool_gib, spec.device),
-        step_blocks=step_blocks(scheduler, batch_tokens),
+        pool_bytes=pool_bytes(cache.device_pool_gib, spec.device, beside_bytes=beside_bytes),
+        step_blocks=growing,
     )
     store = open_store(cache, memory)
     offloader = None

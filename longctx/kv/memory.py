@@ -19,6 +19,10 @@ from offload.block_pool import BlockPool
 from offload.machine_limits import memory_bytes
 from offload.units import GIB
 
+# Of a GPU's free memory, what pools and scratch may take; a step's activations take from the rest
+GPU_SHARE = 0.9
+SCRATCH_BYTES = 1 << 28  # of a GPU: for pages that long chunks have decoded first
+
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
@@ -218,18 +222,35 @@ def _take(pool: Tensor, pages: PoolIndices) -> Tensor:
     return pool[pages] if isinstance(pages, slice) else pool.index_select(0, pages)
 
 
-def pool_bytes(gib: float | None, device: torch.device, *, ranks: int = 1) -> int:
+def pool_bytes(
+    gib: float | None, device: torch.device, *, ranks: int = 1, beside_bytes: int = 0
+) -> int:
     """Return the bytes that the packed pools of one rank may take: as told, or what can be spared.
 
-    On a CPU that is a quarter of the memory that the machine, or a container's limit, leaves this
-    process. Ranks on CPUs are taken to share one machine's RAM.
+    On a GPU that is nine tenths of what is free, less `beside_bytes`, which raw pool and kernels
+    take. On a CPU it is a quarter of the memory that the machine, or a container's limit, leaves
+    this process; ranks on CPUs are taken to share one machine's RAM. Raises ModelRefused where
+    nothing is left.
     """
     if gib is not None:
         return int(gib * GIB)
     if device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(device)
-        return int(0.85 * free_bytes)
+        spare = int(GPU_SHARE * free_bytes) - beside_bytes
+        if spare <= 0:
+            raise ModelRefused(
+                f"{device} has {free_bytes / GIB:.1f} GiB free beside the weights, and a step "
+                f"takes {beside_bytes / GIB:.1f} GiB beside the KV cache; use a smaller "
+                "--max-batch-tokens or --max-sequences, a smaller model, or a larger GPU"
+            )
+        return spare
     return memory_bytes() // 4 // ranks
+
+
+def raw_pool_bytes(layers: Sequence[LayerSpec], dtype: torch.dtype, step_blocks: int) -> int:
+    """Return the bytes of the raw pool of a memory that is made for so many blocks a step."""
+    row_bytes = sum(2 * layer.kv_heads * layer.head_dim for layer in layers) * dtype.itemsize
+    return (step_blocks + 1) * BLOCK_TOKENS * row_bytes
 
 
 def _pages_per_group(

@@ -23,6 +23,7 @@ from longctx.model.hf_attention import attend_packed, run_packed
 from longctx.model.spec import LayerSpec
 
 PROBE = "longctx_probe"
+PROBE_UNMASKED = "longctx_probe_unmasked"  # the same, for which transformers makes no mask
 HEAD_DIMS = range(8, 257)
 
 # The probe's masks are one int64 that says which keys a query at p sees: 0 for all of its past, +w
@@ -62,8 +63,9 @@ class _ProbeRecorder(CallRecorder):
 
 
 def register_probe() -> None:
-    """Register `PROBE` with transformers; doing it twice changes nothing."""
+    """Register the probe with transformers; doing it twice changes nothing."""
     AttentionInterface.register(PROBE, _attend_probed)
+    AttentionInterface.register(PROBE_UNMASKED, _attend_probed)
     AttentionMaskInterface.register(PROBE, _coded_mask)
 
 
@@ -73,7 +75,7 @@ def probe_layers(
     """Find the facts of each of the model's `layers` layers.
 
     Raises ModelRefused where the model cannot be served exactly. `model` must have been built with
-    the attention implementation `PROBE`.
+    the attention implementation `PROBE`; it is left with another one.
     """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocab_size, (NEIGHBORS + WATCHED,), generator=generator)
@@ -81,6 +83,10 @@ def probe_layers(
     near = torch.arange(NEIGHBORS + WATCHED)
     far = torch.arange(NEIGHBORS) + max(max_context - NEIGHBORS, NEIGHBORS)
     first = _run(model, tokens, near)
+    # Positions that do not follow each other are several sequences to transformers, and its mask
+    # then looks every pair that is asked for up in a table of the row's tokens. Beyond its end that
+    # is an IndexError on a CPU; on a GPU it is an assert that ends all work there.
+    model.set_attn_implementation(PROBE_UNMASKED)
     second = _run(
         model, torch.cat([tokens[NEIGHBORS:], strangers]), torch.cat([near[NEIGHBORS:], far])
     )

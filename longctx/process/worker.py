@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
+import torch
 import transformers
 
 from longctx.engine.engine import Engine
@@ -147,7 +148,9 @@ def _run(
     try:
         return _serve(engine, channel, commands, cache_dir)
     finally:
-        if not isinstance(sys.exception(), PeerLost) or ranks is None:
+        failure = sys.exception()
+        alone = ranks is None or not isinstance(failure, PeerLost)
+        if alone and not isinstance(failure, torch.AcceleratorError):
             engine.close(flush_seconds=FLUSH_SECONDS)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -357,6 +358,15 @@ def test_a_failing_step_ends_its_requests_and_no_others(llama: Path) -> None:
         assert engine.answered[name].errors == ["RuntimeError: the device is on fire"]
     assert engine.answered["later"].reason is FinishReason.LENGTH
     engine.assert_idle()
+
+
+def test_a_device_that_fails_ends_the_engine(llama: Path) -> None:
+    """Whoever runs it ends the process and starts another: no later request could be served."""
+    engine = build_engine(llama)
+    engine.submit(ask("a", some_ids(100, 1)))
+    engine.runner.failures.append(torch.AcceleratorError("an illegal memory access", 700))
+    with pytest.raises(torch.AcceleratorError):
+        engine.finish()
 
 
 def test_nothing_of_a_failed_step_is_reused(llama: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from longctx.errors import ModelRefused
+from longctx.model import probe
 from tests.support.plain_attention import assert_equal_to_eager, load
 from tests.support.tiny_models import HEAD_DIM, VOCAB_SIZE, write_model
 
@@ -113,6 +114,28 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], str]] = {
     "narrow heads": ("llama", {"head_dim": 4}, "head_dim of 4; it must be 8 to 256"),
     "wide heads": ("llama", {"head_dim": 512}, "head_dim of 512; it must be 8 to 256"),
 }
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "qwen3", "mistral"])
+def test_no_mask_is_asked_beyond_the_row(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU such a read is an assert in the kernel, after which nothing works any more."""
+    code, beyond = probe._mask_code, []
+
+    def asked(sees: Any, local_size: int | None) -> int:
+        def watched(*indices: Any) -> Any:
+            try:
+                return sees(*indices)
+            except IndexError:
+                beyond.append(indices)
+                raise
+
+        return code(watched, local_size)
+
+    monkeypatch.setattr(probe, "_mask_code", asked)
+    load(write_model(tmp_path, architecture))
+    assert not beyond
 
 
 @pytest.mark.parametrize("case", REFUSALS)

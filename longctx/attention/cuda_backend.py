@@ -1,0 +1,202 @@
+"""Attention on NVIDIA GPUs by a Triton kernel, which reads block tables and packed pages in place.
+
+`longctx/kernels/triton_attention.py` has what it does with a page.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, cast
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from compress.codec import Codec
+from compress.int4 import group_dims
+from longctx.attention.backend import ChunkRows
+from longctx.attention.cuda_plan import FEW_ROWS, CUDAPlan, TileBatch, plan_chunks, power_of_two
+from longctx.errors import ModelRefused
+from longctx.kernels import triton_attention as kernels
+from longctx.kv.memory import SCRATCH_BYTES, KVMemory
+from longctx.kv.pool_indices import PoolIndices
+from longctx.model.layer_attention import AttentionCall
+
+CODECS = {"raw": kernels.RAW, "bf16": kernels.BF16, "int8": kernels.INT8, "int4": kernels.INT4}
+PRODUCTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+LEAST_DIMS = 16  # of one side of a product
+WIDE_DIM = 128  # heads with more dims leave registers for fewer rows
+MANY_ROWS = 128  # of products in a tile of a long chunk
+
+
+class CUDAAttention:
+    """An `AttentionBackend` of Triton kernels; under Triton's interpreter it works on CPUs too."""
+
+    decodes_pages: ClassVar = False
+
+    def __init__(self, memory: KVMemory, *, scratch_bytes: int = SCRATCH_BYTES) -> None:
+        """Bind the pools; `scratch_bytes` are for pages that long chunks have decoded first.
+
+        Raises ModelRefused for pools of a codec whose pages the kernel cannot read.
+        """
+        for codec in memory.codecs:
+            if codec.name not in CODECS:
+                raise ModelRefused(
+                    f"attention_backend 'cuda' cannot read pages of kv_codec {codec.name!r}, only "
+                    f"of {', '.join(CODECS)}; start with --attention-backend torch, or with one "
+                    "of these codecs"
+                )
+        self._memory = memory
+        on_gpu = memory.device.type == "cuda"
+        self._processors = (
+            torch.cuda.get_device_properties(memory.device).multi_processor_count if on_gpu else 4
+        )
+        self._scratch_bytes = scratch_bytes
+        self._scratch = torch.empty(0, dtype=torch.uint8, device=memory.device)
+
+    def plan(self, chunks: Sequence[ChunkRows], group: int) -> CUDAPlan:
+        memory = self._memory
+        layers = memory.groups[group].layers
+        block_bytes = max(
+            codec.shape.values_per_page * codec.shape.dtype.itemsize
+            for codec in (memory.codecs[layer] for layer in layers)
+        )
+        in_place = all(memory.codecs[layer].in_place for layer in layers)
+        return plan_chunks(
+            chunks,
+            group,
+            window=memory.groups[group].window,
+            device=memory.device,
+            processors=self._processors,
+            segment=0 if in_place else max(1, self._scratch_bytes // block_bytes),
+        )
+
+    def seal(self, layer: int, raw: PoolIndices, packed: PoolIndices) -> None:
+        self._memory.seal(layer, raw, packed)
+
+    def attend(self, call: AttentionCall, query: Tensor, plan: object) -> tuple[Tensor, Tensor]:
+        step = cast(CUDAPlan, plan)
+        if query.stride(2) != 1:
+            query = query.contiguous()
+        tokens, heads, head_dim = query.shape
+        kv_heads = self._memory.codecs[call.layer].shape.kv_heads
+        out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+        lse = torch.empty((tokens, heads), dtype=torch.float32, device=query.device)
+        if step.covered < tokens:
+            out.zero_()
+            lse.fill_(-torch.inf)
+        most = most_rows(head_dim, query.element_size())
+        for batch in step.batches(heads=heads, kv_heads=kv_heads, most=most):
+            if batch.splits == 1 or batch.rows is None:
+                self._launch(call, query, step, batch, out, lse)
+                continue
+            parts = out.new_empty((batch.splits, *out.shape))
+            part_lse = lse.new_empty((batch.splits, *lse.shape))
+            self._launch(call, query, step, batch, parts, part_lse)
+            kernels.combine[len(batch.rows), heads](
+                parts,
+                part_lse,
+                batch.rows,
+                out,
+                lse,
+                tokens,
+                heads,
+                D=head_dim,
+                D_PAD=_padded(head_dim),
+                SPLITS=batch.splits,
+            )
+        return out, lse
+
+    def _launch(
+        self,
+        call: AttentionCall,
+        query: Tensor,
+        step: CUDAPlan,
+        batch: TileBatch,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        memory = self._memory
+        codec = memory.codecs[call.layer]
+        kv_heads = codec.shape.kv_heads
+        tokens, heads, head_dim = query.shape
+        window = memory.groups[step.group].window
+        kind, pages = self._pages(call.layer, batch)
+        kernels.attend_tiles[len(batch.tiles), kv_heads, batch.splits](
+            query,
+            query.stride(0),
+            query.stride(1),
+            pages,
+            pages.stride(0),
+            memory.raw_rows(call.layer),
+            batch.tiles,
+            batch.entries,
+            out,
+            lse,
+            tokens,
+            call.scaling,
+            call.softcap or 1.0,
+            window or 0,
+            GROUP=heads // kv_heads,
+            M=batch.m,
+            D=head_dim,
+            D_PAD=_padded(head_dim),
+            KV_HEADS=kv_heads,
+            SPLITS=batch.splits,
+            CODEC=kind,
+            VALUE_GROUP=_value_group(codec),
+            HAS_CAP=call.softcap is not None,
+            HAS_WINDOW=window is not None,
+            # The interpreter multiplies the bits of bfloat16 as if they were integers
+            DOT=tl.float32 if INTERPRETED else PRODUCTS[query.dtype],
+            num_warps=warps(batch.m, head_dim),
+        )
+
+    def _pages(self, layer: int, batch: TileBatch) -> tuple[tl.constexpr, Tensor]:
+        """Return the pages that a launch reads, and as what: decoded first where it says so."""
+        memory = self._memory
+        codec = memory.codecs[layer]
+        packed = memory.packed_pages(layer)
+        if codec.in_place:
+            return kernels.RAW, packed.view(codec.shape.dtype)
+        words = packed.view(torch.int32)
+        if batch.unpacked is None:
+            return CODECS[codec.name], words
+        head_dim, kv_heads = codec.shape.head_dim, codec.shape.kv_heads
+        size = len(batch.unpacked) * codec.shape.values_per_page * codec.shape.dtype.itemsize
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(size, dtype=torch.uint8, device=memory.device)
+        rows = self._scratch[:size].view(codec.shape.dtype).view(len(batch.unpacked), -1)
+        kernels.unpack[len(batch.unpacked), kv_heads](
+            words,
+            words.stride(0),
+            batch.unpacked,
+            rows,
+            torch.finfo(codec.shape.dtype).max,
+            D=head_dim,
+            D_PAD=_padded(head_dim),
+            KV_HEADS=kv_heads,
+            CODEC=CODECS[codec.name],
+            VALUE_GROUP=_value_group(codec),
+        )
+        return kernels.RAW, rows
+
+
+def most_rows(head_dim: int, itemsize: int) -> int:
+    """Return how many rows of products a tile of a long chunk has, for registers to suffice."""
+    return MANY_ROWS if head_dim <= WIDE_DIM and itemsize == 2 else MANY_ROWS // 4
+
+
+def warps(m: int, head_dim: int) -> int:
+    """Return how many warps share a tile, so that none spills registers."""
+    return 4 if m <= FEW_ROWS and head_dim <= WIDE_DIM else 8
+
+
+def _value_group(codec: Codec) -> int:
+    """Return how many dims of a value share a scale; it matters for int4 alone."""
+    head_dim = codec.shape.head_dim
+    return group_dims(head_dim) if codec.name == "int4" else head_dim
+
+
+def _padded(head_dim: int) -> int:
+    return max(LEAST_DIMS, power_of_two(head_dim))

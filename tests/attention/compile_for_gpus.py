@@ -1,0 +1,119 @@
+"""Compile the Triton kernels for a GPU that is not there: fails if one spills or does not fit.
+
+    python compile_for_gpus.py 90 decode:int8:128 prefill:raw:64
+
+Registers, stack and shared memory are as the GPU's own assembler gives them.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from compress.int4 import group_dims
+from longctx.attention import cuda_backend as backend
+from longctx.kernels import triton_attention as kernels
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of one block
+GROUP, KV_HEADS = 4, 8
+ALIGNED = {"page_stride", "query_row_stride", "query_head_stride"}  # as those of real shapes are
+
+ATTEND = dict(
+    query="*bf16",
+    query_row_stride="i32",
+    query_head_stride="i32",
+    pages="*i32",
+    page_stride="i32",
+    own="*bf16",
+    tiles="*i32",
+    entries="*i32",
+    out="*fp32",
+    lse="*fp32",
+    tokens="i32",
+    scaling="fp32",
+    softcap="fp32",
+    window="i32",
+)
+UNPACK = dict(pages="*i32", page_stride="i32", entries="*i32", rows="*bf16", largest="fp32")
+COMBINE = dict(
+    parts="*fp32", part_lse="*fp32", rows="*i32", out="*fp32", lse="*fp32", tokens="i32",
+    heads="i32",
+)  # fmt: skip
+
+
+def described(kernel: str, codec: str, dim: int) -> tuple[Any, dict[str, str], dict[str, Any], int]:
+    """Return a kernel, its arguments' types, its constants and its warps, as the backend would."""
+    pad = max(16, triton.next_power_of_2(dim))
+    kind = backend.CODECS[codec].value
+    value_group = group_dims(dim) if codec == "int4" else dim
+    if kernel == "combine":
+        return kernels.combine, COMBINE, dict(D=dim, D_PAD=pad, SPLITS=16), 4
+    if kernel == "unpack":
+        constants = dict(D=dim, D_PAD=pad, KV_HEADS=KV_HEADS, CODEC=kind, VALUE_GROUP=value_group)
+        return kernels.unpack, UNPACK, constants, 4
+    m = 16 if kernel == "decode" else backend.most_rows(dim, 2)
+    types = ATTEND | ({"pages": "*bf16"} if codec == "raw" else {})
+    constants = dict(
+        GROUP=GROUP,
+        M=m,
+        D=dim,
+        D_PAD=pad,
+        KV_HEADS=KV_HEADS,
+        SPLITS=16 if kernel == "decode" else 1,
+        CODEC=kind,
+        VALUE_GROUP=value_group,
+        HAS_CAP=False,
+        HAS_WINDOW=False,
+        DOT=tl.bfloat16,
+    )
+    return kernels.attend_tiles, types, constants, backend.warps(m, dim)
+
+
+def main(target: int, names: list[str]) -> int:
+    faults = 0
+    for name in names:
+        kernel, codec, dim = name.split(":")
+        function, types, constants, warps = described(kernel, codec, int(dim))
+        signature = types | dict.fromkeys(constants, "constexpr")
+        aligned = {
+            (index,): [["tt.divisibility", 16]]
+            for index, (argument, kind) in enumerate(signature.items())
+            if kind.startswith("*") or argument in ALIGNED
+        }
+        made = triton.compile(
+            ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned),
+            target=GPUTarget("cuda", target, 32),
+            options={"num_warps": warps},
+        )
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(made.asm["cubin"])
+            file.flush()
+            said = subprocess.run(
+                [TOOLS / "cuobjdump", "-res-usage", file.name],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
+        assert found, said
+        registers, stack, local = map(int, found.groups())
+        shared = made.metadata.shared
+        good = stack == local == 0 and shared <= SHARED_BYTES[target]
+        faults += not good
+        print(
+            f"sm_{target} {name}: {registers} registers, {stack + local} bytes spilled, {shared} "
+            f"shared{'' if good else ' <-- too many'}"
+        )
+    return faults
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))
