@@ -12,12 +12,14 @@ from longctx.version import __version__
 
 if TYPE_CHECKING:
     from longctx.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
-    from longctx.llm import LLM, Answer, Document
+    from longctx.llm import LLM, Answer, AsyncDocument, AsyncLLM, Document
     from longctx.request import SamplingParams
 
 _HOMES = {
     "LLM": "longctx.llm",
     "Answer": "longctx.llm",
+    "AsyncLLM": "longctx.llm",
+    "AsyncDocument": "longctx.llm",
     "Document": "longctx.llm",
     "SamplingParams": "longctx.request",
     "EngineConfig": "longctx.config",
@@ -29,6 +31,8 @@ _HOMES = {
 __all__ = [
     "LLM",
     "Answer",
+    "AsyncDocument",
+    "AsyncLLM",
     "CacheConfig",
     "Document",
     "EngineConfig",

@@ -1,9 +1,11 @@
 """What the README and the pages show a reader is run as it stands there."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,20 @@ def test_the_python_of_a_page_runs(
         if "with" not in block:
             names["llm"].close()  # type: ignore[attr-defined]
     assert "7421" in capsys.readouterr().out
+
+
+def test_the_questions_of_a_terminal_are_answered(tmp_path: Path) -> None:
+    shown = "\n".join(blocks("docs/library.md", "console"))
+    commands = re.findall(r"^\$ (.*longctx ask .*)$", shown, re.M)
+    assert len(commands) == 2
+    (tmp_path / "handbook.txt").write_text(HANDBOOK, encoding="utf-8")
+    program = f"{sys.executable} -m longctx"
+    for command in commands:
+        asked = subprocess.run(
+            ["bash", "-c", command.replace("longctx", program, 1)],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert asked.stdout.strip() == "7421", asked.stderr
