@@ -121,7 +121,14 @@ class CostModel:
 
     def seconds(self, work: StepWork) -> float:
         """How long a step with this work is likely to take."""
-        return float(work.terms @ np.array(astuple(self.coefficients)))
+        per = self.coefficients  # by hand: asked for each chunk of each step
+        return (
+            per.step
+            + per.token * work.prompt_tokens
+            + per.pair * work.prompt_pairs
+            + per.answer * work.answers
+            + per.context * work.context_tokens
+        )
 
     def chunk_seconds(self, tokens: int, past: int) -> float:
         """What a chunk of so many tokens after `past` others adds to a step."""

@@ -2,10 +2,10 @@
 
 Decoding comes first: every decoding sequence computes its one token. Prompt chunks share the rest
 of the step, which is limited in tokens and, by the cost model's prediction, in time. Classes take
-turns, each with a guaranteed share; within a class the tenant that was served least comes first
+turns, each with a guaranteed share; the tenant that was served least in its class comes first
 (a virtual token counter, https://arxiv.org/abs/2401.00588, that counts seconds instead), and of its
-prompts the one with the least work left, with ageing. While sequences decode, each class may take
-only so much of the time (`TimeShares`).
+prompts the one with the least work left, but for a share of the oldest one. While sequences decode,
+each class may take only so much of the time (`TimeShares`).
 
 When memory runs out, blocks that nobody holds have gone already. Then the sequence with the largest
 preemption key (the youngest of the lowest class) is preempted, back to waiting. The sequence with
@@ -17,6 +17,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from compress.shape import BLOCK_TOKENS
 from longctx.config import SchedulerConfig
@@ -32,10 +33,12 @@ from longctx.request import RequestClass
 
 # Relative shares of the prompt tokens that classes get when they compete.
 CLASS_WEIGHT = {RequestClass.INTERACTIVE: 8, RequestClass.BATCH: 2, RequestClass.INGEST: 1}
-# Each second of waiting counts as this much less work, so that a long prompt's turn comes: one of
-# 2,000 tokens that has waited for 4 s counts as 2,000 - 4 * 500 = 0 tokens, and goes before one of
-# 128 tokens that has just come.
-AGEING_TOKENS_PER_SECOND = 500.0
+# Of a class's prompt tokens the part that is for the oldest prompt of the tenant whose turn it is,
+# so that a long one progresses however many short ones keep coming. Not more of it, and no ageing:
+# a prompt of minutes that has become urgent would let every chat wait until it is done.
+OLDEST_SHARE = 1 / 8
+# How long an estimate of what the caches have of a waiting prompt is good for.
+ESTIMATE_SECONDS = 1.0
 # Steps in which nothing decodes may take so many times the objective: large ones are faster.
 LONE_STEPS = 2.0
 # The smallest part of a block that a step computes where a whole block takes too long: fewer rows
@@ -130,8 +133,10 @@ class Scheduler:
         self._clock = clock
         self.cost = cost
         self._shares = TimeShares()
-        self._tenants = Tenants()
+        self._tenants = {each: Tenants() for each in RequestClass}
         self._served = dict.fromkeys(RequestClass, 0.0)  # prompt tokens / weight
+        self._owed = dict.fromkeys(RequestClass, 0.0)  # prompt tokens, to the oldest prompts
+        self._first: dict[Sequence, RequestClass] = {}  # that come first in this step by their age
         self._last_step = (0.0, 0.0)  # seconds that it took, and was predicted to take
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -152,8 +157,10 @@ class Scheduler:
                 f"{waiting} answers are waiting, and with {sequence.width} more they are more than "
                 f"--max-waiting {self._config.max_waiting} allows; try again later"
             )
-        present = {each.request.salt for each in (*self.running, *self.waiting)}
-        self._tenants.join(sequence.request.salt, present)
+        own = sequence.request.request_class
+        everyone = (*self.running, *self.waiting)
+        present = {each.request.salt for each in everyone if each.request.request_class is own}
+        self._tenants[own].join(sequence.request.salt, present)
         self.waiting.append(sequence)
 
     def add_fork(self, sequence: Sequence) -> None:
@@ -195,7 +202,7 @@ class Scheduler:
         than the whole step may, its rows are divided among steps.
         """
         decodes = self._decode_chunks()
-        answers = _work(decodes)
+        answers = step_work(decodes)
         answer_seconds = self.cost.seconds(answers) if decodes else 0.0
         seconds = (1.0 if decodes else LONE_STEPS) * self._target_seconds - answer_seconds
         if decodes:
@@ -229,7 +236,7 @@ class Scheduler:
     def update(self, output: SchedulerOutput, seconds: float) -> None:
         """Account for a step that has run in `seconds`, and publish the blocks that it filled."""
         decodes = [chunk for chunk in output.chunks if chunk.sequence.decoding]
-        answers = _work(decodes)
+        answers = step_work(decodes)
         parts = self._parts(output.chunks)
         prompt_seconds = seconds
         if decodes:
@@ -241,16 +248,22 @@ class Scheduler:
             request_class = chunk.sequence.request.request_class
             seconds_of[request_class] += prompt_seconds * parts[chunk] / total
             self._served[request_class] += chunk.num_tokens / CLASS_WEIGHT[request_class]
+            if chunk.sequence in self._first:
+                self._owed[self._first[chunk.sequence]] -= chunk.num_tokens
+            else:
+                owed = self._owed[request_class] + OLDEST_SHARE * chunk.num_tokens
+                self._owed[request_class] = min(owed, BLOCK_TOKENS)  # one turn: none are saved up
         if decodes:
             self._shares.record(seconds_of)
         else:
             self._shares.repay(seconds)
-        work = _work(output.chunks)
+        work = step_work(output.chunks)
         self._last_step = (seconds, self.cost.seconds(work))
         self.cost.observe(work, seconds)
         for chunk in output.chunks:
             share = seconds * parts[chunk]
-            self._tenants.charge(chunk.sequence.request.salt, share)
+            request = chunk.sequence.request
+            self._tenants[request.request_class].charge(request.salt, share)
             self._cache.commit(chunk.sequence.blocks, chunk.num_tokens, share)
             chunk.sequence.computed_tokens += chunk.num_tokens
 
@@ -283,7 +296,7 @@ class Scheduler:
     def _parts(self, chunks: Iterable[Chunk]) -> dict[Chunk, float]:
         """Return what part of a step's time each chunk takes, as predicted."""
         costs = {
-            chunk: self.cost.seconds(_work([chunk])) + LEAST_TOKEN_SECONDS * chunk.num_tokens
+            chunk: self.cost.seconds(step_work([chunk])) + LEAST_TOKEN_SECONDS * chunk.num_tokens
             for chunk in chunks
         }
         total = sum(costs.values())
@@ -304,8 +317,9 @@ class Scheduler:
     def _queues(self) -> dict[RequestClass, list[Sequence]]:
         """Return the sequences that have prompt to compute, by class, in the order of their turns.
 
-        The tenant that was served least comes first, and of its prompts that with the least work.
-        A sequence that others wait for counts in the most urgent class of them.
+        The tenant that was served least comes first, and of its prompts that with the least work,
+        or the oldest one where its share is due. A sequence that others wait for counts in the most
+        urgent class of them.
         """
         urgency: dict[SequenceBlocks, RequestClass] = {}
         for waiting in self.waiting:
@@ -313,19 +327,41 @@ class Scheduler:
             if owner is not None:
                 wanted = waiting.request.request_class
                 urgency[owner] = min(wanted, urgency.get(owner, wanted))
-        now = self._clock()
-
-        def turn(sequence: Sequence) -> tuple[float, float, int]:
-            aged = AGEING_TOKENS_PER_SECOND * (now - sequence.arrival_seconds)
-            served = self._tenants.served_seconds(sequence.request.salt)
-            return served, sequence.blocks.remaining - aged, sequence.arrival
 
         queues: dict[RequestClass, list[Sequence]] = defaultdict(list)
-        for sequence in sorted((*self.running, *self.waiting), key=turn):
+        for sequence in (*self.running, *self.waiting):
             if not sequence.decoding:
                 own = sequence.request.request_class
                 queues[min(own, urgency.get(sequence.blocks, own))].append(sequence)
+        self._first = {}
+        for request_class, queue in queues.items():
+            queue.sort(key=partial(self._turn, self._tenants[request_class]))
+            if self._owed[request_class] >= BLOCK_TOKENS:
+                tenant = queue[0].request.salt
+                same = (each for each in queue if each.request.salt == tenant)
+                oldest = min(same, key=lambda each: each.arrival)
+                queue.remove(oldest)
+                queue.insert(0, oldest)
+                self._first[oldest] = request_class
         return queues
+
+    def _turn(self, tenants: Tenants, sequence: Sequence) -> tuple[float, int, int]:
+        served = tenants.served_seconds(sequence.request.salt)
+        return served, self._uncached(sequence), sequence.arrival
+
+    def _uncached(self, sequence: Sequence) -> int:
+        """Return how many tokens are left to compute; where it waits, as last estimated.
+
+        Of a question on a document that was read that is the question, whatever the document is.
+        """
+        blocks = sequence.blocks
+        if _is_running(sequence):
+            return blocks.remaining
+        now = self._clock()
+        if now - sequence.estimated_seconds >= ESTIMATE_SECONDS:
+            sequence.expected_tokens = self._cache.expected_tokens(blocks)
+            sequence.estimated_seconds = now
+        return blocks.remaining - sequence.expected_tokens
 
     def _turns(self, present: Iterable[RequestClass]) -> list[RequestClass]:
         """Return the classes present, the one that was served least for its weight first."""
@@ -417,6 +453,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._cache.release(sequence.blocks)
         sequence.state = SequenceState.WAITING
+        sequence.estimated_seconds = -math.inf
         sequence.preemptions += 1
         self.preemptions += 1
         self.waiting.append(sequence)
@@ -426,7 +463,7 @@ def _is_running(sequence: Sequence) -> bool:
     return sequence.state is SequenceState.RUNNING
 
 
-def _work(chunks: Iterable[Chunk]) -> StepWork:
+def step_work(chunks: Iterable[Chunk]) -> StepWork:
     """Count what the chunks compute; called before they are computed, or their blocks committed."""
     work = StepWork()
     for chunk in chunks:

@@ -1,5 +1,6 @@
 """Says how far a request has come: there is one `Sequence` for each of its choices."""
 
+import math
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -41,6 +42,8 @@ class Sequence:
     preemptions: int = 0
     forked: bool = False  # the request's other choices have parted from it
     finish_reason: FinishReason | None = None
+    expected_tokens: int = 0  # while it waits: tokens that others have computed, as estimated
+    estimated_seconds: float = -math.inf  # when that was
     held: bool = False  # its grammar is not compiled yet: it may not be admitted
 
     @property

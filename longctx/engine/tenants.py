@@ -11,6 +11,7 @@ import math
 class Tenants:
     """Counts seconds by tenant; a tenant that was away does not save them up.
 
+    Each class of requests has its own count: who takes much of one has a share of the others too.
     Tenants are told apart by the salt of their requests. Only the scheduler's thread uses it.
     """
 
@@ -26,11 +27,11 @@ class Tenants:
             return
         least = min((self.served_seconds(each) for each in present), default=math.inf)
         self._served = {each: s for each, s in self._served.items() if each in present or s > least}
-        if present:
-            self._served.setdefault(tenant, least)
+        self._served.setdefault(tenant, least if present else 0.0)
 
     def charge(self, tenant: str, seconds: float) -> None:
-        self._served[tenant] = self._served.get(tenant, 0.0) + seconds
+        self._served[tenant] = self.served_seconds(tenant) + seconds
 
     def served_seconds(self, tenant: str) -> float:
-        return self._served.get(tenant, 0.0)
+        """Return what it was given; of one that has not joined, as much as the least served."""
+        return self._served.get(tenant, min(self._served.values(), default=0.0))

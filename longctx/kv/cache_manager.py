@@ -7,6 +7,7 @@ holds stay findable until their room is needed; so do whole prefixes that nobody
 """
 
 import operator
+from bisect import bisect_left
 from collections.abc import Callable
 from enum import Enum
 
@@ -164,6 +165,23 @@ class KVCacheManager:
     def computed_by(self, sequence: SequenceBlocks) -> SequenceBlocks | None:
         """Return the sequence that computes the blocks which this one waits for, if any."""
         return None if sequence.blocked_on is None else self._pending.get(sequence.blocked_on)
+
+    def expected_tokens(self, sequence: SequenceBlocks) -> int:
+        """Estimate how many tokens of a waiting sequence it will not compute itself.
+
+        Those are in some tier, or another sequence computes them. It takes the logarithm of their
+        number: whoever has a block is taken to have all before it.
+        """
+        self.find_keys(sequence)
+        blocks = range(sequence.reusable_blocks())
+
+        def missing(block: int) -> bool:
+            in_tier = self.tier_of(sequence, 0, block) is not None
+            return not in_tier and sequence.key(block) not in self._pending
+
+        if blocks and not missing(blocks[-1]):
+            return sequence.layout.tokens(len(blocks))
+        return sequence.layout.tokens(bisect_left(blocks, True, key=missing))
 
     def _find_prefix(self, sequence: SequenceBlocks) -> None:
         for _, name in reversed(sequence.document_ends):

@@ -5,11 +5,11 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from longctx.engine.cost_model import Coefficients
-from longctx.engine.scheduler import AGEING_TOKENS_PER_SECOND, SchedulerOutput
+from longctx.engine.scheduler import OLDEST_SHARE, SchedulerOutput
 from longctx.engine.sequence import Sequence, SequenceState
 from longctx.engine.time_shares import TIME_SHARE, TimeShares
 from longctx.errors import Overloaded
@@ -54,7 +54,9 @@ def test_a_budget_below_a_block_still_progresses(tokenizer: Tokenizer) -> None:
     bench.finish(steps=30)
 
 
-def test_short_prompts_overtake_a_long_one_until_it_has_aged(tokenizer: Tokenizer) -> None:
+def test_short_prompts_overtake_a_long_one_that_progresses_all_the_same(
+    tokenizer: Tokenizer,
+) -> None:
     bench = Bench(tokenizer, bare_cache(blocks=1000), seconds_of=lambda output: 0.1)
     long = bench.add(numbers(2000))
     short = bench.add(numbers(128, 5000))
@@ -162,7 +164,33 @@ def test_a_request_by_itself_is_never_too_many(tokenizer: Tokenizer) -> None:
     assert bench.add(numbers(10), n=8).state is SequenceState.WAITING
 
 
-@settings(max_examples=25, deadline=None)
+def test_a_question_on_what_is_computed_counts_as_short(tokenizer: Tokenizer) -> None:
+    bench = Bench(tokenizer, bare_cache(blocks=2000))
+    document = numbers(5000)
+    bench.add(document, max_tokens=0)
+    bench.finish()
+    rival = bench.add(numbers(900, 20_000))
+    bench.step()
+    question = bench.add([*document, 6000, 6001])
+    bench.step()  # may be the rival's, as the oldest
+    bench.step()
+    assert question.state is SequenceState.FINISHED
+    assert rival.blocks.computed < 500
+
+
+def test_one_that_is_preempted_counts_with_what_it_computes_again(tokenizer: Tokenizer) -> None:
+    bench = Bench(tokenizer, bare_cache(blocks=2000))
+    long = bench.add(numbers(3000))
+    for _ in range(20):
+        bench.step()
+    bench.scheduler.preempt(long)
+    rival = bench.add(numbers(600, 20_000))
+    while long.state is not SequenceState.FINISHED:
+        bench.step()
+    assert rival.blocks.computed <= 128, "it has more than the oldest's share"
+
+
+@settings(max_examples=25, deadline=None, phases=(Phase.reuse, Phase.generate))
 @given(
     length=st.integers(500, 3000),
     own_class=st.sampled_from(list(RequestClass)),
@@ -178,19 +206,14 @@ def test_nobody_starves_however_many_shorter_prompts_keep_coming(
     own_class: RequestClass,
     rivals: list[tuple[int, RequestClass, str]],
 ) -> None:
-    """Of a step's 128 tokens a class has an eleventh at least, and a tenant a third of that.
-
-    Before it come those that were there, eight at most, and of those who come later only who comes
-    before it has aged: `length / 500` seconds, in steps of a tenth of a second.
-    """
+    """Of a step's 128 tokens a class has an eleventh at least, a tenant a third of that, and its
+    oldest prompt an eighth of that again. No older one is there."""
     bench = Bench(
         tokenizer, bare_cache(blocks=4000), max_sequences=16, seconds_of=lambda output: 0.1
     )
     begins = itertools.count(100_000, 1000)
     long = bench.add(numbers(length), request_class=own_class, salt="a")
-    window_steps = length / AGEING_TOKENS_PER_SECOND / 0.1
-    before_it = 8 * 300 + window_steps * bench.batch_tokens
-    most_steps = (before_it + length) / (bench.batch_tokens / 11 / 3)
+    most_steps = length / (bench.batch_tokens / 11 / 3 * OLDEST_SHARE)
     for step in itertools.count():
         for number in range(8 - len(bench.scheduler.waiting)):
             tokens, its_class, salt = rivals[(step + number) % len(rivals)]
