@@ -4,6 +4,8 @@ A new endpoint is a method that takes a request and returns a response, of a cla
 its subject, and one line here; `/openapi.json` follows.
 """
 
+from api.anthropic.bodies import CountTokensRequest, MessagesRequest
+from api.anthropic.routes import MessageRoutes
 from api.cache_routes import CLEAR_BODY, CacheRoutes
 from api.completions.attachments import Attachments
 from api.completions.chat import ChatRoutes
@@ -76,6 +78,7 @@ def routes(services: Services) -> list[Route]:
     prompts = PromptRoutes(services.prompts, engine, services.modules)
     schemas = SchemaRoutes(services.schemas, engine, services.modules)
     responses = ResponseRoutes(chat, services.responses, ping_seconds=config.ping_seconds)
+    messages = MessageRoutes(chat, ping_seconds=config.ping_seconds)
     status = StatusRoutes(generation, services.tokenizer, chat)
     cache = CacheRoutes(engine, documents)
     bench = BenchRoutes(services.folder)
@@ -102,6 +105,8 @@ def routes(services: Services) -> list[Route]:
         Route("GET", "/v1/responses/{response_id}", responses.retrieve),
         Route("DELETE", "/v1/responses/{response_id}", responses.delete),
         Route("GET", "/v1/responses/{response_id}/input_items", responses.input_items),
+        Route("POST", "/v1/messages", messages.create, MessagesRequest),
+        Route("POST", "/v1/messages/count_tokens", messages.count_tokens, CountTokensRequest),
         Route("POST", "/v1/prompt_cache/prompts", prompts.create, PromptRequest),
         Route("GET", "/v1/prompt_cache/prompts", prompts.list),
         Route("GET", "/v1/prompt_cache/prompts/{name}", prompts.retrieve),

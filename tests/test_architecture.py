@@ -28,7 +28,7 @@ LADDER = (
     ("api.http_server",),
     ("api.app",),
     ("api.routes",),
-    ("api.gemini", "api.responses", "api.status"),
+    ("api.anthropic", "api.gemini", "api.responses", "api.status"),
     ("api.cache_routes", "api.completions", "api.page", "api.services"),
     ("api.metrics", "api.stored_prompts", "api.stored_responses"),
     ("api.engine_metrics", "api.files"),

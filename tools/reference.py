@@ -130,6 +130,7 @@ SUBJECTS = {
     "/v1/chat": "Chat and completions",
     "/v1/completions": "Chat and completions",
     "/v1/responses": "Responses",
+    "/v1/messages": "Anthropic's messages",
     "/v1/files": "Files",
     "/v1/prompt_cache": "Stored prompts and schemas",
     "/v1beta": "Gemini's API",

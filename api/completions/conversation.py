@@ -9,6 +9,7 @@ from api.completions.preamble import REPORT_SECONDS, Preamble
 from api.files.document import Document
 from api.files.document_library import DocumentLibrary
 from api.http.sse import JSONObject
+from longctx.errors import InvalidRequest
 from longctx.request import Segment
 from longctx.text import chat_template
 from longctx.text.chat_template import ChatPrompts, Ending, FilePart, PromptPiece
@@ -84,7 +85,7 @@ class Conversation(PromptSource):
         """Renders the prompt. Raises ApiError when a file has failed or was deleted."""
         for document in self._files:
             self._library.check(document)
-        split = await self._preamble.split(await self._rendered())
+        split = await self._preamble.split(await self._rendered(self._messages, self._ending))
         rest = chat_template.segments_of(split.rest)
         counts = {document.id: document.tokens for document in self._files}
         tokens = sum(
@@ -104,29 +105,62 @@ class Conversation(PromptSource):
             )
         ]
 
+    async def shared_tokens(self, begin: list[chat_template.Message]) -> int:
+        """Counts the tokens at the prompt's beginning that are those of these messages as well.
+
+        Call it once the prompt is made. Where the template cannot write them, there are none.
+        """
+        try:
+            pieces = await self._rendered(begin, Ending.CLOSED)
+        except InvalidRequest:
+            return 0
+        counts = {document.id: document.tokens for document in self._files}
+        shared = 0
+        for ours, theirs in zip(self._segments, chat_template.segments_of(pieces), strict=False):
+            if ours.document_id is not None and ours.document_id == theirs.document_id:
+                shared += counts[ours.document_id]
+                continue
+            pairs = list(zip(ours.token_ids, theirs.token_ids, strict=False))
+            same = next((i for i, (one, other) in enumerate(pairs) if one != other), len(pairs))
+            shared += same
+            if same < len(ours.token_ids) or not ours.token_ids:
+                break
+        return shared
+
+    def first_segments(self, tokens: int) -> tuple[list[Segment], int]:
+        """Cuts the prompt after so many tokens, or after the document that they end in; returns
+        what is before, and its tokens."""
+        counts = {document.id: document.tokens for document in self._files}
+        found: list[Segment] = []
+        before = 0
+        for segment in self._segments:
+            if before >= tokens:
+                break
+            if segment.document_id is not None:
+                found.append(segment)
+                before += counts[segment.document_id]
+            else:
+                ids = segment.token_ids[: tokens - before]
+                found.append(Segment(token_ids=ids))
+                before += len(ids)
+        return found, before
+
     async def on_answered(self) -> None:
         await self._keep(self._segments)
 
-    async def _rendered(self) -> tuple[PromptPiece, ...]:
+    async def _rendered(
+        self, messages: list[chat_template.Message], ending: Ending
+    ) -> tuple[PromptPiece, ...]:
         date = self._preamble.date
         if date is None and self._files:
             date = self._files[0].record.date
         characters = sum(
-            len(part)
-            for message in self._messages
-            for part in message.content
-            if isinstance(part, str)
+            len(part) for message in messages for part in message.content if isinstance(part, str)
         )
         if characters <= SHORT_CHARACTERS:
-            return self._prompts.pieces(
-                self._messages, date=date, ending=self._ending, tools=self._tools
-            )
+            return self._prompts.pieces(messages, date=date, ending=ending, tools=self._tools)
         return await asyncio.to_thread(
-            self._prompts.pieces,
-            self._messages,
-            date=date,
-            ending=self._ending,
-            tools=self._tools,
+            self._prompts.pieces, messages, date=date, ending=ending, tools=self._tools
         )
 
     def _note_prefixes(self, preamble: Sequence[Segment], segments: Sequence[Segment]) -> None:

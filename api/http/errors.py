@@ -9,7 +9,7 @@ import errno
 import logging
 import os
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,19 @@ def api_error(error: Exception) -> ApiError:
             )
         case _:
             return ApiError(500, "the server failed; its log says why", code="internal_error")
+
+
+def renamed(error: ApiError, names: Mapping[str, str]) -> ApiError:
+    """Returns an error in the words of another API, which has other `names` for parameters."""
+    param, message = error.param, error.message
+    for name, there in names.items():
+        if param is not None and (param == name or param.startswith((f"{name}.", f"{name}["))):
+            param = there + param.removeprefix(name)
+            break
+    for name, there in names.items():
+        if "_" in name:  # no word of a sentence
+            message = message.replace(name, there)
+    return ApiError(error.status, message, param=param, code=error.code, headers=error.headers)
 
 
 def full_disk(folder: str | Path | None) -> ApiError:

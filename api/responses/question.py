@@ -10,7 +10,7 @@ from uuid import uuid4
 from pydantic import TypeAdapter, ValidationError
 
 from api.http.bodies import ChatRequest
-from api.http.errors import ApiError, invalid_body
+from api.http.errors import invalid_body, renamed
 from api.http.format_bodies import JSONSchemaFormat, NamedSchema, ResponseFormat
 from api.http.message_bodies import FileContent, FileReference, Message, TextPart
 from api.http.sse import JSONObject
@@ -78,24 +78,13 @@ def chat_request(wanted: ResponseQuestion, items: Sequence[Item]) -> ChatRequest
             **sampling,
         )
     except ValidationError as error:
-        raise renamed(invalid_body(error, dict(ChatRequest.model_fields))) from None
+        raise renamed(invalid_body(error, dict(ChatRequest.model_fields)), NAMES) from None
 
 
 def _choice(chosen: Any) -> Any:
     if chosen is None or isinstance(chosen, str):
         return chosen
     return NamedTool(type="function", function=NamedFunction(name=chosen.name))
-
-
-def renamed(error: ApiError) -> ApiError:
-    """Returns a chat's error in the words of a response."""
-    message, param = error.message, error.param
-    for name, here in NAMES.items():
-        if name != "messages":
-            message = message.replace(name, here)
-        if param is not None and (param == name or param.startswith((f"{name}.", f"{name}["))):
-            param = here + param.removeprefix(name)
-    return ApiError(error.status, message, param=param, code=error.code, headers=error.headers)
 
 
 def kept(items: Iterable[Item]) -> list[JSONObject]:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from api.completions.answering import Answering
-from api.http.errors import ApiError, api_error, logger
+from api.http.errors import ApiError, api_error, logger, renamed
 from api.http.sse import JSONObject
 from api.responses.bodies import ResponseRequest
-from api.responses.question import renamed
+from api.responses.question import NAMES
 from api.responses.writer import ItemWriter
 from longctx.request import RequestOutput
 
@@ -58,7 +58,9 @@ class ResponseReply:
             failure = api_error(error)
             if failure is not error and failure.status == 500:
                 logger.exception("a stream failed")
-            yield self._event("response.failed", number, response=self._failed(renamed(failure)))
+            yield self._event(
+                "response.failed", number, response=self._failed(renamed(failure, NAMES))
+            )
 
     async def _written(self) -> AsyncGenerator[JSONObject | None, None]:
         """Yields events, and None for news of what is waited for."""

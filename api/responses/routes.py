@@ -14,13 +14,13 @@ from api.completions.answering import Answering
 from api.completions.chat import ChatRoutes
 from api.completions.logprobs import ChatLogprobs
 from api.http.auth import tenant_of
-from api.http.errors import ApiError, api_error, invalid_body, logger
+from api.http.errors import ApiError, api_error, invalid_body, logger, renamed
 from api.http.message_bodies import FileReference, RequestBody, neutral
 from api.http.read_body import read_json
 from api.http.sse import EventForm, EventStream, JSONObject, encode_named_event, while_connected
 from api.responses.bodies import Included, InputTokensRequest, ResponseQuestion, ResponseRequest
 from api.responses.items import FunctionCallOutputItem, InputFile, InputText, Item, OutputText
-from api.responses.question import STORED, chat_request, items_of, kept, new_id, renamed
+from api.responses.question import NAMES, STORED, chat_request, items_of, kept, new_id
 from api.responses.response import ResponseReply
 from api.responses.writer import ItemWriter
 from api.stored_responses.library import StoredResponses
@@ -59,9 +59,9 @@ class ResponseRoutes:
         try:
             return await self._create(request, wanted, tenant)
         except LongctxError as error:
-            raise renamed(api_error(error)) from error
+            raise renamed(api_error(error), NAMES) from error
         except ApiError as error:
-            raise renamed(error) from error
+            raise renamed(error, NAMES) from error
 
     async def input_tokens(self, request: Request) -> Response:
         """Counts the tokens of a response's input, also those of its files."""
@@ -71,9 +71,9 @@ class ResponseRoutes:
             _, _, answering = await self._asked(wanted, tenant)
             count = await while_connected(request, answering.count())
         except LongctxError as error:
-            raise renamed(api_error(error)) from error
+            raise renamed(api_error(error), NAMES) from error
         except ApiError as error:
-            raise renamed(error) from error
+            raise renamed(error, NAMES) from error
         return JSONResponse({"object": "response.input_tokens", "input_tokens": count})
 
     async def retrieve(self, request: Request) -> Response:

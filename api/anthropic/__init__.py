@@ -1,0 +1,1 @@
+"""Anthropic's interface: messages, counts of their tokens, and files in its shape."""
