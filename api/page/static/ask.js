@@ -61,8 +61,10 @@ async function ask(question) {
     await write(turn, body(earlier, message), view, running.signal);
     turns.push(turn);
   } catch (error) {
-    if (error.name === "AbortError") setText(view.wait, "Stopped.");
-    else {
+    if (error.name === "AbortError") {
+      tell(view.wait, "Stopped.");
+      if (turn.answer) turns.push(turn);
+    } else {
       tell(view.wait, null);
       tell(view.fault, error.message);
       if (!find("question").value) find("question").value = question; // to be asked again

@@ -21,7 +21,7 @@ function draw(tier, held, files) {
   const full = held.capacity_bytes ? held.bytes / held.capacity_bytes : 0;
   const parts = files
     .map((file) => ({ name: file.filename, tokens: tokensIn(tier, file) }))
-    .filter((part) => part.tokens > 0)
+    .filter((part) => part.tokens > 0 && full > 0)
     .map((part) => ({ ...part, share: part.tokens / held.capacity_tokens }));
   // Documents that begin alike share blocks, so together they may say more than there is.
   const told = parts.reduce((sum, part) => sum + part.share, 0);

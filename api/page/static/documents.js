@@ -21,7 +21,8 @@ export const isBusy = () =>
 
 /** Loads the list anew; `tiers`: by file id, the fastest tier that has it. */
 export async function loadDocuments(tiers) {
-  const { data } = await get("v1/files?limit=1000");
+  const { data, has_more: more } = await get("v1/files?limit=10000");
+  find("more-documents").hidden = !more;
   known = new Map(data.map((file) => [file.id, { ...file, tier: tiers.get(file.id) ?? null }]));
   for (const id of chosen) if (!known.has(id)) chosen.delete(id);
   show();

@@ -18,20 +18,13 @@ function ask(refused) {
 }
 
 function open(fault) {
-  const { promise, resolve } = Promise.withResolvers
-    ? Promise.withResolvers()
-    : deferred();
+  let resolve;
+  const promise = new Promise((settle) => (resolve = settle));
   waiting = { promise, resolve };
   tell(find("key-fault"), fault);
   input.value = "";
   dialog.showModal();
   return promise;
-}
-
-function deferred() {
-  let resolve;
-  const promise = new Promise((settle) => (resolve = settle));
-  return { promise, resolve };
 }
 
 function finish(key) {

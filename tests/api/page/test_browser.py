@@ -203,6 +203,34 @@ def test_two_documents_in_one_question(page: Page, server: LiveServer, note: Pat
     assert turn.find_element(By.CSS_SELECTOR, ".answer").text == "7421"
 
 
+def test_a_file_is_dropped_anywhere_and_a_follow_up_goes_on_with_the_answers_above(
+    page: Page, server: LiveServer
+) -> None:
+    page.open(server)
+    page.until_ready()
+    page.driver.execute_script(
+        "const carried = new DataTransfer();"
+        "carried.items.add(new File([arguments[0]], 'dropped.txt'));"
+        "for (const type of ['dragenter', 'dragover', 'drop']) document.body.dispatchEvent("
+        " new DragEvent(type, {dataTransfer: carried, bubbles: true, cancelable: true}));",
+        NOTE + FACT,
+    )
+    page.until_state("dropped.txt", "ready")
+    assert not page.all("#drop.over")
+    page.ask("What is the access code of the north gate?")
+    page.driver.execute_script(
+        "const sent = window.fetch; window.asked = []; window.fetch = (path, ...more) => {"
+        " if (path.includes('chat')) window.asked.push(JSON.parse(more[0].body).messages);"
+        " return sent(path, ...more); };"
+    )
+    page.one("#follow-up").click()
+    page.ask(QUESTION)
+    ((first, answer, second),) = page.driver.execute_script("return window.asked")
+    assert [part["type"] for part in first["content"]] == ["file", "text"]
+    assert answer == {"role": "assistant", "content": "7421"}
+    assert second["content"] == [{"type": "text", "text": QUESTION}]  # the file stands above
+
+
 def test_a_file_that_fails_says_why_where_it_stands(
     page: Page, server: LiveServer, tmp_path: Path
 ) -> None:
@@ -261,7 +289,8 @@ def test_an_answer_can_be_stopped(page: Page, server: LiveServer) -> None:
     assert not page.one("#send").is_enabled()
     page.one("#stop").click()
     page.until(lambda: page.all(".turn[aria-busy=false]"))
-    page.until_text(".turn", "on and")
+    page.until_text(".turn .wait", "Stopped.")
+    page.until_text(".answer", "on and")
     assert page.one("#send").is_enabled() and not page.one("#stop").is_displayed()
 
 
