@@ -25,6 +25,9 @@ class ServerConfig:
     ] = ()
     api_key: Annotated[tuple[str, ...], "key that requests must carry; repeat for more"] = ()
     api_key_file: Annotated[Path | None, "file of accepted keys, one a line; a tenant each"] = None
+    metrics_prefix: Annotated[
+        str, "what the names of metrics that vLLM has too begin with; vllm suits its dashboards"
+    ] = "longctx"
     prompt_cache_level: Annotated[
         str, "how prompts of schema modules are computed: exact, modular or link:K, such as link:16"
     ] = "exact"
@@ -43,6 +46,11 @@ class ServerConfig:
         if self.drain_seconds < 0:
             raise ValueError(f"drain_seconds={self.drain_seconds} must not be negative")
         parse_level(self.prompt_cache_level, param="prompt_cache_level")
+        if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", self.metrics_prefix):
+            raise ValueError(
+                f"metrics_prefix={self.metrics_prefix!r} is no beginning of a metric's name; "
+                "write letters, digits and _, such as vllm"
+            )
         if not all(self.alias):
             raise ValueError("alias is empty; leave it out, or write another name of the model")
         for origin in self.cors_origin:

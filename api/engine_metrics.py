@@ -14,6 +14,7 @@ from longctx.engine_stats import ClassStats, EngineStats, GroupStats, RingStats
 from offload.stats import StoreStats, TierStats
 
 MetricKind = Literal["counter", "gauge"]
+SHARED_LABELS = ("model_name",)
 Sample = tuple[tuple[str, ...], float]  # the labels' values, in the order of the row's labels
 
 
@@ -21,29 +22,39 @@ Sample = tuple[tuple[str, ...], float]  # the labels' values, in the order of th
 class EngineMetric:
     """Describes one exported metric. Its name ends in its unit, if any, as Prometheus wants it."""
 
-    name: str  # without `longctx_`; the name of a counter ends in `_total`
+    name: str  # without what it begins with; the name of a counter ends in `_total`
     help: str
     labels: tuple[str, ...]
     samples: Callable[[EngineStats], Iterator[Sample]]
+    shared: bool = False  # vLLM has it too, by this name and with this meaning
 
     @property
     def kind(self) -> MetricKind:
         return "counter" if self.name.endswith("_total") else "gauge"
 
-    def family(self, stats: EngineStats) -> CounterMetricFamily | GaugeMetricFamily:
-        """Returns the metric with its samples, as a registry takes it."""
+    def family(
+        self, stats: EngineStats, *, prefix: str, model: str
+    ) -> CounterMetricFamily | GaugeMetricFamily:
+        """Returns the metric with its samples, as a registry takes it.
+
+        What vLLM has too begins with `prefix` and a colon, and has a label with the `model`.
+        """
         kind = CounterMetricFamily if self.kind == "counter" else GaugeMetricFamily
-        family = kind(f"longctx_{self.name}", self.help, labels=self.labels)
+        name = f"{prefix}:{self.name}" if self.shared else f"longctx_{self.name}"
+        own = (model,) if self.shared else ()
+        family = kind(name, self.help, labels=(*(SHARED_LABELS if own else ()), *self.labels))
         for labels, value in self.samples(stats):
-            family.add_metric(labels, value)
+            family.add_metric((*own, *labels), value)
         return family
 
 
-def _engine(name: str, help: str, read: Callable[[EngineStats], float]) -> EngineMetric:
+def _engine(
+    name: str, help: str, read: Callable[[EngineStats], float], *, shared: bool = False
+) -> EngineMetric:
     def samples(stats: EngineStats) -> Iterator[Sample]:
         yield (), read(stats)
 
-    return EngineMetric(name, help, (), samples)
+    return EngineMetric(name, help, (), samples, shared)
 
 
 def _group(name: str, help: str, read: Callable[[GroupStats], float]) -> EngineMetric:
@@ -120,16 +131,23 @@ def _incidents(stats: EngineStats) -> Iterator[Sample]:
 ENGINE_METRICS = (
     # Requests
     _engine(
-        "requests_running",
+        "num_requests_running",
         "Requests in the current batch",
         lambda engine: engine.requests_running,
+        shared=True,
     ),
     _engine(
-        "requests_waiting",
+        "num_requests_waiting",
         "Requests that wait for memory or for each other",
         lambda engine: engine.requests_waiting,
+        shared=True,
     ),
-    EngineMetric("requests_total", "Requests ended", ("reason",), _requests_ended),
+    EngineMetric(
+        "requests_total",
+        "Requests ended, those that compute documents among them",
+        ("reason",),
+        _requests_ended,
+    ),
     _engine("steps_total", "Batches computed", lambda engine: engine.steps),
     _engine(
         "computed_tokens_total",
@@ -140,21 +158,25 @@ ENGINE_METRICS = (
         "prompt_tokens_total",
         "Tokens in the prompts of ended requests",
         lambda engine: engine.prompt_tokens,
+        shared=True,
     ),
     _engine(
-        "cached_tokens_total",
+        "prefix_cache_hits_total",
         "Prompt tokens of ended requests that were cached",
         lambda engine: engine.cached_tokens,
+        shared=True,
     ),
     _engine(
-        "generated_tokens_total",
+        "generation_tokens_total",
         "Tokens in the answers of ended requests",
         lambda engine: engine.generated_tokens,
+        shared=True,
     ),
     _engine(
-        "preemptions_total",
+        "num_preemptions_total",
         "Sequences preempted for lack of memory",
         lambda engine: engine.preemptions,
+        shared=True,
     ),
     # The scheduler
     _engine(

@@ -48,7 +48,7 @@ def routes(services: Services) -> list[Route]:
         config.served_name or engine.info.model_name,
         aliases=config.alias,
         tool_form=services.tokenizer.tool_form,
-        on_first_token=services.http_metrics.first_token_seconds.observe,
+        metrics=services.http_metrics,
     )
     preambles = PreambleResolver(
         services.schemas,

@@ -126,5 +126,7 @@ async def open_services(
             responses=responses,
             cached_contents=cached_contents,
             uploads=uploads,
-            http_metrics=HTTPMetrics(),
+            http_metrics=HTTPMetrics(
+                prefix=config.metrics_prefix, model=config.served_name or engine.info.model_name
+            ),
         )

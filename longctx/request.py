@@ -241,6 +241,8 @@ class Usage:
     computed_tokens: int
     reused_tokens: int = 0
     linked_tokens: int = 0
+    # Until it ran for the first time, if it did. Two requests are counted alike without it.
+    queue_seconds: float | None = field(default=None, compare=False)
     explanation: CacheExplanation | None = None  # where it was asked for
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 from unittest.mock import MagicMock
 
@@ -19,13 +20,15 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import models_json_schema
 
 from api.config import ServerConfig
-from api.engine_metrics import ENGINE_METRICS, EngineMetric
+from api.engine_metrics import ENGINE_METRICS, SHARED_LABELS, EngineMetric
+from api.http.account import Asked
 from api.http.openapi import Route
 from api.metrics import HTTPMetrics, Snapshot
 from api.routes import routes
 from longctx.bench import BENCHES
 from longctx.config import EngineConfig
 from longctx.options import _options
+from longctx.request import Usage
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
 GENERATED = "<!-- Written by `make reference` from the code; do not edit. -->"
@@ -280,6 +283,11 @@ def metrics_page() -> str:
     http = HTTPMetrics()
     http.requests.labels("", "", "").inc()  # a metric has its labels once it was counted
     http.seconds.labels("", "").observe(0)
+    http.tokens(0.0, True, count=1)
+    http.tokens(0.0, False, count=1)
+    http.answered(_question())
+    group: Any = SimpleNamespace(blocks_in_use=0, capacity_blocks=1)
+    stats: Any = SimpleNamespace(groups=[group], prompt_tokens=0)
     info = dict.fromkeys(
         ("version", "model", "kv_codec", "device", "dtype", "attention_backend"), ""
     )
@@ -287,16 +295,17 @@ def metrics_page() -> str:
         stats=None, engine_state="ready", engine_restarts=0, ranks=1, documents={}, info=info
     )
     families = [
-        family
-        for collector in (http.requests, http.seconds, http.first_token_seconds, served)
-        for family in collector.collect()
-    ]
+        family for collector in (*http.collectors(), served) for family in collector.collect()
+    ] + list(served.derived(stats))
     return _page(
         [
             "# Metrics",
             GENERATED,
             "`GET /metrics` is for Prometheus; where there are API keys it wants one. Figures are "
-            "of all tenants together. The label `tier` is `device`, `host` or `disk`.",
+            "of all tenants together. The label `tier` is `device`, `host` or `disk`. What begins "
+            "with `longctx:` has the name and the meaning that it has in vLLM, for dashboards that "
+            "exist: with `--metrics-prefix vllm` it begins with `vllm:`. "
+            "[docs/grafana.json](../grafana.json) is a dashboard for Grafana.",
             _table(
                 ("metric", "kind", "labels", "what"),
                 (*map(_metric, families), *map(_engine_metric, ENGINE_METRICS)),
@@ -312,7 +321,20 @@ def _metric(family: Metric) -> tuple[str, str, str, str]:
 
 
 def _engine_metric(metric: EngineMetric) -> tuple[str, str, str, str]:
-    return f"`longctx_{metric.name}`", metric.kind, _names(metric.labels), metric.help
+    begin, own = ("longctx:", SHARED_LABELS) if metric.shared else ("longctx_", ())
+    return f"`{begin}{metric.name}`", metric.kind, _names((*own, *metric.labels)), metric.help
+
+
+def _question() -> Asked:
+    """Makes a question that has ended: a metric has its labels once it was counted."""
+    usage = Usage(
+        prompt_tokens=1,
+        cached_tokens=0,
+        completion_tokens=1,
+        computed_tokens=1,
+        queue_seconds=0.0,
+    )
+    return Asked("", began=0.0, first_token=0.0, last_token=0.0, ended=0.0, usage=usage)
 
 
 def _names(labels: Iterable[str]) -> str:

@@ -6,12 +6,14 @@ Read `Generation.outputs` first. `reply.py` makes the answer of them.
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
+from api.http.account import current_account
 from api.http.bodies import GenerationRequest
 from api.http.errors import ApiError
+from api.metrics import HTTPMetrics
 from longctx.errors import ContextTooLong, EngineDied, InvalidRequest
 from longctx.process.client import EngineClient
 from longctx.request import (
@@ -50,18 +52,15 @@ class Generation:
         *,
         aliases: Sequence[str] = (),
         tool_form: ToolForm | None = None,
-        on_first_token: Callable[[float], None],
+        metrics: HTTPMetrics,
     ) -> None:
         """`aliases` are other names of the model, which requests may use; `tool_form` is how it
-        calls tools.
-
-        `on_first_token` is called with the seconds that a request waited for its first token.
-        """
+        calls tools. What answers take is told to `metrics`."""
         self.engine = engine
         self.served_name = served_name
         self.names = tuple(dict.fromkeys((served_name, *aliases)))
         self.tool_form = tool_form
-        self._on_first_token = on_first_token
+        self._metrics = metrics
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError 404 for a model that is not this server's."""
@@ -145,19 +144,22 @@ class Generation:
     async def _one(
         self, request: Request, *, first_choice: int
     ) -> AsyncGenerator[RequestOutput, None]:
-        asked: float | None = time.perf_counter()
-        async with aclosing(self.engine.generate(request)) as outputs:
-            async for output in outputs:
-                if output.token_ids and asked is not None:
-                    self._on_first_token(time.perf_counter() - asked)
-                    asked = None
-                if output.error_param is not None:
-                    raise InvalidRequest(output.error or "", param=output.error_param)
-                if output.finish_reason is FinishReason.ERROR:
-                    raise self._failure(output.error or "the engine failed")
-                if first_choice:
-                    output = replace(output, index=first_choice + output.index)
-                yield output
+        question = current_account().begin(request.request_id)
+        try:
+            async with aclosing(self.engine.generate(request)) as outputs:
+                async for output in outputs:
+                    if (waited := question.note(output)) is not None:
+                        self._metrics.tokens(*waited, count=len(output.token_ids))
+                    if output.error_param is not None:
+                        raise InvalidRequest(output.error or "", param=output.error_param)
+                    if output.finish_reason is FinishReason.ERROR:
+                        raise self._failure(output.error or "the engine failed")
+                    if first_choice:
+                        output = replace(output, index=first_choice + output.index)
+                    yield output
+        finally:
+            question.ended = time.perf_counter()
+            self._metrics.answered(question)
 
     def _failure(self, reason: str) -> Exception:
         if self.engine.state == "ready":

@@ -68,5 +68,6 @@ class RequestState:
             computed_tokens=sum(sequence.computed_tokens for sequence in self.sequences),
             reused_tokens=reused if found is not None else 0,
             linked_tokens=first.linked_tokens,
+            queue_seconds=first.queue_seconds,
             explanation=None if first.blocks.trace is None else first.blocks.trace.explanation,
         )

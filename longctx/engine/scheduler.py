@@ -413,6 +413,7 @@ class Scheduler:
         sequence.state = SequenceState.RUNNING
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.blocks.computed
+            sequence.queue_seconds = time.monotonic() - sequence.arrival_seconds
         return True
 
     def _make_place(self, sequence: Sequence) -> bool:

@@ -1,7 +1,9 @@
 """`GET /metrics`: every figure has a name, a unit and help, and a scrape disturbs nobody."""
 
 import dataclasses
+import json
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -9,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from api.config import ServerConfig
 from api.engine_metrics import ENGINE_METRICS
 from longctx.engine_stats import ClassStats, EngineStats, GroupStats, RingStats, SchedulerStats
 from longctx.ipc.protocol import Done, decode_event, encode
@@ -50,7 +54,7 @@ def test_names_and_help_follow_the_conventions(server: LiveServer) -> None:
     told = families(server)
     assert len(told) > 25
     for name, family in told.items():
-        assert name.startswith("longctx_"), name
+        assert name.startswith(("longctx_", "longctx:")), name
         assert family.documentation, name
         assert (family.type == "counter") == any(
             sample.name.endswith("_total") for sample in family.samples
@@ -61,17 +65,33 @@ def test_names_and_help_follow_the_conventions(server: LiveServer) -> None:
 
 
 def test_tokens_and_requests_are_counted(server: LiveServer) -> None:
-    names = ("longctx_prompt_tokens", "longctx_cached_tokens", "longctx_generated_tokens")
+    names = (
+        "longctx:prompt_tokens",
+        "longctx:prefix_cache_hits",
+        "longctx:generation_tokens",
+        "longctx:prefix_cache_queries",
+        "longctx:time_to_first_token_seconds",
+        "longctx:inter_token_latency_seconds",
+        "longctx:e2e_request_latency_seconds",
+        "longctx:request_queue_time_seconds",
+        "longctx:request_prefill_time_seconds",
+        "longctx:request_decode_time_seconds",
+        "longctx:request_prompt_tokens",
+        "longctx:request_generation_tokens",
+    )
     prompt = [5 + i * 37 % 500 for i in range(200)]
     before = [value(server, name) for name in names]
     ended = value(server, "longctx_requests", reason="length")
-    firsts = value(server, "longctx_time_to_first_token_seconds")
+    successes = value(server, "longctx:request_success", finished_reason="length", model_name=MODEL)
     for _ in range(2):
         assert complete(server, prompt).status_code == 200
     gained = [value(server, name) - was for name, was in zip(names, before, strict=True)]
-    assert gained == [400, 192, 4]
+    assert gained == [400, 192, 4, 400, *[2] * 8]
     assert value(server, "longctx_requests", reason="length") == ended + 2
-    assert value(server, "longctx_time_to_first_token_seconds") == firsts + 2
+    now = value(server, "longctx:request_success", finished_reason="length", model_name=MODEL)
+    assert now == successes + 2
+    usage = value(server, "longctx:kv_cache_usage_perc", model_name=MODEL)
+    assert 0 <= usage <= 1
 
 
 def test_http_requests_are_counted_by_route_and_status(server: LiveServer) -> None:
@@ -229,6 +249,81 @@ def with_one_number_changed(value: Any, path: str = "") -> Iterator[tuple[str, A
         yield path, 1
 
 
+def test_a_dashboard_made_for_vllm_finds_its_names(model_folder: Path, tmp_path: Path) -> None:
+    with LiveServer(model_folder, tmp_path, metrics_prefix="vllm") as server:
+        complete(server, "The boats come back.")
+        told = families(server)
+    assert not [name for name in told if name.startswith("longctx:")]
+    names = {name for name in told if name.startswith("vllm:")}
+    assert {name for name in names if not name.endswith("_created")} == {
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:kv_cache_usage_perc",
+        "vllm:prompt_tokens",
+        "vllm:generation_tokens",
+        "vllm:num_preemptions",
+        "vllm:prefix_cache_queries",
+        "vllm:prefix_cache_hits",
+        "vllm:request_success",
+        "vllm:time_to_first_token_seconds",
+        "vllm:inter_token_latency_seconds",
+        "vllm:e2e_request_latency_seconds",
+        "vllm:request_queue_time_seconds",
+        "vllm:request_prefill_time_seconds",
+        "vllm:request_decode_time_seconds",
+        "vllm:request_prompt_tokens",
+        "vllm:request_generation_tokens",
+    }
+    assert all(
+        sample.labels["model_name"] == MODEL
+        for name, family in told.items()
+        if name.startswith("vllm:")
+        for sample in family.samples
+    )
+    with pytest.raises(ValueError, match="metrics_prefix"):
+        ServerConfig(metrics_prefix="a-b")
+
+
+def test_who_leaves_is_counted_as_aborted(server: LiveServer) -> None:
+    def aborted() -> float:
+        return value(server, "longctx:request_success", finished_reason="abort")
+
+    before = aborted()
+    body = {"prompt": "a", "max_tokens": 20_000, "ignore_eos": True, "stream": True}
+    with server.http.stream("POST", "/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+    wait_for(lambda: aborted() == before + 1)
+
+
+DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
+IN_EXPRESSION = re.compile(r"(?:\$\{prefix\}:|longctx_)[a-z0-9_]+")
+LABELS = re.compile(r"\{\{(\w+)\}\}|by \((\w+)\)|(\w+)=")
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are(model_folder: Path, tmp_path: Path) -> None:
+    cache = {"host_pool_gib": 0.02, "kv_dir": tmp_path / "kv"}
+    with LiveServer(model_folder, tmp_path / "store", cache=cache) as server:
+        complete(server, "The boats come back.")
+        told = families(server)
+    samples: dict[str, set[str]] = {}
+    for family in told.values():
+        for sample in family.samples:
+            samples.setdefault(sample.name, set()).update(sample.labels)
+    dashboard = json.loads(DASHBOARD.read_text())
+    targets = [target for panel in dashboard["panels"] for target in panel["targets"]]
+    assert len(targets) > 20 and len({panel["id"] for panel in dashboard["panels"]}) > 10
+    for target in targets:
+        names = IN_EXPRESSION.findall(target["expr"])
+        assert names, target
+        for found in names:
+            name = found.replace("${prefix}", "longctx")
+            assert name in samples, name
+            both = target["expr"] + target["legendFormat"]
+            wanted = {label for match in LABELS.findall(both) for label in match if label}
+            assert wanted <= samples[name], (name, wanted)
+
+
 def exported(stats: EngineStats) -> dict[tuple[str, tuple[str, ...]], float]:
     return {
         (metric.name, labels): value
@@ -250,7 +345,7 @@ def test_every_number_of_the_engine_is_one_sample_of_its_own() -> None:
 
 def test_samples_carry_the_labels_of_their_metric() -> None:
     samples = exported(STATS)
-    assert ("requests_running", ()) in samples
+    assert ("num_requests_running", ()) in samples
     assert ("requests_total", ("stop",)) in samples
     assert ("kv_group_blocks_in_use", ("1",)) in samples
     assert ("kv_hits_total", ("host",)) in samples
