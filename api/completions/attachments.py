@@ -12,7 +12,7 @@ from api.background.store_dir import StoreDir
 from api.files.document import Document
 from api.files.document_library import DocumentLibrary
 from api.files.routes import PURPOSES, new_record
-from api.files.upload import Upload
+from api.files.upload import Upload, plain_name
 from api.http.errors import ApiError
 from api.http.message_bodies import FileReference
 
@@ -37,7 +37,7 @@ class Attachments:
         """Returns the document of data that came along, and whether it was not known before."""
         assert reference.file_data is not None
         data = _decode(reference.file_data)
-        filename = reference.filename or "file"
+        filename = plain_name(reference.filename or "")
         with Upload(self.folder.new_upload_path(), limit_bytes=self.max_upload_bytes) as upload:
             await asyncio.to_thread(upload.write, data)
             await asyncio.to_thread(upload.finish)

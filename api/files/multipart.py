@@ -1,16 +1,16 @@
 """Reads a multipart form as it streams in: text fields to memory, the file to an `Upload`."""
 
 import asyncio
-from pathlib import PurePosixPath
 
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
-from api.files.upload import Upload
+from api.files.upload import Upload, plain_name
 from api.http.errors import ApiError
-from api.http.read_body import discard
+from api.http.read_body import announced_bytes, discard
 
 MAX_FIELD_BYTES = 1 << 20
+MAX_HEADER_BYTES = 64 << 10  # of a part, names included
 WRITE_BYTES = 1 << 20
 
 
@@ -25,6 +25,7 @@ class MultipartReader:
         self._allowed = allowed
         self._complete = False
         self._header = [b"", b""]  # name and value, while they arrive
+        self._header_bytes = 0  # of the part, so far
         self._disposition = b""
         self._field = ""  # the part that is being read
         self._in_file = False
@@ -37,6 +38,9 @@ class MultipartReader:
         boundary = options.get(b"boundary")
         if kind != b"multipart/form-data" or boundary is None:
             raise ApiError(400, "the body must be multipart/form-data with a field 'file'")
+        fields_bytes = MAX_FIELD_BYTES * (len(self._allowed) + 1)
+        if announced_bytes(request) > self._upload.limit_bytes + fields_bytes:
+            raise self._upload.too_large()  # what is still sent is dropped by the server below
         parser = MultipartParser(
             boundary,
             {
@@ -76,14 +80,23 @@ class MultipartReader:
             await asyncio.to_thread(self._upload.write, data)
 
     def _on_part_begin(self) -> None:
+        self._header_bytes = 0
         self._disposition = b""
         self._text.clear()
 
     def _on_header_field(self, data: bytes, start: int, end: int) -> None:
         self._header[0] += data[start:end]
+        self._count_header(end - start)
 
     def _on_header_value(self, data: bytes, start: int, end: int) -> None:
         self._header[1] += data[start:end]
+        self._count_header(end - start)
+
+    def _count_header(self, more_bytes: int) -> None:
+        self._header_bytes += more_bytes
+        if self._header_bytes > MAX_HEADER_BYTES:
+            limit = MAX_HEADER_BYTES >> 10
+            raise ApiError(400, f"the headers of a part of the form are over {limit} KiB")
 
     def _on_header_end(self) -> None:
         name, value = self._header
@@ -99,7 +112,7 @@ class MultipartReader:
         if filename is not None:
             if self._field != "file" or self.filename is not None:
                 raise ApiError(400, "the form must have one file, in its field 'file'")
-            self.filename = PurePosixPath(filename.decode(errors="replace")).name or "file"
+            self.filename = plain_name(filename.decode(errors="replace"))
         elif self._field not in self._allowed:
             names = ", ".join(sorted(self._allowed))
             raise ApiError(

@@ -7,9 +7,11 @@ Whether a text can be had from it is found out later, in a process of its own
 import errno
 import hashlib
 import os
+import re
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Self
 
@@ -19,6 +21,7 @@ from longctx.documents.read_text import Unreadable
 from longctx.documents.reader import KNOWN, format_of
 
 HEAD_BYTES = 512  # tell every format
+MAX_NAME_CHARACTERS = 255  # of a file
 
 
 class Upload:
@@ -31,7 +34,7 @@ class Upload:
     def __init__(self, path: Path, *, limit_bytes: int) -> None:
         self.path = path
         self.size_bytes = 0
-        self._limit_bytes = limit_bytes
+        self.limit_bytes = limit_bytes
         self._file = path.open("xb")
         self._hash = hashlib.sha256()
         self._head = b""  # of which the format is told
@@ -64,6 +67,15 @@ class Upload:
             self._write(self._head)
             self._head = b""
 
+    def too_large(self) -> ApiError:
+        """Returns the refusal of a file over the limit."""
+        return ApiError(
+            413,
+            f"the file is larger than {self.limit_bytes >> 20} MiB; split it or start the "
+            "server with a larger --max-upload-mib",
+            param="file",
+        )
+
     def finish(self) -> None:
         """Makes it durable. Raises ApiError for a file that is empty, and for a full disk."""
         self._write(self._head)
@@ -78,13 +90,8 @@ class Upload:
             self._check_format(data)
         if not self._zeros_allowed and (position := data.find(b"\0")) >= 0:
             raise _refusal(f"the file is binary: a zero at byte {self.size_bytes + position}")
-        if self.size_bytes + len(data) > self._limit_bytes:
-            raise ApiError(
-                413,
-                f"the file is larger than {self._limit_bytes >> 20} MiB; split it or start the "
-                "server with a larger --max-upload-mib",
-                param="file",
-            )
+        if self.size_bytes + len(data) > self.limit_bytes:
+            raise self.too_large()
         self._has_text = self._has_text or bool(data.strip(b"\xef\xbb\xbf \t\r\n\v\f"))
         self.size_bytes += len(data)
         self._hash.update(data)
@@ -106,6 +113,19 @@ class Upload:
         except Unreadable as error:
             raise _refusal(str(error)) from error
         self._zeros_allowed = format != "text" or marked_encoding(head) is not None
+
+
+def plain_name(name: str) -> str:
+    """Returns the last part of a path, without control characters, `file` where nothing is left.
+
+    Of a name that is too long its ending stays.
+    """
+    last = re.split(r"[/\\]", name)[-1]
+    last = "".join(sign for sign in last if unicodedata.category(sign) not in ("Cc", "Cf", "Cs"))
+    if len(last) > MAX_NAME_CHARACTERS:
+        suffix = PurePosixPath(last).suffix[:16]
+        last = last[: MAX_NAME_CHARACTERS - len(suffix)] + suffix
+    return "file" if last.strip() in ("", ".", "..") else last
 
 
 def _refusal(what: str) -> ApiError:

@@ -1,5 +1,6 @@
 """Reads request bodies, up to a limit, into the types of `bodies.py`."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import TypeVar
 
@@ -11,8 +12,10 @@ from api.http.errors import ApiError, invalid_body
 
 # JSON is parsed in one go on the event loop, at about 300 MB/s.
 MAX_JSON_BYTES = 16 << 20
-# Of a refused body this much is still read: a client that is busy sending sees no answer.
+# Of a refused body this much is still read, while it comes: a client that is busy sending sees no
+# answer, and one that waits for an answer sends nothing.
 MAX_DISCARDED_BYTES = 256 << 20
+DISCARD_SECONDS = 1.0
 
 BodyType = TypeVar("BodyType", bound=BaseModel)
 
@@ -41,24 +44,35 @@ def parse(body: bytes, body_type: type[BodyType]) -> BodyType:
 
 async def read_body(request: Request) -> bytes:
     """Reads the whole body. Raises ApiError 413 above MAX_JSON_BYTES."""
+    too_large = ApiError(
+        413,
+        f"the body is larger than {MAX_JSON_BYTES >> 20} MiB; "
+        "upload long text to /v1/files and refer to it by file_id",
+    )
+    if announced_bytes(request) > MAX_JSON_BYTES:
+        raise too_large  # what is still sent is dropped by the server below
     body = bytearray()
     stream = request.stream()
     async for chunk in stream:
         body += chunk
         if len(body) > MAX_JSON_BYTES:
             await discard(stream)
-            raise ApiError(
-                413,
-                f"the body is larger than {MAX_JSON_BYTES >> 20} MiB; "
-                "upload long text to /v1/files and refer to it by file_id",
-            )
+            raise too_large
     return bytes(body)
 
 
+def announced_bytes(request: Request) -> int:
+    """Returns how long the client says that the body is; 0 where it does not say so."""
+    return int(request.headers.get("content-length", 0))
+
+
 async def discard(stream: AsyncIterator[bytes]) -> None:
-    """Reads the rest of a body that is refused, but no more than MAX_DISCARDED_BYTES of it."""
+    """Reads the rest of a body that is refused, but no more than MAX_DISCARDED_BYTES of it, and
+    only as long as it comes."""
     discarded = 0
-    async for chunk in stream:
-        discarded += len(chunk)
-        if discarded > MAX_DISCARDED_BYTES:
+    while discarded <= MAX_DISCARDED_BYTES:
+        try:
+            async with asyncio.timeout(DISCARD_SECONDS):
+                discarded += len(await anext(stream))
+        except (StopAsyncIteration, TimeoutError):
             return
