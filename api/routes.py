@@ -5,6 +5,7 @@ its subject, and one line here; `/openapi.json` follows.
 """
 
 from api.anthropic.bodies import CountTokensRequest, MessagesRequest
+from api.anthropic.files import AnthropicFileRoutes, by_client
 from api.anthropic.routes import MessageRoutes
 from api.cache_routes import CLEAR_BODY, CacheRoutes
 from api.completions.attachments import Attachments
@@ -78,6 +79,7 @@ def routes(services: Services) -> list[Route]:
     prompts = PromptRoutes(services.prompts, engine, services.modules)
     schemas = SchemaRoutes(services.schemas, engine, services.modules)
     responses = ResponseRoutes(chat, services.responses, ping_seconds=config.ping_seconds)
+    named = AnthropicFileRoutes(files)
     messages = MessageRoutes(chat, ping_seconds=config.ping_seconds)
     status = StatusRoutes(generation, services.tokenizer, chat)
     cache = CacheRoutes(engine, documents)
@@ -115,13 +117,13 @@ def routes(services: Services) -> list[Route]:
         Route("GET", "/v1/prompt_cache/schemas", schemas.list),
         Route("GET", "/v1/prompt_cache/schemas/{name}", schemas.retrieve),
         Route("DELETE", "/v1/prompt_cache/schemas/{name}", schemas.delete),
-        Route("POST", "/v1/files", files.create, UPLOAD_BODY),
-        Route("GET", "/v1/files", files.list),
-        Route("GET", "/v1/files/{file_id}", files.retrieve),
+        Route("POST", "/v1/files", by_client(files.create, named.create), UPLOAD_BODY),
+        Route("GET", "/v1/files", by_client(files.list, named.list)),
+        Route("GET", "/v1/files/{file_id}", by_client(files.retrieve, named.retrieve)),
         Route("GET", "/v1/files/{file_id}/content", files.content),
         Route("GET", "/v1/files/{file_id}/text", files.text),
         Route("GET", "/v1/files/{file_id}/sections", files.sections),
-        Route("DELETE", "/v1/files/{file_id}", files.delete),
+        Route("DELETE", "/v1/files/{file_id}", by_client(files.delete, named.delete)),
         Route(
             "POST",
             "/v1beta/models/{model:path}:generateContent",

@@ -72,7 +72,7 @@ class FileRoutes:
     async def create(self, request: Request) -> Response:
         """Stores an uploaded text and has it computed in the background."""
         document = await self.receive(request, FIELDS, lifetime.seconds_of)
-        return JSONResponse(self._body(document))
+        return JSONResponse(self.body(document))
 
     async def receive(
         self,
@@ -123,7 +123,7 @@ class FileRoutes:
             after=query.after,
             limit=query.limit + 1,
         )
-        page = [self._body(document) for document in found[: query.limit]]
+        page = [self.body(document) for document in found[: query.limit]]
         return JSONResponse(
             {
                 "object": "list",
@@ -136,7 +136,7 @@ class FileRoutes:
 
     async def retrieve(self, request: Request) -> Response:
         """Returns a file's object, which tells how far its computation is."""
-        return JSONResponse(self._body(self._find(request)))
+        return JSONResponse(self.body(self._find(request)))
 
     async def content(self, request: Request) -> Response:
         """Returns a file as it was uploaded."""
@@ -187,7 +187,8 @@ class FileRoutes:
             raise ApiError(409, f"file {document.id} has no text: {why}", code="file_not_read")
         return document
 
-    def _body(self, document: Document) -> dict[str, Any]:
+    def body(self, document: Document) -> dict[str, Any]:
+        """Makes a file's object, as OpenAI's clients get it."""
         record = document.record
         state = self.library.state(document)
         return {
