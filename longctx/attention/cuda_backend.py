@@ -47,10 +47,10 @@ class CUDAAttention:
                     "of these codecs"
                 )
         self._memory = memory
-        on_gpu = memory.device.type == "cuda"
-        self._processors = (
-            torch.cuda.get_device_properties(memory.device).multi_processor_count if on_gpu else 4
-        )
+        self._processors, self._generation = 4, 0
+        if memory.device.type == "cuda":
+            properties = torch.cuda.get_device_properties(memory.device)
+            self._processors, self._generation = properties.multi_processor_count, properties.major
         self._scratch_bytes = scratch_bytes
         self._scratch = torch.empty(0, dtype=torch.uint8, device=memory.device)
 
@@ -85,7 +85,7 @@ class CUDAAttention:
         if step.covered < tokens:
             out.zero_()
             lse.fill_(-torch.inf)
-        most = most_rows(head_dim, query.element_size())
+        most = most_rows(head_dim, query.element_size(), self._generation)
         for batch in step.batches(heads=heads, kv_heads=kv_heads, most=most):
             if batch.splits == 1 or batch.rows is None:
                 self._launch(call, query, step, batch, out, lse)
@@ -150,6 +150,7 @@ class CUDAAttention:
             # The interpreter multiplies the bits of bfloat16 as if they were integers
             DOT=tl.float32 if INTERPRETED else PRODUCTS[query.dtype],
             num_warps=warps(batch.m, head_dim),
+            num_stages=stages(kind),
         )
 
     def _pages(self, layer: int, batch: TileBatch) -> tuple[tl.constexpr, Tensor]:
@@ -182,14 +183,25 @@ class CUDAAttention:
         return kernels.RAW, rows
 
 
-def most_rows(head_dim: int, itemsize: int) -> int:
-    """Return how many rows of products a tile of a long chunk has, for registers to suffice."""
-    return MANY_ROWS if head_dim <= WIDE_DIM and itemsize == 2 else MANY_ROWS // 4
+def most_rows(head_dim: int, itemsize: int, generation: int) -> int:
+    """Return how many rows of products a tile of a long chunk has, for registers to suffice.
+
+    `generation` is the first number of a GPU's compute capability: before 9 products take their
+    operands from registers.
+    """
+    if head_dim > WIDE_DIM or itemsize > 2:
+        return MANY_ROWS // 4
+    return MANY_ROWS if generation >= 9 else MANY_ROWS // 2
 
 
 def warps(m: int, head_dim: int) -> int:
     """Return how many warps share a tile, so that none spills registers."""
     return 4 if m <= FEW_ROWS and head_dim <= WIDE_DIM else 8
+
+
+def stages(kind: tl.constexpr) -> int:
+    """Return how many pages are under way at once: of packed ones more would spill registers."""
+    return 3 if kind == kernels.RAW else 2
 
 
 def _value_group(codec: Codec) -> int:

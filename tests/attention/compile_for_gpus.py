@@ -49,7 +49,9 @@ COMBINE = dict(
 )  # fmt: skip
 
 
-def described(kernel: str, codec: str, dim: int) -> tuple[Any, dict[str, str], dict[str, Any], int]:
+def described(
+    kernel: str, codec: str, dim: int, target: int
+) -> tuple[Any, dict[str, str], dict[str, Any], int]:
     """Return a kernel, its arguments' types, its constants and its warps, as the backend would."""
     pad = max(16, triton.next_power_of_2(dim))
     kind = backend.CODECS[codec].value
@@ -59,7 +61,7 @@ def described(kernel: str, codec: str, dim: int) -> tuple[Any, dict[str, str], d
     if kernel == "unpack":
         constants = dict(D=dim, D_PAD=pad, KV_HEADS=KV_HEADS, CODEC=kind, VALUE_GROUP=value_group)
         return kernels.unpack, UNPACK, constants, 4
-    m = 16 if kernel == "decode" else backend.most_rows(dim, 2)
+    m = 16 if kernel == "decode" else backend.most_rows(dim, 2, target // 10)
     types = ATTEND | ({"pages": "*bf16"} if codec == "raw" else {})
     constants = dict(
         GROUP=GROUP,
@@ -81,7 +83,7 @@ def main(target: int, names: list[str]) -> int:
     faults = 0
     for name in names:
         kernel, codec, dim = name.split(":")
-        function, types, constants, warps = described(kernel, codec, int(dim))
+        function, types, constants, warps = described(kernel, codec, int(dim), target)
         signature = types | dict.fromkeys(constants, "constexpr")
         aligned = {
             (index,): [["tt.divisibility", 16]]
@@ -91,7 +93,7 @@ def main(target: int, names: list[str]) -> int:
         made = triton.compile(
             ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned),
             target=GPUTarget("cuda", target, 32),
-            options={"num_warps": warps},
+            options={"num_warps": warps, "num_stages": backend.stages(backend.CODECS[codec])},
         )
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(made.asm["cubin"])

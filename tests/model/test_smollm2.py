@@ -14,11 +14,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from longctx.attention.registry import BACKENDS
 from longctx.config import CacheConfig, EngineConfig, ModelConfig
 from longctx.llm import LLM
+from longctx.model.loader import load_model
 from longctx.model.named import PACKAGED, packaged_path
+from longctx.quality.gate import judge_codec
+from longctx.quality.measure import Workload, measure
 from longctx.request import SamplingParams
 from longctx.text.chat_template import Message
+from longctx.text.tokenizer import Tokenizer
 
 FOUND = packaged_path(PACKAGED["smollm2"])
 pytestmark = [
@@ -125,3 +130,15 @@ def test_loading_takes_little_more_memory_than_the_file(path: Path) -> None:
     taken, weights = map(int, said.stdout.split())
     assert weights < 1.01 * path.stat().st_size
     assert taken < weights + MEMORY_BYTES
+
+
+@pytest.mark.slow  # half a minute for each type
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_verdict_does_not_depend_on_the_type_that_serves(dtype: str, path: Path) -> None:
+    model, tokenizer = load_model(ModelConfig(dtype=dtype, threads=1), path), Tokenizer(path)
+    names = ("bf16", "int8", "int4")
+    measured = measure(
+        model, tokenizer, BACKENDS["torch"], names, workload=Workload(limit_seconds=None)
+    )
+    passed = {name: judge_codec(model.spec, name, measured[name]).passed for name in names}
+    assert passed == {"bf16": True, "int8": True, "int4": True}
