@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from compress.int4 import Int4
+from compress.int8 import Int8
 from longctx.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from longctx.llm import LLM
 from longctx.request import Request, SamplingParams, Segment
@@ -46,6 +48,21 @@ def test_a_document_is_restored_after_the_end_of_the_engine(tmp_path: Path, code
     assert restored.token_ids == cold.token_ids
     assert restored.usage.computed_tokens < 128
     assert restored.usage.cached_tokens >= document.tokens - 64
+
+
+@pytest.mark.parametrize("codec", [Int8, Int4])
+def test_pages_of_another_version_of_a_codec_are_computed_again(
+    tmp_path: Path, codec: type[Int8 | Int4], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an older longctx wrote has other bytes at other places."""
+    with monkeypatch.context() as older:
+        older.setattr(codec, "version", codec.version - 1)
+        with LLM(config=config(tmp_path, codec=codec.name)) as first:
+            first.document_from_text(TEXT)
+    with LLM(config=config(tmp_path, codec=codec.name)) as second:
+        document = second.document_from_text(TEXT)
+        assert document.usage.computed_tokens > document.tokens - 64
+        assert document.ask("How many ships?", GREEDY).usage.computed_tokens < 128
 
 
 def test_a_document_larger_than_others_leave_room_for_comes_back_when_it_is_asked(
