@@ -119,7 +119,9 @@ def endless_model(tmp_path: Path) -> Path:
 def test_ctrl_c_stops_an_answer_and_no_more(endless_model: Path) -> None:
     with chat("--model", endless_model, "--max-context", "1024") as (terminal, process):
         terminal.wait("> ")
-        terminal.type("some\x03")  # a line that is given up
+        terminal.type("some")
+        terminal.wait("some")  # echoed, so that the line is waited for again
+        terminal.type("\x03")  # which gives it up
         terminal.wait("Ctrl-C stops an answer")
         terminal.wait("> ")
         terminal.type("Tell a tale.\n")
