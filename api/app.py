@@ -1,6 +1,6 @@
 """The ASGI application: the route table behind authentication and request metrics."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ from api.files.document_library import DocumentLibrary
 from api.files.tokenizer_process import TokenizerProcess
 from api.gemini.versions import GeminiVersions
 from api.http.auth import OPEN_PATHS, Authentication
+from api.http.observing import Observer, Observing
 from api.http.openapi import add_routes
 from api.http.refusals import HANDLERS
 from api.metrics import MetricsMiddleware
@@ -44,11 +45,13 @@ async def open_application(
     tokenizer: Tokenizer,
     tokenizer_process: TokenizerProcess,
     processes: EngineProcesses | None = None,
+    observers: Sequence[Observer] = (),
 ) -> AsyncGenerator[Application, None]:
     """Opens the services and the application in front of them. Raises LongctxError.
 
     `keys`: the accepted API keys; without any, every request is accepted. `processes`: where the
-    engine was launched already. The tokenizer process is ended too.
+    engine was launched already. `observers` are told of every request. The tokenizer process is
+    ended too.
     """
     async with open_services(
         engine_config,
@@ -74,6 +77,8 @@ async def open_application(
             )
         # The last ones added are the outermost: refused requests are counted too.
         asgi.add_middleware(MetricsMiddleware, metrics=services.http_metrics)
+        if observers:
+            asgi.add_middleware(Observing, observers=observers)
         asgi.add_middleware(GeminiVersions)
         yield Application(asgi, services.engine, services.documents)
 

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from longctx.errors import LongctxError
 from prompt_cache.level import Level, parse_level
@@ -25,6 +25,9 @@ class ServerConfig:
     ] = ()
     api_key: Annotated[tuple[str, ...], "key that requests must carry; repeat for more"] = ()
     api_key_file: Annotated[Path | None, "file of accepted keys, one a line; a tenant each"] = None
+    log_format: Annotated[
+        Literal["text", "json"], "json: the log as lines of JSON, with one for each request"
+    ] = "text"
     metrics_prefix: Annotated[
         str, "what the names of metrics that vLLM has too begin with; vllm suits its dashboards"
     ] = "longctx"

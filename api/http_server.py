@@ -5,12 +5,14 @@ At the end nothing new is taken, running answers get time to finish, then the en
 
 import asyncio
 import contextlib
+import importlib
 import os
 import signal
 import socket
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -19,12 +21,19 @@ from api.app import Application, open_application
 from api.background.store_dir import StoreDir
 from api.config import ServerConfig
 from api.files.tokenizer_process import TokenizerProcess
+from api.http.json_log import log_as_json, log_request
+from api.http.observing import Observer
 from api.listener import most_connections
 from longctx.config import EngineConfig
 from longctx.engine_info import EngineInfo
 from longctx.process.launcher import EngineProcesses
 from longctx.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:  # what it imports comes with an extra
+    from api.http.traces import Traces
+
+# Read by OpenTelemetry's exporter, in all services alike; traces are sent where one is set.
+TRACE_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections: they close them, not we
 LAST_BYTES_SECONDS = 5  # to send what is left of answers that the engine has ended
 
@@ -86,6 +95,13 @@ async def _run(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
+    observers: list[Observer] = []
+    if config.log_format == "json":
+        log_as_json()
+        observers.append(log_request)
+    traces = _traces(os.environ)
+    if traces is not None:
+        observers.append(traces)
     async with open_application(
         engine_config,
         config,
@@ -94,6 +110,7 @@ async def _run(
         tokenizer=tokenizer,
         tokenizer_process=tokenizer_process,
         processes=processes,
+        observers=observers,
     ) as application:
         info = application.engine.info
         print(startup_line(info), file=sys.stderr)
@@ -107,6 +124,24 @@ async def _run(
             )
         server = Server(application, config)
         await server.serve([listener])
+    if traces is not None:
+        await asyncio.to_thread(traces.close)
+
+
+def _traces(environment: Mapping[str, str]) -> "Traces | None":
+    """Returns what sends traces, where OpenTelemetry's own variables say where to."""
+    if not any(environment.get(name) for name in TRACE_ENDPOINTS):
+        return None
+    try:
+        module = importlib.import_module("api.http.traces")
+    except ModuleNotFoundError as error:
+        print(
+            f"longctx sends no traces: {error}; pip install 'longctx[otel]' brings what is missing",
+            file=sys.stderr,
+        )
+        return None
+    traces: Traces = module.send_traces()
+    return traces
 
 
 def startup_line(info: EngineInfo) -> str:

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -16,6 +16,7 @@ from api.background.store_dir import StoreDir
 from api.config import ServerConfig
 from api.files.tokenizer_process import TokenizerProcess
 from api.http.auth import read_keys
+from api.http.observing import Observer
 from api.http_server import Server
 from api.listener import listen
 from longctx.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
@@ -42,6 +43,7 @@ class LiveServer:
         *,
         max_sequences: int = 64,
         cache: dict[str, Any] | None = None,
+        observers: Sequence[Observer] = (),
         **settings: Any,
     ) -> None:
         """`cache` and `settings`: fields of `CacheConfig` and `ServerConfig`."""
@@ -61,6 +63,7 @@ class LiveServer:
                 **settings,
             }
         )
+        self.observers = observers
         self.tokenizer = Tokenizer(model_folder)
         self.started = threading.Event()
         self.failure: BaseException | None = None
@@ -120,6 +123,7 @@ class LiveServer:
             folder=folder,
             tokenizer=self.tokenizer,
             tokenizer_process=self.tokenizer_process,
+            observers=self.observers,
         ) as self.application:
             self.server = Server(self.application, self.config)
             self.started.set()

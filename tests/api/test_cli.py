@@ -1,11 +1,17 @@
+import http.server
+import importlib.util
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import httpx
 import openai
 import pytest
 
@@ -131,3 +137,42 @@ def test_a_mistake_is_one_line(
         main(argv)
     assert isinstance(caught.value.code, str)
     assert message in caught.value.code and "\n" not in caught.value.code
+
+
+def test_serve_logs_lines_of_json_and_sends_traces(model_folder: Path, tmp_path: Path) -> None:
+    received: list[tuple[str, int]] = []
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            received.append((self.path, len(body)))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Collector) as collector:
+        thread = threading.Thread(target=collector.serve_forever)
+        thread.start()
+        endpoint = f"http://127.0.0.1:{collector.server_port}"
+        with mock.patch.dict(os.environ, {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}):
+            server = longctx(
+                *("serve", "--model", model_folder, "--store-dir", tmp_path, "--port", "0"),
+                *(*OPTIONS, "--log-format", "json"),
+            )
+        assert server.stdout is not None
+        url = server.stdout.readline().split()[-1]
+        assert httpx.get(f"{url}/health", timeout=patient()).status_code == 200
+        server.send_signal(signal.SIGTERM)
+        output, errors = server.communicate(timeout=patient())
+        collector.shutdown()
+        thread.join()
+    assert (server.returncode, output) == (0, "")
+    lines = [json.loads(line) for line in errors.splitlines() if line.startswith("{")]
+    assert [(line["route"], line["status"]) for line in lines] == [("/health", 200)]
+    if importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http") is None:
+        assert "longctx[otel]" in errors
+    else:
+        ((path, size),) = received
+        assert path == "/v1/traces" and size > 50
