@@ -183,6 +183,7 @@ def engine_config(
     rope_override: str | None = None,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
 ) -> EngineConfig:
+    """Steps may take a minute: what a step computes must not depend on how busy the machine is."""
     return EngineConfig(
         model=ModelConfig(
             attention_backend=backend,
@@ -195,6 +196,7 @@ def engine_config(
             max_batch_tokens=max_batch_tokens,
             max_sequences=min(max_sequences, max_batch_tokens),
             max_waiting=max_waiting,
+            target_step_ms=60_000,
         ),
     )
 
