@@ -214,8 +214,8 @@ def test_what_many_ranks_cannot_do_is_refused(argv: tuple[str, ...]) -> None:
 def test_the_names_that_options_offer_are_those_of_the_registries() -> None:
     assert get_args(KVCodec) == ("auto", *CODECS)
     assert get_args(EvictionPolicyName) == tuple(POLICIES)
-    # `cpu` is known everywhere, and registered where its kernels are compiled
-    assert set(get_args(AttentionBackendName)) == {"auto", "cpu", *BACKENDS}
+    # These are known everywhere, and registered where their kernels can run.
+    assert set(get_args(AttentionBackendName)) == {"auto", "cpu", "cuda", *BACKENDS}
 
 
 @pytest.mark.parametrize("name", ["kv_codec", "eviction_policy", "attention_backend"])
