@@ -29,7 +29,7 @@ from api.http.bodies import (
     DetokenizeRequest,
     TokenizeRequest,
 )
-from api.http.openapi import Route
+from api.http.openapi import ANYTHING, EVENTS, JSON, TEXT, Route
 from api.metrics import MetricsRoute
 from api.page.bench_results import BenchRoutes
 from api.page.page import PageRoutes
@@ -90,7 +90,7 @@ def routes(services: Services) -> list[Route]:
     gemini_files = GeminiFileRoutes(files, services.uploads)
     found = [
         Route("GET", "/health", status.health),
-        Route("GET", "/metrics", metrics.scrape),
+        Route("GET", "/metrics", metrics.scrape, answers=(TEXT,)),
         Route("GET", "/v1/cache", cache.retrieve),
         Route("POST", "/v1/cache/flush", cache.clear, CLEAR_BODY),
         Route("GET", "/v1/bench/niah", bench.niah),
@@ -120,8 +120,8 @@ def routes(services: Services) -> list[Route]:
         Route("POST", "/v1/files", by_client(files.create, named.create), UPLOAD_BODY),
         Route("GET", "/v1/files", by_client(files.list, named.list)),
         Route("GET", "/v1/files/{file_id}", by_client(files.retrieve, named.retrieve)),
-        Route("GET", "/v1/files/{file_id}/content", files.content),
-        Route("GET", "/v1/files/{file_id}/text", files.text),
+        Route("GET", "/v1/files/{file_id}/content", files.content, answers=(ANYTHING,)),
+        Route("GET", "/v1/files/{file_id}/text", files.text, answers=(TEXT,)),
         Route("GET", "/v1/files/{file_id}/sections", files.sections),
         Route("DELETE", "/v1/files/{file_id}", by_client(files.delete, named.delete)),
         Route(
@@ -135,6 +135,7 @@ def routes(services: Services) -> list[Route]:
             "/v1beta/models/{model:path}:streamGenerateContent",
             gemini.stream,
             GenerateContentRequest,
+            answers=(JSON, EVENTS),
         ),
         Route(
             "POST", "/v1beta/models/{model:path}:countTokens", gemini.count, ContentTokensRequest
@@ -154,5 +155,8 @@ def routes(services: Services) -> list[Route]:
     ]
     if config.page:
         page = PageRoutes()
-        found += [Route("GET", "/", page.index), Route("GET", "/page/{name}", page.file)]
+        found += [
+            Route("GET", "/", page.index, answers=("text/html",)),
+            Route("GET", "/page/{name}", page.file, answers=(ANYTHING,)),
+        ]
     return found

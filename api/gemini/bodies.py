@@ -257,7 +257,7 @@ class ContentTokensRequest(GoogleBody):
     """Asks how many tokens contents have, or a whole request."""
 
     model: str | None = None
-    contents: Annotated[list[Content] | None, Listed, Field(min_length=1)] = None
+    contents: Annotated[list[Content], Listed, Field(min_length=1)] | None = None
     generate_content_request: GenerateContentRequest | None = None
 
     @model_validator(mode="after")

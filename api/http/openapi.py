@@ -21,11 +21,17 @@ from starlette.routing import Route as StarletteRoute
 from starlette.types import Receive, Scope, Send
 
 JSON = "application/json"
+EVENTS = "text/event-stream"
+TEXT = "text/plain"
+ANYTHING = "*/*"
 REFERENCE = "#/components/schemas/{model}"
 PARAMETER = re.compile(r"{(\w+)(?::\w+)?}")  # in a path: {file_id}, {name:path}
 
 Endpoint: TypeAlias = Callable[[Request], Coroutine[Any, Any, Response]]
 JSONSchema: TypeAlias = Mapping[str, Any]
+
+# What all APIs have in common: each has its own shape of an error.
+REFUSAL: JSONSchema = {"type": "object", "required": ["error"]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +53,7 @@ class Route:
     path: str
     endpoint: Endpoint
     body: type[BaseModel] | Body | None = None
+    answers: tuple[str, ...] = (JSON,)  # the media types of a success; one that is streamed has its
 
     @property
     def described_body(self) -> Body | None:
@@ -54,7 +61,7 @@ class Route:
 
     def operation(self) -> dict[str, Any]:
         """Makes the parts of its OpenAPI operation that the endpoint's signature does not show."""
-        described: dict[str, Any] = {}
+        described: dict[str, Any] = {"responses": self._responses()}
         if names := PARAMETER.findall(self.path):
             described["parameters"] = [
                 {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
@@ -69,6 +76,16 @@ class Route:
                 },
             }
         return described
+
+    def _responses(self) -> dict[str, Any]:
+        streamed = isinstance(self.body, type) and "stream" in self.body.model_fields
+        kinds = (*self.answers, EVENTS) if streamed else self.answers
+        refusal = {"content": {JSON: {"schema": REFUSAL}}}
+        return {
+            "200": {"description": "Success", "content": {kind: {} for kind in kinds}},
+            "4XX": {"description": "Refused: the message says why", **refusal},
+            "503": {"description": "Not now; the engine is being restarted", "content": {JSON: {}}},
+        }
 
 
 class OtherMethods:
@@ -97,7 +114,11 @@ def add_routes(app: FastAPI, routes: Sequence[Route]) -> None:
     """
     for route in routes:
         app.add_api_route(
-            route.path, route.endpoint, methods=[route.method], openapi_extra=route.operation()
+            route.path,
+            route.endpoint,
+            methods=[route.method],
+            openapi_extra=route.operation(),
+            response_class=Response,
         )
         if route.method == "GET":  # the server below sends no body
             app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)

@@ -168,6 +168,7 @@ def test_another_form_of_a_stream_is_refused(server: LiveServer) -> None:
     ("body", "field"),
     [
         ({}, "contents"),
+        ({"contents": None}, "contents"),
         ({"contents": TEXT, "generateContentRequest": {"contents": TEXT}}, "contents"),
     ],
 )
