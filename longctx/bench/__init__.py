@@ -19,6 +19,7 @@ from longctx.bench.config import (
     RanksConfig,
     RestartConfig,
     RoundsConfig,
+    ScheduleConfig,
 )
 from longctx.config import EngineConfig
 
@@ -72,6 +73,11 @@ BENCHES: dict[str, Bench] = {
         "how steady answers stay beside a long document, and what it keeps of its speed",
         "longctx.bench.scheduling.load",
         (EngineConfig, BenchConfig, LoadConfig),
+    ),
+    "schedule": Bench(
+        "schedulers compared without a model, in virtual time, and what a machine bears",
+        "longctx.bench.scheduling.schedule",
+        (EngineConfig, BenchConfig, ScheduleConfig),
     ),
     "ring": Bench(
         "what it costs to share a prompt among ranks, and a projection to many GPUs",

@@ -282,6 +282,44 @@ class LoadConfig:
         return _whole_numbers("load_depths", self.load_depths)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleConfig:
+    """Options of `longctx bench schedule`: the machine that is simulated, and what it is asked."""
+
+    step_costs: Annotated[
+        str,
+        "ms of a step, a prompt token, a pair of tokens, an answer and a token of its context, as "
+        "ms_per of /v1/scheduler has them; a Llama of 100M parameters on two cores if absent",
+    ] = "20,0.6,0.000055,3,0.0002"
+    pool_tokens: Annotated[int, "tokens whose KV the device holds"] = 1 << 21
+    requests: Annotated[int, "requests of the trace"] = 2000
+    documents_read: Annotated[int, "of these, documents that are read beside the chats"] = 9
+    longest_tokens: Annotated[int, "the longest of the documents"] = 1_000_000
+    busy: Annotated[float, "part of the time that all but the longest document take"] = 0.6
+    trace_file: Annotated[
+        Path | None,
+        "requests from a CSV file with the columns of the Azure LLM traces instead: TIMESTAMP, "
+        "ContextTokens, GeneratedTokens",
+    ] = None
+    live: Annotated[
+        bool, "serve a small trace with the model as well, and compare its times with the simulated"
+    ] = False
+
+    def __post_init__(self) -> None:
+        if len(self.costs_ms) != 5 or min(self.costs_ms) < 0 or not any(self.costs_ms):
+            raise ValueError(f"step_costs={self.step_costs} must be five numbers from 0")
+        for name in ("pool_tokens", "longest_tokens"):
+            _at_least(name, getattr(self, name), 64)
+        _at_least("documents_read", self.documents_read, 0)
+        _at_least("requests", self.requests, self.documents_read + 1)
+        if not 0 < self.busy <= 2:
+            raise ValueError(f"busy={self.busy} must be above 0, and 2 at most")
+
+    @property
+    def costs_ms(self) -> tuple[float, ...]:
+        return _numbers("step_costs", self.step_costs)
+
+
 def _whole_numbers(name: str, text: str) -> tuple[int, ...]:
     """Raises ValueError unless the text is whole numbers, separated by commas."""
     try:

@@ -115,6 +115,11 @@ class MeasuredEngine:
         self._engine.abort(request_id)
 
     @property
+    def scheduler(self) -> Scheduler:
+        """Return the engine's scheduler: what it was asked and has learned."""
+        return self._parts.scheduler
+
+    @property
     def prediction_error(self) -> float | None:
         """The median relative error of the last predictions of how long a step takes."""
         return self._parts.scheduler.cost.median_error

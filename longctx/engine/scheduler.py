@@ -214,7 +214,7 @@ class Scheduler:
             share = self._shares.left(request_class) if decodes else math.inf
             for sequence in queues[request_class]:
                 most = min(tokens, scored) if sequence.scores_prompt else tokens
-                if share <= 0:
+                if share <= 0 or tokens <= 0:
                     break
                 if most <= 0:
                     continue
@@ -405,7 +405,7 @@ class Scheduler:
     def _admit(self, sequence: Sequence) -> bool:
         if sequence.held or not self._make_place(sequence):
             return False
-        admission = self._cache.admit(sequence.blocks, spare_blocks=len(self.running))
+        admission = self._cache.admit(sequence.blocks, spare_blocks=self._spare_blocks(sequence))
         if admission is not Admission.ADMITTED:
             return False
         self.waiting.remove(sequence)
@@ -415,6 +415,10 @@ class Scheduler:
             sequence.cached_tokens = sequence.blocks.computed
             sequence.queue_seconds = time.monotonic() - sequence.arrival_seconds
         return True
+
+    def _spare_blocks(self, sequence: Sequence) -> int:
+        """Return how many blocks stay free beside a prompt: one for each answer that grows."""
+        return len(self.running)
 
     def _make_place(self, sequence: Sequence) -> bool:
         """Whether the sequence may run beside others; a tenant with many makes place for others.
