@@ -271,8 +271,9 @@ def test_modules_that_do_not_fit_together_come_from_disk_by_turns(
         for i in range(8)
     ]
     engine.finish(*requests)
-    # The linked beginning of the last one is that of the second.
-    assert engine.runner.computed_tokens - before == 8 * 5 + 3 * 16
+    # No module is computed again. The linked beginning of the last one is that of the second, if
+    # that is still there: who goes first depends on what the device has.
+    assert engine.runner.computed_tokens - before in (8 * 5 + 3 * 16, 8 * 5 + 4 * 16)
     assert engine.stats().tiers["disk"].hits > 0
     assert_equals_dense_pass(engine, DenseModel(folder), modules, *requests)
     while engine.has_transfers:
