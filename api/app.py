@@ -13,6 +13,7 @@ from api.files.document_library import DocumentLibrary
 from api.files.tokenizer_process import TokenizerProcess
 from api.gemini.versions import GeminiVersions
 from api.http.auth import OPEN_PATHS, Authentication
+from api.http.foreign_pages import ForeignPages
 from api.http.observing import Observer, Observing
 from api.http.openapi import add_routes
 from api.http.refusals import HANDLERS
@@ -68,6 +69,7 @@ async def open_application(
             secret=folder.secret(),
             open_paths=OPEN_PATHS | (page_paths() if config.page else frozenset()),
         )
+        asgi.add_middleware(ForeignPages, allowed=config.cors_origin)
         if config.cors_origin:  # before keys are asked for: browsers ask first, without one
             asgi.add_middleware(
                 CORSMiddleware,
