@@ -13,6 +13,7 @@ import pytest
 
 from tests.api.live_server import MODEL, LiveServer
 from tests.api.test_restart import engine_process
+from tests.support.stored_files import files_holding
 from tests.support.waiting import wait_for
 
 WORDS = "the gulls of Trieste count {} boats, and none of them is theirs. "
@@ -104,7 +105,7 @@ def assert_nothing_is_left(server: LiveServer) -> None:
         return [path for path in server.config.folder.rglob("*") if path.is_file()]
 
     wait_for(lambda: not [path for path in files() if path.suffix in (".kv", ".txt", ".tokens")])
-    assert not [path for path in files() if any(n in path.read_bytes() for n in needles)]
+    assert not files_holding(server.config.folder, *needles)
 
 
 # An iterator of a stream's lines has to be held: where it goes, the request is aborted

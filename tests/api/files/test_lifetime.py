@@ -14,6 +14,7 @@ from api.files.document_store import DocumentStore
 from tests.api.files.test_document_store import with_store
 from tests.api.files.test_files import upload, wait_until_done
 from tests.api.live_server import MODEL, LiveServer
+from tests.support.stored_files import files_holding
 from tests.support.waiting import wait_for
 
 HOUR = 3600
@@ -57,13 +58,7 @@ def assert_nothing_is_left(server: LiveServer) -> None:
 
     wait_for(lambda: not blocks())
     tokens = np.array(server.tokenizer.encode(WORDS)[200:216], dtype="<i4").tobytes()
-
-    def left() -> list[Path]:
-        paths = [path for path in server.config.folder.rglob("*") if path.is_file()]
-        read = {path: path.read_bytes() for path in paths}
-        return [path for path, data in read.items() if SECRET in data or tokens in data]
-
-    wait_for(lambda: not left())
+    wait_for(lambda: not files_holding(server.config.folder, SECRET, tokens))
 
 
 @pytest.mark.parametrize("restarted", [False, True])

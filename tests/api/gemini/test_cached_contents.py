@@ -12,6 +12,7 @@ import pytest
 from longctx.request import FinishReason
 from tests.api.gemini.google_client import connect
 from tests.api.live_server import MODEL, LiveServer
+from tests.support.stored_files import files_holding
 from tests.support.waiting import wait_for
 
 SECRET = "none of them is theirs"
@@ -265,7 +266,7 @@ def assert_nothing_is_left(server: LiveServer) -> None:
         return [path for path in server.config.folder.rglob("*") if path.is_file()]
 
     wait_for(lambda: not [path for path in files() if path.suffix in (".kv", ".txt", ".tokens")])
-    assert not [path for path in files() if any(n in path.read_bytes() for n in needles)]
+    assert not files_holding(server.config.folder, *needles)
     assert server.engine_stats().modules_open == 0
 
 

@@ -13,6 +13,7 @@ import pytest
 from api.stored_responses import library
 from api.stored_responses.records import ResponseRecord, ResponseRecords
 from tests.api.live_server import MODEL, LiveServer
+from tests.support.stored_files import files_holding
 from tests.support.waiting import wait_for
 
 WORDS = "".join(
@@ -43,8 +44,7 @@ def blocks(server: LiveServer) -> int:
 def files_with(server: LiveServer, text: str = WORDS) -> list[Path]:
     """Finds the files that have a part of the text in them, or of its tokens."""
     tokens = np.array(server.tokenizer.encode(text)[200:216], dtype="<i4").tobytes()
-    paths = [path for path in server.config.folder.rglob("*") if path.is_file()]
-    return [path for path in paths if SECRET in (data := path.read_bytes()) or tokens in data]
+    return files_holding(server.config.folder, SECRET, tokens)
 
 
 def test_a_response_outlives_the_server_and_is_gone_on_from(
