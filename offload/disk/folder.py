@@ -183,7 +183,12 @@ class DiskFolder:
             self._files.touch(self.file(name), seconds)
 
     def publish(self, temporary: Path, name: str) -> None:
-        """Give a finished file its name, durably. Raises OSError, and then no file has it."""
+        """Give a finished file its name, durably. Raises OSError, and then no file has it.
+
+        What has left before is gone for good by then: if the power failed and it came back beside
+        the new file, something else would have to leave.
+        """
+        self.sync_removals()
         self._files.rename(temporary, self.file(name))
         try:
             self.sync()
