@@ -12,12 +12,11 @@ from api.completions.answering import Answering
 from api.completions.chat import ChatRoutes
 from api.completions.conversation import Conversation
 from api.http.auth import tenant_of
-from api.http.errors import ApiError, api_error, renamed
+from api.http.errors import ApiError, in_words_of, renamed
 from api.http.message_bodies import FileReference, Message
 from api.http.read_body import read_json
 from api.http.refusals import anthropic_body
 from api.http.sse import EventForm, EventStream, JSONObject, encode_named_event, while_connected
-from longctx.errors import LongctxError
 
 # With the user's turn that follows, templates write all of a system's.
 ANYTHING = Message(role="user", content="?")
@@ -45,23 +44,15 @@ class MessageRoutes:
     async def create(self, request: Request) -> Response:
         """Answers Anthropic's messages, in one piece or as server-sent events."""
         wanted = await read_json(request, MessagesRequest)
-        try:
+        with in_words_of(NAMES):
             return await self._create(request, wanted)
-        except LongctxError as error:
-            raise renamed(api_error(error), NAMES) from error
-        except ApiError as error:
-            raise renamed(error, NAMES) from error
 
     async def count_tokens(self, request: Request) -> Response:
         """Counts the tokens of Anthropic's messages, also those of their documents."""
         wanted = await read_json(request, CountTokensRequest)
-        try:
+        with in_words_of(NAMES):
             answering, _ = await self._asked(wanted, tenant_of(request))
             count = await while_connected(request, answering.count())
-        except LongctxError as error:
-            raise renamed(api_error(error), NAMES) from error
-        except ApiError as error:
-            raise renamed(error, NAMES) from error
         return JSONResponse({"input_tokens": count})
 
     async def _create(self, request: Request, wanted: MessagesRequest) -> Response:

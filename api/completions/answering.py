@@ -4,6 +4,7 @@ Who writes the answer, in the words of an API, consumes `Answering.outputs`: `re
 OpenAI's chats and completions.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from longctx.request import CacheExplanation, RequestOutput, Usage
 from longctx.request import Request as EngineRequest
 
 
-class PromptSource(Waitable):
+class PromptSource(Waitable, ABC):
     """Makes the prompts of one request, which may have to wait for documents.
 
     It is used in this order: `waiting`, `prompts`, and `on_answered` once the answer is complete.
@@ -33,9 +34,9 @@ class PromptSource(Waitable):
         conversation begins with was used."""
         return {}
 
+    @abstractmethod
     async def prompts(self) -> list[EnginePrompt]:
         """Returns the prompts, when nothing is waited for. Raises what the client is told."""
-        raise NotImplementedError
 
     async def on_answered(self) -> None:
         """Is called when all prompts have been answered. What it raises is logged."""

@@ -9,7 +9,8 @@ import errno
 import logging
 import os
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,17 @@ def renamed(error: ApiError, names: Mapping[str, str]) -> ApiError:
         if "_" in name:  # no word of a sentence
             message = message.replace(name, there)
     return ApiError(error.status, message, param=param, code=error.code, headers=error.headers)
+
+
+@contextmanager
+def in_words_of(names: Mapping[str, str]) -> Iterator[None]:
+    """Raises what fails within as an ApiError in the words of another API; see `renamed`."""
+    try:
+        yield
+    except LongctxError as error:
+        raise renamed(api_error(error), names) from error
+    except ApiError as error:
+        raise renamed(error, names) from error
 
 
 def full_disk(folder: str | Path | None) -> ApiError:

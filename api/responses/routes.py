@@ -14,7 +14,7 @@ from api.completions.answering import Answering
 from api.completions.chat import ChatRoutes
 from api.completions.logprobs import ChatLogprobs
 from api.http.auth import tenant_of
-from api.http.errors import ApiError, api_error, invalid_body, logger, renamed
+from api.http.errors import ApiError, api_error, in_words_of, invalid_body, logger
 from api.http.message_bodies import FileReference, RequestBody, neutral
 from api.http.read_body import read_json
 from api.http.sse import EventForm, EventStream, JSONObject, encode_named_event, while_connected
@@ -25,7 +25,6 @@ from api.responses.response import ResponseReply
 from api.responses.writer import ItemWriter
 from api.stored_responses.library import StoredResponses
 from api.stored_responses.records import ResponseRecord
-from longctx.errors import LongctxError
 
 EVENTS = EventForm(encode=encode_named_event, last=b"")
 
@@ -56,24 +55,16 @@ class ResponseRoutes:
         """Answers a list of items, in one piece or as server-sent events, and stores the answer."""
         wanted = await read_json(request, ResponseRequest)
         tenant = tenant_of(request)
-        try:
+        with in_words_of(NAMES):
             return await self._create(request, wanted, tenant)
-        except LongctxError as error:
-            raise renamed(api_error(error), NAMES) from error
-        except ApiError as error:
-            raise renamed(error, NAMES) from error
 
     async def input_tokens(self, request: Request) -> Response:
         """Counts the tokens of a response's input, also those of its files."""
         wanted = await read_json(request, InputTokensRequest)
         tenant = tenant_of(request)
-        try:
+        with in_words_of(NAMES):
             _, _, answering = await self._asked(wanted, tenant)
             count = await while_connected(request, answering.count())
-        except LongctxError as error:
-            raise renamed(api_error(error), NAMES) from error
-        except ApiError as error:
-            raise renamed(error, NAMES) from error
         return JSONResponse({"object": "response.input_tokens", "input_tokens": count})
 
     async def retrieve(self, request: Request) -> Response:

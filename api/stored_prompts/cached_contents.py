@@ -8,24 +8,18 @@ through its block keys by every conversation that begins with it.
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from api.background.endings import Receipt
-from api.background.expiry import Expiry
-from api.background.store_dir import StoreDir
-from api.files.document_library import DocumentLibrary
 from api.http.errors import ApiError
-from api.stored_prompts.module_keeper import ModuleKeeper, Modules, StoredModules
-from api.stored_prompts.named_library import NamedLibrary, until_opened
-from api.stored_prompts.records import CachedRecord, PromptRecords
-from longctx.errors import InvalidRequest
+from api.stored_prompts.kept_beginnings import KeptBeginnings
+from api.stored_prompts.module_keeper import Modules, StoredModules
+from api.stored_prompts.named_library import until_opened
+from api.stored_prompts.records import CachedRecord
 from longctx.request import Piece
-from longctx.text.chat_template import ChatPrompts, FilePart, Message, Placeholder
+from longctx.text.chat_template import FilePart, Message, Placeholder
 
-WAIT_SECONDS = 60.0  # at a time, for a file to be tokenized
 PROBES = ("?", "Who")  # stand for what may follow
 
 
@@ -37,34 +31,12 @@ class CachedContent:
     modules: StoredModules
 
 
-class CachedContents(NamedLibrary[CachedContent]):
+class CachedContents(KeptBeginnings[CachedContent]):
     """Knows the cached contents of all tenants. `open` comes first, `close` last."""
 
     kind = "cached content"
-
-    def __init__(
-        self,
-        records: PromptRecords,
-        documents: DocumentLibrary,
-        folder: StoreDir,
-        prompts: ChatPrompts,
-        keeper: ModuleKeeper,
-    ) -> None:
-        super().__init__(keeper)
-        self._records = records
-        self._documents = documents
-        self._folder = folder
-        self._prompts = prompts
-        self._expiry = Expiry(self._deadlines, self._expire)
-
-    async def open(self) -> None:
-        """Takes up every cached content that has not expired meanwhile."""
-        for record in await self._records.cached_contents():
-            self._take_up(self._cached(record))
-        self._expiry.start()
-
-    async def close(self) -> None:
-        await self._expiry.close()
+    again = "cache it again"
+    files_param = "contents"
 
     def find(self, tenant: str, name: str, *, param: str | None = None) -> CachedContent:
         """Returns the cached content. Raises ApiError 404 when the tenant has none of that name."""
@@ -98,11 +70,7 @@ class CachedContents(NamedLibrary[CachedContent]):
                 await until_opened(cached.modules, param="contents")
                 await self._records.save_cached(record)
 
-            await self._put(cached, cached.modules, save)
-            self._expiry.reschedule()
-            for file_id in record.file_ids:
-                if not self._folder.text_path(file_id).exists():  # deleted meanwhile
-                    await self.forget_file(file_id)
+            await self._keep(cached, save)
             return cached
 
     async def expire_at(self, cached: CachedContent, moment: float) -> None:
@@ -114,14 +82,6 @@ class CachedContents(NamedLibrary[CachedContent]):
             await self._records.save_cached(changed)
             cached.record = changed
             self._expiry.reschedule()
-
-    async def forget_file(self, file_id: str) -> None:
-        """Drops what was computed of a deleted file's text; contents with it have an error."""
-        for cached in list(self._items.values()):
-            if file_id in cached.record.file_ids:
-                await self._keeper.drop(cached.modules)
-                cached.modules.module_ids = ()
-                cached.modules.error = f"there is no file {file_id!r} any more; cache it again"
 
     def owns(self, file_id: str) -> bool:
         """Tells whether the file came inside a cached content, and goes with the last one of it."""
@@ -145,19 +105,8 @@ class CachedContents(NamedLibrary[CachedContent]):
                     continue
                 await self._documents.remove(document)
 
-    def _is_expired(self, item: CachedContent) -> bool:
-        return item.record.expires_at <= time.time()
-
-    def _deadlines(self) -> Iterator[tuple[float, CachedContent]]:
-        for cached in self._items.values():
-            yield cached.record.expires_at, cached
-
-    async def _expire(self, cached: CachedContent) -> None:
-        record = cached.record
-        async with self._locks.of(record.tenant, record.name):
-            now = self._items.get((record.tenant, record.name))
-            if now is cached and self._is_expired(cached):  # it may have got a new end
-                await self._forget(cached)
+    async def _recorded(self) -> list[CachedContent]:
+        return [self._cached(record) for record in await self._records.cached_contents()]
 
     def _cached(self, record: CachedRecord) -> CachedContent:
         """Makes it with its module, which is not kept yet."""
@@ -177,16 +126,7 @@ class CachedContents(NamedLibrary[CachedContent]):
     async def _token_ids(self, record: CachedRecord) -> tuple[int, ...]:
         """Returns the tokens that every conversation with it begins with. Waits for files that are
         still being tokenized. Raises InvalidRequest for a file that has failed or is gone."""
-        for file_id in record.file_ids:
-            try:
-                document = self._documents.find(record.tenant, file_id)
-                while not await self._documents.wait_tokenized(
-                    document, timeout_seconds=WAIT_SECONDS
-                ):
-                    pass
-                self._documents.check(document)
-            except ApiError as error:
-                raise InvalidRequest(error.message, param="contents") from error
+        await self._tokenized(record)
         return await asyncio.to_thread(self._rendered, record)
 
     def _rendered(self, record: CachedRecord) -> tuple[int, ...]:
@@ -195,14 +135,9 @@ class CachedContents(NamedLibrary[CachedContent]):
             (number for number, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
             min(len(one), len(other)),
         )
-        token_ids: list[int] = []
-        for piece in one[:alike]:
-            if isinstance(piece, FilePart):
-                path = self._folder.tokens_path(piece.document_id)
-                token_ids += np.fromfile(path, dtype="<i4").tolist()
-            else:
-                token_ids.append(piece)
-        return tuple(token_ids)
+        return self._joined(
+            piece if isinstance(piece, FilePart) else (piece,) for piece in one[:alike]
+        )
 
     def _prompt(self, record: CachedRecord, question: str) -> list[int | FilePart]:
         """Returns the tokens and files of a conversation that asks this."""

@@ -413,7 +413,7 @@ class Scheduler:
         sequence.state = SequenceState.RUNNING
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.blocks.computed
-            sequence.queue_seconds = time.monotonic() - sequence.arrival_seconds
+            sequence.queue_seconds = self._clock() - sequence.arrival_seconds
         return True
 
     def _spare_blocks(self, sequence: Sequence) -> int:

@@ -1,1 +1,1 @@
-"""Compiled kernels: attention, sealing, linears and norms for x86-64 CPUs; see csrc/."""
+"""Kernels: attention, sealing, linears and norms for x86-64 CPUs, see csrc/; attention for GPUs."""
