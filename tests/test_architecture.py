@@ -32,7 +32,7 @@ LADDER = (
     ("api.cache_routes", "api.completions", "api.page", "api.services"),
     ("api.metrics", "api.stored_prompts", "api.stored_responses"),
     ("api.engine_metrics", "api.files"),
-    ("api.background", "longctx.bench.scheduling"),
+    ("api.background", "longctx.bench.retrieval", "longctx.bench.ring", "longctx.bench.scheduling"),
     ("api.acceptor", "api.http", "api.listener", "longctx.bench"),
     ("api.config", "longctx", "api"),
     ("longctx.llm", "longctx.process"),

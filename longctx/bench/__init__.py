@@ -36,7 +36,7 @@ class Bench:
 BENCHES: dict[str, Bench] = {
     "niah": Bench(
         "find needles in haystacks: exact match by length and depth",
-        "longctx.bench.niah",
+        "longctx.bench.retrieval.niah",
         (EngineConfig, BenchConfig, NiahConfig),
     ),
     "document": Bench(
@@ -81,7 +81,7 @@ BENCHES: dict[str, Bench] = {
     ),
     "ring": Bench(
         "what it costs to share a prompt among ranks, and a projection to many GPUs",
-        "longctx.bench.ring",
+        "longctx.bench.ring.ring",
         (EngineConfig, BenchConfig, RanksConfig),
     ),
     "eviction": Bench(

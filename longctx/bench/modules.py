@@ -25,10 +25,10 @@ import numpy as np
 from longctx.bench.config import BenchConfig, ModulesConfig, RoundsConfig
 from longctx.bench.haystack import Haystack, haystacks
 from longctx.bench.modules_report import TASKS, Found, draw, results, tables
-from longctx.bench.niah import matches
 from longctx.bench.random_model import SIZES, write_random_llama
 from longctx.bench.report import Report
 from longctx.bench.restart import drop_from_memory, opened
+from longctx.bench.scores import matches
 from longctx.bench.timing import Stopwatch
 from longctx.config import EngineConfig
 from longctx.embedded import model_path

@@ -8,9 +8,9 @@ from statistics import median
 from rich.table import Table
 
 from longctx.bench.config import ModulesConfig
-from longctx.bench.niah import wilson
 from longctx.bench.picture import Series, draw_bars, draw_heat_map
 from longctx.bench.report import Parameter, Result
+from longctx.bench.scores import wilson
 from longctx.engine_info import PARTS, Verdict
 from prompt_cache.level import EXACT
 

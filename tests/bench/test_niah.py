@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from longctx.bench.niah import matches, wilson
+from longctx.bench.scores import matches, wilson
 from longctx.cli import main
 
 

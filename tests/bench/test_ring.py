@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from longctx.bench.random_model import Size, write_random_llama
-from longctx.bench.ring_projection import GPU_FLOP_PER_SECOND, LINKS, MODELS, Model, project
-from longctx.bench.ring_virtual import chunks
+from longctx.bench.ring.projection import GPU_FLOP_PER_SECOND, LINKS, MODELS, Model, project
+from longctx.bench.ring.virtual import chunks
 from longctx.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 
 

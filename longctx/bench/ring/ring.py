@@ -2,7 +2,7 @@
 
 Virtual ranks are threads that share this machine's cores: their bytes and balance are exact, their
 times only show what the split adds. Ranks that are processes (gloo) are timed for real, on the same
-cores, with one share of the threads each. The projection is arithmetic (`ring_projection.py`).
+cores, with one share of the threads each. The projection is arithmetic (`projection.py`).
 """
 
 import asyncio
@@ -22,15 +22,15 @@ from longctx.bench.config import BenchConfig, RanksConfig
 from longctx.bench.picture import Series, draw_bars
 from longctx.bench.random_model import SIZES, VOCABULARY, write_random_llama
 from longctx.bench.report import Parameter, Report, Result
-from longctx.bench.ring_processes import read_prompt, started_engine
-from longctx.bench.ring_projection import (
+from longctx.bench.ring.processes import read_prompt, started_engine
+from longctx.bench.ring.projection import (
     GPU_FLOP_PER_SECOND,
     LINKS,
     MODELS,
     Projection,
     project,
 )
-from longctx.bench.ring_virtual import Chunk, chunks
+from longctx.bench.ring.virtual import Chunk, chunks
 from longctx.config import EngineConfig, KVCodec
 from longctx.engine_stats import RingStats
 

@@ -7,7 +7,6 @@ Source: Greg Kamradt, https://github.com/gkamradt/LLMTest_NeedleInAHaystack
 Differs: many needles per document (one question each), exact match instead of a judge.
 """
 
-import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -22,13 +21,12 @@ from longctx.bench.config import BenchConfig, NiahConfig
 from longctx.bench.haystack import Planted, haystacks
 from longctx.bench.picture import draw_heat_map
 from longctx.bench.report import Parameter, Report, Result
+from longctx.bench.scores import matches, wilson
 from longctx.bench.timing import Stopwatch
 from longctx.config import EngineConfig
 from longctx.llm import LLM, Document
 from longctx.request import SamplingParams
 from longctx.text.chat_template import ChatPrompts, FilePart, Message
-
-Z = 1.959964  # of the normal distribution, for 95%
 
 
 @dataclass(slots=True)
@@ -66,25 +64,6 @@ class Grid:
     def total(self) -> Cell:
         cells = self.cells.values()
         return Cell(sum(cell.asked for cell in cells), sum(cell.right for cell in cells))
-
-
-def wilson(right: int, asked: int) -> tuple[float, float]:
-    """Returns the 95% interval of a share.
-
-    Source: Wilson, 1927, https://doi.org/10.1080/01621459.1927.10502953
-    """
-    share, spread = right / asked, Z * Z / asked
-    middle = (share + spread / 2) / (1 + spread)
-    half = Z * (share * (1 - share) / asked + spread / (4 * asked)) ** 0.5 / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def matches(given: str, value: str, match: str) -> bool:
-    """Tells whether an answer counts: equal, or (`contains`) the value as a word of a sentence."""
-    if match == "exact":
-        return given.strip() == value
-    # 713 is not in 71345, 17.13 or K-713
-    return re.search(rf"(?<![\w.-]){re.escape(value)}(?![\w-]|\.\w)", given) is not None
 
 
 def run(

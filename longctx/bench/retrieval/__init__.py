@@ -1,0 +1,1 @@
+"""Whether what is in a long text is found: needles in haystacks."""
