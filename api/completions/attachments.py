@@ -16,6 +16,8 @@ from api.files.upload import Upload, plain_name
 from api.http.errors import ApiError
 from api.http.message_bodies import FileReference
 
+PIECE_CHARACTERS = 1 << 18  # of base64 that are decoded at once; a multiple of 4
+
 
 class Attachments:
     """Finds documents in the library, and adds those that came inside a message."""
@@ -36,7 +38,7 @@ class Attachments:
     async def keep(self, tenant: str, reference: FileReference) -> tuple[Document, bool]:
         """Returns the document of data that came along, and whether it was not known before."""
         assert reference.file_data is not None
-        data = _decode(reference.file_data)
+        data = await asyncio.to_thread(decode_data, reference.file_data)
         filename = plain_name(reference.filename or "")
         with Upload(self.folder.new_upload_path(), limit_bytes=self.max_upload_bytes) as upload:
             await asyncio.to_thread(upload.write, data)
@@ -50,15 +52,24 @@ class Attachments:
             return await self.library.add(record, upload.path), True
 
 
-def _decode(file_data: str) -> bytes:
-    """Returns the bytes of a data URL or of plain base64. Raises ApiError for other text."""
+def decode_data(file_data: str) -> bytes:
+    """Returns the bytes of a data URL or of plain base64. Raises ApiError for other text.
+
+    In pieces: Python decodes each without letting another thread run, 16 MB in 40 ms.
+    """
     head, comma, rest = file_data.partition(",")
     encoded = rest if comma and head.startswith("data:") else file_data
+    data = bytearray()
     try:
-        return base64.b64decode(encoded, validate=True)
-    except binascii.Error as error:
+        for start in range(0, len(encoded), PIECE_CHARACTERS):
+            piece = encoded[start : start + PIECE_CHARACTERS]
+            if piece.endswith("=") and start + PIECE_CHARACTERS < len(encoded):
+                raise binascii.Error("Excess data after padding")
+            data += base64.b64decode(piece, validate=True)
+    except ValueError as error:  # of binascii; a plain one for what is not even ASCII
         raise ApiError(
             400,
             f"file_data is not base64: {error}; send a data URL such as data:text/plain;base64,...",
             param="messages",
         ) from error
+    return bytes(data)

@@ -30,7 +30,7 @@ async def read_json(
     return parse(await read_body(request) or if_empty, body_type)
 
 
-def parse(body: bytes, body_type: type[BodyType]) -> BodyType:
+def parse(body: bytes | bytearray, body_type: type[BodyType]) -> BodyType:
     """Returns JSON as `body_type`. Raises ApiError 400 that names what is wrong."""
     try:
         return body_type.model_validate_json(body)
@@ -42,7 +42,7 @@ def parse(body: bytes, body_type: type[BodyType]) -> BodyType:
         raise invalid_body(error, sent) from None
 
 
-async def read_body(request: Request) -> bytes:
+async def read_body(request: Request) -> bytearray:
     """Reads the whole body. Raises ApiError 413 above MAX_JSON_BYTES."""
     too_large = ApiError(
         413,
@@ -58,7 +58,7 @@ async def read_body(request: Request) -> bytes:
         if len(body) > MAX_JSON_BYTES:
             await discard(stream)
             raise too_large
-    return bytes(body)
+    return body
 
 
 def announced_bytes(request: Request) -> int:

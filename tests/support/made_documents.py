@@ -1,23 +1,34 @@
 """Makes documents of every format that is read, as the programs of their users would."""
 
 import io
+import random
 import tarfile
 import zipfile
 
 import docx
+from PIL import Image
 from reportlab.lib.pdfencrypt import StandardEncryption
+from reportlab.lib.utils import ImageReader
 from reportlab.pdfgen.canvas import Canvas
 
 
-def pdf(*pages: str, password: str | None = None) -> bytes:
-    """Make a PDF; a page without text has a picture of a line."""
+def pdf(*pages: str, password: str | None = None, picture: int = 0, seed: int = 0) -> bytes:
+    """Make a PDF; a page without text has a picture of a line.
+
+    With `picture` each page has one of so many pixels a side besides, as scanned ones have, that
+    does not compress: about four bytes each.
+    """
     file = io.BytesIO()
+    noise = random.Random(seed)
     encrypt = None if password is None else StandardEncryption(password, password)
     canvas = Canvas(file, encrypt=encrypt)
     for page in pages:
         for number, line in enumerate(page.split("\n")):
             canvas.drawString(72, 760 - 14 * number, line)
         canvas.line(72, 40, 300, 40)
+        if picture:
+            image = Image.frombytes("RGB", (picture, picture), noise.randbytes(3 * picture**2))
+            canvas.drawImage(ImageReader(image), 300, 40, 72, 72)
         canvas.showPage()
     canvas.save()
     return file.getvalue()

@@ -8,7 +8,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
+from api.completions.attachments import PIECE_CHARACTERS, decode_data
+from api.http.errors import ApiError
 from tests.api.live_server import MODEL, LiveServer
 from tests.support.waiting import patience, patient, wait_for
 
@@ -166,8 +170,26 @@ def test_a_file_inside_the_message_is_kept_and_found_again(server: LiveServer) -
     assert answer["longctx"]["computed_tokens"] <= 128
     names = [file["filename"] for file in server.http.get("/v1/files").json()["data"]]
     assert names.count("town.txt") == 1
-    part["file"]["file_data"] = "data:text/plain;base64,!"  # type: ignore[index]
-    assert server.http.post("/v1/chat/completions", json=body).status_code == 400
+    for wrong in ("!", "é", "QQ==QQ==", "QQ"):
+        part["file"]["file_data"] = f"data:text/plain;base64,{wrong}"  # type: ignore[index]
+        refused = server.http.post("/v1/chat/completions", json=body)
+        assert refused.status_code == 400
+        assert "is not base64" in refused.json()["error"]["message"]
+
+
+@given(st.binary(max_size=4 * PIECE_CHARACTERS), st.booleans(), st.integers(0, 9))
+@example(b"x" * (PIECE_CHARACTERS // 4 * 3), True, 0)
+@example(b"x" * (PIECE_CHARACTERS // 4 * 3 - 1), True, 4)
+@settings(deadline=None, max_examples=30)
+def test_base64_is_decoded_in_pieces_as_if_at_once(data: bytes, strays: bool, tail: int) -> None:
+    encoded = base64.b64encode(data).decode() + ("QUJDREVGR0g="[:tail] if strays else "")
+    try:
+        whole = base64.b64decode(encoded, validate=True)
+    except ValueError:
+        with pytest.raises(ApiError, match="is not base64"):
+            decode_data(encoded)
+    else:
+        assert decode_data(encoded) == whole
 
 
 def test_files_are_listed_in_pages_and_read_back(server: LiveServer, client: openai.OpenAI) -> None:
