@@ -7,10 +7,12 @@ draws and compares with (matplotlib, transformers' own generate) is nothing a se
 from dataclasses import dataclass
 
 from longctx.bench.config import (
+    AskedConfig,
     BenchConfig,
     DecodeConfig,
     DocumentConfig,
     EvictionConfig,
+    FillerConfig,
     KernelsConfig,
     LoadConfig,
     ModulesConfig,
@@ -19,6 +21,7 @@ from longctx.bench.config import (
     RanksConfig,
     RestartConfig,
     RoundsConfig,
+    RulerConfig,
     ScheduleConfig,
 )
 from longctx.config import EngineConfig
@@ -38,6 +41,11 @@ BENCHES: dict[str, Bench] = {
         "find needles in haystacks: exact match by length and depth",
         "longctx.bench.retrieval.niah",
         (EngineConfig, BenchConfig, NiahConfig),
+    ),
+    "ruler": Bench(
+        "RULER's tasks: retrieval, tracing and counting, in process or on any server",
+        "longctx.bench.retrieval.ruler",
+        (EngineConfig, BenchConfig, FillerConfig, AskedConfig, RulerConfig),
     ),
     "document": Bench(
         "what a question on a document costs, before and after it was read",

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from longctx.needles.generator import KINDS
+from longctx.needles.ruler_tasks import TASKS
 from prompt_cache.level import EXACT, Level, parse_level
 
 
@@ -58,6 +59,64 @@ class NiahConfig:
     @property
     def percent_depths(self) -> tuple[float, ...]:
         return _numbers("depths", self.depths)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FillerConfig:
+    """Whose words haystacks are made of."""
+
+    haystack: Annotated[
+        Path | None, "a text, or a folder of texts, to hide things in; generated prose if absent"
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskedConfig:
+    """Which server is asked, instead of the engine in this process."""
+
+    base_url: Annotated[
+        str | None, "an OpenAI-compatible server to measure, such as http://127.0.0.1:8000/v1"
+    ] = None
+    server_key: Annotated[str | None, "its API key; better LONGCTX_SERVER_KEY"] = None
+    ask_model: Annotated[str | None, "its model; the first that it lists if absent"] = None
+
+    def __post_init__(self) -> None:
+        for name in ("server_key", "ask_model"):
+            if self.base_url is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} is for a server; name that with --base-url")
+        if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
+            raise ValueError(f"base_url={self.base_url} must begin with http:// or https://")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RulerConfig:
+    """Options of `longctx bench ruler`."""
+
+    tasks: Annotated[str, f"which of {', '.join(TASKS)}"] = ",".join(
+        name for name in TASKS if name != "qa"
+    )
+    prompt_lengths: Annotated[str, "lengths of prompt and answer together, in tokens"] = "4096,8192"
+    samples: Annotated[int, "prompts of each task and length"] = 20
+    answer_prefix: Annotated[
+        bool, "end each prompt with the beginning of its answer, as the paper does"
+    ] = True
+    squad_file: Annotated[Path | None, "passages and questions for qa, in SQuAD's format"] = None
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.every_task if name not in TASKS]:
+            raise ValueError(f"tasks={unknown[0]} is unknown; choose from {', '.join(TASKS)}")
+        if ("qa" in self.every_task) != (self.squad_file is not None):
+            raise ValueError("the task qa and --squad-file need each other")
+        _at_least("prompt_lengths", min(self.token_lengths), 256)
+        _at_least("samples", self.samples, 1)
+
+    @property
+    def every_task(self) -> tuple[str, ...]:
+        return tuple(self.tasks.split(","))
+
+    @property
+    def token_lengths(self) -> tuple[int, ...]:
+        return _whole_numbers("prompt_lengths", self.prompt_lengths)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,9 @@
 
 import argparse
 import importlib
+import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,8 +36,17 @@ def run(arguments: argparse.Namespace) -> None:
         module = importlib.import_module(bench.module)
     report: Report = module.run(*configs, say=lambda text: progress.print(text, style="dim"))
     (common,) = (config for config in configs if isinstance(config, BenchConfig))
-    command = shlex.join(["longctx", *arguments.argv])
+    command = shlex.join(["longctx", *_without_key(arguments.argv)])
     publish(report, bench=arguments.bench, command=command, out=common.out)
+
+
+def _without_key(argv: Sequence[str]) -> list[str]:
+    """The arguments as records keep them: a key is no part of a result."""
+    shown = [re.sub(r"(?s)^(--server-key=).*", r"\1...", word) for word in argv]
+    for number, word in enumerate(shown[:-1]):
+        if word == "--server-key":
+            shown[number + 1] = "..."
+    return shown
 
 
 def _found(config: Any) -> Any:

@@ -1,1 +1,1 @@
-"""Whether what is in a long text is found: needles in haystacks."""
+"""Whether what is in a long text is found and used: needles in haystacks, and RULER."""
