@@ -17,6 +17,7 @@ from longctx.attention.backend import ChunkRows
 from longctx.attention.cuda_plan import FEW_ROWS, CUDAPlan, TileBatch, plan_chunks, power_of_two
 from longctx.errors import ModelRefused
 from longctx.kernels import triton_attention as kernels
+from longctx.kernels.triton_seal import seal_blocks
 from longctx.kv.memory import SCRATCH_BYTES, KVMemory
 from longctx.kv.pool_indices import PoolIndices
 from longctx.model.layer_attention import AttentionCall
@@ -26,6 +27,7 @@ PRODUCTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float1
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 LEAST_DIMS = 16  # of one side of a product
 WIDE_DIM = 128  # heads with more dims leave registers for fewer rows
+SEAL_WARPS = 4
 MANY_ROWS = 128  # of products in a tile of a long chunk
 
 
@@ -72,7 +74,34 @@ class CUDAAttention:
         )
 
     def seal(self, layer: int, raw: PoolIndices, packed: PoolIndices) -> None:
-        self._memory.seal(layer, raw, packed)
+        memory = self._memory
+        codec, rows = memory.codecs[layer], memory.raw_rows(layer)
+        pages = memory.packed_pages(layer)
+        kv_heads, head_dim = codec.shape.kv_heads, codec.shape.head_dim
+        packed_words = pages.view(codec.shape.dtype if codec.in_place else torch.int32)
+        group = _value_group(codec)
+        raw_table, raw_begin, blocks = _listed(raw, rows)
+        packed_table, packed_begin, _ = _listed(packed, rows)
+        seal_blocks[blocks, kv_heads](
+            rows,
+            raw_table,
+            raw_begin,
+            packed_words,
+            packed_words.stride(0),
+            packed_table,
+            packed_begin,
+            D=head_dim,
+            D_PAD=_padded(head_dim),
+            KV_HEADS=kv_heads,
+            CODEC=CODECS[codec.name],
+            VALUE_GROUP=group,
+            GROUPS_PAD=power_of_two(head_dim // group),
+            GROUP_PAD=power_of_two(group),
+            RAW_LISTED=not isinstance(raw, slice),
+            PACKED_LISTED=not isinstance(packed, slice),
+            num_warps=SEAL_WARPS,
+            enable_fp_fusion=False,  # to round as the CPU does
+        )
 
     def attend(self, call: AttentionCall, query: Tensor, plan: object) -> tuple[Tensor, Tensor]:
         step = cast(CUDAPlan, plan)
@@ -181,6 +210,16 @@ class CUDAAttention:
             VALUE_GROUP=_value_group(codec),
         )
         return kernels.RAW, rows
+
+
+def _listed(pages: PoolIndices, unused: Tensor) -> tuple[Tensor, int, int]:
+    """Return pages as the kernel takes them: a table or, of a slice, where it begins; and how many.
+
+    A kernel has to be given something where it reads no table: `unused`.
+    """
+    if isinstance(pages, slice):
+        return unused, pages.start, pages.stop - pages.start
+    return pages, 0, len(pages)
 
 
 def most_rows(head_dim: int, itemsize: int, generation: int) -> int:

@@ -1,1 +1,1 @@
-"""Kernels: attention, sealing, linears and norms for x86-64 CPUs, see csrc/; attention for GPUs."""
+"""Kernels: attention, sealing, linears, norms for x86-64 CPUs (csrc/); the first two for GPUs."""

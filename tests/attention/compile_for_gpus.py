@@ -2,7 +2,8 @@
 
     python compile_for_gpus.py 90 decode:int8:128 prefill:raw:64
 
-Registers, stack and shared memory are as the GPU's own assembler gives them.
+Registers, stack and shared memory are as the GPU's own assembler gives them. What seals may have no
+instruction that rounds otherwise than a CPU.
 """
 
 import re
@@ -20,6 +21,7 @@ from triton.compiler import ASTSource
 from compress.int4 import group_dims
 from longctx.attention import cuda_backend as backend
 from longctx.kernels import triton_attention as kernels
+from longctx.kernels.triton_seal import seal_blocks
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of one block
@@ -42,6 +44,10 @@ ATTEND = dict(
     softcap="fp32",
     window="i32",
 )
+SEAL = dict(
+    raw="*bf16", raw_pages="*i64", raw_begin="i32", packed="*i32", page_stride="i32",
+    packed_pages="*i64", packed_begin="i32",
+)  # fmt: skip
 UNPACK = dict(pages="*i32", page_stride="i32", entries="*i32", rows="*bf16", largest="fp32")
 COMBINE = dict(
     parts="*fp32", part_lse="*fp32", rows="*i32", out="*fp32", lse="*fp32", tokens="i32",
@@ -58,6 +64,20 @@ def described(
     value_group = group_dims(dim) if codec == "int4" else dim
     if kernel == "combine":
         return kernels.combine, COMBINE, dict(D=dim, D_PAD=pad, SPLITS=16), 4
+    if kernel == "seal":
+        types = SEAL | ({"packed": "*bf16"} if codec == "raw" else {})
+        constants = dict(
+            D=dim,
+            D_PAD=pad,
+            KV_HEADS=KV_HEADS,
+            CODEC=kind,
+            VALUE_GROUP=value_group,
+            GROUPS_PAD=triton.next_power_of_2(dim // value_group),
+            GROUP_PAD=triton.next_power_of_2(value_group),
+            RAW_LISTED=True,
+            PACKED_LISTED=True,
+        )
+        return seal_blocks, types, constants, backend.SEAL_WARPS
     if kernel == "unpack":
         constants = dict(D=dim, D_PAD=pad, KV_HEADS=KV_HEADS, CODEC=kind, VALUE_GROUP=value_group)
         return kernels.unpack, UNPACK, constants, 4
@@ -93,7 +113,11 @@ def main(target: int, names: list[str]) -> int:
         made = triton.compile(
             ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned),
             target=GPUTarget("cuda", target, 32),
-            options={"num_warps": warps, "num_stages": backend.stages(backend.CODECS[codec])},
+            options={
+                "num_warps": warps,
+                "num_stages": backend.stages(backend.CODECS[codec]),
+                "enable_fp_fusion": kernel != "seal",
+            },
         )
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(made.asm["cubin"])
@@ -109,6 +133,9 @@ def main(target: int, names: list[str]) -> int:
         registers, stack, local = map(int, found.groups())
         shared = made.metadata.shared
         good = stack == local == 0 and shared <= SHARED_BYTES[target]
+        if kernel == "seal":  # to the same bytes as a CPU's
+            inexact = re.findall(r"\b(fma\.\w+|div\.full|\w+\.ftz)\b", made.asm["ptx"])
+            good = good and not inexact
         faults += not good
         print(
             f"sm_{target} {name}: {registers} registers, {stack + local} bytes spilled, {shared} "
