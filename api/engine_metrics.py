@@ -98,6 +98,11 @@ def _requests_ended(stats: EngineStats) -> Iterator[Sample]:
         yield (reason.value,), count
 
 
+def _prompt_tokens(stats: EngineStats) -> Iterator[Sample]:
+    for source, tokens in stats.prompt_tokens_by_source.items():
+        yield (source,), tokens
+
+
 def _evictions(stats: EngineStats) -> Iterator[Sample]:
     for tier, tier_stats in stats.tiers.items():
         for reason, count in tier_stats.evictions.items():
@@ -159,6 +164,13 @@ ENGINE_METRICS = (
         "Tokens in the prompts of ended requests",
         lambda engine: engine.prompt_tokens,
         shared=True,
+    ),
+    EngineMetric(
+        "prompt_tokens_by_source_total",
+        "Tokens in the prompts of ended requests: computed, found in a tier, or of no use any more "
+        "(none)",
+        ("source",),
+        _prompt_tokens,
     ),
     _engine(
         "prefix_cache_hits_total",

@@ -6,7 +6,7 @@ Counters grow from 0 for as long as the engine lives; everything else is as of n
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from longctx.request import FinishReason
+from longctx.request import FinishReason, TokenSource
 from offload.stats import StoreStats, TierStats
 from offload.tier_names import TierName
 
@@ -65,6 +65,7 @@ class EngineStats:
     requests_ended: Mapping[FinishReason, int]
     prompt_tokens: int
     cached_tokens: int  # of `prompt_tokens`, those that a cache had
+    prompt_tokens_by_source: Mapping[TokenSource, int]  # together `prompt_tokens`
     generated_tokens: int
     steps: int
     computed_tokens: int  # rows that went through the model

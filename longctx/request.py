@@ -7,10 +7,14 @@ exactly one `RequestOutput` with `finished=True`, and each of its `n` choices in
 
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
+from typing import Literal, get_args
 
 from longctx.errors import InvalidRequest
 from offload.stats import Cleared
 from offload.tier_names import TierName
+
+TokenSource = Literal["computed", TierName, "none"]  # where a prompt's tokens come from
+SOURCES: tuple[TokenSource, ...] = get_args(TokenSource)
 
 MAX_INT = 2**31 - 1  # counts and token ids
 MAX_SEED = 2**63 - 1
@@ -241,6 +245,9 @@ class Usage:
     computed_tokens: int
     reused_tokens: int = 0
     linked_tokens: int = 0
+    # The prompt's, each counted once: those computed, those that each tier had when the request was
+    # admitted, and those of which nothing was needed any more when it ended (`none`).
+    tokens_by_source: dict[TokenSource, int] = field(default_factory=dict)
     # Until it ran for the first time, if it did. Two requests are counted alike without it.
     queue_seconds: float | None = field(default=None, compare=False)
     explanation: CacheExplanation | None = None  # where it was asked for

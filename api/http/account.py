@@ -5,6 +5,7 @@ opened it reads it when the answer has been sent.
 """
 
 import time
+from collections import Counter
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -56,6 +57,14 @@ class Account:
     def first_token(self) -> float | None:
         """When the first token of any of them came."""
         return min((a.first_token for a in self.asked if a.first_token is not None), default=None)
+
+    @property
+    def tokens_by_source(self) -> dict[str, int]:
+        """Tokens of prompts by where they came from: computed, or the tier that had them."""
+        counts: Counter[str] = Counter()
+        for asked in self.asked:
+            counts.update({} if asked.usage is None else asked.usage.tokens_by_source)
+        return dict(counts)
 
     @property
     def usage(self) -> tuple[int, int, int]:

@@ -57,6 +57,7 @@ def log_request(handled: Handled) -> None:
         fields |= {
             "prompt_tokens": prompt,
             "cached_tokens": cached,
+            "prompt_tokens_by_source": account.tokens_by_source,
             "completion_tokens": completion,
             "ttft_ms": None if first is None else _ms(first - handled.began),
             "finish_reason": reasons[0] if len(reasons) == 1 else reasons,

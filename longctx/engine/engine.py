@@ -464,6 +464,7 @@ class Engine:
             requests_ended=dict(self._ended.by_reason),
             prompt_tokens=self._ended.prompt_tokens,
             cached_tokens=self._ended.cached_tokens,
+            prompt_tokens_by_source=dict(self._ended.by_source),
             generated_tokens=self._ended.generated_tokens,
             steps=self._steps,
             computed_tokens=self._runner.computed_tokens,

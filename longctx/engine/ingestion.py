@@ -8,9 +8,11 @@ it ends at once: nothing is loaded before somebody asks.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from longctx.engine.sequence import Sequence
 from longctx.kv.cache_manager import KVCacheManager
+from longctx.kv.found_tokens import note_in_place
 from longctx.kv.layout import Layout
 from longctx.kv.prefix_index import owner_of, tokens_before
 from longctx.kv.prefix_match import deepest
@@ -76,6 +78,7 @@ class Ingestion:
         depth = self._durable(keys, blocks.layout)
         if depth == limit:
             sequence.cached_tokens = blocks.layout.tokens(depth)
+            note_in_place(blocks, depth, partial(self._cache.tier_of, blocks, 0))
         return depth == limit
 
     def _know(self, sequence: Sequence) -> None:

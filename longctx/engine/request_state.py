@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from longctx.engine.cost_model import CostModel
 from longctx.engine.sequence import Sequence
 from longctx.kv.cache_manager import KVCacheManager
-from longctx.request import Progress, Request, RequestOutput, Usage
+from longctx.request import Progress, Request, RequestOutput, TokenSource, Usage
+from offload.tier_names import TIERS
 
 
 @dataclass(slots=True)
@@ -56,6 +57,20 @@ class RequestState:
         )
         return [RequestOutput(request_id=self.request.request_id, progress=progress)]
 
+    def _by_source(self) -> dict[TokenSource, int]:
+        """Say where each token of the prompt came from; together these are all of its tokens."""
+        first = self.sequences[0]
+        blocks = first.blocks
+        found = dict.fromkeys(TIERS, 0) if blocks.found_tokens is None else blocks.found_tokens
+        total = blocks.prompt_tokens + blocks.reused_tokens
+        reached = min(first.reached_tokens, blocks.prompt_tokens) + blocks.reused_tokens
+        computed = max(0, reached - sum(found.values()))
+        counts: dict[TokenSource, int] = {"computed": computed}
+        for tier, tokens in found.items():
+            counts[tier] = tokens
+        counts["none"] = total - computed - sum(found.values())
+        return counts
+
     def usage(self) -> Usage:
         """Count the tokens of all choices so far; the prompt's are those of the first one."""
         first = self.sequences[0]
@@ -68,6 +83,7 @@ class RequestState:
             computed_tokens=sum(sequence.computed_tokens for sequence in self.sequences),
             reused_tokens=reused if found is not None else 0,
             linked_tokens=first.linked_tokens,
+            tokens_by_source=self._by_source(),
             queue_seconds=first.queue_seconds,
             explanation=None if first.blocks.trace is None else first.blocks.trace.explanation,
         )

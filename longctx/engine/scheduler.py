@@ -266,6 +266,8 @@ class Scheduler:
             self._tenants[request.request_class].charge(request.salt, share)
             self._cache.commit(chunk.sequence.blocks, chunk.num_tokens, share)
             chunk.sequence.computed_tokens += chunk.num_tokens
+            reached = max(chunk.sequence.reached_tokens, chunk.sequence.blocks.computed)
+            chunk.sequence.reached_tokens = reached
 
     def stats(self) -> SchedulerStats:
         """Say what the scheduler aims at, what it has learned, and who is in line."""

@@ -39,6 +39,7 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
     cached_tokens: int | None = None  # prompt tokens that were found when it was first admitted
     queue_seconds: float | None = None  # how long it waited until it was first admitted
+    reached_tokens: int = 0  # the most that was computed or found at once, preempted or not
     computed_tokens: int = 0  # tokens really computed, again after preemptions too
     preemptions: int = 0
     forked: bool = False  # the request's other choices have parted from it

@@ -5,7 +5,7 @@ import operator
 from longctx.engine_stats import GroupStats
 from longctx.kv.cache_manager import KVCacheManager
 from longctx.kv.memory import KVMemory
-from longctx.request import FinishReason, Usage
+from longctx.request import SOURCES, FinishReason, TokenSource, Usage
 from offload.stats import TierStats
 
 
@@ -14,6 +14,7 @@ class EndedRequests:
 
     def __init__(self) -> None:
         self.by_reason = dict.fromkeys(FinishReason, 0)
+        self.by_source: dict[TokenSource, int] = dict.fromkeys(SOURCES, 0)
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
 
     def count(self, reason: FinishReason, usage: Usage) -> None:
@@ -21,6 +22,8 @@ class EndedRequests:
         self.prompt_tokens += usage.prompt_tokens
         self.cached_tokens += usage.cached_tokens
         self.generated_tokens += usage.completion_tokens
+        for source, tokens in usage.tokens_by_source.items():
+            self.by_source[source] += tokens
 
 
 def group_stats(memory: KVMemory) -> tuple[GroupStats, ...]:

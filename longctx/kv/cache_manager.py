@@ -10,9 +10,11 @@ import operator
 from bisect import bisect_left
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 
 from longctx.kv.block_entry import PAGE
 from longctx.kv.block_table import BlockTable
+from longctx.kv.found_tokens import note_admitted
 from longctx.kv.layout import CachedChain
 from longctx.kv.memory import KVMemory
 from longctx.kv.offloading import KVOffloader
@@ -126,6 +128,7 @@ class KVCacheManager:
         if self.offloader is not None:
             self.offloader.on_admitted(sequence, depth)
         self.resident_prefixes.keep(sequence)
+        note_admitted(sequence, depth, partial(self.tier_of, sequence, 0))
         # What a load brought counts as a miss of the device, though it is there now.
         found = depth if load is None else load.begin
         self.hits += found + sum(len(reused.blocks) for reused in sequence.layout.reused)

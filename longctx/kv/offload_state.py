@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from offload.block_run import Slots
 from offload.key import BlockKey
+from offload.tier_names import TierName
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +27,8 @@ class OffloadState:
 
     load: Load | None = None  # while waiting: blocks on their way up
     loads: int = 0  # how often it has waited for some since it last ran
+    # Blocks that loads brought for it, until it is admitted: the tier, first and last + 1.
+    loaded: list[tuple[TierName, int, int]] = field(default_factory=list)
     module_prefills: int = 0  # how often something was computed for it to reuse
     streams: bool = False  # its context is larger than the device: old blocks go and are not held
     absent: int = 0  # blocks of global layers, from the first on, that have gone

@@ -13,6 +13,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from compress.shape import BLOCK_TOKENS
+from longctx.kv.found_tokens import note_load
 from longctx.kv.memory import KVMemory
 from longctx.kv.offload_state import Load
 from longctx.kv.sequence_blocks import SequenceBlocks
@@ -281,8 +282,14 @@ class KVOffloader:
             held.append([page for page in pages if page is not None])
             missing = [block for block, page in enumerate(pages, begin) if page is None]
             wanted.append((index, missing))
-        if not self._worth_loading(sequence, wanted, target - depth):
+        tiers = [
+            [self.store.tier_of(group, sequence.key(block)) for block in missing]
+            for group, missing in wanted
+        ]
+        if not self._worth_loading(tiers, target - depth):
             return False
+        windows_only = self._memory.groups[0].window is not None
+        note_load(sequence, depth, wanted[0][1], tiers[0], windows_only=windows_only)
         for pool, there in zip(self._memory.packed, held, strict=True):
             pool.acquire(there)  # first, or the fresh pages might be these
         parts: list[tuple[int, tuple[BlockKey, ...], list[int], Slots]] = []
@@ -301,10 +308,9 @@ class KVOffloader:
         self._loads[ticket] = load
         return True
 
-    def _worth_loading(
-        self, sequence: SequenceBlocks, wanted: Items[tuple[int, list[int]]], blocks: int
-    ) -> bool:
-        """Whether reading these blocks takes less time than computing `blocks` blocks.
+    def _worth_loading(self, tiers: Items[Items[TierName | None]], blocks: int) -> bool:
+        """Whether reading blocks from these tiers, by group, takes less time than computing
+        `blocks` blocks.
 
         Each block is read at the speed of the tier that has it. Where a speed is unknown, reading
         is worth it: it is how the speed becomes known.
@@ -312,12 +318,10 @@ class KVOffloader:
         if self._seconds_per_token is None:
             return True
         sizes: Counter[TierName] = Counter()
-        for group, missing in wanted:
-            page_bytes = sum(self._memory.packed[group].page_bytes)
-            for block in missing:
-                tier = self.store.tier_of(group, sequence.key(block))
+        for pool, places in zip(self._memory.packed, tiers, strict=True):
+            for tier, count in Counter(places).items():
                 if tier is not None:
-                    sizes[tier] += page_bytes
+                    sizes[tier] += count * sum(pool.page_bytes)
         read_seconds = self.store.read_seconds(sizes)
         if read_seconds is None:
             return True

@@ -16,6 +16,7 @@ from longctx.kv.lookup_trace import LookupTrace
 from longctx.kv.offload_state import OffloadState
 from longctx.kv.prefix_index import Prefix, PrefixName, contains
 from offload.key import BlockKey
+from offload.tier_names import TierName
 
 
 class TokenIds:
@@ -74,6 +75,8 @@ class SequenceBlocks:
     own_pages: dict[int, int] = field(default_factory=dict)  # block index -> raw page, still open
     blocked_on: BlockKey | None = None  # while waiting: the last block that another computes for it
     refused_at: int | None = None  # while waiting for room: the state of the pools at that time
+    # Of the prompt and of what it reuses, by tier, when it was first admitted
+    found_tokens: dict[TierName, int] | None = None
     offload: OffloadState = field(default_factory=OffloadState)
     trace: LookupTrace | None = None  # where its blocks were, if the request asks
 

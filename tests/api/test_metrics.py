@@ -19,7 +19,7 @@ from api.config import ServerConfig
 from api.engine_metrics import ENGINE_METRICS
 from longctx.engine_stats import ClassStats, EngineStats, GroupStats, RingStats, SchedulerStats
 from longctx.ipc.protocol import Done, decode_event, encode
-from longctx.request import FinishReason
+from longctx.request import SOURCES, FinishReason
 from offload.stats import Cleared, StoreStats, TierStats
 from tests.api.live_server import MODEL, LiveServer
 from tests.api.test_restart import engine_process
@@ -192,6 +192,7 @@ STATS = EngineStats(
     requests_ended=dict.fromkeys(FinishReason, 0),
     prompt_tokens=0,
     cached_tokens=0,
+    prompt_tokens_by_source=dict.fromkeys(SOURCES, 0),
     generated_tokens=0,
     steps=0,
     computed_tokens=0,

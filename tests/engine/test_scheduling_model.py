@@ -183,6 +183,9 @@ class Scheduling(RuleBasedStateMachine):
         for name, request in self.asked.items():
             answered = engine.answered[name]
             assert answered.finished == 1
+            by_source = answered.counts.tokens_by_source
+            assert sum(by_source.values()) == answered.counts.prompt_tokens
+            assert min(by_source.values()) >= 0, by_source
             assert sorted(answered.reasons) == list(range(request.sampling.n))
             assert all(len(reasons) == 1 for reasons in answered.reasons.values())
             for reason in answered.reasons.values():

@@ -63,6 +63,8 @@ def test_a_question_is_one_line_with_what_it_took(observed: LiveServer, log: io.
         assert line["finish_reason"] == "length"
         assert 0 < line["ttft_ms"] <= line["total_ms"]
     assert second["cached_tokens"] >= usage["prompt_tokens"] - 64
+    assert first["prompt_tokens_by_source"]["computed"] == usage["prompt_tokens"]
+    assert second["prompt_tokens_by_source"]["device"] == second["cached_tokens"]
     assert first["id"] != second["id"] and len(first["tenant"]) == 12
     assert SECRET not in log.getvalue() and "alice" not in log.getvalue()
 
