@@ -149,7 +149,7 @@ class _ExactPass:
             sequences=1,
             chunk_tokens=max(STEP_TOKENS, rows),
         )
-        sequence = cache.admit(tokens, NO_ANSWER)
+        sequence = cache.admit(tokens)
         while (remaining := sequence.blocks.remaining) > rows:
             cache.feed([(sequence, min(STEP_TOKENS, remaining - rows))], [0])
         (logits,) = cache.feed([(sequence, rows)], [rows])

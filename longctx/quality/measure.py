@@ -18,7 +18,7 @@ second reads on and asks the second one. Who is content after the first is spare
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -26,16 +26,15 @@ from torch import Tensor
 
 from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import BackendFactory
-from longctx.engine.sampler import SamplingError, sample
 from longctx.engine.sequence import Sequence as EngineSequence
 from longctx.engine_info import Measured
 from longctx.errors import InvalidRequest
 from longctx.model.exact import exact_twin
 from longctx.model.loader import LoadedModel
+from longctx.quality.answers import Answer, draw_answers
 from longctx.quality.damage import SPAN_ROWS, DamageMeter, compare
 from longctx.quality.replay import Replay
 from longctx.quality.texts import TEXTS, Text
-from longctx.request import SamplingParams
 from longctx.text.chat_template import ChatPrompts, FilePart, Message
 from longctx.text.tokenizer import Tokenizer
 
@@ -218,7 +217,8 @@ class _Comparison:
         self._own_tokens = workload.own_tokens
         self._eos = tokenizer.eos_token_ids
 
-        tails = sum(len(each.token_ids) - each.text_end + workload.own_tokens for each in prompts)
+        # An answer is drawn by a sequence of its own, which reads from the last sealed block on
+        tails = sum(_tail(prompt, workload.own_tokens) + BLOCK_TOKENS for prompt in prompts)
 
         def cache(variant: Variant) -> Replay:
             return Replay(
@@ -227,7 +227,7 @@ class _Comparison:
                 backend,
                 codec=variant.codec,
                 blocks=_blocks(prompts, workload.own_tokens),
-                sequences=max(1, len(prompts)),
+                sequences=2 * max(1, len(prompts)),
                 chunk_tokens=CHUNK_TOKENS + tails,
             )
 
@@ -251,17 +251,12 @@ class _Comparison:
 
     def read(self, prompt: _Prompt) -> None:
         """Compute the text of a prompt chunk by chunk in every way, and compare its rows."""
-        sampling = SamplingParams(
-            max_tokens=self._own_tokens, temperature=1.0, seed=self._seed + len(self._replays)
-        )
+        text = prompt.token_ids[: prompt.text_end]
         replay = _PromptReplay(
             prompt,
-            served=self._served.admit(prompt.token_ids, sampling),
-            exact=None if self._exact is None else self._exact.admit(prompt.token_ids, sampling),
-            changed={
-                name: cache.admit(prompt.token_ids, sampling)
-                for name, cache in self._changed.items()
-            },
+            served=self._served.admit(text),
+            exact=None if self._exact is None else self._exact.admit(text),
+            changed={name: cache.admit(text) for name, cache in self._changed.items()},
         )
         while (first := replay.served.blocks.computed) < prompt.text_end:
             count = min(prompt.text_end - first, CHUNK_TOKENS - first % BLOCK_TOKENS)
@@ -288,44 +283,37 @@ class _Comparison:
         Stops where `late()` says so, but not before there is enough for an interval.
         """
         replays = self._replays[self._answered :]
+        answers = [
+            Answer(replay.prompt.token_ids, self._own_tokens, seed=self._seed + number)
+            for number, replay in enumerate(replays, self._answered)
+        ]
         self._answered = len(self._replays)
-        self._speak(replays, late)
-        for replay in replays:
-            if not replay.spoken:
+        draw_answers(
+            answers,
+            self._exact or self._served,
+            None if self._exact is None else self._served,
+            eos=self._eos,
+            enough=lambda tokens: tokens >= 2 * SPAN_ROWS and late(),  # enough for an interval
+        )
+        for replay, answer in zip(replays, answers, strict=True):
+            if not answer.spoken:
                 continue
             # A row for each token that was said: the last one is judged by, and not computed
-            said = replay.spoken[:-1]
-            rows = len(replay.spoken)
+            said = (*replay.prompt.token_ids[replay.prompt.text_end :], *answer.spoken[:-1])
+            rows = len(answer.spoken)
             first = len(replay.prompt.token_ids) - 1
             skipped = max(0, BLOCK_TOKENS - first)  # rows that see no sealed block
             if skipped >= rows:
                 continue
-            served, exact = torch.cat(replay.rows)[skipped:], None
-            replay.rows.clear()
-            if replay.exact is not None:
+            served, exact = torch.cat(answer.rows)[skipped:], None
+            answer.rows.clear()
+            if self._exact is not None:
                 exact = served
                 served = _read_on(self._served, replay.served, said, rows)[skipped:]
             for name, cache in self._changed.items():
                 changed = _read_on(cache, replay.changed[name], said, rows)[skipped:]
-                targets = replay.spoken[skipped:]
+                targets = answer.spoken[skipped:]
                 self._own[name].add(_compare(served, changed, targets, exact))
-
-    def _speak(self, replays: "Sequence[_PromptReplay]", late: Callable[[], bool]) -> None:
-        """Sample an answer to each prompt, side by side, and keep the logits of its rows."""
-        speaking = list(replays)
-        cache = self._served if self._exact is None else self._exact
-        counts = [replay.speaker.blocks.remaining for replay in speaking]
-        for step in range(self._own_tokens):
-            enough = step * len(replays) >= 2 * SPAN_ROWS  # for an interval
-            if not speaking or (enough and late()):
-                break
-            chunks = [(each.speaker, count) for each, count in zip(speaking, counts, strict=True)]
-            rows = cache.feed(chunks, [1] * len(chunks))
-            sampled = sample(torch.cat(rows), [each.speaker.sampling_state for each in speaking])
-            for replay, row, draw in zip(speaking, rows, sampled, strict=True):
-                replay.say(_token(draw), row)
-            speaking = [each for each in speaking if each.spoken[-1] not in self._eos]
-            counts = [1] * len(speaking)
 
 
 @dataclass(slots=True)
@@ -336,24 +324,10 @@ class _PromptReplay:
     served: EngineSequence
     exact: EngineSequence | None
     changed: dict[str, EngineSequence]
-    spoken: list[int] = field(default_factory=list)
-    rows: list[Tensor] = field(default_factory=list)  # logits [1, vocab] that each was drawn from
-
-    @property
-    def speaker(self) -> EngineSequence:
-        """The sequence whose logits the answer is drawn from."""
-        return self.served if self.exact is None else self.exact
-
-    def say(self, token: int, row: Tensor) -> None:
-        """Append a token that was sampled from the logits `row` of the speaker."""
-        self.spoken.append(token)
-        self.rows.append(row)
-        self.speaker.sampling_state.observe(token)
-        self.speaker.blocks.tokens.append(token)
 
 
 def _read_on(cache: Replay, sequence: EngineSequence, said: Sequence[int], rows: int) -> Tensor:
-    """Let a cache read the rest of a prompt and what was said; return the last rows' logits."""
+    """Let a cache read the question and what was said to it; return the last rows' logits."""
     for token in said:
         sequence.blocks.tokens.append(token)
     (logits,) = cache.feed([(sequence, sequence.blocks.remaining)], [rows])
@@ -362,16 +336,20 @@ def _read_on(cache: Replay, sequence: EngineSequence, said: Sequence[int], rows:
 
 def _blocks(prompts: Sequence[_Prompt], own_tokens: int) -> int:
     """Return enough blocks for all sequences; those that two prompts share are left over."""
-    return sum((len(prompt.token_ids) + own_tokens) // BLOCK_TOKENS + 2 for prompt in prompts)
+    return sum(
+        (len(prompt.token_ids) + own_tokens) // BLOCK_TOKENS
+        + _tail(prompt, own_tokens) // BLOCK_TOKENS
+        + 4
+        for prompt in prompts
+    )
+
+
+def _tail(prompt: _Prompt, own_tokens: int) -> int:
+    """Return the tokens that follow the text: the question and its answer."""
+    return len(prompt.token_ids) - prompt.text_end + own_tokens
 
 
 def _compare(
     served: Tensor, changed: Tensor, targets: Sequence[int], exact: Tensor | None
 ) -> Tensor:
     return compare(served, changed, torch.tensor(targets, device=served.device), exact=exact)
-
-
-def _token(draw: int | SamplingError) -> int:
-    if isinstance(draw, SamplingError):
-        raise draw
-    return draw

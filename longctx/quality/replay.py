@@ -30,6 +30,7 @@ from longctx.text.tokenizer import Tokenizer
 from offload.key import namespace
 
 # The blocks are in pools of their own, so one namespace does for all.
+NOT_SAMPLED = SamplingParams()  # who reads the logits chooses the tokens
 OWN_SPACE = namespace(fingerprint="", dtype="", rope="", codec="", codec_version=0, salt="")
 
 
@@ -71,19 +72,20 @@ class Replay:
         self._tokenizer = tokenizer
         self._admitted = 0
 
-    def admit(self, token_ids: Items[int], sampling: SamplingParams) -> Sequence:
+    def admit(self, token_ids: Items[int]) -> Sequence:
         """Admit a prompt; the first `blocks.computed` tokens of it were in the cache already."""
         ids = np.array(token_ids, dtype=np.int32)
         segments = (Segment(token_ids=tuple(token_ids)),)
-        seed = sampling.seed or 0
         self._admitted += 1
         sequence = Sequence(
-            request=Request(request_id=f"{self._admitted}", segments=segments, sampling=sampling),
+            request=Request(
+                request_id=f"{self._admitted}", segments=segments, sampling=NOT_SAMPLED
+            ),
             index=0,
             arrival=self._admitted,
             arrival_seconds=0.0,
-            sampling_state=SamplingState(sampling, seed=seed, prompt_token_ids=lambda: ids),
-            seed=seed,
+            sampling_state=SamplingState(NOT_SAMPLED, seed=0, prompt_token_ids=lambda: ids),
+            seed=0,
             text=TextStream(self._tokenizer, stop=()),
             blocks=SequenceBlocks(
                 tokens=TokenIds(ids, []),
@@ -95,6 +97,10 @@ class Replay:
         admitted = self._cache.admit(sequence.blocks, spare_blocks=0)
         assert admitted is Admission.ADMITTED, "the pool was made for these sequences"
         return sequence
+
+    def release(self, sequence: Sequence) -> None:
+        """Let go of a sequence; its sealed blocks stay for those that begin alike."""
+        self._cache.release(sequence.blocks)
 
     def feed(self, chunks: Items[tuple[Sequence, int]], last_rows: Items[int]) -> list[Tensor]:
         """Compute the next tokens of sequences, as many of each as stated beside it.

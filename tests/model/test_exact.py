@@ -12,7 +12,6 @@ from longctx.config import ModelConfig
 from longctx.model.exact import exact_twin
 from longctx.model.loader import LoadedModel, load_model
 from longctx.quality.replay import Replay
-from longctx.request import SamplingParams
 from longctx.text.tokenizer import Tokenizer
 from tests.conftest import ModelFolders
 from tests.support.recorded_engine import some_ids
@@ -31,7 +30,7 @@ def rows(model: LoadedModel, folder: Path) -> Tensor:
         sequences=1,
         chunk_tokens=128,
     )
-    sequence = cache.admit(some_ids(150, 5), SamplingParams(max_tokens=1))
+    sequence = cache.admit(some_ids(150, 5))
     first = cache.feed([(sequence, 128)], [128])
     return torch.cat([*first, *cache.feed([(sequence, 22)], [22])])
 

@@ -27,7 +27,6 @@ from longctx.quality.measure import Workload, measure
 from longctx.quality.replay import Replay
 from longctx.quality.texts import TEXTS
 from longctx.quality.verdict import LOSSLESS, is_settled, judge
-from longctx.request import SamplingParams
 from longctx.text.tokenizer import Tokenizer
 from tests.conftest import ModelFolders
 from tests.support.biased_models import write_biased_probe
@@ -98,7 +97,7 @@ def replayed(
     )
     tokens = list(some_ids(sum(counts), 3))
     prompt = tokens[: -counts.count(1) or None]
-    sequence = cache.admit(prompt, SamplingParams(max_tokens=64))
+    sequence = cache.admit(prompt)
     rows = []
     for count in counts:
         if sequence.blocks.remaining == 0:
