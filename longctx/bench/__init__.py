@@ -38,9 +38,9 @@ class Bench:
 
 BENCHES: dict[str, Bench] = {
     "niah": Bench(
-        "find needles in haystacks: exact match by length and depth",
+        "find needles in haystacks, by length and depth: cold, warm, restored, for each codec",
         "longctx.bench.retrieval.niah",
-        (EngineConfig, BenchConfig, NiahConfig),
+        (EngineConfig, BenchConfig, FillerConfig, NiahConfig),
     ),
     "ruler": Bench(
         "RULER's tasks: retrieval, tracing and counting, in process or on any server",

@@ -4,9 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from longctx.config import KV_CODECS, KVCodec
 from longctx.needles.generator import KINDS
 from longctx.needles.ruler_tasks import TASKS
 from prompt_cache.level import EXACT, Level, parse_level
+
+CACHES = {"cold": 0, "warm": 1, "restored": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +36,16 @@ class NiahConfig:
 
     lengths: Annotated[str, "document lengths in tokens"] = "4096,16384,32768,65536"
     depths: Annotated[str, "where needles lie, percent of the document"] = "0,25,50,75,100"
-    questions: Annotated[int, "questions per length and depth"] = 20
+    questions: Annotated[int, "questions per length, depth and seed"] = 20
+    seeds: Annotated[int, "sets of haystacks, from --seed on"] = 1
+    caches: Annotated[
+        str,
+        "where the document is when it is asked: cold (not computed yet), warm (on the device), "
+        "restored (on disk, after a restart)",
+    ] = "warm"
+    codecs: Annotated[
+        str | None, "KV codecs to compare with raw, forced; the engine's own one alone if absent"
+    ] = None
     kind: Annotated[str, f"what the needles say: {', '.join(KINDS)}"] = "any"
     distractors: Annotated[int, "false needles per needle: same attribute, other keys"] = 0
     match: Annotated[
@@ -49,12 +61,32 @@ class NiahConfig:
         if self.kind not in KINDS:
             raise ValueError(f"kind={self.kind} is unknown; choose from {', '.join(KINDS)}")
         _at_least("questions", self.questions, 1)
+        _at_least("seeds", self.seeds, 1)
+        if unknown := [name for name in self.every_cache if name not in CACHES]:
+            raise ValueError(f"caches={unknown[0]} is unknown; choose from {', '.join(CACHES)}")
+        if unknown := [name for name in (self.codecs or "raw").split(",") if name not in KV_CODECS]:
+            known = ", ".join(KV_CODECS)
+            raise ValueError(f"codecs={unknown[0]} is unknown; choose from {known}")
         _at_least("distractors", self.distractors, 0)
         _at_least("answer_tokens", self.answer_tokens, 1)
 
     @property
     def token_lengths(self) -> tuple[int, ...]:
         return _whole_numbers("lengths", self.lengths)
+
+    @property
+    def every_cache(self) -> tuple[str, ...]:
+        """In the order that one document is asked in."""
+        named = self.caches.split(",")
+        return tuple(sorted(set(named), key=lambda name: CACHES.get(name, -1)))
+
+    @property
+    def every_codec(self) -> tuple[KVCodec, ...]:
+        """The codecs that are compared, `raw` first; none where the engine's own is measured."""
+        if self.codecs is None:
+            return ()
+        named = self.codecs.split(",")
+        return tuple(codec for codec in KV_CODECS if codec == "raw" or codec in named)
 
     @property
     def percent_depths(self) -> tuple[float, ...]:

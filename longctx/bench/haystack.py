@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from longctx.needles.generator import Needle, distractors, haystack, insert, needle
+from longctx.needles.ruler_tasks import Draft, Sentences, fit
 
 TOKENS_PER_NEEDLE = 128  # of document for each statement in it: mostly filler, at any length
 FRAME_TOKENS = 8  # spaces and seams between filler and statements
@@ -36,14 +37,25 @@ def haystacks(
     distractor_count: int,
     seed: int,
     count_tokens: Callable[[str], int],
+    sentences: Sentences | None = None,
 ) -> Iterator[Haystack]:
-    """Returns documents of at most `length` tokens, with `questions` needles per depth in all."""
+    """Returns documents of at most `length` tokens, with `questions` needles per depth in all.
+
+    Filler is generated prose, or the `sentences` that somebody else draws.
+    """
     wanted = [depth for _ in range(questions) for depth in depths]
     room = max(1, length // (TOKENS_PER_NEEDLE * (1 + distractor_count)))
     for number, begin in enumerate(range(0, len(wanted), room)):
         rng = random.Random(f"haystack {seed} {length} {number}")
         yield _haystack(
-            wanted[begin : begin + room], depths, kind, distractor_count, length, rng, count_tokens
+            wanted[begin : begin + room],
+            depths,
+            kind,
+            distractor_count,
+            length,
+            rng,
+            count_tokens,
+            sentences,
         )
 
 
@@ -59,6 +71,20 @@ def document(tokens: int, *, seed: int, count_tokens: Callable[[str], int]) -> s
         budget -= excess
 
 
+def _joined(
+    sentences: Sentences, seed: int, tokens: int, count_tokens: Callable[[str], int]
+) -> str:
+    """Returns as many sentences as there may be, one after another."""
+    text = Draft(
+        build=lambda units: " ".join(sentences(random.Random(seed), units)),
+        least=0,
+        most=None,
+        answers=(),
+        answer_prefix="",
+    )
+    return fit(text, tokens, count_tokens)
+
+
 def _haystack(
     cells: Sequence[float],
     depths: Sequence[float],
@@ -67,6 +93,7 @@ def _haystack(
     length: int,
     rng: random.Random,
     count_tokens: Callable[[str], int],
+    sentences: Sentences | None,
 ) -> Haystack:
     planted: list[Planted] = []
     statements: list[str] = []
@@ -86,7 +113,10 @@ def _haystack(
     used = sum(count_tokens(statement) for statement in statements) + FRAME_TOKENS
     budget, filler_seed = length - used, rng.getrandbits(48)
     while True:
-        filler = document(budget, seed=filler_seed, count_tokens=count_tokens)
+        if sentences is None:
+            filler = document(budget, seed=filler_seed, count_tokens=count_tokens)
+        else:
+            filler = _joined(sentences, filler_seed, budget, count_tokens)
         text = insert(filler, statements, places)
         excess = count_tokens(text) - length
         if excess <= 0:

@@ -40,10 +40,13 @@ def draw_heat_map(
     row_label: str,
 ) -> None:
     """Draws cells colored by `shares` [rows][columns] in [0, 1], with small `notes` below each."""
-    width = max(6.4, 1.9 + 1.15 * len(columns))
+    left = max(1.15, 0.45 + 0.09 * max(map(len, rows)))
+    width = max(6.4, left + 0.75 + 1.15 * len(columns))
     height = 2.1 + 0.62 * len(rows)
     figure = _figure(width, height)
-    axes = figure.add_axes((1.15 / width, 0.75 / height, 1 - 1.5 / width, 1 - 1.85 / height))
+    axes = figure.add_axes(
+        (left / width, 0.75 / height, 1 - (left + 0.35) / width, 1 - 1.85 / height)
+    )
     for row, line in enumerate(shares):
         for column, share in enumerate(line):
             axes.add_patch(

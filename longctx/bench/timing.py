@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from longctx.errors import LongctxError
-from longctx.request import FinishReason, Request, RequestOutput, SamplingParams, Segment, Usage
+from longctx.request import (
+    FinishReason,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    Segment,
+    TokenLogprob,
+    Usage,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +27,7 @@ class TimedAnswer:
     usage: Usage
     submit_seconds: float  # until `submit` returned
     token_seconds: tuple[float, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     @property
     def first_token_seconds(self) -> float:
@@ -56,6 +65,7 @@ class Stopwatch:
         text = ""
         token_ids: tuple[int, ...] = ()
         token_seconds: list[float] = []
+        logprobs: list[TokenLogprob] = []
         usage: Usage | None = None
         began = time.perf_counter()
         self.engine.submit(request)
@@ -68,6 +78,7 @@ class Stopwatch:
                     raise LongctxError(output.error)
                 text += output.text
                 token_ids += output.token_ids
+                logprobs += output.logprobs
                 token_seconds += [now] * len(output.token_ids)
                 usage = output.usage or usage
         assert usage is not None and token_seconds, "a request ends with usage and a token"
@@ -77,4 +88,5 @@ class Stopwatch:
             usage=usage,
             submit_seconds=submit_seconds,
             token_seconds=tuple(token_seconds),
+            logprobs=tuple(logprobs),
         )

@@ -389,6 +389,8 @@ def _needle_grid(console: Console, config: DemoConfig, folder: Path) -> None:
     _section(console, "A needle grid", "longctx bench niah: one fact, at every depth and length")
     words = ["--lengths", "4096,16384,32768", "--questions", "4", "--out", str(config.out)]
     words += _engine_options(config, folder)
+    # A tour that was left halfway begins anew
+    (config.out / "niah.part.jsonl").unlink(missing_ok=True)
     with console.status("  asking 60 questions", spinner_style="cyan"):
         bench = subprocess.run(
             [sys.executable, "-P", "-m", "longctx", "bench", "niah", *words],

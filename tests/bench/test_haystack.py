@@ -1,17 +1,22 @@
 """Documents keep to their length, and every needle is in one of them, where it should be."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from longctx.bench.haystack import TOKENS_PER_NEEDLE, Haystack, document, haystacks
+from longctx.bench.retrieval.texts import TextFiller
+from longctx.needles.ruler_tasks import Sentences
 
 
 def words(text: str) -> int:
     return len(text.split())
 
 
-def planted(length: int, questions: int, distractors: int = 0) -> list[Haystack]:
+def planted(
+    length: int, questions: int, distractors: int = 0, sentences: Sentences | None = None
+) -> list[Haystack]:
     return list(
         haystacks(
             length,
@@ -21,6 +26,7 @@ def planted(length: int, questions: int, distractors: int = 0) -> list[Haystack]
             distractor_count=distractors,
             seed=3,
             count_tokens=words,
+            sentences=sentences,
         )
     )
 
@@ -54,3 +60,15 @@ def test_no_question_has_two_answers() -> None:
 
 def test_the_same_seed_writes_the_same_documents() -> None:
     assert planted(700, questions=2) == planted(700, questions=2)
+
+
+def test_a_haystack_may_be_of_the_users_own_words(tmp_path: Path) -> None:
+    for number in range(3):
+        text = " ".join(f"Word {number} and {each} stand here." for each in range(100))
+        (tmp_path / f"{number}.txt").write_text(text)
+    (hay,) = planted(2000, questions=3, sentences=TextFiller(tmp_path))
+    assert 1900 < words(hay.text) <= 2000
+    assert hay.text.count(" stand here.") > 250
+    for each in hay.planted:
+        place = 100 * hay.text.index(each.needle.statement.strip()) / len(hay.text)
+        assert abs(place - each.depth) < 15, each

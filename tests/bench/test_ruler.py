@@ -171,32 +171,38 @@ def test_an_interrupted_run_goes_on_and_comes_to_the_same(tmp_path: Path) -> Non
     expected = echoed(whole, None).results
     with pytest.raises(LongctxError, match="dead"):
         echoed(first := Echo(limit=5), tmp_path)
-    file = tmp_path / "ruler.jsonl"
-    with file.open("a") as stream:
+    with (tmp_path / "ruler.part.jsonl").open("a") as stream:
         stream.write('{"key":["vt",1024,0],"sco')  # cut short by a crash
-    second = Echo()
-    assert echoed(second, tmp_path).results == expected
-    assert first.asked + second.asked == whole.asked and len(second.asked) == 7
+    with pytest.raises(LongctxError, match="dead"):
+        echoed(second := Echo(limit=3), tmp_path)
     third = Echo()
-    assert echoed(third, tmp_path).results == expected and not third.asked
-    more = Echo()
-    echoed(more, tmp_path, replace(SMALL, samples=3))
-    assert len(more.asked) == 6  # a longer run keeps what a shorter one asked
+    longer = replace(SMALL, samples=3)
+    assert echoed(third, tmp_path, longer).results != expected
+    assert set(first.asked + second.asked + third.asked) > set(whole.asked)
+    assert len(third.asked) == 18 - 5 - 3  # what was asked is not asked again
+
+
+def test_a_run_that_came_to_its_end_is_not_gone_on_with(tmp_path: Path) -> None:
+    echoed(Echo(), tmp_path)
+    assert not (tmp_path / "ruler.part.jsonl").exists() and len(lines(tmp_path)) == 13
+    again = Echo()
+    echoed(again, tmp_path, seed=1)
+    assert len(again.asked) == 12 and lines(tmp_path)[0]["run"]["seed"] == 1
 
 
 def test_answers_of_another_run_are_not_mixed_in(tmp_path: Path) -> None:
-    echoed(Echo(), tmp_path)
+    with pytest.raises(LongctxError, match="dead"):
+        echoed(Echo(limit=5), tmp_path)
     with pytest.raises(InvalidRequest, match="seed was 0 and is 1; delete it, or choose another"):
         echoed(Echo(), tmp_path, seed=1)
-    (tmp_path / "ruler.jsonl").write_text("not JSON\n")
+    (tmp_path / "ruler.part.jsonl").write_text("not JSON\n")
     with pytest.raises(InvalidRequest, match="holds no answers of a run"):
         echoed(Echo(), tmp_path)
 
 
 def test_a_journal_keeps_every_character(tmp_path: Path) -> None:
-    file = tmp_path / "a.jsonl"
     for number in range(3):
-        journal = Journal(file, {"seed": 1})
+        journal = Journal(tmp_path, "a", {"seed": 1})
         assert len(journal.records) == number
         journal.add(("größe\u2028", number), {"given": "\u2028 \n \x85 ß \r"})
         journal.close()

@@ -1,6 +1,8 @@
 """What was answered so far, a line of JSON each: an interrupted run goes on where it was.
 
-The first line says of which run; the lines of another one are never mixed with it.
+The first line says of which run, and of which commit; the lines of another one are never mixed
+with it. A run that came to its end is renamed, from NAME.part.jsonl to NAME.jsonl, and the next
+one begins anew.
 """
 
 import json
@@ -8,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from longctx.bench.report import Parameter
+from longctx.bench.report import Parameter, commit
 from longctx.errors import InvalidRequest
 
 Key = tuple[str | int | float, ...]
@@ -17,16 +19,18 @@ Key = tuple[str | int | float, ...]
 class Journal:
     """The records of one run, by key; on disk where there is a file."""
 
-    def __init__(self, file: Path | None, run: Mapping[str, Parameter]) -> None:
-        """Read what an earlier run of the same kind left.
+    def __init__(self, out: Path | None, name: str, run: Mapping[str, Parameter]) -> None:
+        """Read what an interrupted run of the same kind left in the folder.
 
         Raises InvalidRequest where the file is of another run, or not readable as one.
         """
         self.records: dict[Key, dict[str, Any]] = {}
         self._stream: BinaryIO | None = None
-        if file is None:
+        if out is None:
             return
-        file.parent.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        self._file, self._end = out / f"{name}.part.jsonl", out / f"{name}.jsonl"
+        file, run = self._file, {**run, "commit": commit()}
         kept = self._read(file, run) if file.exists() else b""
         self._stream = file.open("r+b" if kept else "wb")
         if kept:  # without the line that was cut short when the run was
@@ -41,9 +45,15 @@ class Journal:
         self._write({"key": key, **record})
 
     def close(self) -> None:
-        """Close the file; records stay readable."""
+        """Close the file, to be gone on with; records stay readable."""
         if self._stream is not None:
             self._stream.close()
+
+    def finish(self) -> None:
+        """Close the file of a run that came to its end."""
+        if self._stream is not None:
+            self._stream.close()
+            self._file.replace(self._end)
 
     def _read(self, file: Path, run: Mapping[str, Parameter]) -> bytes:
         """Take in the whole lines of a file, and return them."""

@@ -2,233 +2,276 @@
 
 Each document is read once and then asked once per needle, through the cache that serves users, so
 what a codec or a reused prefix breaks shows here. An answer counts when it is the whole value,
-character for character. Keys and values are words that training never draws.
+character for character. Keys and values are words that training never draws. Read `_Run`.
 Source: Greg Kamradt, https://github.com/gkamradt/LLMTest_NeedleInAHaystack
 Differs: many needles per document (one question each), exact match instead of a judge.
 """
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from rich.table import Table
+import numpy as np
 
-from longctx.bench.config import BenchConfig, NiahConfig
-from longctx.bench.haystack import Planted, haystacks
-from longctx.bench.picture import draw_heat_map
-from longctx.bench.report import Parameter, Report, Result
-from longctx.bench.scores import matches, wilson
+from longctx.bench.config import BenchConfig, FillerConfig, NiahConfig
+from longctx.bench.haystack import Haystack, Planted, haystacks
+from longctx.bench.report import Parameter, Report
+from longctx.bench.restart import drop_from_memory, opened
+from longctx.bench.retrieval.grid import Grid, Place, Reading, Variant, told_logprobs
+from longctx.bench.retrieval.journal import Journal
+from longctx.bench.retrieval.niah_report import draw, results, tables
+from longctx.bench.retrieval.texts import filler
+from longctx.bench.scores import matches
 from longctx.bench.timing import Stopwatch
-from longctx.config import EngineConfig
-from longctx.llm import LLM, Document
+from longctx.config import EngineConfig, KVCodec
+from longctx.llm import LLM
+from longctx.needles.ruler_tasks import Sentences, generated_sentences
 from longctx.request import SamplingParams
 from longctx.text.chat_template import ChatPrompts, FilePart, Message
 
-
-@dataclass(slots=True)
-class Cell:
-    """What the questions of one length and depth came to."""
-
-    asked: int = 0
-    right: int = 0
-
-    @property
-    def share(self) -> float:
-        return self.right / self.asked
-
-
-@dataclass(slots=True)
-class Reading:
-    """What it took to read and ask the documents of one length."""
-
-    documents: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    cached_tokens: list[int] = field(default_factory=list)  # per question
-    computed_tokens: list[int] = field(default_factory=list)
-    first_token_seconds: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    lengths: tuple[int, ...]
-    depths: tuple[float, ...]
-    cells: dict[tuple[int, float], Cell]
-    readings: dict[int, Reading]
-
-    @property
-    def total(self) -> Cell:
-        cells = self.cells.values()
-        return Cell(sum(cell.asked for cell in cells), sum(cell.right for cell in cells))
+LIKELIEST = 8  # tokens in each place of an answer that variants are compared by
+READ = -1  # in the place of a question: what reading the document took
 
 
 def run(
-    engine: EngineConfig, bench: BenchConfig, niah: NiahConfig, *, say: Callable[[str], None]
-) -> Report:
-    """Asks every question of the grid on one engine. Raises LongctxError."""
-    llm = LLM(config=engine)
-    grid = measure(llm, niah, seed=bench.seed, say=say)
-    model = llm.engine.info.model_name
-    codec = llm.engine.info.kv_codec
-    subtitle = f"{model}, {codec} KV, {niah.kind} needles, {_share(grid.total)}"
-    return Report(
-        results=results(grid, {"model": model, "kv_codec": codec, "kind": niah.kind}),
-        tables=(_grid_table(grid, subtitle), _reading_table(grid)),
-        draw=partial(draw, grid, subtitle),
-    )
-
-
-def measure(llm: LLM, niah: NiahConfig, *, seed: int, say: Callable[[str], None]) -> Grid:
-    """Asks every question of the grid."""
-    grid = Grid(niah.token_lengths, niah.percent_depths, defaultdict(Cell), defaultdict(Reading))
-    stopwatch = Stopwatch(llm.engine)
-    prompts = ChatPrompts(llm.engine.tokenizer)
-    encode = llm.engine.tokenizer.encode
-    for length in grid.lengths:
-        reading = grid.readings[length]
-        for hay in haystacks(
-            length,
-            grid.depths,
-            questions=niah.questions,
-            kind=niah.kind,
-            distractor_count=niah.distractors,
-            seed=seed,
-            count_tokens=lambda text: len(encode(text)),
-        ):
-            began = time.perf_counter()
-            document = llm.document_from_text(hay.text)
-            reading.seconds += time.perf_counter() - began
-            reading.documents += 1
-            reading.tokens += document.tokens
-            for planted in hay.planted:
-                right = _ask(document, planted, niah, prompts, stopwatch, reading)
-                cell = grid.cells[length, planted.depth]
-                cell.asked += 1
-                cell.right += right
-            document.close()
-        row = [grid.cells[length, depth] for depth in grid.depths]
-        found, asked = sum(cell.right for cell in row), sum(cell.asked for cell in row)
-        say(f"{length:,} tokens: {found} of {asked} found")
-    return grid
-
-
-def _ask(
-    document: Document,
-    planted: Planted,
+    engine: EngineConfig,
+    bench: BenchConfig,
+    texts: FillerConfig,
     niah: NiahConfig,
-    prompts: ChatPrompts,
-    stopwatch: Stopwatch,
-    reading: Reading,
-) -> bool:
-    part = FilePart(document.part.document_id, document.part.title)
-    began = time.perf_counter()
-    segments = prompts.render([Message("user", (part, planted.needle.question))])
-    rendered = time.perf_counter() - began
-    sampling = SamplingParams(max_tokens=niah.answer_tokens, temperature=0.0)
-    answer = stopwatch.ask(segments, sampling)
-    reading.cached_tokens.append(answer.usage.cached_tokens)
-    # Each token of the answer but the last is computed too, to draw the next one
-    reading.computed_tokens.append(
-        answer.usage.computed_tokens - answer.usage.completion_tokens + 1
-    )
-    reading.first_token_seconds.append(rendered + answer.first_token_seconds)
-    return matches(answer.text, planted.needle.answer, niah.match)
-
-
-def results(grid: Grid, parameters: Mapping[str, Parameter]) -> tuple[Result, ...]:
-    rows = [_exact_match(grid.total, parameters)]
-    for length in grid.lengths:
-        for depth in grid.depths:
-            cell = grid.cells[length, depth]
-            place = {"length_tokens": length, "depth_percent": depth}
-            rows.append(_exact_match(cell, {**parameters, **place}))
-        reading = grid.readings[length]
-        at = {**parameters, "length_tokens": length}
-        for metric, value, unit in (
-            ("documents read", reading.documents, "documents"),
-            ("reading", reading.seconds / reading.documents, "s/document"),
-            ("reading rate", reading.tokens / reading.seconds, "tokens/s"),
-            ("cached tokens per question", median(reading.cached_tokens), "tokens"),
-            ("prompt tokens computed per question", max(reading.computed_tokens), "tokens"),
-            ("time to first token", median(reading.first_token_seconds), "s"),
-        ):
-            rows.append(Result(metric=metric, value=value, unit=unit, parameters=at))
-    return tuple(rows)
-
-
-def _exact_match(cell: Cell, parameters: Mapping[str, Parameter]) -> Result:
-    low, high = wilson(cell.right, cell.asked)
-    interval = {"n": cell.asked, "low": round(low, 4), "high": round(high, 4)}
-    return Result(
-        metric="exact match", value=cell.share, unit="share", parameters={**parameters, **interval}
+    *,
+    say: Callable[[str], None],
+) -> Report:
+    """Asks every question of the grid, of each codec and cache. Raises LongctxError."""
+    sentences, text_name = filler(texts.haystack)
+    asked: dict[str, Parameter] = {
+        "model": "embedded" if engine.model.model is None else str(engine.model.model),
+        "dtype": engine.model.dtype,
+        "kv_codec": engine.cache.kv_codec,
+        **asdict(niah),
+        "haystack": text_name,
+        "seed": bench.seed,
+    }
+    journal = Journal(bench.out, "niah", asked)
+    try:
+        if journal.records:
+            say(f"{len(journal.records)} answers and readings are there already")
+        whole = _Run(engine, niah, bench.seed, sentences, journal, say)
+        whole.ask_all()
+        journal.finish()
+    finally:
+        journal.close()
+    parameters: dict[str, Parameter] = {
+        **whole.parameters,
+        "kind": niah.kind,
+        "haystack": text_name,
+    }
+    grids = {variant: _grid(journal, variant) for variant in whole.variants}
+    subtitle = f"{parameters['model']}, {niah.kind} needles in {text_name} text"
+    return Report(
+        results=tuple(results(grids, niah, parameters)),
+        tables=tuple(tables(grids, niah, subtitle)),
+        draw=partial(draw, grids, niah, subtitle),
     )
 
 
-def draw(grid: Grid, subtitle: str, path: Path) -> None:
-    draw_heat_map(
-        path,
-        title="Needles found in long documents",
-        subtitle=subtitle,
-        columns=[_tokens(length) for length in grid.lengths],
-        rows=[f"{depth:g}%" for depth in grid.depths],
-        shares=[
-            [grid.cells[length, depth].share for length in grid.lengths] for depth in grid.depths
-        ],
-        notes=[
-            [f"{cell.right} of {cell.asked}" for cell in _row(grid, depth)] for depth in grid.depths
-        ],
-        column_label="length of the document, tokens",
-        row_label="depth of the needle",
-    )
+class _Run:
+    """Opens an engine for each codec, and another one over the same files for what is restored."""
+
+    def __init__(
+        self,
+        engine: EngineConfig,
+        niah: NiahConfig,
+        seed: int,
+        sentences: Sentences,
+        journal: Journal,
+        say: Callable[[str], None],
+    ) -> None:
+        self._engine, self._niah, self._seed, self._say = engine, niah, seed, say
+        self._sentences = None if sentences is generated_sentences else sentences
+        self._journal = journal
+        self.variants: list[Variant] = []
+        self.parameters: dict[str, Parameter] = {}
+
+    def ask_all(self) -> None:
+        lengths = self._niah.token_lengths
+        for named in self._niah.every_codec or (None,):
+            with self._stored(named) as config:
+                with opened(config) as llm:
+                    asking = self._asking(llm)
+                    hays = {length: self._haystacks(llm, length) for length in lengths}
+                    for length in lengths:
+                        for place, hay in hays[length]:
+                            asking.before_restart(place, hay)
+                        for cache in self._niah.every_cache:
+                            if cache != "restored":
+                                self._tell(Variant(asking.codec, cache), length)
+                if "restored" not in self._niah.every_cache:
+                    continue
+                assert config.cache.kv_dir is not None
+                drop_from_memory(sorted(config.cache.kv_dir.rglob("*.kv")))
+                with opened(config) as llm:
+                    asking = _Asking(llm, self._niah, self._journal)
+                    for length in lengths:
+                        for place, hay in hays[length]:
+                            asking.after_restart(place, hay)
+                        self._tell(Variant(asking.codec, "restored"), length)
+
+    @contextmanager
+    def _stored(self, codec: KVCodec | None) -> Iterator[EngineConfig]:
+        """Yield the configuration of one codec, with a store of its own if one is needed."""
+        cache = self._engine.cache
+        if codec is not None:
+            cache = replace(cache, kv_codec=codec, force_codec=True)
+        if "restored" not in self._niah.every_cache:
+            yield replace(self._engine, cache=cache)
+            return
+        # Beside the user's folder if one is named: another disk is another measurement
+        with TemporaryDirectory(dir=cache.kv_dir) as scratch:
+            yield replace(self._engine, cache=replace(cache, kv_dir=Path(scratch)))
+
+    def _asking(self, llm: LLM) -> "_Asking":
+        asking = _Asking(llm, self._niah, self._journal)
+        info = llm.engine.info
+        self.parameters = {"model": info.model_name, "dtype": info.dtype, "device": info.device}
+        self.variants += [Variant(asking.codec, cache) for cache in self._niah.every_cache]
+        return asking
+
+    def _haystacks(self, llm: LLM, length: int) -> list[tuple[tuple[int, int, int], Haystack]]:
+        niah, encode = self._niah, llm.engine.tokenizer.encode
+        return [
+            ((length, seed, number), hay)
+            for seed in range(self._seed, self._seed + niah.seeds)
+            for number, hay in enumerate(
+                haystacks(
+                    length,
+                    niah.percent_depths,
+                    questions=niah.questions,
+                    kind=niah.kind,
+                    distractor_count=niah.distractors,
+                    seed=seed,
+                    count_tokens=lambda text: len(encode(text)),
+                    sentences=self._sentences,
+                )
+            )
+        ]
+
+    def _tell(self, variant: Variant, length: int) -> None:
+        grid = _grid(self._journal, variant)
+        cell = grid.cell(length)
+        self._say(f"{variant}, {length:,} tokens: {cell.right} of {cell.asked} found")
+        found, of = sum(grid.readings[length].found_tokens), grid.readings[length].tokens
+        if variant.cache == "restored" and found < of / 2:
+            self._say(f"only {found:,} of {of:,} tokens came from the disk; the rest was computed")
 
 
-def _row(grid: Grid, depth: float) -> list[Cell]:
-    return [grid.cells[length, depth] for length in grid.lengths]
+class _Asking:
+    """Asks one engine about documents; what the journal has already is not asked again."""
 
+    def __init__(self, llm: LLM, niah: NiahConfig, journal: Journal) -> None:
+        self._llm, self._niah, self._journal = llm, niah, journal
+        self._prompts = ChatPrompts(llm.engine.tokenizer)
+        self._stopwatch = Stopwatch(llm.engine)
+        self.codec: str = llm.engine.info.kv_codec
 
-def _grid_table(grid: Grid, subtitle: str) -> Table:
-    table = Table(title="Needles found", caption=subtitle, caption_justify="left")
-    table.add_column("depth", justify="right")
-    for length in grid.lengths:
-        table.add_column(f"{length:,} tokens", justify="center")
-    for depth in grid.depths:
-        table.add_row(f"{depth:g}%", *(_interval(cell) for cell in _row(grid, depth)))
-    return table
+    def before_restart(self, place: tuple[int, int, int], hay: Haystack) -> None:
+        """Ask with nothing computed, then read the document and ask again."""
+        missing = {cache: self._missing(cache, place, hay) for cache in self._niah.every_cache}
+        for number, planted in missing.get("cold", ()):
+            self._ask_cold("cold", (*place, number), hay, planted)
+        if missing.get("warm") or missing.get("restored"):
+            self._ask_read("warm", place, hay, missing.get("warm", []))
 
+    def after_restart(self, place: tuple[int, int, int], hay: Haystack) -> None:
+        """Ask about what another engine has left on the disk."""
+        if missing := self._missing("restored", place, hay):
+            self._ask_read("restored", place, hay, missing)
 
-def _reading_table(grid: Grid) -> Table:
-    table = Table(title="What it took", caption="tokens, but for times; computed: at most")
-    for name in ("document", "read once", "per second", "first token", "cached", "computed"):
-        table.add_column(name, justify="right")
-    for length in grid.lengths:
-        reading = grid.readings[length]
-        table.add_row(
-            f"{length:,}",
-            f"{reading.seconds / reading.documents:.2f} s",
-            f"{reading.tokens / reading.seconds:,.0f}",
-            f"{1000 * median(reading.first_token_seconds):.0f} ms",
-            f"{median(reading.cached_tokens):,.0f}",
-            f"{max(reading.computed_tokens):,}",
+    def _missing(
+        self, cache: str, place: tuple[int, int, int], hay: Haystack
+    ) -> list[tuple[int, Planted]]:
+        return [
+            (number, planted)
+            for number, planted in enumerate(hay.planted)
+            if (self.codec, cache, *place, number) not in self._journal.records
+        ]
+
+    def _ask_cold(self, cache: str, place: Place, hay: Haystack, planted: Planted) -> None:
+        """Ask while the document is unknown; what was computed for it is erased."""
+        engine = self._llm.engine
+        token_ids = engine.tokenizer.encode(hay.text)
+        engine.open_document(cache, np.array(token_ids, dtype=np.int32))
+        self._ask(cache, place, FilePart(cache, "document"), planted)
+        self._llm.close_document(cache)
+
+    def _ask_read(
+        self,
+        cache: str,
+        place: tuple[int, int, int],
+        hay: Haystack,
+        missing: list[tuple[int, Planted]],
+    ) -> None:
+        began = time.perf_counter()
+        document = self._llm.document_from_text(hay.text)
+        read = {
+            "seconds": time.perf_counter() - began,
+            "tokens": document.tokens,
+            "cached_tokens": document.usage.cached_tokens,
+        }
+        if missing:
+            self._journal.add((self.codec, cache, *place, READ), read)
+        part = FilePart(document.part.document_id, document.part.title)
+        for number, planted in missing:
+            self._ask(cache, (*place, number), part, planted)
+        if cache == "restored" or "restored" not in self._niah.every_cache:
+            document.close()
+
+    def _ask(self, cache: str, place: Place, part: FilePart, planted: Planted) -> None:
+        began = time.perf_counter()
+        segments = self._prompts.render([Message("user", (part, planted.needle.question))])
+        rendered = time.perf_counter() - began
+        compared = len(self._niah.every_codec or ("own",)) * len(self._niah.every_cache) > 1
+        sampling = SamplingParams(
+            max_tokens=self._niah.answer_tokens,
+            temperature=0.0,
+            logprobs=LIKELIEST if compared else None,
         )
-    return table
+        answer = self._stopwatch.ask(segments, sampling)
+        record: dict[str, Any] = {
+            "depth": planted.depth,
+            "right": matches(answer.text, planted.needle.answer, self._niah.match),
+            "question": planted.needle.question,
+            "wanted": planted.needle.answer,
+            "given": answer.text,
+            "cached_tokens": answer.usage.cached_tokens,
+            # Each token of the answer but the last is computed too, to draw the next one
+            "computed_tokens": answer.usage.computed_tokens - answer.usage.completion_tokens + 1,
+            "first_token_seconds": rendered + answer.first_token_seconds,
+            "likeliest": told_logprobs(token.likeliest for token in answer.logprobs),
+        }
+        self._journal.add((self.codec, cache, *place), record)
 
 
-def _interval(cell: Cell) -> str:
-    low, high = wilson(cell.right, cell.asked)
-    return f"{100 * cell.share:3.0f}%  [dim]{100 * low:.0f} to {100 * high:.0f}[/]"
-
-
-def _share(cell: Cell) -> str:
-    low, high = wilson(cell.right, cell.asked)
-    return (
-        f"{cell.right} of {cell.asked} found: {100 * cell.share:.1f}% "
-        f"(95% interval {100 * low:.1f} to {100 * high:.1f}%)"
-    )
-
-
-def _tokens(count: int) -> str:
-    return f"{count // 1024}k" if count % 1024 == 0 else f"{count:,}"
+def _grid(journal: Journal, variant: Variant) -> Grid:
+    answers: dict[Place, Mapping[str, Any]] = {}
+    readings: dict[int, Reading] = {}
+    for (codec, cache, *rest), record in journal.records.items():
+        if (codec, cache) != (variant.codec, variant.cache):
+            continue
+        length, seed, document, question = (int(part) for part in rest)
+        reading = readings.setdefault(length, Reading())
+        if question == READ:
+            reading.documents += 1
+            reading.tokens += record["tokens"]
+            reading.seconds += record["seconds"]
+            reading.found_tokens.append(record["cached_tokens"])
+        else:
+            answers[length, seed, document, question] = record
+            reading.cached_tokens.append(record["cached_tokens"])
+            reading.computed_tokens.append(record["computed_tokens"])
+            reading.first_token_seconds.append(record["first_token_seconds"])
+    return Grid(answers, readings)

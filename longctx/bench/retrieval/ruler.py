@@ -30,7 +30,6 @@ from longctx.llm import LLM
 from longctx.needles.ruler_tasks import TASKS, Draft, TooShort, draft, fit, read_passages
 
 FORM = 1  # of the prompts: answers to others are not theirs
-JOURNAL = "ruler.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +94,8 @@ def measure(
     }
     squad = None if ruler.squad_file is None else ruler.squad_file.name
     journal = Journal(
-        None if bench.out is None else bench.out / JOURNAL,
+        bench.out,
+        "ruler",
         {"form": FORM, **parameters, "squad_file": squad},
     )
     try:
@@ -113,6 +113,7 @@ def measure(
                         answer = _ask(subject, task, prompt, sample.answers)
                         journal.add((task, length, number), answer)
                 say(_line(task, length, _cell(journal, task, length, ruler.samples)))
+        journal.finish()
     finally:
         journal.close()
     cells = {
