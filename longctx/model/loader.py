@@ -242,15 +242,15 @@ class _Kernels(NamedTuple):
 
 
 def _kernels_for(weights: Weights, dtype: torch.dtype, device: torch.device) -> _Kernels | None:
-    """Import our kernels where they compute: in float32 on a CPU, if they are installed.
+    """Import our kernels where they compute: in float32 or bfloat16 on a CPU, if installed.
 
     Raises ModelRefused where `weights` calls for them in vain.
     """
-    if device.type != "cpu" or dtype != torch.float32:
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         if weights != "auto":
             raise ModelRefused(
-                f"--weights {weights} is for float32 on a CPU, this is {dtype} on {device}; leave "
-                "it out, or start with --device cpu --dtype float32"
+                f"--weights {weights} is for float32 and bfloat16 on a CPU, this is {dtype} on "
+                f"{device}; leave it out, or start with --device cpu --dtype float32"
             )
         return None
     try:
@@ -288,7 +288,7 @@ def _load_weights(
     kernels: _Kernels | None,
 ) -> Any:  # its methods are untyped
     if isinstance(files, GgufFile):
-        keep = None if kernels is None else kernels.linear.Packer(weights).keep
+        keep = None if kernels is None else kernels.linear.Packer(weights, dtype).keep
         return load_gguf(model_class, settings, files, dtype, attention=PROBE, keep=keep)
     try:
         model, report = model_class.from_pretrained(

@@ -1,9 +1,9 @@
 """A model's linear layers, packed once at load for our own kernels (`kernels/csrc/linear.h`).
 
-For models that compute in float32 on a CPU. The model stays transformers': each `nn.Linear` is
-replaced by a `PackedLinear`, which computes the same. Weights that are bfloat16 numbers, as those
-of most checkpoints are, stay 16 bits wide in memory and are widened in registers: exact, and half
-the bytes to read. Those of quantized GGUF files stay in the groups of their blocks.
+For models that compute in float32 or bfloat16 on a CPU. The model stays transformers': each
+`nn.Linear` is replaced by a `PackedLinear`, which computes the same. Weights that are bfloat16
+numbers, as those of most checkpoints are, stay 16 bits wide in memory and are widened in registers:
+exact, and half the bytes to read. Those of quantized GGUF files stay in the groups of their blocks.
 `--weights int8` rounds weights to 8 bits. Read `pack_linears`; for GGUF, `Packer`.
 """
 
@@ -12,6 +12,7 @@ from typing import Self
 import gguf
 import numpy as np
 import torch
+import torch.nn.functional as F
 from gguf import GGMLQuantizationType as TensorType
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -38,11 +39,23 @@ BLOCKS = {
 }
 INT8_MAX = 127
 PANEL = 16  # outputs that are stored together
-TAKEN_APART = 1 << 22  # weights whose blocks are taken apart at once
+TAKEN_APART = 1 << 22  # weights whose blocks are taken apart, or widened, at once
+COMPUTE_TYPES = (torch.float32, torch.bfloat16)
+
+
+def fastest_set(dtype: torch.dtype) -> str:
+    """Name the fastest instruction set here for layers that compute in `dtype`.
+
+    Without instructions for bfloat16 its rows are widened, and multiplied as float32.
+    """
+    sets: list[str] = _kernels.instruction_sets()
+    if dtype == torch.bfloat16:
+        sets += _kernels.bfloat16_sets()
+    return sets[-1]
 
 
 class PackedLinear(nn.Module):
-    """A float32 linear layer whose result for a row does not depend on the rows beside it.
+    """A linear layer whose result for a row does not depend on the rows beside it.
 
     It is used for inference only: it has no gradient and no hooks.
     """
@@ -53,21 +66,29 @@ class PackedLinear(nn.Module):
         shape: tuple[int, int],
         bias: Tensor | None,
         stored: str,
+        *,
+        dtype: torch.dtype,
+        instruction_set: str,
     ) -> None:
-        """`shape` is [outputs, inputs]; `packed` has a copy of `bias`."""
+        """`shape` is [outputs, inputs]; `packed` has a copy of `bias`. `dtype` is that of rows."""
         super().__init__()
         self._packed = packed
+        pairs = instruction_set in _kernels.bfloat16_sets()
+        assert dtype in COMPUTE_TYPES and not (pairs and dtype == torch.float32)
+        self.dtype = dtype
+        self._kernel_dtype = torch.bfloat16 if pairs else torch.float32
+        self.instruction_set = instruction_set
         self.out_features, self.in_features = shape
         self.bias = bias  # kept, as `weight`, for code that looks at it
         self.stored = stored  # how a weight is stored, in words
 
     @classmethod
     def of(cls, linear: nn.Linear, weights: Weights, instruction_set: str) -> Self:
-        """Pack the weights of a float32 layer, as narrow as is exact or as `weights` asks."""
-        weight, scales = linear.weight.detach(), None
-        assert weight.dtype == torch.float32, "other types are left to torch"
+        """Pack the weights of a layer, as narrow as is exact or as `weights` asks."""
+        weight, scales, dtype = linear.weight.detach(), None, linear.weight.dtype
+        assert dtype in COMPUTE_TYPES, "other types are left to torch"
         if weights == "int8":
-            weight, scales = quantize_rows(weight)
+            weight, scales = quantize_rows(weight.float())
         elif torch.equal(narrow := weight.bfloat16(), weight):  # compares as float32
             weight = narrow
         weight = weight.contiguous()
@@ -83,11 +104,24 @@ class PackedLinear(nn.Module):
             instruction_set,
         )
         stored = str(weight.dtype).removeprefix("torch.")
-        return cls(packed, (outputs, inputs), linear.bias, stored)
+        return cls(
+            packed,
+            (outputs, inputs),
+            linear.bias,
+            stored,
+            dtype=dtype,
+            instruction_set=instruction_set,
+        )
 
     @classmethod
     def of_blocks(
-        cls, kind: TensorType, rows: NDArray[np.uint8], bias: Tensor | None, instruction_set: str
+        cls,
+        kind: TensorType,
+        rows: NDArray[np.uint8],
+        bias: Tensor | None,
+        instruction_set: str,
+        *,
+        dtype: torch.dtype = torch.float32,
     ) -> Self:
         """Pack quantized rows [outputs, bytes] at their own width, exact to their values."""
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
@@ -105,23 +139,43 @@ class PackedLinear(nn.Module):
                 scales.ctypes.data,
                 0 if minima is None else minima.ctypes.data,
             )
-        return cls(packed, (outputs, inputs), bias, kind.name)
+        return cls(
+            packed,
+            (outputs, inputs),
+            bias,
+            kind.name,
+            dtype=dtype,
+            instruction_set=instruction_set,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `x` [..., in_features] to [..., out_features], both float32."""
-        assert x.shape[-1] == self.in_features and x.dtype == torch.float32
-        x = x.contiguous()
+        """Map `x` [..., in_features] to [..., out_features], both of the layer's type.
+
+        A bfloat16 layer maps float32 rows too, exactly and slowly: `exact.py` wants that.
+        """
+        assert x.shape[-1] == self.in_features
+        if x.dtype != self.dtype:
+            return self._exactly(x.float())
+        x = x.to(self._kernel_dtype).contiguous()
         out = x.new_empty((*x.shape[:-1], self.out_features))
         self._packed.forward(x.data_ptr(), x.numel() // self.in_features, out.data_ptr())
-        return out
+        return out.to(self.dtype)
 
     __call__ = forward  # a step makes a hundred of these calls, and none has hooks
+
+    def _exactly(self, x: Tensor) -> Tensor:
+        step = max(1, TAKEN_APART // self.in_features // PANEL) * PANEL
+        parts = torch.split(torch.arange(self.out_features), step)
+        out = torch.cat([F.linear(x, self._rows(part)) for part in parts], dim=-1)
+        return out if self.bias is None else out.add_(self.bias.float())
 
     def rows(self, ids: Tensor) -> Tensor:
         """The weights of some outputs: `ids` [...] int64 on the CPU to [..., in_features]."""
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.out_features:
             raise IndexError(f"row {int(ids.min())} or {int(ids.max())} of {self.out_features}")
-        ids = ids.contiguous()
+        return self._rows(ids.contiguous()).to(self.dtype)
+
+    def _rows(self, ids: Tensor) -> Tensor:
         out = torch.empty(*ids.shape, self.in_features)
         self._packed.rows(ids.data_ptr(), ids.numel(), out.data_ptr())
         return out
@@ -133,10 +187,10 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weights [out_features, in_features] float32, unpacked anew each time."""
+        """The weights [out_features, in_features] in the layer's type, unpacked anew each time."""
         weight = torch.empty(self.out_features, self.in_features)
         self._packed.unpack(weight.data_ptr())
-        return weight
+        return weight.to(self.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.stored}"
@@ -150,16 +204,22 @@ class PackedEmbedding(nn.Module):
         self.linear = linear
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Look `ids` [...] up: [..., width] float32."""
+        """Look `ids` [...] up: [..., width] of the layer's type."""
         return self.linear.rows(ids)
+
+    @property
+    def weight(self) -> Tensor:
+        """All rows, unpacked anew each time: for code that looks at them."""
+        return self.linear.weight
 
 
 class Packer:
     """Takes the matrices of a model as they are read from a GGUF file, and packs each at once."""
 
-    def __init__(self, model_weights: Weights) -> None:
+    def __init__(self, model_weights: Weights, dtype: torch.dtype) -> None:
         self._weights = model_weights
-        self._instruction_set = _kernels.instruction_sets()[-1]
+        self._dtype = dtype
+        self._instruction_set = fastest_set(dtype)
 
     def keep(self, model: nn.Module, path: str, weight: Weight) -> bool:
         """Put a packed layer in the place of the one at `path`; False for what is no such layer.
@@ -187,8 +247,10 @@ class Packer:
     def _pack(self, weight: Weight, bias: Tensor | None) -> PackedLinear:
         kind = weight.tensor.type
         if self._weights == "auto" and kind in BLOCKS:
-            return PackedLinear.of_blocks(kind, weight.blocks(), bias, self._instruction_set)
-        values = torch.from_numpy(weight.values())
+            return PackedLinear.of_blocks(
+                kind, weight.blocks(), bias, self._instruction_set, dtype=self._dtype
+            )
+        values = torch.from_numpy(weight.values()).to(self._dtype)
         layer = nn.Linear(values.shape[1], values.shape[0], device="meta")
         layer.weight = nn.Parameter(values, requires_grad=False)
         layer.bias = bias  # type: ignore[assignment]
@@ -202,7 +264,7 @@ def packed_bytes(model: nn.Module) -> int:
 
 
 def _contiguous(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.detach().contiguous()
+    return None if bias is None else bias.detach().float().contiguous()
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,19 +278,26 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack_linears(model: nn.Module, weights: Weights, *, instruction_set: str | None = None) -> None:
-    """Replace every float32 `nn.Linear` in `model`.
+    """Replace every `nn.Linear` in `model` that computes in float32 or bfloat16.
 
     They are replaced one after another, so that no more than one weight is in memory twice.
-    Subclasses stay: they compute something else. `instruction_set` is one of
-    `_kernels.instruction_sets()`, by default the fastest.
+    Subclasses stay: they compute something else. An embedding that is tied to a layer then looks
+    its rows up in the packed weights, unless those are rounded. `instruction_set` is by default the
+    fastest.
     """
-    name = instruction_set or _kernels.instruction_sets()[-1]
     paths_of: dict[nn.Linear, list[str]] = {}  # a tied layer has several
+    embeddings: dict[Tensor, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if type(module) is nn.Linear and module.weight.dtype == torch.float32:
+        if type(module) is nn.Linear and module.weight.dtype in COMPUTE_TYPES:
             paths_of.setdefault(module, []).append(path)
+        elif type(module) is nn.Embedding and module.max_norm is None:
+            embeddings.setdefault(module.weight, []).append(path)
     while paths_of:
         linear, paths = paths_of.popitem()
+        name = instruction_set or fastest_set(linear.weight.dtype)
         packed = PackedLinear.of(linear, weights, name)
         for path in paths:
             model.set_submodule(path, packed)
+        if weights == "auto":
+            for path in embeddings.pop(linear.weight, ()):
+                model.set_submodule(path, PackedEmbedding(packed))

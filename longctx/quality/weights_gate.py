@@ -13,6 +13,7 @@ from longctx.attention.backend import BackendFactory
 from longctx.config import ModelConfig
 from longctx.engine_info import Measured, Verdict
 from longctx.errors import ModelRefused
+from longctx.model.exact import exact_twin
 from longctx.model.loader import LoadedModel, load_model
 from longctx.quality.gate import AT_START, told
 from longctx.quality.measure import Variant, Workload, measure_variants
@@ -50,10 +51,10 @@ def check_weights(
 
     measured = cache.load()
     if measured is None:
-        exact = Variant(load_model(replace(config, weights="auto"), folder, cache_dir=cache_dir))
+        whole = load_model(replace(config, weights="auto"), folder, cache_dir=cache_dir)
         measured = measure_variants(
-            exact,
-            exact,
+            Variant(exact_twin(whole)),
+            Variant(whole),
             {name: Variant(model)},
             tokenizer,
             backend,

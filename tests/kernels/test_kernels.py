@@ -323,6 +323,7 @@ def test_other_builds_pass_too(kind: str, tmp_path: Path) -> None:
             "kernels/test_kernels.py",
             "model/test_packed_linear.py",
             "model/test_quantized_linear.py",
+            "model/test_bfloat16_linear.py",
         )
     ]
     repeated = subprocess.run(

@@ -138,5 +138,5 @@ def test_rounded_weights_are_another_model(tmp_path: Path) -> None:
 def test_int8_is_refused_where_it_would_not_be_used(tmp_path: Path) -> None:
     with pytest.raises(ModelRefused, match="--dtype float32"):
         load_model(
-            ModelConfig(weights="int8", device="cpu", dtype="bfloat16"), write_model(tmp_path)
+            ModelConfig(weights="int8", device="cpu", dtype="float16"), write_model(tmp_path)
         )

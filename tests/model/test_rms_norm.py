@@ -50,4 +50,36 @@ def test_what_computes_something_else_stays(norm: nn.Module) -> None:
 
 
 def test_a_norm_in_another_type_stays() -> None:
-    assert fuse_rms_norms(nn.Sequential(LlamaRMSNorm(16).bfloat16()).eval()) == 0
+    assert fuse_rms_norms(nn.Sequential(LlamaRMSNorm(16).half()).eval()) == 0
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma2RMSNorm, nn.RMSNorm])
+@pytest.mark.parametrize("width", [16, 100, 769])
+def test_norms_in_bfloat16_round_where_the_models_do(kind: type[nn.Module], width: int) -> None:
+    torch.manual_seed(0)
+    norm = kind(width, eps=1e-5).bfloat16()
+    norm.get_parameter("weight").data.normal_()
+    model = nn.Sequential(norm).eval()
+    x = torch.randn(40, 9, width).bfloat16()
+    with torch.inference_mode():
+        wanted = model(x)
+        assert fuse_rms_norms(model) == 1
+        assert isinstance(model[0], RMSNorm)
+        found = model(x)
+        assert found.dtype == torch.bfloat16
+        assert (found == wanted).float().mean() > 0.999
+        # A last bit may turn where each of two roundings is
+        torch.testing.assert_close(found, wanted, rtol=2**-6, atol=0.0)
+        # Each row by itself, and what is float32 in float32
+        assert torch.equal(model(x[3:5]), found[3:5])
+        exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        weight = norm.get_parameter("weight").double()
+        exact = exact * (1 + weight if kind is Gemma2RMSNorm else weight)
+        torch.testing.assert_close(model(x.float()), exact.float())
+
+
+def test_a_row_without_a_number_stays_without() -> None:
+    x = torch.ones(2, 24).bfloat16()
+    x[1, 3] = float("nan")
+    found = RMSNorm(torch.ones(24), 1e-6, dtype=torch.bfloat16)(x)
+    assert found[1].isnan().all() and not found[0].isnan().any()

@@ -1,6 +1,12 @@
 #include "linear.h"
 
+#include <omp.h>
 #include <sys/mman.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#include <cpuid.h>
 
 #include <algorithm>
 #include <cmath>
@@ -17,16 +23,30 @@ namespace {
 constexpr size_t HUGE_PAGE = 2 << 20;
 // With fewer products a second thread costs more than it saves.
 constexpr int64_t PARALLEL_PRODUCTS = 1 << 16;
+// Up to so many rows in bfloat16, the time is that of reading the weights.
+constexpr int64_t FEW_ROWS = 32;
+constexpr int64_t MOST_TILE_ROWS = 32; // that kernels multiply at once
+
+// The kernels for bfloat16, or null where the name is not one of theirs.
+const PairKernels* pairs_of(const std::string& instruction_set) {
+#ifdef LONGCTX_BF16
+    for (const std::string& name : bfloat16_sets())
+        if (name == instruction_set) return name == "amx" ? &pairs_amx : &pairs_avx512_bf16;
+#endif
+    return nullptr;
+}
 
 const LinearKernels& kernels_of(const std::string& instruction_set) {
-    if (instruction_set.rfind("avx512", 0) == 0) return linear_avx512;
+    const bool pairs = pairs_of(instruction_set);
+    if (pairs || instruction_set == "avx512" || instruction_set == "avx512_vnni") return linear_avx512;
     if (instruction_set == "avx2") return linear_avx2;
     throw std::invalid_argument("linear layers know no " + instruction_set);
 }
 
 // What the inputs of a panel take.
-size_t panel_size(Storage storage, int64_t inputs) {
+size_t panel_size(Storage storage, int64_t inputs, bool pairs) {
     const GroupLayout layout = group_layout(storage);
+    if (pairs && storage == Storage::bfloat16) inputs = whole_units(inputs);
     if (layout.inputs) return inputs / layout.inputs * layout.bytes();
     return inputs * PANEL * (storage == Storage::float32 ? 4 : storage == Storage::bfloat16 ? 2 : 1);
 }
@@ -42,6 +62,64 @@ void with_element(Storage storage, Function f) {
         f((int8_t*)nullptr);
 }
 
+void* allocate(size_t bytes) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, bytes >= HUGE_PAGE ? HUGE_PAGE : 64, bytes)) throw std::bad_alloc();
+    // Huge pages miss the page table less; the rest that does not fill one stays on small ones.
+    if (bytes >= HUGE_PAGE) madvise(memory, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);
+    return memory;
+}
+
+// Memory that grows and is kept, and is not filled.
+class Memory {
+public:
+    ~Memory() { std::free(memory_); }
+    char* of(size_t bytes) {
+        if (bytes > bytes_) {
+            std::free(memory_);
+            memory_ = nullptr, bytes_ = 0; // should the next line throw
+            memory_ = allocate(bytes);
+            bytes_ = bytes;
+        }
+        return (char*)memory_;
+    }
+
+private:
+    void* memory_ = nullptr;
+    size_t bytes_ = 0;
+};
+
+// Packs x [rows, inputs] as PairJob wants it, up to `filled` rows and whole units with zeros; the
+// threads of a region share the work.
+void pack_pairs(const uint16_t* x, int64_t rows, int64_t filled, int64_t inputs,
+                const PairKernels& kernels, uint16_t* packed) {
+    const int64_t width = whole_units(inputs), step = kernels.step;
+#pragma omp for schedule(static)
+    for (int64_t top = 0; top < filled; top += kernels.tile_rows) {
+        const int64_t height = std::min(kernels.tile_rows, filled - top);
+        uint16_t* to = packed + top * width;
+        for (int64_t r = 0; r < height; ++r) {
+            const uint16_t* from = x + (top + r) * inputs;
+            for (int64_t k = 0; k < width; k += step) {
+                const int64_t there = top + r < rows ? std::clamp<int64_t>(inputs - k, 0, step) : 0;
+                uint16_t* some = to + k * height + r * step;
+                if (there == step) { // of known sizes, these are no calls
+                    step == UNIT ? std::memcpy(some, from + k, UNIT * sizeof *some)
+                                 : std::memcpy(some, from + k, 2 * sizeof *some);
+                    continue;
+                }
+                std::fill(some, some + step, uint16_t(0));
+                std::copy(from + k, from + k + there, some);
+            }
+        }
+    }
+}
+
+// Where a weight is stored in pairs.
+int64_t pair_index(int64_t panel, int64_t input, int64_t lane, int64_t inputs) {
+    return (panel * whole_units(inputs) + input / 2 * 2) * PANEL + lane * 2 + input % 2;
+}
+
 // Packs x [rows, inputs] as [row tiles][inputs][rows of the tile]; the threads of a region share
 // the work.
 void pack_rows(const float* x, int64_t rows, int64_t inputs, int64_t tile_rows, float* packed) {
@@ -55,15 +133,85 @@ void pack_rows(const float* x, int64_t rows, int64_t inputs, int64_t tile_rows, 
     }
 }
 
+float widened(uint16_t value) {
+    const uint32_t bits = uint32_t(value) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+// To the nearest bfloat16 number, to even.
+uint16_t rounded(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint16_t nearest = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    return value == value ? nearest : uint16_t(0x7fc0); // rounding could carry a NaN into the sign
+}
+
+// One over the root of the mean of the squares.
+float rms_factor(const float* row, int64_t width, float epsilon) {
+    constexpr int LANES = 8; // sums side by side, which the compiler makes a vector of
+    float sums[LANES] = {};
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES)
+        for (int lane = 0; lane < LANES; ++lane) sums[lane] += row[i + lane] * row[i + lane];
+    for (; i < width; ++i) sums[0] += row[i] * row[i];
+    float total = 0;
+    for (float sum : sums) total += sum;
+    return 1 / std::sqrt(total / float(width) + epsilon);
+}
+
+// Whether the CPU has AMX for bfloat16 and the system lets this process use it.
+bool amx_here() {
+#if defined(__linux__) && defined(LONGCTX_BF16)
+    constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18; // of asm/prctl.h, which may be older
+    static const bool here = [] {
+        unsigned a, b, c, d;
+        return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & AMX_BF16) && (d & AMX_TILE) &&
+               syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+    }();
+    return here;
+#else
+    return false;
+#endif
+}
+
 } // namespace
+
+std::vector<std::string> bfloat16_sets() {
+    std::vector<std::string> names;
+#ifdef LONGCTX_BF16 // else the compiler, or the build, has no such instructions
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512bf16"))
+        return names;
+    names.emplace_back("avx512_bf16");
+    if (amx_here()) names.emplace_back("amx");
+#endif
+    return names;
+}
 
 PackedLinear::PackedLinear(const void* weight, const float* scales, const float* bias,
                            int64_t outputs, int64_t inputs, Storage storage,
                            const std::string& instruction_set)
-    : kernels_(kernels_of(instruction_set)), outputs_(outputs), inputs_(inputs),
+    : kernels_(kernels_of(instruction_set)), pairs_(pairs_of(instruction_set)), outputs_(outputs), inputs_(inputs),
       panels_((outputs + PANEL - 1) / PANEL), storage_(storage),
-      bytes_(panels_ * panel_size(storage, inputs)), weight_(allocate(bytes_)),
+      bytes_(panels_ * panel_size(storage, inputs, pairs_)), weight_(allocate(bytes_)),
       scales_(padded(scales)), bias_(padded(bias)) {
+    if (pairs_ && storage == Storage::bfloat16) {
+        const auto* from = (const uint16_t*)weight;
+        auto* packed = (uint16_t*)weight_.get();
+#pragma omp parallel for schedule(static)
+        for (int64_t p = 0; p < panels_; ++p)
+            for (int64_t k = 0; k < whole_units(inputs_); ++k)
+                for (int64_t lane = 0; lane < PANEL; ++lane) {
+                    const int64_t output = p * PANEL + lane;
+                    const bool there = output < outputs_ && k < inputs_;
+                    packed[pair_index(p, k, lane, inputs_)] = there ? from[output * inputs_ + k] : 0;
+                }
+        return;
+    }
     with_element(storage, [&](auto* type) {
         const auto* from = (decltype(type))weight;
         auto* packed = (decltype(type))weight_.get();
@@ -78,9 +226,9 @@ PackedLinear::PackedLinear(const void* weight, const float* scales, const float*
 
 PackedLinear::PackedLinear(const float* bias, int64_t outputs, int64_t inputs, Storage storage,
                            const std::string& instruction_set)
-    : kernels_(kernels_of(instruction_set)), outputs_(outputs), inputs_(inputs),
+    : kernels_(kernels_of(instruction_set)), pairs_(pairs_of(instruction_set)), outputs_(outputs), inputs_(inputs),
       panels_((outputs + PANEL - 1) / PANEL), storage_(storage),
-      bytes_(panels_ * panel_size(storage, inputs)), weight_(allocate(bytes_)),
+      bytes_(panels_ * panel_size(storage, inputs, pairs_)), weight_(allocate(bytes_)),
       bias_(padded(bias)) {
     const int group = group_layout(storage).inputs;
     if (!group || inputs % group) throw std::invalid_argument("inputs are no whole groups");
@@ -114,7 +262,46 @@ void PackedLinear::fill(int64_t first, int64_t rows, const int8_t* codes, const 
     }
 }
 
-void PackedLinear::forward(const float* x, int64_t rows, float* y) const {
+void PackedLinear::forward(const void* x, int64_t rows, void* y) const {
+    if (pairs_)
+        forward_pairs((const uint16_t*)x, rows, (uint16_t*)y);
+    else
+        forward_floats((const float*)x, rows, (float*)y);
+}
+
+void PackedLinear::forward_pairs(const uint16_t* x, int64_t rows, uint16_t* y) const {
+    const int64_t width = whole_units(inputs_), tile = pairs_->tile_rows;
+    const auto whole = [&](int64_t count) { return (count + tile - 1) / tile * tile; };
+    thread_local Memory packed_memory;
+    for (int64_t top = 0; top < rows; top += PAIR_ROWS) {
+        const int64_t some = std::min(PAIR_ROWS, rows - top);
+        const int64_t filled = pairs_->whole_tiles && some > tile ? whole(some) : some;
+        auto* const packed = (uint16_t*)packed_memory.of(filled * width * sizeof(uint16_t));
+        const uint16_t* const from = x + top * inputs_;
+#pragma omp parallel if (outputs_ * inputs_ * some >= PARALLEL_PRODUCTS)
+        {
+            pack_pairs(from, some, filled, inputs_, *pairs_, packed);
+            // Few rows wait for the weights alone. Many share a panel's with as many panels as leave
+            // each thread several shares.
+            const int64_t shares = panels_ / (4 * omp_get_num_threads()) / 2 * 2;
+            const int64_t step = some <= FEW_ROWS ? 2 : std::clamp<int64_t>(shares, 2, PAIR_PANELS);
+            // Kept by each thread: fresh memory would cost more than a small layer.
+            thread_local Memory own;
+            constexpr int64_t SCRATCH = 2 * PIECE * PANEL * sizeof(uint16_t);
+            const int64_t sums = step * PANEL * (some + MOST_TILE_ROWS) * sizeof(float);
+            char* const scratch = own.of(SCRATCH + sums);
+#pragma omp for schedule(dynamic)
+            for (int64_t panel = 0; panel < panels_; panel += step)
+                pairs_->run[int(storage_)]({packed, y + top * outputs_, weight_.get(), scales_.get(),
+                                            bias_.get(), some, inputs_, outputs_, panel,
+                                            std::min(panel + step, panels_), (uint16_t*)scratch,
+                                            (float*)(scratch + SCRATCH)});
+            pairs_->end();
+        }
+    }
+}
+
+void PackedLinear::forward_floats(const float* x, int64_t rows, float* y) const {
     const int64_t tiles = (rows + kernels_.tile_rows - 1) / kernels_.tile_rows;
     const int64_t tile_rows = tiles ? (rows + tiles - 1) / tiles : 1; // 8 rows: 4 and 4, not 6 and 2
     thread_local std::vector<float> storage;
@@ -148,6 +335,14 @@ void PackedLinear::rows(const int64_t* ids, int64_t count, float* weight) const 
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < count; ++i) {
             const int64_t panel = ids[i] / PANEL, lane = ids[i] % PANEL;
+            if (pairs_ && storage_ == Storage::bfloat16) {
+                const auto* packed = (const uint16_t*)weight_.get();
+                for (int64_t k = 0; k < inputs_; ++k) {
+                    const uint32_t bits = uint32_t(packed[pair_index(panel, k, lane, inputs_)]) << 16;
+                    std::memcpy(weight + i * inputs_ + k, &bits, sizeof bits);
+                }
+                continue;
+            }
             if (panel != held)
                 kernels_.widen[int(storage_)]((const char*)weight_.get() + panel * panel_bytes(),
                                               inputs_, wide.data());
@@ -160,13 +355,7 @@ void PackedLinear::rows(const int64_t* ids, int64_t count, float* weight) const 
     }
 }
 
-void* PackedLinear::allocate(size_t bytes) {
-    void* memory = nullptr;
-    if (posix_memalign(&memory, bytes >= HUGE_PAGE ? HUGE_PAGE : 64, bytes)) throw std::bad_alloc();
-    // Huge pages miss the page table less; the rest that does not fill one stays on small ones.
-    if (bytes >= HUGE_PAGE) madvise(memory, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);
-    return memory;
-}
+void* PackedLinear::allocate(size_t bytes) { return longctx::allocate(bytes); }
 
 PackedLinear::Floats PackedLinear::padded(const float* values) const {
     if (!values) return nullptr;
@@ -180,20 +369,31 @@ void PackedLinear::Free::operator()(void* memory) const { std::free(memory); }
 
 void rms_norm(const float* x, int64_t rows, int64_t width, const float* weight, float epsilon,
               float* y) {
-    constexpr int LANES = 8; // sums side by side, which the compiler makes a vector of
 #pragma omp parallel for schedule(static) if (rows * width >= PARALLEL_PRODUCTS)
     for (int64_t row = 0; row < rows; ++row) {
         const float* from = x + row * width;
         float* to = y + row * width;
-        float sums[LANES] = {};
-        int64_t i = 0;
-        for (; i + LANES <= width; i += LANES)
-            for (int lane = 0; lane < LANES; ++lane) sums[lane] += from[i + lane] * from[i + lane];
-        for (; i < width; ++i) sums[0] += from[i] * from[i];
-        float total = 0;
-        for (float sum : sums) total += sum;
-        const float factor = 1 / std::sqrt(total / float(width) + epsilon);
-        for (i = 0; i < width; ++i) to[i] = from[i] * factor * weight[i];
+        const float factor = rms_factor(from, width, epsilon);
+        for (int64_t i = 0; i < width; ++i) to[i] = from[i] * factor * weight[i];
+    }
+}
+
+void rms_norm_bfloat16(const uint16_t* x, int64_t rows, int64_t width, const float* weight,
+                       float epsilon, bool twice, uint16_t* y) {
+#pragma omp parallel if (rows * width >= PARALLEL_PRODUCTS)
+    {
+        std::vector<float> wide(width);
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; ++row) {
+            uint16_t* to = y + row * width;
+            for (int64_t i = 0; i < width; ++i) wide[i] = widened(x[row * width + i]);
+            const float factor = rms_factor(wide.data(), width, epsilon);
+            if (twice)
+                for (int64_t i = 0; i < width; ++i)
+                    to[i] = rounded(weight[i] * widened(rounded(wide[i] * factor)));
+            else
+                for (int64_t i = 0; i < width; ++i) to[i] = rounded(wide[i] * factor * weight[i]);
+        }
     }
 }
 

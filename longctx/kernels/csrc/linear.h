@@ -8,21 +8,29 @@
 //
 // Every result is one chain of fused multiply-adds over k = 0, 1, 2, ..., whatever the number of
 // rows, of threads or of cache blocks: a row's result is the same bits in every batch.
+//
+// With instructions for bfloat16 there are layers whose rows and results are bfloat16
+// (`linear_pairs.h`); theirs is a chain of pairs or of tiles, and as independent.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
-#include "linear_kernels.h"
+#include "linear_pairs.h"
 
 namespace longctx {
+
+// The instruction sets of layers that compute in bfloat16 which this CPU has, the fastest last.
+std::vector<std::string> bfloat16_sets();
 
 class PackedLinear {
 public:
     // `weight` [outputs, inputs] in the type of `storage`; `scales` [outputs] for int8, else null;
-    // `bias` [outputs] or null. All are copied. `instruction_set` as attention names it.
+    // `bias` [outputs] or null. All are copied. `instruction_set` as attention names it, or one of
+    // `bfloat16_sets()`, which decides the type of the layer's rows.
     PackedLinear(const void* weight, const float* scales, const float* bias, int64_t outputs,
                  int64_t inputs, Storage storage, const std::string& instruction_set);
 
@@ -37,8 +45,8 @@ public:
     void fill(int64_t first, int64_t rows, const int8_t* codes, const void* scales,
               const void* minima);
 
-    // Computes `y` [rows, outputs] from `x` [rows, inputs], both float32 and contiguous.
-    void forward(const float* x, int64_t rows, float* y) const;
+    // Computes `y` [rows, outputs] from `x` [rows, inputs], both contiguous and of the layer's type.
+    void forward(const void* x, int64_t rows, void* y) const;
 
     // Writes the weights as float32 [outputs, inputs], scaled.
     void unpack(float* weight) const;
@@ -57,8 +65,11 @@ private:
     static void* allocate(size_t bytes);
     Floats padded(const float* values) const;
     size_t panel_bytes() const { return bytes_ / panels_; }
+    void forward_floats(const float* x, int64_t rows, float* y) const;
+    void forward_pairs(const uint16_t* x, int64_t rows, uint16_t* y) const;
 
     const LinearKernels& kernels_;
+    const PairKernels* pairs_; // null where rows are float32
     int64_t outputs_, inputs_, panels_;
     Storage storage_;
     size_t bytes_;
@@ -69,5 +80,10 @@ private:
 // Computes `y` from `x` [rows, width]: x / sqrt(mean(x^2) + epsilon) * weight, each row by itself.
 void rms_norm(const float* x, int64_t rows, int64_t width, const float* weight, float epsilon,
               float* y);
+
+// The same for bfloat16 rows, computed in float32. What is normalized is rounded to bfloat16 before
+// it is multiplied with `weight` where `twice` says so, and the result in any case.
+void rms_norm_bfloat16(const uint16_t* x, int64_t rows, int64_t width, const float* weight,
+                       float epsilon, bool twice, uint16_t* y);
 
 } // namespace longctx

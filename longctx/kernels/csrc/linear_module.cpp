@@ -1,6 +1,7 @@
 // Linear layers as part of the Python module `longctx.kernels._kernels`.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include "linear.h"
 
@@ -50,7 +51,7 @@ void bind_linear(nb::module_& m) {
         .def(
             "forward",
             [](const PackedLinear& self, uintptr_t x, int64_t rows, uintptr_t y) {
-                self.forward((const float*)x, rows, (float*)y);
+                self.forward((const void*)x, rows, (void*)y);
             },
             nb::arg("x"), nb::arg("rows"), nb::arg("y"), nb::call_guard<nb::gil_scoped_release>())
         .def(
@@ -58,6 +59,8 @@ void bind_linear(nb::module_& m) {
             [](const PackedLinear& self, uintptr_t weight) { self.unpack((float*)weight); },
             nb::arg("weight"), nb::call_guard<nb::gil_scoped_release>())
         .def_prop_ro("bytes", &PackedLinear::bytes);
+    m.def("bfloat16_sets", &bfloat16_sets,
+          "List the instruction sets for layers in bfloat16 that this CPU has, the fastest last.");
     m.def(
         "rms_norm",
         [](uintptr_t x, int64_t rows, int64_t width, uintptr_t weight, float epsilon, uintptr_t y) {
@@ -65,4 +68,13 @@ void bind_linear(nb::module_& m) {
         },
         nb::arg("x"), nb::arg("rows"), nb::arg("width"), nb::arg("weight"), nb::arg("epsilon"),
         nb::arg("y"), nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "rms_norm_bfloat16",
+        [](uintptr_t x, int64_t rows, int64_t width, uintptr_t weight, float epsilon, bool twice,
+           uintptr_t y) {
+            rms_norm_bfloat16((const uint16_t*)x, rows, width, (const float*)weight, epsilon, twice,
+                              (uint16_t*)y);
+        },
+        nb::arg("x"), nb::arg("rows"), nb::arg("width"), nb::arg("weight"), nb::arg("epsilon"),
+        nb::arg("twice"), nb::arg("y"), nb::call_guard<nb::gil_scoped_release>());
 }
