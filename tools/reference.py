@@ -55,8 +55,8 @@ def options_page() -> str:
         "command line wins over the environment, that over the file, that over the default. "
         "Unknown names are errors.",
         "`longctx serve` takes the options of the engine and of the server; `longctx ask`, "
-        "`longctx chat` and all benchmarks but `eviction` those of the engine. `longctx COMMAND "
-        "--help` lists them too.",
+        "`longctx chat` and all benchmarks but `eviction` and `check` those of the engine. "
+        "`longctx COMMAND --help` lists them too.",
         "## The engine",
     ]
     for title, config in _groups(EngineConfig):

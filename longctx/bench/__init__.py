@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from longctx.bench.config import (
     AskedConfig,
     BenchConfig,
+    CheckConfig,
     DecodeConfig,
     DocumentConfig,
     EvictionConfig,
@@ -66,6 +67,11 @@ BENCHES: dict[str, Bench] = {
         "what each codec costs a model: KL divergence, changed tokens, perplexity",
         "longctx.bench.quality",
         (EngineConfig, BenchConfig, QualityConfig),
+    ),
+    "check": Bench(
+        "run a baseline's benchmarks again; fails where quality left its interval",
+        "longctx.bench.check",
+        (BenchConfig, CheckConfig),
     ),
     "kernels": Bench(
         "attention against the machine's memory and arithmetic, for every codec",

@@ -228,6 +228,14 @@ class QualityConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CheckConfig:
+    """Options of `longctx bench check`."""
+
+    baseline: Annotated[Path | None, "file of benchmarks and what they came to"] = None
+    renew: Annotated[bool, "write what is measured now into it, instead of judging"] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KernelsConfig:
     """Options of `longctx bench kernels`: the shapes that are measured."""
 

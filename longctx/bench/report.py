@@ -61,11 +61,15 @@ class Result:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What a benchmark returns. `draw` writes the picture of the results into a PNG file."""
+    """What a benchmark returns. `draw` writes the picture of the results into a PNG file.
+
+    With `failures`, a line each, the command ends with 1 after all is printed.
+    """
 
     results: tuple[Result, ...]
     tables: tuple[RenderableType, ...]
     draw: Callable[[Path], None]
+    failures: tuple[str, ...] = ()
 
 
 def publish(report: Report, *, bench: str, command: str, out: Path | None) -> None:

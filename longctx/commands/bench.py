@@ -5,7 +5,6 @@ import importlib
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import transformers
@@ -13,21 +12,21 @@ from rich.console import Console
 
 from longctx.bench import BENCHES
 from longctx.bench.config import BenchConfig
+from longctx.bench.options import with_model_found
 from longctx.bench.report import Report, publish
 from longctx.commands.arguments import read_config
 from longctx.commands.extras import require
-from longctx.config import EngineConfig
-from longctx.model.named import find_model
 from longctx.process.quick_import import interruptible
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print and write a report; the command line is kept in its record.
 
-    Raises ExtraMissing, before anything is measured, where pictures could not be drawn.
+    Ends the program with 1 where the benchmark judges and something fails. Raises ExtraMissing,
+    before anything is measured, where pictures could not be drawn.
     """
     bench = BENCHES[arguments.bench]
-    configs: list[Any] = [_found(read_config(arguments, tree)) for tree in bench.configs]
+    configs: list[Any] = [with_model_found(read_config(arguments, tree)) for tree in bench.configs]
     require("bench", command="longctx bench")
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -38,6 +37,8 @@ def run(arguments: argparse.Namespace) -> None:
     (common,) = (config for config in configs if isinstance(config, BenchConfig))
     command = shlex.join(["longctx", *_without_key(arguments.argv)])
     publish(report, bench=arguments.bench, command=command, out=common.out)
+    if report.failures:
+        raise SystemExit("\n".join(f"longctx: {failure}" for failure in report.failures))
 
 
 def _without_key(argv: Sequence[str]) -> list[str]:
@@ -47,11 +48,3 @@ def _without_key(argv: Sequence[str]) -> list[str]:
         if word == "--server-key":
             shown[number + 1] = "..."
     return shown
-
-
-def _found(config: Any) -> Any:
-    """The same, with a model that is given by its name as the path that this stands for."""
-    if not isinstance(config, EngineConfig) or config.model.model is None:
-        return config
-    found = find_model(config.model.model)
-    return replace(config, model=replace(config.model, model=found))
