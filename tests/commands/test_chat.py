@@ -48,7 +48,7 @@ class Terminal:
         return before
 
     def interrupt(self, text: str) -> None:
-        """Types Ctrl-C, and once more where nothing comes of it, until `text` is shown, and forgets that.
+        """Types Ctrl-C until `text` is shown, again where nothing comes of it; forgets the text.
 
         Python misses one that comes between the echo of a key and its wait for the next key, where
         a busy machine may stop it; another one wakes it.
