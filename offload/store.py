@@ -72,11 +72,20 @@ class KVStore:
         self._ticket = 0
         self._closed = False
 
-    def offer(self, run: BlockRun, slots: Slots, *, cost_seconds: float, retained: bool) -> int:
+    def offer(
+        self,
+        run: BlockRun,
+        slots: Slots,
+        *,
+        cost_seconds: float,
+        retained: bool,
+        in_memory: bool = False,
+    ) -> int:
         """Write a run through to all tiers; return the ticket that its `Written` will carry.
 
         `cost_seconds` is what computing these blocks again would take. With `retained` they are
-        kept even while no owner has named their keys yet.
+        kept even while no owner has named their keys yet. With `in_memory` no tier gets them that
+        outlives the process.
         """
         assert len(run.keys) == len(slots.pages), (len(run.keys), len(slots.pages))
         self._ticket += 1
@@ -87,7 +96,7 @@ class KVStore:
         def is_retained() -> bool:
             return retained or any(key in self._owners for key in run.keys)
 
-        self._writer.add(Offer(self._ticket, run, slots, cost_seconds, is_retained))
+        self._writer.add(Offer(self._ticket, run, slots, cost_seconds, is_retained, in_memory))
         return self._ticket
 
     def read(self, group: int, keys: Sequence[BlockKey], slots: Slots) -> list[bool]:

@@ -96,9 +96,18 @@ class TierStack:
         """Return why the lowest tier no longer has a key; see `Tier.explain`."""
         return self._lowest.explain(group, key)
 
-    def write(self, run: BlockRun, slots: Slots, *, cost_seconds: float, retained: bool) -> bool:
+    def write(
+        self,
+        run: BlockRun,
+        slots: Slots,
+        *,
+        cost_seconds: float,
+        retained: bool,
+        in_memory: bool = False,
+    ) -> bool:
         """Write a run to every tier; return whether all of it is on stable storage now.
 
+        With `in_memory` it is written to no durable tier.
         A durable tier is given only the stretches of the run that it does not hold yet.
         """
         for tier in self._memory:
@@ -114,7 +123,7 @@ class TierStack:
             )
         written = [
             self._write_missing(tier, run, slots, cost_seconds=cost_seconds, retained=retained)
-            for tier in self._durable
+            for tier in (() if in_memory else self._durable)
         ]
         return any(written)
 

@@ -25,6 +25,7 @@ class Offer:
     slots: Slots
     cost_seconds: float
     retained: Callable[[], bool]
+    in_memory: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -118,6 +119,7 @@ class Writer:
             offer.slots,
             cost_seconds=offer.cost_seconds,
             retained=offer.retained(),
+            in_memory=offer.in_memory,
         )
 
     def _guarded(self, action: Callable[[], object]) -> None:

@@ -456,9 +456,10 @@ class Scheduler:
         return True
 
     def preempt(self, sequence: Sequence) -> None:
-        """Free the memory of a running sequence, which then waits to be admitted again."""
+        """Free the memory of a running sequence, which then waits to be admitted again; what it has
+        sealed is kept in the tiers, where there are any."""
         self.running.remove(sequence)
-        self._cache.release(sequence.blocks)
+        self._cache.preempt(sequence.blocks)
         sequence.state = SequenceState.WAITING
         sequence.estimated_seconds = -math.inf
         sequence.preemptions += 1

@@ -97,6 +97,7 @@ class KVCacheManager:
             sequence.blocked_on in self._pending
             or sequence.refused_at == self._changes
             or (load is not None and not load.ended)
+            or (self.offloader is not None and self.offloader.is_spilling(sequence))
         ):
             return Admission.WAITS
         if not self._acquire_prefixes(sequence):
@@ -395,7 +396,7 @@ class KVCacheManager:
         child.base_keys, child.tail_keys = parent.base_keys, list(parent.tail_keys)
         child.computed = parent.computed
         child.offload.streams, child.offload.absent = parent.offload.streams, parent.offload.absent
-        for pool, held in zip(self.memory.packed, self._held(child), strict=True):
+        for pool, held in zip(self.memory.packed, child.held_pages, strict=True):
             pool.acquire(held)
         if parent.prefix is not None:
             self.prefixes.acquire(parent.prefix)
@@ -416,6 +417,12 @@ class KVCacheManager:
         self._detach(sequence)
         self._releases += 1
 
+    def preempt(self, sequence: SequenceBlocks) -> None:
+        """Release the memory of a sequence that will go on: its sealed blocks are kept below."""
+        if self.offloader is not None:
+            self.offloader.spill(sequence)
+        self.release(sequence)
+
     def _detach(self, sequence: SequenceBlocks) -> None:
         """Undo `_attach`; blocks that it was to compute are nobody's now."""
         self._no_longer_pending(sequence, sequence.layout.blocks(sequence.computed))
@@ -428,7 +435,7 @@ class KVCacheManager:
 
     def _let_go(self, sequence: SequenceBlocks) -> None:
         if sequence.tables:
-            for pool, held in zip(self.memory.packed, self._held(sequence), strict=True):
+            for pool, held in zip(self.memory.packed, sequence.held_pages, strict=True):
                 pool.release(held)
         self.memory.raw.release(list(sequence.own_pages.values()))
         sequence.own_pages.clear()
@@ -491,10 +498,3 @@ class KVCacheManager:
                 else:
                     pool.supersede([page])
             sequence.live_from[index] = max(first, sequence.live_from[index])
-
-    def _held(self, sequence: SequenceBlocks) -> list[list[int]]:
-        """Return, by group, the pages to which the sequence has a reference of its own."""
-        return [
-            table.pages(begin, table.blocks)
-            for table, begin in zip(sequence.tables, sequence.live_from, strict=True)
-        ]

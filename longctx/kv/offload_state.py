@@ -38,5 +38,7 @@ class OffloadState:
     stored: int = 0  # blocks that have been offered to the store
     stored_seconds: float = 0.0  # when the last of them was
     writing: int = 0  # runs of its blocks that are being written
+    spilling: int = 0  # runs of copies of its blocks that are being written
+    spilled_seconds: float = 0.0  # when they were offered
     window_budget: float = 0.0  # bytes that window checkpoints may still take in the store
     prefill_seconds: float = 0.0  # time of the steps that computed what is not offered yet

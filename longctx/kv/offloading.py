@@ -26,6 +26,9 @@ from offload.tier_names import TierName
 
 KEPT_PROMPT_TOKENS = 1024  # prompts from here on are stored at once, shorter ones when seen again
 OVERDUE_SECONDS = 2.0  # a slow prefill stores parts of extents: a crash loses at most so much
+# A preempted sequence whose blocks are on their way down is admitted when they are there, or then.
+SPILL_SECONDS = 5.0
+SPILLED_BYTES = 256 << 20  # copies on their way down; what is more is computed again
 WINDOW_SHARE = 0.08  # bytes that window checkpoints may add, beside those where a prompt ends
 
 
@@ -40,6 +43,8 @@ class _Write:
     ready: Callable[[], bool]
     cost_seconds: float
     retained: bool
+    in_memory: bool = False
+    copied_bytes: int = 0  # of copies, which pin nothing
 
 
 class KVOffloader:
@@ -72,6 +77,7 @@ class KVOffloader:
         self._writes: dict[int, _Write] = {}
         self._loads: dict[int, Load] = {}
         self._erasing: dict[int, str | None] = {}  # what the store deletes, by ticket
+        self._copied_bytes = 0
         self.erased: dict[str, Erased] = {}  # what it has deleted; whoever reads this empties it
 
     @property
@@ -156,6 +162,60 @@ class KVOffloader:
         """Offer every sealed block that is worth storing, complete extent or not."""
         self._offer_sealed(sequence, all_of_it=True)
 
+    def spill(self, sequence: SequenceBlocks) -> None:
+        """Offer copies of the sealed blocks that no tier has, the answer's too, so that who is
+        preempted computes only its last rows again; its pages are free at once.
+
+        What a request keeps in memory goes no further than the host's. Of a closed document
+        nothing is kept, and of pages that do not lie in this process there are no copies.
+        """
+        self.offer_all(sequence)
+        end = sequence.layout.blocks(sequence.computed)
+        begin = max(sequence.offload.stored, sequence.offload.absent)
+        while begin < end and self.store.has(0, sequence.key(begin)):
+            begin += 1
+        nowhere = sequence.in_memory and not self.store.memory_tiers
+        if begin >= end or sequence.leaves or nowhere:
+            return
+        first = begin
+        runs: list[tuple[int, int, list[int]]] = []
+        while begin < end:
+            extent_end = min(end, (begin // EXTENT_BLOCKS + 1) * EXTENT_BLOCKS)
+            for index, group in enumerate(self._memory.groups):
+                if group.window is None:
+                    pages = sequence.tables[index].pages(begin, extent_end)
+                    runs.append((index, begin, pages))
+            begin = extent_end
+        runs += self._windows_before(sequence, end) or []
+        if not runs:
+            return
+        sequence.offload.spilled_seconds = self._clock()
+        seconds = (end - first) * BLOCK_TOKENS * (self._seconds_per_token or 0.0) / len(runs)
+        for index, begin, pages in runs:
+            self._spill_pages(sequence, index, begin, pages, seconds)
+        self._offer_copied()
+
+    def _spill_pages(
+        self, sequence: SequenceBlocks, group: int, begin: int, pages: list[int], seconds: float
+    ) -> None:
+        size_bytes = len(pages) * sum(self._memory.packed[group].page_bytes)
+        if not pages or self._copied_bytes + size_bytes > SPILLED_BYTES:
+            return
+        copies = self._transfers[group].copies(pages)
+        if copies is None:
+            return
+        self._copied_bytes += size_bytes
+        sequence.offload.spilling += 1
+        run = self._run(sequence, group, begin, len(pages))
+        self._copying.append(
+            _Write(sequence, run, [], *copies, seconds, False, sequence.in_memory, size_bytes)
+        )
+
+    def is_spilling(self, sequence: SequenceBlocks) -> bool:
+        """Whether its blocks are on their way down, so that it is better to wait than compute."""
+        tier = sequence.offload
+        return tier.spilling > 0 and self._clock() - tier.spilled_seconds < SPILL_SECONDS
+
     def _offer_sealed(self, sequence: SequenceBlocks, *, all_of_it: bool) -> None:
         """Offer complete extents, and others where a document ends or too much would wait.
 
@@ -198,34 +258,47 @@ class KVOffloader:
 
         Unless `always`, only as far as the budget of such checkpoints allows.
         """
-        checkpoint: list[tuple[int, int, list[int]]] = []
-        size_bytes = 0
-        for index, group in enumerate(self._memory.groups):
-            if group.window is None:
-                continue
-            begin = sequence.layout.first_needed(group.window, end)
-            if begin < sequence.live_from[index]:
-                return  # it went by without being computed here
-            pages = sequence.tables[index].pages(begin, end)
-            size_bytes += len(pages) * sum(self._memory.packed[index].page_bytes)
-            checkpoint.append((index, begin, pages))
+        checkpoint = self._windows_before(sequence, end)
+        if checkpoint is None:
+            return
+        size_bytes = sum(
+            len(pages) * sum(self._memory.packed[index].page_bytes)
+            for index, _, pages in checkpoint
+        )
         if always or size_bytes <= sequence.offload.window_budget:
             sequence.offload.window_budget = max(0.0, sequence.offload.window_budget - size_bytes)
             for index, begin, pages in checkpoint:
                 self._offer(sequence, index, begin, pages)
 
-    def _offer(self, sequence: SequenceBlocks, group: int, begin: int, pages: list[int]) -> None:
-        keys = tuple(sequence.key(block) for block in range(begin, begin + len(pages)))
-        if all(self.store.durable(group, key) for key in keys):
-            return
-        run = BlockRun(
+    def _windows_before(
+        self, sequence: SequenceBlocks, end: int
+    ) -> list[tuple[int, int, list[int]]] | None:
+        """Return group, first block and pages of each window before block `end`; None where one
+        of them went by without being computed here."""
+        windows: list[tuple[int, int, list[int]]] = []
+        for index, group in enumerate(self._memory.groups):
+            if group.window is None:
+                continue
+            begin = sequence.layout.first_needed(group.window, end)
+            if begin < sequence.live_from[index]:
+                return None
+            windows.append((index, begin, sequence.tables[index].pages(begin, end)))
+        return windows
+
+    def _run(self, sequence: SequenceBlocks, group: int, begin: int, blocks: int) -> BlockRun:
+        return BlockRun(
             namespace=sequence.namespace,
             group=group,
             first_block=begin,
             parent=sequence.parent(begin),
-            keys=keys,
-            sources=sequence.sources_until(begin + len(keys)),
+            keys=tuple(sequence.key(block) for block in range(begin, begin + blocks)),
+            sources=sequence.sources_until(begin + blocks),
         )
+
+    def _offer(self, sequence: SequenceBlocks, group: int, begin: int, pages: list[int]) -> None:
+        run = self._run(sequence, group, begin, len(pages))
+        if all(self.store.durable(group, key) for key in run.keys):
+            return
         self._memory.packed[group].acquire(pages)
         slots, ready = self._transfers[group].outgoing(pages)
         cost, sequence.offload.prefill_seconds = sequence.offload.prefill_seconds, 0.0
@@ -238,14 +311,22 @@ class KVOffloader:
         while self._copying and self._copying[0].ready():
             write = self._copying.pop(0)
             ticket = self.store.offer(
-                write.run, write.slots, cost_seconds=write.cost_seconds, retained=write.retained
+                write.run,
+                write.slots,
+                cost_seconds=write.cost_seconds,
+                retained=write.retained,
+                in_memory=write.in_memory,
             )
             self._writes[ticket] = write
 
     def _written(self, write: _Write) -> None:
         pool = self._memory.packed[write.run.group]
         pool.release(write.pages)
-        write.sequence.offload.writing -= 1
+        if write.copied_bytes:
+            self._copied_bytes -= write.copied_bytes
+            write.sequence.offload.spilling -= 1
+        else:
+            write.sequence.offload.writing -= 1
 
     def erase(self, owner: str, *, sources: bool) -> list[BlockKey]:
         """Have the store delete what it has of an owner, as `KVStore.delete`; return its keys.

@@ -90,6 +90,14 @@ class SequenceBlocks:
         """Return how many tokens of other chains the prompt reuses."""
         return sum(reused.end - reused.begin for reused in self.layout.reused)
 
+    @property
+    def held_pages(self) -> list[list[int]]:
+        """Return, by group, the pages to which the sequence has a reference of its own."""
+        return [
+            table.pages(begin, table.blocks)
+            for table, begin in zip(self.tables, self.live_from, strict=True)
+        ]
+
     def key(self, block: int) -> BlockKey:
         base = len(self.base_keys)
         return self.base_keys[block] if block < base else self.tail_keys[block - base]

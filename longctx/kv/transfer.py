@@ -24,6 +24,11 @@ class Transfer(Protocol):
         """Return where the contents of `pages` can be read, and a callable: may they be yet?"""
         ...
 
+    def copies(self, pages: Sequence[int]) -> tuple[Slots, Callable[[], bool]] | None:
+        """Return the same of copies, whatever is written into `pages` from now on; None where
+        the pages do not lie in this process."""
+        ...
+
     def incoming(self, pages: Sequence[int]) -> Slots:
         """Return where a tier has to write what belongs into `pages`."""
         ...
@@ -51,6 +56,9 @@ class PageTransfer:
     def outgoing(self, pages: Sequence[int]) -> tuple[PageSlots, Callable[[], bool]]:
         if not self._staged:
             return PageSlots(self._in_place, tuple(pages)), _now
+        return self.copies(pages)
+
+    def copies(self, pages: Sequence[int]) -> tuple[PageSlots, Callable[[], bool]]:
         copies, ready = [], _now
         for layer in self._pool.pages:
             copy = self._staging(len(pages), layer)

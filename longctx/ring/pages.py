@@ -109,6 +109,10 @@ class RingTransfer:
     def outgoing(self, pages: Sequence[int]) -> tuple[RingSlots, Callable[[], bool]]:
         return self.incoming(pages), _is_ready
 
+    def copies(self, pages: Sequence[int]) -> None:
+        """Copy nothing: each rank's memory is its own."""
+        return
+
     def incoming(self, pages: Sequence[int]) -> RingSlots:
         return RingSlots(self._group, tuple(pages), self._block_bytes)
 
