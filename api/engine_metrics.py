@@ -167,8 +167,8 @@ ENGINE_METRICS = (
     ),
     EngineMetric(
         "prompt_tokens_by_source_total",
-        "Tokens in the prompts of ended requests: computed, found in a tier, or of no use any more "
-        "(none)",
+        "Tokens in the prompts of ended requests: computed, found in a tier, or none of these, "
+        "where a request ended before it reached them",
         ("source",),
         _prompt_tokens,
     ),
