@@ -14,7 +14,14 @@ from torch import Tensor
 from compress.codec import Codec
 from compress.int4 import group_dims
 from longctx.attention.backend import ChunkRows
-from longctx.attention.cuda_plan import FEW_ROWS, CUDAPlan, TileBatch, plan_chunks, power_of_two
+from longctx.attention.cuda_plan import (
+    FEW_ROWS,
+    CUDAPlan,
+    TileBatch,
+    TileLaunch,
+    plan_chunks,
+    power_of_two,
+)
 from longctx.errors import ModelRefused
 from longctx.kernels import triton_attention as kernels
 from longctx.kernels.triton_seal import seal_blocks
@@ -116,19 +123,20 @@ class CUDAAttention:
             lse.fill_(-torch.inf)
         most = most_rows(head_dim, query.element_size(), self._generation)
         for batch in step.batches(heads=heads, kv_heads=kv_heads, most=most):
-            if batch.splits == 1 or batch.rows is None:
-                self._launch(call, query, step, batch, out, lse)
+            if batch.rows is None:
+                self._launch(call, query, step, batch, out[None], lse[None])
                 continue
-            parts = out.new_empty((batch.splits, *out.shape))
-            part_lse = lse.new_empty((batch.splits, *lse.shape))
+            rows = len(batch.rows)
+            parts = out.new_empty((batch.splits, rows, heads, head_dim))
+            part_lse = lse.new_empty((batch.splits, rows, heads))
             self._launch(call, query, step, batch, parts, part_lse)
-            kernels.combine[len(batch.rows), heads](
+            kernels.combine[rows, heads](
                 parts,
                 part_lse,
                 batch.rows,
                 out,
                 lse,
-                tokens,
+                rows,
                 heads,
                 D=head_dim,
                 D_PAD=_padded(head_dim),
@@ -148,41 +156,42 @@ class CUDAAttention:
         memory = self._memory
         codec = memory.codecs[call.layer]
         kv_heads = codec.shape.kv_heads
-        tokens, heads, head_dim = query.shape
+        _, heads, head_dim = query.shape
         window = memory.groups[step.group].window
-        kind, pages = self._pages(call.layer, batch)
-        kernels.attend_tiles[len(batch.tiles), kv_heads, batch.splits](
-            query,
-            query.stride(0),
-            query.stride(1),
-            pages,
-            pages.stride(0),
-            memory.raw_rows(call.layer),
-            batch.tiles,
-            batch.entries,
-            out,
-            lse,
-            tokens,
-            call.scaling,
-            call.softcap or 1.0,
-            window or 0,
-            GROUP=heads // kv_heads,
-            M=batch.m,
-            D=head_dim,
-            D_PAD=_padded(head_dim),
-            KV_HEADS=kv_heads,
-            SPLITS=batch.splits,
-            CODEC=kind,
-            VALUE_GROUP=_value_group(codec),
-            HAS_CAP=call.softcap is not None,
-            HAS_WINDOW=window is not None,
-            # The interpreter multiplies the bits of bfloat16 as if they were integers
-            DOT=tl.float32 if INTERPRETED else PRODUCTS[query.dtype],
-            num_warps=warps(batch.m, head_dim),
-            num_stages=stages(kind),
-        )
+        for launch in batch.launches:
+            kind, pages = self._pages(call.layer, launch)
+            kernels.attend_tiles[len(launch.tiles), kv_heads, batch.splits](
+                query,
+                query.stride(0),
+                query.stride(1),
+                pages,
+                pages.stride(0),
+                memory.raw_rows(call.layer),
+                launch.tiles,
+                launch.entries,
+                out,
+                lse,
+                out.shape[1],
+                call.scaling,
+                call.softcap or 1.0,
+                window or 0,
+                GROUP=heads // kv_heads,
+                M=batch.m,
+                D=head_dim,
+                D_PAD=_padded(head_dim),
+                KV_HEADS=kv_heads,
+                SPLITS=batch.splits,
+                CODEC=kind,
+                VALUE_GROUP=_value_group(codec),
+                HAS_CAP=call.softcap is not None,
+                HAS_WINDOW=window is not None,
+                # The interpreter multiplies the bits of bfloat16 as if they were integers
+                DOT=tl.float32 if INTERPRETED else PRODUCTS[query.dtype],
+                num_warps=warps(batch.m, head_dim),
+                num_stages=stages(kind),
+            )
 
-    def _pages(self, layer: int, batch: TileBatch) -> tuple[tl.constexpr, Tensor]:
+    def _pages(self, layer: int, launch: TileLaunch) -> tuple[tl.constexpr, Tensor]:
         """Return the pages that a launch reads, and as what: decoded first where it says so."""
         memory = self._memory
         codec = memory.codecs[layer]
@@ -190,17 +199,17 @@ class CUDAAttention:
         if codec.in_place:
             return kernels.RAW, packed.view(codec.shape.dtype)
         words = packed.view(torch.int32)
-        if batch.unpacked is None:
+        if launch.unpacked is None:
             return CODECS[codec.name], words
         head_dim, kv_heads = codec.shape.head_dim, codec.shape.kv_heads
-        size = len(batch.unpacked) * codec.shape.values_per_page * codec.shape.dtype.itemsize
+        size = len(launch.unpacked) * codec.shape.values_per_page * codec.shape.dtype.itemsize
         if self._scratch.numel() < size:
             self._scratch = torch.empty(size, dtype=torch.uint8, device=memory.device)
-        rows = self._scratch[:size].view(codec.shape.dtype).view(len(batch.unpacked), -1)
-        kernels.unpack[len(batch.unpacked), kv_heads](
+        rows = self._scratch[:size].view(codec.shape.dtype).view(len(launch.unpacked), -1)
+        kernels.unpack[len(launch.unpacked), kv_heads](
             words,
             words.stride(0),
-            batch.unpacked,
+            launch.unpacked,
             rows,
             torch.finfo(codec.shape.dtype).max,
             D=head_dim,

@@ -25,26 +25,36 @@ MOST_SPLITS = 64
 SPLIT_ENTRIES = 4  # pages that are worth a program of their own
 PROGRAMS_PER_PROCESSOR = 2  # of a GPU: so many keep its memory busy
 
-# Columns of a tile beside its first row, rows, position and own row
-OWN_PAGE, BEGIN, END, BEGUN = 3, 5, 6, 7
-Tile = tuple[int, int, int, int, int, int, int, int]
+# Columns of a tile beside its position and own row
+FIRST_ROW, ROWS_OF_TILE, OWN_PAGE, BEGIN, END, BEGUN, OUT_ROW = 0, 1, 3, 5, 6, 7, 8
+Tile = tuple[int, int, int, int, int, int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class TileBatch:
-    """Tiles that one launch attends: int32 [tiles, TILE_COLUMNS]; `m` rows of products each.
+class TileLaunch:
+    """Tiles that one launch attends: int32 [tiles, TILE_COLUMNS].
 
-    `entries` int32 [entries, 4] are what their ranges name. Where `splits` are more than 1, `rows`
-    int32 [rows] are the step's rows to be merged. Where `unpacked` is given, these entries' pages
-    are to be decoded before, to rows that `entries` name by their place in it.
+    `entries` int32 [entries, 4] are what their ranges name. Where `unpacked` is given, these
+    entries' pages are to be decoded before, to rows that `entries` name by their place in it.
     """
 
     tiles: Tensor
     entries: Tensor
+    unpacked: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TileBatch:
+    """Rows that are attended by the same launches, one after the other; `m` of products a tile.
+
+    Where `splits` are more than 1, the launches write parts of `rows` int32 [rows], which are the
+    step's rows, to be merged when all are there. So parts take no room for other rows.
+    """
+
     m: int
+    launches: tuple[TileLaunch, ...]
     splits: int = 1
     rows: Tensor | None = None
-    unpacked: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -68,8 +78,8 @@ class CUDAPlan:
     def batches(self, *, heads: int, kv_heads: int, most: int) -> tuple[TileBatch, ...]:
         """Return the launches, in order, for layers of so many heads.
 
-        Chunks of few rows come first, with their pages split over programs. Tiles of the others
-        have `most` rows of products.
+        Chunks of few rows come first. Tiles of the others have `most` rows of products. Where
+        tiles are few, their pages are split over programs.
         """
         key = (heads, kv_heads, most)
         made = self._batches.get(key)
@@ -82,25 +92,19 @@ class CUDAPlan:
         is_few = [chunk.rows * group <= small for chunk in self.chunks]
         few = [index for index, each in enumerate(is_few) if each]
         many = [index for index, each in enumerate(is_few) if not each]
-        if few:
-            tiles, entries = self._table(few, small // group)
-            rows = [self.chunks[index] for index in few]
-            numbers = [np.arange(each.row_begin, each.row_begin + each.rows) for each in rows]
-            yield TileBatch(
-                tiles=to_device(tiles, self.device),
-                entries=to_device(entries, self.device),
-                m=small,
-                splits=self._splits(tiles, kv_heads),
-                rows=to_device(np.concatenate(numbers).astype(np.int32), self.device),
-            )
-        if many:
-            m = max(most, small)
-            tiles, entries = self._table(many, m // group)
-            if self.segment:
-                yield from self._segments(tiles, entries, m)
+        for chosen, m in ((few, small), (many, max(most, small))):
+            if not chosen:
+                continue
+            tiles, entries = self._table(chosen, m // group)
+            splits, rows = self._splits(tiles, kv_heads), None
+            if splits > 1:
+                rows = to_device(_in_a_row(tiles), self.device)
+            if self.segment and chosen is many:
+                launches = tuple(self._segments(tiles, entries))
             else:
                 table = to_device(entries, self.device)
-                yield TileBatch(tiles=to_device(tiles, self.device), entries=table, m=m)
+                launches = (TileLaunch(to_device(tiles, self.device), table),)
+            yield TileBatch(m, launches, splits, rows)
 
     def _table(
         self, chosen: Sequence[int], most_rows: int
@@ -117,8 +121,8 @@ class CUDAPlan:
         return tiles, entries if len(entries) else np.zeros((1, ENTRY_COLUMNS), dtype=np.int32)
 
     def _segments(
-        self, tiles: NDArray[np.int32], entries: NDArray[np.int32], m: int
-    ) -> Iterator[TileBatch]:
+        self, tiles: NDArray[np.int32], entries: NDArray[np.int32]
+    ) -> Iterator[TileLaunch]:
         """Cut the entries into runs that are decoded one after the other.
 
         A tile takes part where its range meets a run, and has its own block in the last of these.
@@ -139,12 +143,7 @@ class CUDAPlan:
             part[:, END] = part[:, END].clip(begin, end)
             part[:, OWN_PAGE] = np.where(last[there] == number, part[:, OWN_PAGE], -1)
             part[:, BEGUN] = first[there] < number
-            yield TileBatch(
-                tiles=to_device(part, self.device),
-                entries=table,
-                m=m,
-                unpacked=packed[begin:end],
-            )
+            yield TileLaunch(to_device(part, self.device), table, packed[begin:end])
 
     def _tiles_of(self, index: int, most_rows: int, bound: int) -> Iterator[Tile]:
         chunk = self.chunks[index]
@@ -168,6 +167,7 @@ class CUDAPlan:
                 begin,
                 bound + seen,
                 0,
+                chunk.row_begin + offset,
             )
             offset += rows
 
@@ -183,6 +183,15 @@ class CUDAPlan:
         longest = int((table[:, END] - table[:, BEGIN]).max())
         wanted = -(-self.processors * PROGRAMS_PER_PROCESSOR // (len(table) * kv_heads))
         return power_of_two(max(1, min(wanted, longest // SPLIT_ENTRIES, MOST_SPLITS)))
+
+
+def _in_a_row(tiles: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Let the tiles write one after the other; return which row of the step each of these is."""
+    counts = tiles[:, ROWS_OF_TILE]
+    tiles[:, OUT_ROW] = np.cumsum(counts) - counts
+    return np.repeat(tiles[:, FIRST_ROW] - tiles[:, OUT_ROW], counts) + np.arange(
+        counts.sum(), dtype=np.int32
+    )
 
 
 def plan_chunks(

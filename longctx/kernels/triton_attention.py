@@ -20,11 +20,11 @@ BLOCK = tl.constexpr(64)  # tokens of a page
 RAW, BF16, INT8, INT4 = (tl.constexpr(code) for code in range(4))
 KEY_MIDDLE = tl.constexpr(7.5)  # the code of 4 bits that means a key's offset
 
-TILE_COLUMNS = 8
+TILE_COLUMNS = 9
 ENTRY_COLUMNS = 4  # of `entries`: page, first row, rows, first position
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["out_rows"])
 def attend_tiles(
     query,  # [tokens, heads, D] by its strides
     query_row_stride,
@@ -32,12 +32,12 @@ def attend_tiles(
     pages,  # packed pages: int32 words, or rows of the model's type where CODEC is RAW
     page_stride,  # in elements of `pages`
     own,  # raw pool: [raw pages * 64, 2, KV_HEADS, D]
-    tiles,  # int32 [tiles, 8]: first row, rows, position, own page or -1, own row, the range of
-    # entries, and 1 where `out` and `lse` hold what earlier entries gave
+    tiles,  # int32 [tiles, 9]: first row, rows, position, own page or -1, own row, the range of
+    # entries, 1 where `out` and `lse` hold what earlier entries gave, and the first row of these
     entries,  # int32 [entries, 4]
-    out,  # float32 [SPLITS, tokens, heads, D]
-    lse,  # float32 [SPLITS, tokens, heads]
-    tokens,
+    out,  # float32 [SPLITS, out_rows, heads, D]
+    lse,  # float32 [SPLITS, out_rows, heads]
+    out_rows,
     scaling,
     softcap,
     window,
@@ -58,7 +58,7 @@ def attend_tiles(
     The last split has the own block as well. Parts without any key get out 0 and lse -inf.
     """
     tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    line = tiles + tile * 8
+    line = tiles + tile * 9
     first_row, rows, position = tl.load(line), tl.load(line + 1), tl.load(line + 2)
     own_page, own_row = tl.load(line + 3).to(tl.int64), tl.load(line + 4)
     begin, end = tl.load(line + 5), tl.load(line + 6)
@@ -84,7 +84,8 @@ def attend_tiles(
         q2 = _query_plane(queries, real, 2, r, D, PLANES)
         q3 = _query_plane(queries, real, 3, r, D, PLANES)
 
-    place = (split.to(tl.int64) * tokens + first_row + row) * (KV_HEADS * GROUP) + query_head
+    out_row = tl.load(line + 8) + row
+    place = (split.to(tl.int64) * out_rows + out_row) * (KV_HEADS * GROUP) + query_head
     kept = real[:, None] & (d < D)[None, :]
     begun = row < rows * tl.load(line + 7)
     peak = tl.load(lse + place, mask=begun, other=float("-inf"))
@@ -174,23 +175,24 @@ def attend_tiles(
     tl.store(lse + place, peak + tl.log(total), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["part_rows"])
 def combine(
-    parts,  # float32 [SPLITS, tokens, heads, D]
-    part_lse,  # float32 [SPLITS, tokens, heads]
-    rows,  # int32 [rows]: which of the tokens
+    parts,  # float32 [SPLITS, part_rows, heads, D]
+    part_lse,  # float32 [SPLITS, part_rows, heads]
+    rows,  # int32 [part_rows]: which row of `out` each is
     out,  # float32 [tokens, heads, D]
     lse,  # float32 [tokens, heads]
-    tokens,
+    part_rows,
     heads,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """Merge the splits of one row and head; grid (row, head)."""
-    place = tl.load(rows + tl.program_id(0)).to(tl.int64) * heads + tl.program_id(1)
+    row, head = tl.program_id(0), tl.program_id(1)
+    place = tl.load(rows + row).to(tl.int64) * heads + head
     s, d = tl.arange(0, SPLITS), tl.arange(0, D_PAD)
-    several = place + s.to(tl.int64) * tokens * heads
+    several = (s.to(tl.int64) * part_rows + row) * heads + head
     each = tl.load(part_lse + several)
     peak = tl.max(each, 0)
     shares = tl.exp(each - tl.where(peak == float("-inf"), 0.0, peak))

@@ -208,6 +208,8 @@ class KVMemory:
 
     def clear_raw(self, pages: Tensor) -> None:
         """Zero raw pages that will not be filled at once: attention weighs the rest by 0."""
+        if not len(pages):  # as in most steps that decode: an empty write is launched too
+            return
         for pool in self.raw.pages:
             pool[pages] = 0
 

@@ -39,7 +39,7 @@ ATTEND = dict(
     entries="*i32",
     out="*fp32",
     lse="*fp32",
-    tokens="i32",
+    out_rows="i32",
     scaling="fp32",
     softcap="fp32",
     window="i32",
@@ -50,7 +50,7 @@ SEAL = dict(
 )  # fmt: skip
 UNPACK = dict(pages="*i32", page_stride="i32", entries="*i32", rows="*bf16", largest="fp32")
 COMBINE = dict(
-    parts="*fp32", part_lse="*fp32", rows="*i32", out="*fp32", lse="*fp32", tokens="i32",
+    parts="*fp32", part_lse="*fp32", rows="*i32", out="*fp32", lse="*fp32", part_rows="i32",
     heads="i32",
 )  # fmt: skip
 
@@ -81,6 +81,7 @@ def described(
     if kernel == "unpack":
         constants = dict(D=dim, D_PAD=pad, KV_HEADS=KV_HEADS, CODEC=kind, VALUE_GROUP=value_group)
         return kernels.unpack, UNPACK, constants, 4
+    # "question": few tiles of many rows, whose pages are split as those of decoding
     m = 16 if kernel == "decode" else backend.most_rows(dim, 2, target // 10)
     types = ATTEND | ({"pages": "*bf16"} if codec == "raw" else {})
     constants = dict(
@@ -89,7 +90,7 @@ def described(
         D=dim,
         D_PAD=pad,
         KV_HEADS=KV_HEADS,
-        SPLITS=16 if kernel == "decode" else 1,
+        SPLITS=1 if kernel == "prefill" else 16,
         CODEC=kind,
         VALUE_GROUP=value_group,
         HAS_CAP=False,

@@ -135,22 +135,33 @@ def test_rows_outside_the_plan_are_empty() -> None:
     assert (lse[others] == -torch.inf).all()
 
 
-def test_launches_do_not_grow_with_the_context() -> None:
-    """Up to what the scratch of long chunks holds: then a chunk takes two more for each filling."""
-    counts = []
-    for past in (200, 2000):
-        case = Case("int8", None, 4, 2, 64, ((past, 1), (past, 70)), False, None, 0)
-        memory, rows, _ = build(case)
-        batches = CUDAAttention(memory).plan(rows, 0).batches(heads=4, kv_heads=2, most=128)
-        counts.append([batch.m for batch in batches])
-    assert counts == [[16, 128], [16, 128]]
+@pytest.mark.parametrize("codec", ["raw", "int8"])
+def test_the_pages_of_a_question_are_shared_out(codec: str) -> None:
+    """Its few tiles would leave most of a GPU idle; here decoded pages fit five at a time."""
+    case = Case(codec, None, 4, 1, 16, ((1100, 20), (70, 3), (600, 9)), True, None, 0)
+    memory, rows, _ = build(case)
+    batches = CUDAAttention(memory).plan(rows, 0).batches(heads=4, kv_heads=1, most=32)
+    assert [batch.splits > 1 for batch in batches] == [False, True]
+    assert_equal(case, scratch_blocks=5)
+
+
+def test_parts_take_room_for_rows_that_are_split_alone() -> None:
+    """A step that decodes one row beside a long chunk has no parts of the chunk's rows."""
+    case = Case("raw", None, 4, 2, 64, ((2000, 1), (0, 500), (2000, 1)), False, None, 0)
+    memory, rows, _ = build(case)
+    few, many = CUDAAttention(memory).plan(rows, 0).batches(heads=4, kv_heads=2, most=128)
+    assert few.splits > 1
+    assert few.rows is not None
+    assert few.rows.tolist() == [0, 501]
+    assert few.launches[0].tiles[:, 8].tolist() == [0, 1]
+    assert many.rows is None
 
 
 def test_a_tile_reads_no_page_before_its_window() -> None:
     case = Case("raw", 100, 4, 2, 64, ((2000, 1),), False, None, 0)
     memory, rows, _ = build(case)
     (batch,) = CUDAAttention(memory).plan(rows, 0).batches(heads=4, kv_heads=2, most=128)
-    begin, end = batch.tiles[0, 5:7].tolist()
+    begin, end = batch.launches[0].tiles[0, 5:7].tolist()
     assert (begin, end) == ((2000 - 99) // BLOCK_TOKENS, 2000 // BLOCK_TOKENS)
 
 
@@ -202,7 +213,7 @@ def test_every_kernel_compiles_without_spills(target: str) -> None:
     compiled(
         target,
         *(f"decode:{codec}:{dim}" for codec in CODECS for dim in sizes),
-        *(f"prefill:raw:{dim}" for dim in sizes),
+        *(f"{kernel}:raw:{dim}" for kernel in ("prefill", "question") for dim in sizes),
         *(f"unpack:{codec}:{dim}" for codec in CODECS[1:] for dim in sizes),
         *(f"seal:{codec}:{dim}" for codec in CODECS for dim in sizes),
         "combine:raw:128",
