@@ -42,7 +42,7 @@ class ModelConfig:
     weights: Annotated[
         Weights,
         "how linear layers keep their weights; auto: as the checkpoint has them; int8: rounded to "
-        "8 bits, faster and less exact (on a CPU, in float32 or bfloat16)",
+        "8 bits, in less memory and less exact (on a CPU; faster in float32)",
     ] = "auto"
     force_weights: Annotated[
         bool, "keep weights as told whatever that costs this model; it is not measured then"
