@@ -25,6 +25,7 @@ from longctx.bench.config import (
     RulerConfig,
     ScheduleConfig,
 )
+from longctx.bench.versus_config import VersusConfig
 from longctx.config import EngineConfig
 
 
@@ -82,6 +83,11 @@ BENCHES: dict[str, Bench] = {
         "prefill and decode of one sequence, against transformers.generate",
         "longctx.bench.decode",
         (EngineConfig, BenchConfig, RoundsConfig, DecodeConfig),
+    ),
+    "versus": Bench(
+        "the same model by longctx and by other engines: speed, memory, a document, a restart",
+        "longctx.bench.versus.versus",
+        (EngineConfig, BenchConfig, RoundsConfig, FillerConfig, VersusConfig),
     ),
     "load": Bench(
         "how steady answers stay beside a long document, and what it keeps of its speed",
