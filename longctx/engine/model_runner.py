@@ -62,8 +62,8 @@ class ModelRunner:
         logits = self.model.forward(batch.token_ids, batch.positions, step, batch.logits_rows)
         self.computed_tokens += len(batch.token_ids)
         if self._memory.device.type == "cuda":
-            # The step was only launched: whoever times it would time that
-            torch.cuda.synchronize(self._memory.device)
+            # Only launched until now, which is what would be timed. Copies may go on beside it.
+            torch.cuda.current_stream(self._memory.device).synchronize()
         return logits
 
 

@@ -1,12 +1,13 @@
-"""A copy out of a GPU may be read once that GPU has made it, whichever is the current one."""
+"""Copies out of a GPU are made on a stream of that GPU, whichever is the current one."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from longctx.kv import transfer
+from longctx.kv import copy_streams, transfer
 from longctx.kv.transfer import PageTransfer
 
 
@@ -21,26 +22,44 @@ class PagesOfTheThirdGpu:
         return torch.arange(32, dtype=torch.uint8).view(4, 8)[pages]
 
 
-class Event:
-    stream = "not recorded"
+class Stream:
+    """It knows its device, and for which streams it waits."""
 
-    def record(self, stream: str = "the current device's") -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.waits: list[Any] = []
+
+    def wait_stream(self, other: Any) -> None:
+        self.waits.append(other)
+
+
+class Event:
+    stream: Any = "not recorded"
+
+    def record(self, stream: Any = "the current device's") -> None:
         self.stream = stream
 
-    def query(self) -> str:
+    def query(self) -> Any:
         return self.stream
 
 
 def test_a_copy_waits_for_the_device_of_its_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     empty, tensor = torch.empty, torch.tensor
-    cuda = SimpleNamespace(Event=Event, current_stream=lambda device: f"that of {device}")
-    monkeypatch.setattr(transfer.torch, "cuda", cuda)
+    cuda = SimpleNamespace(
+        Event=Event,
+        Stream=Stream,
+        stream=lambda _: nullcontext(),
+        current_stream=lambda device: f"that of {device}",
+    )
+    monkeypatch.setattr(copy_streams.torch, "cuda", cuda)
     monkeypatch.setattr(transfer.torch, "tensor", lambda pages, device: tensor(pages))
     monkeypatch.setattr(
         transfer.torch, "empty", lambda shape, dtype, pin_memory: empty(shape, dtype=dtype)
     )
     pool: Any = SimpleNamespace(pages=[PagesOfTheThirdGpu(), PagesOfTheThirdGpu()])
     slots, ready = PageTransfer(pool, staged=True).outgoing([3, 1])
-    assert ready() == "that of cuda:2"
+    side: Any = ready()
+    assert side.device == torch.device("cuda:2")
+    assert side.waits == ["that of cuda:2"]
     for array in slots.arrays:
         assert array[:, 0].tolist() == [24, 8]
