@@ -79,6 +79,11 @@ class _Kind:
         self._measured: deque[tuple[float, NDArray[np.float64]]] = deque(maxlen=RECENT)
         self.row: NDArray[np.float64] = np.empty(0)
 
+    @property
+    def weight(self) -> float:
+        """How much the row counts: the median of few measurements is further off."""
+        return math.sqrt(len(self._measured))
+
     def add(self, terms: NDArray[np.float64], seconds: float) -> None:
         self._measured.append((seconds, terms))
         order = sorted(self._measured, key=lambda measured: measured[0])
@@ -89,10 +94,10 @@ class _Kind:
 class CostModel:
     """Learns the cost of steps: `observe` each one, then `seconds` and `chunk_tokens` answer.
 
-    Each kind of step counts once, by the median of its last measurements. So ten thousand steps
-    that only decode do not make it forget what a prompt chunk costs, and a step during which the
-    machine did something else does not count. Errors are relative: a step of 2 ms and one of 2 s
-    weigh alike. Only the scheduler's thread uses it.
+    Each kind of step counts by the median of its last measurements, and the more the more of them
+    there are, up to nine. So ten thousand steps that only decode do not make it forget what a
+    prompt chunk costs, and a step during which the machine did something else hardly counts. Errors
+    are relative: a step of 2 ms and one of 2 s weigh alike. Only the scheduler's thread uses it.
 
     With a `path` it begins with what an earlier one has saved there, and `save` keeps what it
     knows; the path has to name all that the cost depends on.
@@ -181,7 +186,8 @@ class CostModel:
         # What was not measured yet stays as it was known before.
         before = np.array(astuple(self.coefficients))
         rest = 1.0 - rows @ np.where(measured, 0.0, before)
-        before[measured] = _solve(rows[:, measured], rest)
+        weights = np.array([kind.weight for kind in self._kinds.values()])
+        before[measured] = _solve(rows[:, measured] * weights[:, None], rest * weights)
         self.coefficients = Coefficients(*before.tolist())
         self.known, self._unfitted = True, 0
 

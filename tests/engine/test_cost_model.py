@@ -1,7 +1,11 @@
 """The cost model finds the truth behind noisy steps, forgets nothing, and its chunks fit."""
 
+import bisect
+import csv
 import math
 import random
+import statistics
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -67,6 +71,32 @@ def test_it_follows_a_machine_that_becomes_slower() -> None:
     assert model.seconds(prompt(128, 50_000)) == pytest.approx(
         3 * truth.seconds(prompt(128, 50_000)), rel=0.15
     )
+
+
+def test_recorded_steps_are_predicted_within_a_fifth_at_every_depth() -> None:
+    """The embedded model on one thread: chats beside documents of 6,000 and 60,000 tokens, twice.
+
+    Seconds are of the processor, since the machine had other work.
+    """
+    with (Path(__file__).parent / "recorded_steps.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    model, errors = CostModel(), defaultdict(list)
+    for row in rows:
+        work = StepWork(
+            prompt_tokens=int(row["prompt_tokens"]),
+            prompt_pairs=float(row["prompt_pairs"]),
+            answers=int(row["answers"]),
+            context_tokens=int(row["context_tokens"]),
+        )
+        seconds = float(row["ms"]) / 1000
+        if int(row["round"]) == 2:
+            past = work.prompt_pairs / max(work.prompt_tokens, 1)
+            band = bisect.bisect([4_000, 16_000, 40_000], past) if work.prompt_tokens else -1
+            errors[band].append(abs(model.seconds(work) - seconds) / seconds)
+        model.observe(work, seconds)
+    assert sorted(errors) == [-1, 0, 1, 2, 3] and len(errors[3]) >= 30
+    for band, own in errors.items():
+        assert statistics.median(own) < 0.2, band
 
 
 def test_what_was_not_measured_since_stays_as_it_was_known() -> None:
