@@ -5,7 +5,8 @@ of the step, which is limited in tokens and, by the cost model's prediction, in 
 turns, each with a guaranteed share; the tenant that was served least in its class comes first
 (a virtual token counter, https://arxiv.org/abs/2401.00588, that counts seconds instead), and of its
 prompts the one with the least work left, but for a share of the oldest one. While sequences decode,
-each class may take only so much of the time (`TimeShares`).
+each class may take only so much of the time (`TimeShares`); a step without them may take the longer
+the longer nobody has come (`LoneSteps`).
 
 When memory runs out, blocks that nobody holds have gone already. Then the sequence with the largest
 preemption key (the youngest of the lowest class) is preempted, back to waiting. The sequence with
@@ -24,7 +25,7 @@ from longctx.config import SchedulerConfig
 from longctx.engine.cost_model import CostModel, StepWork
 from longctx.engine.sequence import Sequence, SequenceState
 from longctx.engine.tenants import Tenants
-from longctx.engine.time_shares import TimeShares
+from longctx.engine.time_shares import LoneSteps, TimeShares
 from longctx.engine_stats import ClassStats, SchedulerStats
 from longctx.errors import Overloaded
 from longctx.kv.cache_manager import Admission, KVCacheManager
@@ -39,8 +40,6 @@ CLASS_WEIGHT = {RequestClass.INTERACTIVE: 8, RequestClass.BATCH: 2, RequestClass
 OLDEST_SHARE = 1 / 8
 # How long an estimate of what the caches have of a waiting prompt is good for.
 ESTIMATE_SECONDS = 1.0
-# Steps in which nothing decodes may take so many times the objective: large ones are faster.
-LONE_STEPS = 2.0
 # The smallest part of a block that a step computes where a whole block takes too long: fewer rows
 # take hardly less time.
 MIN_CHUNK_TOKENS = 16
@@ -133,6 +132,7 @@ class Scheduler:
         self._clock = clock
         self.cost = cost
         self._shares = TimeShares()
+        self._lone = LoneSteps(target_seconds, clock())
         self._tenants = {each: Tenants() for each in RequestClass}
         self._served = dict.fromkeys(RequestClass, 0.0)  # prompt tokens / weight
         self._owed = dict.fromkeys(RequestClass, 0.0)  # prompt tokens, to the oldest prompts
@@ -161,6 +161,8 @@ class Scheduler:
         everyone = (*self.running, *self.waiting)
         present = {each.request.salt for each in everyone if each.request.request_class is own}
         self._tenants[own].join(sequence.request.salt, present)
+        if own is not RequestClass.INGEST:
+            self._lone.disturb(self._clock())
         self.waiting.append(sequence)
 
     def add_fork(self, sequence: Sequence) -> None:
@@ -203,10 +205,13 @@ class Scheduler:
         """
         decodes = self._decode_chunks()
         answers = step_work(decodes)
-        answer_seconds = self.cost.seconds(answers) if decodes else 0.0
-        seconds = (1.0 if decodes else LONE_STEPS) * self._target_seconds - answer_seconds
         if decodes:
+            answer_seconds = self.cost.seconds(answers)
+            seconds = self._target_seconds - answer_seconds
             self._shares.begin(answer_seconds)
+            self._lone.disturb(self._clock())
+        else:
+            seconds = self._lone.seconds(self._clock(), self.cost.coefficients.step)
         prompts: list[Chunk] = []
         tokens, scored = self._batch_tokens - len(decodes), self._scored_tokens
         queues = self._queues()

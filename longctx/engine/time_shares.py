@@ -1,10 +1,45 @@
-"""Keeps prompt chunks to their share of the time while answers are written."""
+"""Says how long prompt chunks may take: beside answers their share, and without answers as long as
+it is worth to let those wait who may come."""
+
+import math
 
 from longctx.request import RequestClass
 
 # The part of the time that prompt chunks of a class may take while sequences decode: beside an
 # ingestion an answer takes about a tenth longer, beside questions less than four times its time.
 TIME_SHARE = {RequestClass.INTERACTIVE: 0.7, RequestClass.BATCH: 0.4, RequestClass.INGEST: 0.1}
+
+# A step in which nothing decodes may take so many times the objective: the first just after
+# somebody was there, the second where nobody was there for long.
+LEAST_LONE_STEPS, MOST_LONE_STEPS = 1.0, 12.0
+# What a second of the machine counts in seconds that somebody waits.
+MACHINE_WEIGHT = 2.0
+
+
+class LoneSteps:
+    """Says how long a step may take in which nothing decodes.
+
+    Each step costs a fixed time, whatever it computes: where steps take `s` seconds, `fixed / s` of
+    the machine's time. Who comes during one waits for half of it. Where nobody was there for
+    `quiet` seconds, somebody is likely to come once in about so many, so `s / (2 * quiet)` seconds
+    are waited for each that passes. Both together, the machine's weighed, are least at
+    `s = sqrt(2 * weight * fixed * quiet)`: a machine with a fixed time of 20 ms takes 0.25 s in
+    the first second after an answer has ended, 1 s after 12 seconds, and 3 s from two minutes on.
+    """
+
+    def __init__(self, target_seconds: float, now: float) -> None:
+        self._least = LEAST_LONE_STEPS * target_seconds
+        self._most = MOST_LONE_STEPS * target_seconds
+        self._last = now
+
+    def disturb(self, now: float) -> None:
+        """Note that somebody waits for an answer, or for its next token."""
+        self._last = now
+
+    def seconds(self, now: float, fixed_seconds: float) -> float:
+        """Return the longest time of a step that costs `fixed_seconds` whatever it computes."""
+        best = math.sqrt(2 * MACHINE_WEIGHT * fixed_seconds * max(0.0, now - self._last))
+        return min(self._most, max(self._least, best))
 
 
 class TimeShares:

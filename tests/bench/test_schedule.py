@@ -1,6 +1,8 @@
 """The simulation runs the scheduler that serves, ends every request, and repeats itself."""
 
 import json
+import random
+import statistics
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,24 @@ def test_short_requests_wait_far_less_than_behind_fixed_chunks_or_whole_prompts(
         p99[policy] = times[int(0.99 * len(times))]
     assert 10 * p99[Scheduler] < p99[FirstCome]
     assert 2 * p99[Scheduler] < p99[FixedChunks]
+
+
+def test_steadiness_for_the_short_costs_a_twentieth_of_the_throughput_at_most() -> None:
+    few = ScheduleConfig(requests=40, documents_read=1, longest_tokens=300_000)
+    trace = mixed(few, CostModel(COSTS), seed=5)
+    pace = {
+        policy: simulated("", policy, MACHINE, trace).outcome.tokens_per_second
+        for policy in (Scheduler, FixedChunks, FirstCome)
+    }
+    assert pace[Scheduler] > 0.95 * max(pace.values())
+
+
+def test_a_long_step_varies_less_than_a_short_one() -> None:
+    choose = random.Random(6)
+    for seconds, most in ((0.05, 0.11), (25.0, 0.011)):
+        drawn = [MACHINE.noisy(seconds, choose) / seconds for _ in range(4000)]
+        assert statistics.fmean(drawn) == pytest.approx(1.0, abs=0.01)
+        assert 0.8 * most < statistics.pstdev(drawn) < most
 
 
 def test_answers_keep_the_objective_beside_a_document() -> None:

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from longctx.engine.cost_model import Coefficients
+from longctx.engine.cost_model import Coefficients, CostModel
 from longctx.engine.scheduler import OLDEST_SHARE, SchedulerOutput
 from longctx.engine.sequence import Sequence, SequenceState
-from longctx.engine.time_shares import TIME_SHARE, TimeShares
+from longctx.engine.time_shares import MOST_LONE_STEPS, TIME_SHARE, LoneSteps, TimeShares
 from longctx.errors import Overloaded
 from longctx.request import RequestClass
 from longctx.text.tokenizer import Tokenizer
@@ -348,6 +348,36 @@ def test_while_nothing_decodes_nothing_is_held_back(tokenizer: Tokenizer) -> Non
     bench = Bench(tokenizer, bare_cache(blocks=3000), seconds_of=seconds_by_tokens)
     bench.add(numbers(20_000), request_class=INGEST)
     assert all(bench.step().num_tokens == 128 for _ in range(100))
+
+
+def test_steps_without_answers_grow_while_nobody_comes() -> None:
+    lone = LoneSteps(0.25, 100.0)
+    seconds = [lone.seconds(100.0 + quiet, 0.02) for quiet in range(1000)]
+    assert seconds == sorted(seconds)
+    assert seconds[0] == 0.25 and seconds[-1] == 0.25 * MOST_LONE_STEPS
+    assert lone.seconds(1000.0, 0.0) == 0.25, "long steps save nothing there"
+    lone.disturb(1100.0)
+    assert lone.seconds(1100.5, 0.02) == 0.25
+
+
+def test_a_chat_that_comes_shortens_the_steps_of_a_document_again(tokenizer: Tokenizer) -> None:
+    cost = CostModel(Coefficients(step=0.02, token=0.001))
+    bench = Bench(
+        tokenizer,
+        bare_cache(blocks=3000, step_blocks=80),
+        batch_tokens=4096,
+        cost=cost,
+        seconds_of=lambda output: 0.02 + 0.001 * output.num_tokens,
+    )
+    bench.add(numbers(150_000), request_class=INGEST)
+    early = bench.step().num_tokens
+    while bench.now < 60.0:
+        late = bench.step().num_tokens
+    bench.add(numbers(1, 200_000))
+    bench.step()
+    after = bench.step().num_tokens
+    assert 192 <= early <= 256 and 192 <= after <= 256
+    assert late > 1500
 
 
 def seconds_by_depth(output: SchedulerOutput) -> float:

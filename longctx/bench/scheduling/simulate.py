@@ -3,6 +3,7 @@
 The scheduler and the cache manager are those that serve; only the pages hold nothing.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -45,7 +46,16 @@ class Machine:
     pool_tokens: int
     batch_tokens: int = 512
     max_sequences: int = 64
-    noise: float = 0.1  # standard deviation of the logarithm of a step's time
+    noise: float = 0.1  # standard deviation of the logarithm of a step's time; see `noisy`
+
+    def noisy(self, seconds: float, choose: Random) -> float:
+        """Draw what a step takes that takes so long on average.
+
+        One longer than the objective varies as so many steps in a row do: less. Else one draw would
+        decide about the hours of a whole document.
+        """
+        deviation = self.noise / math.sqrt(max(1.0, seconds / self.target_seconds))
+        return seconds * choose.lognormvariate(-(deviation**2) / 2, deviation)
 
 
 @dataclass(slots=True)
@@ -167,8 +177,8 @@ class Simulation:
         output = self.scheduler.schedule()
         if not output.chunks:
             return 0
-        noise = self._noise.lognormvariate(0.0, self.machine.noise)
-        seconds = self.cost.seconds(step_work(output.chunks)) * noise
+        seconds = self.cost.seconds(step_work(output.chunks))
+        seconds = self.machine.noisy(seconds, self._noise)
         self.now += seconds
         outcome.step_seconds.append(seconds)
         outcome.computed_tokens += output.num_tokens
