@@ -2,9 +2,10 @@
 
 At several depths of a document some answers run, the document goes on being computed, and a short
 chat arrives. Measured are the time between two tokens of the answers, the time to the first token
-of the chat, and what the document's speed keeps beside them. Each depth is measured three ways, by
-turns: answers alone and the document alone, both together, and both together with chunking off,
-where the document's tokens are one chunk.
+of the chat, and what the document's speed keeps beside them. Each depth is measured three ways:
+answers alone and the document alone, both together, and both together with chunking off, where the
+document's tokens are one chunk. Together the document comes in parts, with answers alone between
+them by turns; the chat comes beside the first part, which does not count for the speed.
 
 The document's beginning is not computed: its blocks are filled with random keys and values, as in
 `longctx bench decode`. Nothing is written to a tier.
@@ -12,6 +13,7 @@ The document's beginning is not computed: its blocks are filled with random keys
 
 import gc
 import itertools
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from compress.shape import BLOCK_TOKENS
 from longctx.bench.config import BenchConfig, LoadConfig
 from longctx.bench.measured_engine import MeasuredEngine
 from longctx.bench.picture import Series, draw_bars
@@ -37,6 +40,8 @@ from longctx.request import FinishReason, Request, RequestClass, SamplingParams,
 
 ANSWER_TOKENS = 4096  # more than any is let write: they are aborted
 SETTLED_TOKENS = 8  # of each answer, before anything is measured
+PARTS = 4  # of the document's tokens, beside answers
+QUIET_SECONDS = 60.0  # without a chat, before the document is measured alone: it takes minutes
 
 
 @dataclass(slots=True)
@@ -62,8 +67,9 @@ class Together:
 
     intervals: tuple[float, ...]  # between tokens of the answers
     chat_seconds: float
-    document_seconds: float
-    answer_steps: int
+    alone_intervals: tuple[float, ...]  # of the answers, between the parts of the document
+    # Of all parts but the first: per token, after as many steps of answers alone are taken off.
+    document_seconds_per_token: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,9 +77,9 @@ class AtDepth:
     """What was measured at one depth of the document."""
 
     depth: int
-    alone_intervals: tuple[float, ...]
     alone_chat_seconds: float
     alone_document_seconds: float
+    window_tokens: int
     chunked: Together
     unchunked: Together
     unchunked_document_seconds: float
@@ -83,11 +89,19 @@ class AtDepth:
     def kept_speed(self) -> float:
         """The document's speed beside answers as a part of its speed alone in the time that the
         answers, at their own pace, leave to it."""
-        answers = self.chunked.answer_steps * float(np.median(self.alone_intervals))
-        return self.alone_document_seconds / max(self.chunked.document_seconds - answers, 1e-9)
+        alone = self.alone_document_seconds / self.window_tokens
+        return alone / max(self.chunked.document_seconds_per_token, 1e-9)
 
 
-class UnchunkedScheduler(Scheduler):
+class LoadScheduler(Scheduler):
+    """The scheduler, but it can be told that nobody was there."""
+
+    def let_pass(self, seconds: float) -> None:
+        """Go on as if the last answer had ended so long ago."""
+        self._lone.disturb(self._clock() - seconds)
+
+
+class UnchunkedScheduler(LoadScheduler):
     """Computes what is left of a prompt in one step, as schedulers without chunks do."""
 
     def _fitting_tokens(self, past: int, smallest: int, room: StepRoom) -> int:
@@ -101,7 +115,7 @@ class LoadedEngine:
         self.engine = engine
         self.watched = Watched()
         self._rng = random.Random(seed)
-        self.document = self._new(document_tokens)
+        self.document = self.new_tokens(document_tokens)
         if self.document:
             engine.plant(self.document)
         self._numbers = itertools.count()
@@ -115,14 +129,14 @@ class LoadedEngine:
         self.engine.submit(
             Request(
                 request_id=name,
-                segments=(Segment(token_ids=(*prefix, *self._new(tokens))),),
+                segments=(Segment(token_ids=(*prefix, *self.new_tokens(tokens))),),
                 sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
                 request_class=RequestClass.INGEST if ingest else RequestClass.INTERACTIVE,
             )
         )
         return name
 
-    def _new(self, tokens: int) -> tuple[int, ...]:
+    def new_tokens(self, tokens: int) -> tuple[int, ...]:
         vocab_size = self.engine.info.vocab_size
         return tuple(self._rng.randrange(3, vocab_size) for _ in range(tokens))
 
@@ -150,6 +164,9 @@ class LoadedEngine:
 
     def timed(self, prefix: Sequence[int], tokens: int, *, ingest: bool = False) -> float:
         """Seconds until a prompt, with nothing beside it, is computed."""
+        scheduler = self.engine.scheduler
+        assert isinstance(scheduler, LoadScheduler)
+        scheduler.let_pass(QUIET_SECONDS)
         began = time.perf_counter()
         name = self.submit(prefix, tokens, max_tokens=0 if ingest else 1, ingest=ingest)
         self.until(lambda: name in self.watched.ended)
@@ -216,14 +233,15 @@ def _opened(
     folder: Path,
     load: LoadConfig,
     seed: int,
-    scheduler: type[Scheduler] = Scheduler,
+    scheduler: type[LoadScheduler] = LoadScheduler,
 ) -> LoadedEngine:
     # Random weights hide what a codec costs, so none is measured
     codec = "int8" if engine.cache.kv_codec == "auto" else engine.cache.kv_codec
     cache = replace(engine.cache, kv_codec=codec, force_codec=True)
     measured = MeasuredEngine(replace(engine, cache=cache), folder, scheduler=scheduler)
     loaded = LoadedEngine(measured, max(load.every_depth), seed=seed)
-    loaded.timed((), load.chat_tokens)  # warms up
+    loaded.timed((), load.chat_tokens)  # warms up, and what a prompt costs becomes known
+    loaded.timed((), load.window_tokens, ingest=True)
     return loaded
 
 
@@ -233,7 +251,7 @@ def _contrast(
     for depth in load.every_depth:
         say(f"without chunks, at {depth:,}")
         alone = loaded.timed(loaded.document[:depth], load.window_tokens, ingest=True)
-        yield depth, (_together(loaded, loaded.document[:depth], load), alone)
+        yield depth, (_together(loaded, depth, load, parts=1), alone)
 
 
 def _depths(
@@ -245,18 +263,15 @@ def _depths(
     for depth in load.every_depth:
         say(f"in chunks, at {depth:,}")
         chat = min(loaded.timed((), load.chat_tokens) for _ in range(3))
-        alone = loaded.timed(loaded.document[:depth], load.window_tokens, ingest=True)
-        with loaded.answers(load.answers, load.chat_tokens) as names:
-            began = time.perf_counter()
-            loaded.more_tokens(names, 3 * SETTLED_TOKENS)
-            intervals = loaded.watched.intervals(names, began)
-        together = _together(loaded, loaded.document[:depth], load)
+        before = loaded.timed(loaded.document[:depth], load.window_tokens, ingest=True)
+        together = _together(loaded, depth, load, parts=PARTS)
+        after = loaded.timed(loaded.document[:depth], load.window_tokens, ingest=True)
         unchunked, unchunked_alone = contrast[depth]
         yield AtDepth(
             depth=depth,
-            alone_intervals=tuple(intervals),
             alone_chat_seconds=chat,
-            alone_document_seconds=alone,
+            alone_document_seconds=(before + after) / 2,
+            window_tokens=load.window_tokens,
             chunked=together,
             unchunked=unchunked,
             unchunked_document_seconds=unchunked_alone,
@@ -264,25 +279,64 @@ def _depths(
         )
 
 
-def _together(loaded: LoadedEngine, prefix: Sequence[int], load: LoadConfig) -> Together:
+def _together(loaded: LoadedEngine, depth: int, load: LoadConfig, *, parts: int) -> Together:
+    """Compute the document in so many parts beside answers, a chat beside the first of them.
+
+    Each part begins with new answers, which run alone before and after it.
+    """
     watched = loaded.watched
-    with loaded.answers(load.answers, load.chat_tokens) as names:
-        began = time.perf_counter()
-        counts = len(watched.token_seconds[names[0]])
-        document = loaded.submit(prefix, load.window_tokens, max_tokens=0, ingest=True)
-        loaded.until(lambda: loaded.has_tokens(names[:1], counts + 1) or document in watched.ended)
-        came = time.perf_counter()
-        chat = loaded.submit((), load.chat_tokens, max_tokens=1)
-        loaded.until(lambda: document in watched.ended)
-        ended = time.perf_counter()
-        steps = len(watched.token_seconds[names[0]]) - counts
-        loaded.until(lambda: chat in watched.ended)
-        return Together(
-            intervals=tuple(watched.intervals(names, began)),
-            chat_seconds=watched.token_seconds[chat][1] - came,
-            document_seconds=ended - began,
-            answer_steps=steps,
-        )
+    window = loaded.new_tokens(load.window_tokens)
+    blocks = max(1, load.window_tokens // BLOCK_TOKENS // parts)
+    ends = [*range(blocks * BLOCK_TOKENS, load.window_tokens, blocks * BLOCK_TOKENS)][: parts - 1]
+    intervals: list[float] = []
+    alone_intervals: list[float] = []
+    chat_seconds = document_seconds = math.inf
+    counted_seconds, counted_tokens = 0.0, 0
+    alone_tokens = 3 * SETTLED_TOKENS
+    for begin, end in itertools.pairwise((0, *ends, load.window_tokens)):
+        with loaded.answers(load.answers, load.chat_tokens) as names:
+            alone = _alone(loaded, names, alone_tokens)
+            began = time.perf_counter()
+            counts = len(watched.token_seconds[names[0]])
+            prefix = (*loaded.document[:depth], *window[:begin])
+            document = loaded.submit((*prefix, *window[begin:end]), 0, max_tokens=0, ingest=True)
+            if begin == 0:
+                chat_seconds = _chat_beside(loaded, names, counts, document, load)
+            loaded.until(partial(watched.ended.__contains__, document))
+            steps = len(watched.token_seconds[names[0]]) - counts
+            document_seconds = time.perf_counter() - began
+            intervals += watched.intervals(names, began)
+            alone_tokens = max(alone_tokens, steps // 4)
+            alone += _alone(loaded, names, alone_tokens)
+            alone_intervals += alone
+            if begin or parts == 1:
+                counted_tokens += end - begin
+                counted_seconds += document_seconds - steps * float(np.mean(alone))
+    return Together(
+        intervals=tuple(intervals),
+        chat_seconds=chat_seconds,
+        alone_intervals=tuple(alone_intervals),
+        document_seconds_per_token=counted_seconds / max(counted_tokens, 1),
+    )
+
+
+def _alone(loaded: LoadedEngine, names: Sequence[str], tokens: int) -> list[float]:
+    """Run answers alone; return the times between their tokens."""
+    began = time.perf_counter()
+    loaded.more_tokens(names, tokens)
+    return loaded.watched.intervals(names, began)
+
+
+def _chat_beside(
+    loaded: LoadedEngine, names: Sequence[str], counts: int, document: str, load: LoadConfig
+) -> float:
+    """Let a chat come after the next token; return the seconds to its first one."""
+    watched = loaded.watched
+    loaded.until(lambda: loaded.has_tokens(names[:1], counts + 1) or document in watched.ended)
+    came = time.perf_counter()
+    chat = loaded.submit((), load.chat_tokens, max_tokens=1)
+    loaded.until(lambda: chat in watched.ended)
+    return watched.token_seconds[chat][1] - came
 
 
 def _results(found: Sequence[AtDepth], parameters: dict[str, Parameter]) -> Iterator[Result]:
@@ -293,7 +347,7 @@ def _results(found: Sequence[AtDepth], parameters: dict[str, Parameter]) -> Iter
                 metric=f"inter_token_p{percent}",
                 value=_ms(each.chunked.intervals, percent),
                 unit="ms",
-                parameters={**at, "idle_ms": _ms(each.alone_intervals, percent)},
+                parameters={**at, "idle_ms": _ms(each.chunked.alone_intervals, percent)},
                 baseline="without chunks",
                 baseline_value=_ms(each.unchunked.intervals, percent),
             )
@@ -340,7 +394,7 @@ def _table(found: Sequence[AtDepth], subtitle: str) -> Table:
             *(
                 f"{_ms(seconds, 50):,.0f} / {_ms(seconds, 99):,.0f}"
                 for seconds in (
-                    each.alone_intervals,
+                    each.chunked.alone_intervals,
                     each.chunked.intervals,
                     each.unchunked.intervals,
                 )
@@ -363,7 +417,7 @@ def _draw(found: Sequence[AtDepth], subtitle: str, path: Path) -> None:
         series=[
             Series(label="in chunks", values=[_ms(e.chunked.intervals, 99) for e in found]),
             Series(label="without chunks", values=[_ms(e.unchunked.intervals, 99) for e in found]),
-            Series(label="no document", values=[_ms(e.alone_intervals, 99) for e in found]),
+            Series(label="no document", values=[_ms(e.chunked.alone_intervals, 99) for e in found]),
         ],
         unit="ms",
         logarithmic=True,
