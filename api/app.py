@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 
 from api.background.store_dir import StoreDir
@@ -15,7 +15,7 @@ from api.gemini.versions import GeminiVersions
 from api.http.auth import OPEN_PATHS, Authentication
 from api.http.foreign_pages import ForeignPages
 from api.http.observing import Observer, Observing
-from api.http.openapi import add_routes
+from api.http.openapi import serve_routes
 from api.http.refusals import HANDLERS
 from api.metrics import MetricsMiddleware
 from api.page.page import page_paths
@@ -31,7 +31,7 @@ from longctx.text.tokenizer import Tokenizer
 class Application:
     """Holds what the server needs to answer requests, and to end in order."""
 
-    asgi: FastAPI
+    asgi: Starlette
     engine: EngineClient
     library: DocumentLibrary
 
@@ -85,8 +85,6 @@ async def open_application(
         yield Application(asgi, services.engine, services.documents)
 
 
-def make_asgi(services: Services) -> FastAPI:
+def make_asgi(services: Services) -> Starlette:
     """Makes the ASGI application of the routes and error answers, without middleware."""
-    app = FastAPI(title="longctx", exception_handlers=HANDLERS)
-    add_routes(app, routes(services))
-    return app
+    return Starlette(routes=serve_routes(routes(services)), exception_handlers=HANDLERS)

@@ -66,6 +66,7 @@ class HTTPMetrics:
             "From a token of an answer to the next one",
             TOKEN_SECONDS,
         )
+        self._next_token = self.next_token_seconds.labels(model)  # each token is noted
         self.request_seconds = self._histogram(
             "e2e_request_latency_seconds", "From the engine's request to its end", SECONDS
         )
@@ -113,7 +114,7 @@ class HTTPMetrics:
             self.first_token_seconds.labels(self.model).observe(seconds)
         else:
             for _ in range(count):
-                self.next_token_seconds.labels(self.model).observe(seconds / count)
+                self._next_token.observe(seconds / count)
 
     def answered(self, question: Asked) -> None:
         """Notes a question to the engine that has ended."""

@@ -76,7 +76,8 @@ class Generation:
     def requests(
         self, prompts: Sequence[EnginePrompt], wanted: GenerationRequest, salt: str
     ) -> list[Request]:
-        """Makes one request for each prompt. An answer of no stated length gets what is left.
+        """Makes one request for each prompt. An answer of no stated length gets what is
+        usual, or what is left.
 
         Raises ContextTooLong when a prompt, or it and its answer, do not fit, and InvalidRequest
         for a value out of range.
@@ -131,7 +132,8 @@ class Generation:
         answer_tokens = wanted.answer_tokens
         room = limits.answer_tokens(prompt_tokens)
         if answer_tokens is None:
-            answer_tokens = room
+            usual = wanted.usual_answer_tokens
+            answer_tokens = room if usual is None else min(room, usual)
         if answer_tokens > room:
             raise ContextTooLong(
                 f"the prompt has {prompt_tokens} tokens and the answer may have {answer_tokens}, "

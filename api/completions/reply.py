@@ -97,43 +97,56 @@ class Reply:
             **self._explanation(),
         )
 
-    async def _events(self) -> AsyncGenerator[JSONObject, None]:
+    async def _events(self) -> AsyncGenerator[JSONObject | list[JSONObject], None]:
         choices: dict[int, Choice] = {}
         opened: set[int] = set()
-        last: JSONObject | None = None  # held back: the very last one carries more
+        held: list[JSONObject] = []  # the very last one carries more
         async with aclosing(self.answering.outputs()) as outputs:
             async for output in outputs:
-                if last is not None:
-                    yield last
-                    last = None
+                if held:
+                    yield held
+                    held = []
                 if isinstance(output, dict):
                     if self.wanted.return_progress:
                         yield self._chunk([self.response_format.delta(0, "")], longctx=output)
                     continue
-                self.streamed_tokens += len(output.token_ids)
-                has_news = bool(output.text or output.logprobs)
-                if output.progress is not None and self.wanted.return_progress:
-                    yield self._progress(output.index, output.progress)
-                if output.index not in opened and (has_news or output.finish_reason):
-                    opened.add(output.index)
-                    if (first := self.response_format.first_delta(output.index)) is not None:
-                        yield self._chunk([first])
-                choice = collect(choices, output)
-                if has_news:
-                    news = self.response_format.delta(output.index, output.text, output.logprobs)
-                    yield self._chunk([news])
+                chunks = self._chunks(output, choices, opened)
                 if output.finish_reason is not None:
-                    last = self._chunk([self.response_format.finish(choice)])
+                    held = chunks
+                elif chunks:
+                    yield chunks
         told = self._explanation()
-        if last is not None:
-            yield {
-                **last,
+        if held:
+            held[-1] |= {
                 "longctx": self._longctx(),
                 **self._prompt_cache(),
                 **({} if self.wanted.include_usage else told),
             }
         if self.wanted.include_usage:
-            yield self._chunk([], usage=self.totals.usage(), **told)
+            held.append(self._chunk([], usage=self.totals.usage(), **told))
+        if held:
+            yield held
+
+    def _chunks(
+        self, output: RequestOutput, choices: dict[int, Choice], opened: set[int]
+    ) -> list[JSONObject]:
+        """Makes what an output is told in; `opened` are the choices that have begun."""
+        chunks: list[JSONObject] = []
+        self.streamed_tokens += len(output.token_ids)
+        has_news = bool(output.text or output.logprobs)
+        if output.progress is not None and self.wanted.return_progress:
+            chunks.append(self._progress(output.index, output.progress))
+        if output.index not in opened and (has_news or output.finish_reason):
+            opened.add(output.index)
+            if (first := self.response_format.first_delta(output.index)) is not None:
+                chunks.append(self._chunk([first]))
+        choice = collect(choices, output)
+        if has_news:
+            news = self.response_format.delta(output.index, output.text, output.logprobs)
+            chunks.append(self._chunk([news]))
+        if output.finish_reason is not None:
+            chunks.append(self._chunk([self.response_format.finish(choice)]))
+        return chunks
 
     def _progress(self, index: int, progress: Progress) -> JSONObject:
         told = {

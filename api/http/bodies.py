@@ -26,6 +26,7 @@ from longctx.text.tool_forms import Tool, ToolForm
 from offload.tier_names import MemoryTierName
 
 MAX_PROMPTS = 2048
+COMPLETION_TOKENS = 16  # of a completion that says nothing of it, as OpenAI has it
 DAY_SECONDS = 86_400
 HALF_HOUR_SECONDS = 1800
 
@@ -122,6 +123,11 @@ class GenerationRequest(RequestBody):
     def answer_tokens_field(self) -> str:
         """The field that `answer_tokens` was given by."""
         return "max_tokens"
+
+    @property
+    def usual_answer_tokens(self) -> int | None:
+        """The most tokens of an answer of which nothing is said, where there is room for them."""
+        return None
 
     @property
     def in_memory(self) -> bool:
@@ -383,6 +389,10 @@ class CompletionRequest(GenerationRequest):
         if self.cache_explain and len(self.prompts) > 1:
             raise ValueError("cache_explain is for one prompt; send them one at a time")
         return self
+
+    @property
+    def usual_answer_tokens(self) -> int | None:
+        return None if "max_tokens" in self.model_fields_set else COMPLETION_TOKENS
 
     @property
     def echoes(self) -> bool:

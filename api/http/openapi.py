@@ -17,6 +17,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute
 from starlette.routing import Route as StarletteRoute
 from starlette.types import Receive, Scope, Send
 
@@ -106,12 +107,49 @@ class OtherMethods:
         await Response(status_code=HTTPStatus.NO_CONTENT, headers=headers)(scope, receive, send)
 
 
-def add_routes(app: FastAPI, routes: Sequence[Route]) -> None:
-    """Serves the routes, and describes them and all their bodies in `/openapi.json`.
+class Answering:
+    """ASGI application of one route: its endpoint's response is sent as it is."""
 
+    def __init__(self, path: str, endpoint: Endpoint) -> None:
+        self.path = path  # where metrics look for it
+        self.endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["route"] = self
+        response = await self.endpoint(Request(scope, receive, send))
+        await response(scope, receive, send)
+
+
+def serve_routes(routes: Sequence[Route]) -> list[BaseRoute]:
+    """Returns what a Starlette application routes by, `/openapi.json` and its pages included.
+
+    FastAPI describes the routes and does not answer them: its way to an endpoint looks for
+    dependencies and parameters, of which there are none, and takes longer than all the rest.
     What answers GET answers HEAD; every path answers OPTIONS, and other methods with 405, both with
     all of its methods in `Allow`.
     """
+    served: list[BaseRoute] = [
+        StarletteRoute(
+            route.path,
+            Answering(route.path, route.endpoint),
+            # The server below sends no body to HEAD.
+            methods=["GET", "HEAD"] if route.method == "GET" else [route.method],
+        )
+        for route in routes
+    ]
+    # FastAPI's own pages.
+    served += [page for page in describe(routes).router.routes if type(page) is StarletteRoute]
+    methods: defaultdict[str, set[str]] = defaultdict(set)
+    for known in served:
+        if isinstance(known, StarletteRoute):
+            methods[known.path].update(known.methods or ())
+    others = [StarletteRoute(path, OtherMethods(path, names)) for path, names in methods.items()]
+    return [*served, *others]
+
+
+def describe(routes: Sequence[Route]) -> FastAPI:
+    """Returns an application whose `/openapi.json` describes the routes and all their bodies."""
+    app = FastAPI(title="longctx")
     for route in routes:
         app.add_api_route(
             route.path,
@@ -120,16 +158,6 @@ def add_routes(app: FastAPI, routes: Sequence[Route]) -> None:
             openapi_extra=route.operation(),
             response_class=Response,
         )
-        if route.method == "GET":  # the server below sends no body
-            app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
-    methods: defaultdict[str, set[str]] = defaultdict(set)
-    for known in app.router.routes:  # FastAPI's own pages, too
-        if isinstance(known, StarletteRoute):
-            methods[known.path].update(known.methods or ())
-    app.router.routes.extend(
-        StarletteRoute(path, OtherMethods(path, names), include_in_schema=False)
-        for path, names in methods.items()
-    )
     bodies = [body for route in routes if (body := route.described_body) is not None]
     models = list(dict.fromkeys(model for body in bodies for model in body.models()))
     describe_routes = app.openapi
@@ -144,6 +172,7 @@ def add_routes(app: FastAPI, routes: Sequence[Route]) -> None:
         return description
 
     app.openapi = openapi  # type: ignore[method-assign]
+    return app
 
 
 def _schema(kind: type[BaseModel] | JSONSchema) -> JSONSchema:

@@ -5,12 +5,12 @@ engine's iterator, which aborts the request.
 """
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
+import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -25,8 +25,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 def encode_event(data: JSONObject) -> bytes:
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return b"data: " + text.encode() + b"\n\n"
+    return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
 def encode_named_event(data: JSONObject) -> bytes:
@@ -68,13 +67,15 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
 class EventStream(Response):
     """Sends each dict of a generator as an event, pings while there is none, and the end last.
 
+    Dicts that come in one list are sent in one piece: each piece is the work of several events.
+
     Headers go out with the first event or ping, so a request that fails at once is still answered
     with a status; a later failure is an event with the error's body.
     """
 
     def __init__(
         self,
-        events: AsyncGenerator[JSONObject, None],
+        events: AsyncGenerator[JSONObject | list[JSONObject], None],
         *,
         ping_seconds: float,
         form: EventForm = OPENAI_EVENTS,
@@ -102,14 +103,15 @@ class EventStream(Response):
                 pump.result()
         finally:
             await _cancel(pump, gone, pings)
-        if self.started and pump.done() and not pump.cancelled():
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        if pump.done() and not pump.cancelled() and (self.started or self.form.last):
+            await self._write(send, self.form.last, is_last=True)
 
     async def _pump(self, send: Send) -> None:
         async with aclosing(self.events) as events:
             try:
                 async for event in events:
-                    await self._write(send, self.form.encode(event))
+                    together = event if isinstance(event, list) else [event]
+                    await self._write(send, b"".join(map(self.form.encode, together)))
             except Exception as error:
                 if not self.started:
                     raise
@@ -117,8 +119,6 @@ class EventStream(Response):
                 if failure is not error and failure.status == 500:
                     logger.exception("a stream failed")
                 await self._write(send, self.form.encode(self.form.failure(failure)))
-        if self.form.last:
-            await self._write(send, self.form.last)
 
     async def _ping(self, send: Send) -> None:
         loop = asyncio.get_running_loop()
@@ -129,14 +129,14 @@ class EventStream(Response):
             else:
                 await asyncio.sleep(self.ping_seconds - silent)
 
-    async def _write(self, send: Send, data: bytes) -> None:
+    async def _write(self, send: Send, data: bytes, *, is_last: bool = False) -> None:
         async with self.writing:  # an event and a ping must not overtake the headers
             self.last_sent = asyncio.get_running_loop().time()
             if not self.started:
                 self.started = True
                 headers = self.raw_headers
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.body", "body": data, "more_body": not is_last})
 
 
 async def _disconnect(receive: Receive) -> None:

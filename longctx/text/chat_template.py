@@ -28,6 +28,7 @@ from longctx.text.tool_calls import ToolCall
 from longctx.text.tool_forms import Tool
 
 _ROLE = re.compile(r"[A-Za-z][A-Za-z_-]*")  # a role is written into the template as it is
+_NUMBER_DIGITS = 8  # of a marker, after its key
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ class _Markers:
         `label` names the part in error messages; a `required` part must appear exactly once.
         """
         self.taken.append(_Marker(replaced, label, required))
-        return f"{self.key}{len(self.taken) - 1:08d}"
+        return f"{self.key}{len(self.taken) - 1:0{_NUMBER_DIGITS}d}"
 
     def split(self, rendered: str) -> list[str | _Marker]:
         """Split into text and markers, in reading order.
@@ -108,12 +109,17 @@ class _Markers:
         """
         pieces: list[str | _Marker] = []
         counts = [0] * len(self.taken)
-        for i, piece in enumerate(re.split(f"{self.key}([0-9]{{8}})", rendered)):
-            if i % 2:
-                counts[int(piece)] += 1
-                pieces.append(self.taken[int(piece)])
-            elif piece:
-                pieces.append(piece)
+        # Not by a regular expression: to compile one for each key takes as long as to render.
+        before, *marked = rendered.split(self.key)
+        if before:
+            pieces.append(before)
+        for piece in marked:
+            digits, text = piece[:_NUMBER_DIGITS], piece[_NUMBER_DIGITS:]
+            if len(digits) == _NUMBER_DIGITS and digits.isdecimal():  # else a template has cut it
+                counts[int(digits)] += 1
+                pieces.append(self.taken[int(digits)])
+            if text:
+                pieces.append(text)
         for marker, count in zip(self.taken, counts, strict=True):
             if marker.required and count != 1:
                 fault = "leaves out" if count == 0 else f"repeats {count} times"

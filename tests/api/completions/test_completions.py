@@ -1,9 +1,12 @@
+from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 
 from tests.api.live_server import MODEL, LiveServer
+from tests.support.tiny_models import write_model
+from tests.support.tiny_tokenizer import write_tokenizer
 
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0.0, "max_tokens": 6}
 
@@ -54,6 +57,34 @@ def test_no_tokens_asked_for_reads_the_prompt_only(client: openai.OpenAI) -> Non
     assert second.usage is not None and second.usage.prompt_tokens_details is not None
     cached = second.usage.prompt_tokens_details.cached_tokens
     assert cached is not None and cached > second.usage.prompt_tokens - 65
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """A server whose contexts have 96 tokens."""
+    folder = tmp_path_factory.mktemp("model")
+    write_model(folder, num_hidden_layers=1, max_position_embeddings=96)
+    write_tokenizer(folder)
+    with LiveServer(folder, tmp_path_factory.mktemp("store")) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("stated", "prompt_tokens", "answer_tokens"),
+    [
+        ({}, 8, 16),  # OpenAI's default
+        ({}, 93, 3),  # there is no room for more
+        ({"max_tokens": 20}, 8, 20),
+        ({"max_tokens": None}, 8, 88),
+    ],
+)
+def test_a_completion_of_no_stated_length_has_16_tokens(
+    short: LiveServer, stated: dict[str, Any], prompt_tokens: int, answer_tokens: int
+) -> None:
+    body = {"prompt": [7] * prompt_tokens, "ignore_eos": True, **stated}
+    answer = short.http.post("/v1/completions", json=body).json()
+    assert answer["usage"]["completion_tokens"] == answer_tokens
+    assert answer["choices"][0]["finish_reason"] == "length"
 
 
 @pytest.mark.parametrize("prompt", [[0, 512], [-1]])
