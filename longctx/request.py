@@ -45,7 +45,7 @@ class RequestClass(IntEnum):
 class SamplingParams:
     """How the answer is sampled. A neutral value switches a step off."""
 
-    max_tokens: int = 256  # 0: prefill only, nothing is sampled
+    max_tokens: int | None = 256  # 0: prefill only, nothing is sampled; None: as many as fit
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0
     top_k: int = 0  # 0: off
@@ -67,7 +67,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         """Raises InvalidRequest for a number out of its range. That of `logit_bias` and of
         `stop_token_ids` is the model's vocabulary, which the engine checks."""
-        _between("max_tokens", self.max_tokens, 0, MAX_INT)
+        if self.max_tokens is not None:
+            _between("max_tokens", self.max_tokens, 0, MAX_INT)
         _between("temperature", self.temperature, 0.0, 100.0)
         _between("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _between("top_k", self.top_k, 0, MAX_INT)

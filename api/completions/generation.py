@@ -99,7 +99,7 @@ class Generation:
             for number, prompt in enumerate(prompts)
         ]
 
-    def sampling(self, wanted: GenerationRequest, max_tokens: int) -> SamplingParams:
+    def sampling(self, wanted: GenerationRequest, max_tokens: int | None) -> SamplingParams:
         """Returns what the engine is asked for. Raises InvalidRequest for a value out of range."""
         return wanted.sampling(max_tokens, self.tool_form)
 
@@ -131,10 +131,10 @@ class Generation:
             )
         answer_tokens = wanted.answer_tokens
         room = limits.answer_tokens(prompt_tokens)
-        if answer_tokens is None:
-            usual = wanted.usual_answer_tokens
-            answer_tokens = room if usual is None else min(room, usual)
-        if answer_tokens > room:
+        usual = wanted.usual_answer_tokens
+        if answer_tokens is None and usual is not None:
+            answer_tokens = min(room, usual)
+        if answer_tokens is not None and answer_tokens > room:
             raise ContextTooLong(
                 f"the prompt has {prompt_tokens} tokens and the answer may have {answer_tokens}, "
                 f"the limit is {limit} together; ask for at most {room}, shorten the prompt or "

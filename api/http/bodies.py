@@ -170,7 +170,7 @@ class GenerationRequest(RequestBody):
         """The tools that the model is told of."""
         return []
 
-    def sampling(self, max_tokens: int, form: ToolForm | None = None) -> SamplingParams:
+    def sampling(self, max_tokens: int | None, form: ToolForm | None = None) -> SamplingParams:
         """Returns the parameters for the engine; `form` is how the model calls tools.
 
         Raises InvalidRequest for a value out of range.

@@ -1,5 +1,7 @@
 """What each codec costs a model, against `raw`: KL divergence, changed tokens, perplexity.
 
+With rounded weights it is also what these cost, against those of the checkpoint.
+
 The measurement is the quality gate's, through the cache that serves, and by default as long as the
 gate measures at most, but for all codecs and without a limit of time. Without --model it is the
 embedded `probe`, a language model with ordinary attention.
@@ -8,6 +10,7 @@ embedded `probe`, a language model with ordinary attention.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import torch
 from rich.table import Table
@@ -26,7 +29,10 @@ from longctx.model.spec import ModelSpec
 from longctx.quality.gate import bits_per_value, judge_codec, refusal
 from longctx.quality.measure import RAW, Workload, measure
 from longctx.quality.texts import TEXTS, Text
+from longctx.quality.weights_gate import judge_weights, measure_weights
 from longctx.text.tokenizer import Tokenizer
+
+WEIGHT_BITS: Final = {"int8": 8.0}  # and one scale for an output
 
 
 def run(
@@ -61,6 +67,26 @@ def run(
         on_text=lambda done, most: say(f"text {done} of {most}"),
     )
     verdicts = {codec: judge_codec(model.spec, codec, measured[codec]) for codec in codecs}
+    bits = {codec: bits_per_value(model.spec, codec) for codec in codecs}
+    kinds: dict[str, dict[str, Parameter]] = {codec: {"codec": codec} for codec in codecs}
+    if engine.model.weights != "auto":
+        name = f"weights {engine.model.weights}"
+        say(f"{name} against those of the checkpoint")
+        cost = measure_weights(
+            engine.model,
+            folder,
+            model,
+            tokenizer,
+            BACKENDS[backend],
+            cache_dir=None,
+            workload=workload,
+            texts=texts,
+            seed=bench.seed,
+            on_text=lambda done, most: say(f"text {done} of {most}"),
+        )
+        verdicts[name] = judge_weights(model, name, cost)
+        bits[name] = WEIGHT_BITS[engine.model.weights]
+        kinds[name] = {"weights": engine.model.weights}
     parameters: dict[str, Parameter] = {
         "model": model.spec.name,
         "dtype": str(model.spec.dtype).removeprefix("torch."),
@@ -71,12 +97,12 @@ def run(
     subtitle = ", ".join(str(parameters[name]) for name in ("model", "dtype", "backend", "text"))
     rows = [
         row
-        for codec, verdict in verdicts.items()
-        for row in _results(verdict, {**parameters, "codec": codec})
+        for name, verdict in verdicts.items()
+        for row in _results(verdict, {**parameters, **kinds[name]})
     ]
     return Report(
         results=tuple(rows),
-        tables=(_table(verdicts, model.spec, subtitle),),
+        tables=(_table(verdicts, bits, subtitle),),
         draw=partial(_draw, verdicts, subtitle),
     )
 
@@ -135,19 +161,19 @@ def _results(verdict: Verdict, parameters: Mapping[str, Parameter]) -> Iterator[
     )
 
 
-def _table(verdicts: Mapping[str, Verdict], spec: ModelSpec, subtitle: str) -> Table:
+def _table(verdicts: Mapping[str, Verdict], bits: Mapping[str, float], subtitle: str) -> Table:
     foreign = any(verdict.text_is_foreign for verdict in verdicts.values())
     note = "; text that it predicts worse than by guessing is not judged" if foreign else ""
-    table = Table(title="What codecs cost", caption=f"{subtitle}; 95% intervals{note}")
+    table = Table(title="What codecs and weights cost", caption=f"{subtitle}; 95% intervals{note}")
     for name in ("codec", "bits", "on", "tokens", "KL, nats", "flips", "perplexity"):
         table.add_column(name, justify="right")
     table.add_column("gate")
-    for codec, verdict in verdicts.items():
+    for name, verdict in verdicts.items():
         first = True
         for part, damage in _parts(verdict):
             table.add_row(
-                codec if first else "",
-                f"{bits_per_value(spec, codec):.2f}" if first else "",
+                name if first else "",
+                f"{bits[name]:.2f}" if first else "",
                 part,
                 f"{damage.rows:,}",
                 f"{damage.kl:.1e} ± {damage.kl_error:.0e}",
@@ -166,7 +192,7 @@ def _draw(verdicts: Mapping[str, Verdict], subtitle: str, path: Path) -> None:
 
     draw_bars(
         path,
-        title="KL divergence from the exact cache",
+        title="KL divergence from what is exact",
         subtitle=subtitle,
         groups=list(verdicts),
         series=[Series(label=label, values=values(part)) for part, label in PARTS.items()],

@@ -114,7 +114,7 @@ class Engine:
             raise InvalidRequest(f"request id {request.request_id} is in use", param="request_id")
         sequence = self._inputs.sequence(request)
         self._scheduler.add(sequence)
-        if request.sampling.grammar is not None and request.sampling.max_tokens:
+        if request.sampling.grammar is not None and sequence.max_tokens:
             self._grammars.begin(sequence, request.sampling.grammar)
         self._requests[request.request_id] = RequestState(request, [sequence])
         self._leaving.note_use(request.sources)
@@ -392,7 +392,7 @@ class Engine:
             return self._finish(sequence, FinishReason.STOP, output)
         position = sequence.blocks.layout.position(len(sequence.blocks.tokens))
         full = position >= self.info.max_context_tokens
-        if full or sequence.completion_tokens >= sampling.max_tokens:
+        if full or sequence.completion_tokens >= sequence.max_tokens:
             return self._finish(sequence, FinishReason.LENGTH, output)
         return [output]
 

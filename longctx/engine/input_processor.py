@@ -136,10 +136,11 @@ class InputProcessor:
         if sampling.prompt_logprobs is not None:
             self._check_scored(layout)
         if layout.plain:
-            self._check_length(prompt_tokens, sampling.max_tokens)
+            max_tokens = self._answer_tokens(prompt_tokens, sampling.max_tokens)
         else:
             self._check_ranks()
-            self._check_positions(layout.position(prompt_tokens) + sampling.max_tokens)
+            self._check_shifts(layout)
+            max_tokens = self._answer_beside_reused(layout, prompt_tokens, sampling.max_tokens)
         self._arrivals += 1
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         sequence = Sequence(
@@ -165,19 +166,13 @@ class InputProcessor:
                 fresh_from=None if sampling.prompt_logprobs is None else 0,
                 trace=LookupTrace() if request.explain else None,
             ),
+            max_tokens=max_tokens,
             linked_tokens=prompt.linked_tokens,
         )
         # A sequence that fits never streams, so that others can use what it computes.
-        longest = prompt_tokens + sampling.max_tokens
         if layout.plain:
+            longest = prompt_tokens + max_tokens
             sequence.blocks.offload.streams = longest > self._limits.capacity_tokens
-        else:
-            self._check_shifts(layout)
-            reused: dict[str, int] = {}
-            for chain in layout.chains:
-                reused[chain.owner] = max(len(chain.keys), reused.get(chain.owner, 0))
-            blocks = layout.blocks(longest) + 1 + sum(reused.values())
-            self._check_blocks(blocks, "the prompt with what it reuses")
         return sequence
 
     def _sources(self, request: Request) -> tuple[tuple[int, str], ...]:
@@ -226,8 +221,11 @@ class InputProcessor:
                 param="prompt_logprobs",
             )
 
-    def _check_length(self, prompt_tokens: int, max_tokens: int) -> None:
+    def _answer_tokens(self, prompt_tokens: int, wanted: int | None) -> int:
+        """Return how long the answer may become; raise ContextTooLong where there is no room."""
         limits = self._limits
+        room = limits.answer_tokens(prompt_tokens)
+        max_tokens = max(1, room) if wanted is None else wanted
         if prompt_tokens + max_tokens > limits.longest_tokens:
             raise ContextTooLong(
                 f"the prompt has {prompt_tokens} tokens and the answer may have {max_tokens}, "
@@ -235,13 +233,28 @@ class InputProcessor:
                 f"lower max_tokens or {limits.cure}",
                 param="messages",
             )
-        room = limits.answer_tokens(prompt_tokens)
         if max_tokens > room:
             raise ContextTooLong(
                 f"max_tokens={max_tokens} is more than the {room} tokens of an answer that the "
                 "device holds; lower it or raise --device-pool-gib",
                 param="max_tokens",
             )
+        return max_tokens
+
+    def _answer_beside_reused(self, layout: Layout, prompt_tokens: int, wanted: int | None) -> int:
+        """As `_answer_tokens`, for a prompt that reuses rows: these lie in the device beside it."""
+        reused: dict[str, int] = {}
+        for chain in layout.chains:
+            reused[chain.owner] = max(len(chain.keys), reused.get(chain.owner, 0))
+        beside = 1 + sum(reused.values())
+        if wanted is None:
+            blocks = max(1, self._cache.memory.capacity_blocks - beside + 1)
+            positions = self._limits.max_context_tokens - layout.position(prompt_tokens)
+            wanted = max(1, min(positions, layout.tokens(blocks) - 1 - prompt_tokens))
+        self._check_positions(layout.position(prompt_tokens) + wanted)
+        blocks = layout.blocks(prompt_tokens + wanted) + beside
+        self._check_blocks(blocks, "the prompt with what it reuses")
+        return wanted
 
     def _check_positions(self, end: int) -> None:
         limit = self._limits.max_context_tokens

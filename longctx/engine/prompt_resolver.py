@@ -47,7 +47,7 @@ class PromptResolver:
         """Return what a request says. Raises InvalidRequest or DocumentMissing."""
         segments = request.segments
         if any(segment.encodes is not None for segment in segments):
-            if len(segments) > 1 or request.sampling.max_tokens:
+            if len(segments) > 1 or request.sampling.max_tokens != 0:
                 raise InvalidRequest(
                     "a module is encoded alone, and without an answer", param="prompt"
                 )

@@ -57,10 +57,7 @@ class Chunk:
     @property
     def samples(self) -> bool:
         """Whether a token is sampled after this chunk, since it computes all tokens so far."""
-        return (
-            self.num_tokens == self.sequence.blocks.remaining
-            and self.sequence.request.sampling.max_tokens > 0
-        )
+        return self.num_tokens == self.sequence.blocks.remaining and self.sequence.max_tokens > 0
 
     @property
     def logits_rows(self) -> int:

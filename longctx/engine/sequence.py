@@ -35,6 +35,7 @@ class Sequence:
     seed: int
     text: TextStream
     blocks: SequenceBlocks
+    max_tokens: int  # of its answer
     linked_tokens: int = 0  # of the parts that it reuses, those computed in context
     state: SequenceState = SequenceState.WAITING
     cached_tokens: int | None = None  # prompt tokens that were found when it was first admitted
@@ -95,6 +96,7 @@ class Sequence:
             seed=self.seed + index,
             text=text,
             blocks=self.blocks.fork(preemption_key(self.request, self.arrival, index)),
+            max_tokens=self.max_tokens,
             linked_tokens=self.linked_tokens,
             cached_tokens=self.cached_tokens,
         )

@@ -1,7 +1,8 @@
 """What blocks of quantized GGUF tensors hold: codes, and a scale and maybe a minimum for a group.
 
-A weight is scale * code + minimum, in float32, as `gguf` itself computes it: the product is exact
-in all these types, so that only the sum is rounded, once. Read `groups_of`.
+In types of 256 weights a block, scales and minima are small integers that a number of the block is
+multiplied with. A weight is scale * code + minimum, in float32, as `gguf` itself computes it: the
+product is exact in all these types, so that only the sum is rounded, once. Read `groups_of`.
 Source: https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-common.h
 """
 
@@ -16,12 +17,35 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 
 
+class Numbers(NamedTuple):
+    """Scales or minima of groups.
+
+    `own` [rows, groups] are halves, or int8 to be multiplied with `common` [rows, blocks], halves.
+    """
+
+    own: NDArray[Any]
+    common: NDArray[np.float16] | None = None
+
+    def by_rows(self, count: int) -> "Numbers":
+        """Share what is known block by block out to `count` rows."""
+        common = None if self.common is None else _rows(self.common, count)
+        return Numbers(_rows(self.own, count), common)
+
+    def values(self) -> NDArray[np.float32]:
+        """Multiply out what each group has [rows, groups]."""
+        values: NDArray[np.float32] = self.own.astype(np.float32)
+        if self.common is None:
+            return values
+        groups = values.shape[1] // self.common.shape[1]
+        return values * np.repeat(self.common.astype(np.float32), groups, axis=1)
+
+
 class Groups(NamedTuple):
-    """Some rows: `codes` [rows, inputs], `scales` and `minima` [rows, groups], halves or floats."""
+    """Some rows: `codes` [rows, inputs], and what their groups have."""
 
     codes: NDArray[np.int8]
-    scales: NDArray[Any]
-    minima: NDArray[Any] | None
+    scales: Numbers
+    minima: Numbers | None
 
 
 def groups_of(kind: TensorType, rows: Bytes) -> Groups:
@@ -30,10 +54,14 @@ def groups_of(kind: TensorType, rows: Bytes) -> Groups:
     codes, scales, minima = READERS[kind](rows.reshape(-1, block_bytes))
     count = len(rows)
     return Groups(
-        np.ascontiguousarray(codes.reshape(count, -1).view(np.int8)),
-        np.ascontiguousarray(scales.reshape(count, -1)),
-        None if minima is None else np.ascontiguousarray(minima.reshape(count, -1)),
+        _rows(codes, count).view(np.int8),
+        scales.by_rows(count),
+        None if minima is None else minima.by_rows(count),
     )
+
+
+def _rows(data: NDArray[Any], count: int) -> NDArray[Any]:
+    return np.ascontiguousarray(data.reshape(count, -1))
 
 
 def _half(blocks: Bytes, at: int) -> NDArray[np.float16]:
@@ -51,60 +79,65 @@ def _fifth_bits(data: Bytes) -> Bytes:
     return np.unpackbits(data, axis=1, bitorder="little") << np.uint8(4)
 
 
-def _q8_0(blocks: Bytes) -> tuple[Bytes, Any, Any]:
-    return np.ascontiguousarray(blocks[:, 2:]), _half(blocks, 0), None
+Parts = tuple[Bytes, Numbers, Numbers | None]
 
 
-def _q4_0(blocks: Bytes) -> tuple[Bytes, Any, Any]:
-    return _nibbles(blocks[:, 2:], 16), _half(blocks, 0), None
+def _q8_0(blocks: Bytes) -> Parts:
+    return np.ascontiguousarray(blocks[:, 2:]), Numbers(_half(blocks, 0)), None
 
 
-def _q4_1(blocks: Bytes) -> tuple[Bytes, Any, Any]:
-    return _nibbles(blocks[:, 4:], 16), _half(blocks, 0), _half(blocks, 2)
+def _q4_0(blocks: Bytes) -> Parts:
+    return _nibbles(blocks[:, 2:], 16), Numbers(_half(blocks, 0)), None
 
 
-def _q5_0(blocks: Bytes) -> tuple[Bytes, Any, Any]:
+def _q4_1(blocks: Bytes) -> Parts:
+    return _nibbles(blocks[:, 4:], 16), Numbers(_half(blocks, 0)), Numbers(_half(blocks, 2))
+
+
+def _q5_0(blocks: Bytes) -> Parts:
     codes = _nibbles(blocks[:, 6:], 16) | _fifth_bits(blocks[:, 2:6])
-    return codes - np.uint8(16), _half(blocks, 0), None  # wraps around, as int8 does
+    return codes - np.uint8(16), Numbers(_half(blocks, 0)), None  # wraps around, as int8 does
 
 
-def _q5_1(blocks: Bytes) -> tuple[Bytes, Any, Any]:
+def _q5_1(blocks: Bytes) -> Parts:
     codes = _nibbles(blocks[:, 8:], 16) | _fifth_bits(blocks[:, 4:8])
-    return codes, _half(blocks, 0), _half(blocks, 2)
+    return codes, Numbers(_half(blocks, 0)), Numbers(_half(blocks, 2))
 
 
-def _sixths(blocks: Bytes) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Scales and minima of eight groups, 6 bits each in 12 bytes, times those of their block."""
+def _six_bits(blocks: Bytes) -> tuple[Numbers, Numbers]:
+    """Scales and minima of eight groups, 6 bits each in 12 bytes; a block subtracts its minima."""
     low, high, rest = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = np.concatenate([low & 63, (rest & 15) | (low >> 6 << 4)], axis=1)
     minima = np.concatenate([high & 63, (rest >> 4) | (high >> 6 << 4)], axis=1)
-    scale, minimum = (_half(blocks, at).astype(np.float32) for at in (0, 2))
-    return scale * scales.astype(np.float32), -(minimum * minima.astype(np.float32))
+    return (
+        Numbers(scales.view(np.int8), _half(blocks, 0)),
+        Numbers(minima.view(np.int8), -_half(blocks, 2)),
+    )
 
 
-def _q4_k(blocks: Bytes) -> tuple[Bytes, Any, Any]:
-    return _nibbles(blocks[:, 16:], 32), *_sixths(blocks)
+def _q4_k(blocks: Bytes) -> Parts:
+    return _nibbles(blocks[:, 16:], 32), *_six_bits(blocks)
 
 
-def _q5_k(blocks: Bytes) -> tuple[Bytes, Any, Any]:
+def _q5_k(blocks: Bytes) -> Parts:
     shifts = np.arange(8, dtype=np.uint8)[None, :, None]
     fifth = (blocks[:, None, 16:48] >> shifts & np.uint8(1)) << np.uint8(
         4
     )  # [blocks, 8 groups, 32]
     codes = _nibbles(blocks[:, 48:], 32) | fifth.reshape(len(blocks), -1)
-    return codes, *_sixths(blocks)
+    return codes, *_six_bits(blocks)
 
 
-def _q6_k(blocks: Bytes) -> tuple[Bytes, Any, Any]:
+def _q6_k(blocks: Bytes) -> Parts:
     low = _nibbles(blocks[:, :128], 64)
     shifts = np.array([0, 2, 4, 6], np.uint8)[None, None, :, None]
     high = blocks[:, 128:192].reshape(len(blocks), 2, 1, 32) >> shifts & np.uint8(3)
     codes = low | high.reshape(len(blocks), -1) << np.uint8(4)
-    scales = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8).astype(np.float32)
-    return codes - np.uint8(32), _half(blocks, 208).astype(np.float32) * scales, None
+    scales = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8)
+    return codes - np.uint8(32), Numbers(scales, _half(blocks, 208)), None
 
 
-READERS: dict[TensorType, Callable[[Bytes], tuple[Bytes, Any, Any]]] = {
+READERS: dict[TensorType, Callable[[Bytes], Parts]] = {
     TensorType.Q8_0: _q8_0,
     TensorType.Q4_0: _q4_0,
     TensorType.Q4_1: _q4_1,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from longctx.config import Weights
 from longctx.kernels import _kernels
-from longctx.model.gguf_blocks import groups_of
+from longctx.model.gguf_blocks import Numbers, groups_of
 from longctx.model.gguf_weights import Weight
 
 if not _kernels.instruction_sets():
@@ -29,7 +29,7 @@ if not _kernels.instruction_sets():
 STORAGES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 BLOCKS = {
     TensorType.Q8_0: 3,
-    TensorType.Q5_0: 3,  # a byte for five bits: simple to read, and exact
+    TensorType.Q5_0: 3,  # a byte for five bits: exact, and faster than to put them together
     TensorType.Q5_1: 4,
     TensorType.Q5_K: 5,
     TensorType.Q6_K: 6,
@@ -136,8 +136,8 @@ class PackedLinear(nn.Module):
                 first,
                 len(codes),
                 codes.ctypes.data,
-                scales.ctypes.data,
-                0 if minima is None else minima.ctypes.data,
+                *_addresses(scales),
+                *_addresses(minima),
             )
         return cls(
             packed,
@@ -261,6 +261,11 @@ def packed_bytes(model: nn.Module) -> int:
     """The memory of all packed weights in `model`, shared ones once."""
     layers = {module for module in model.modules() if isinstance(module, PackedLinear)}
     return sum(layer.weight_bytes for layer in layers)
+
+
+def _addresses(numbers: Numbers | None) -> tuple[int, int]:
+    own, common = (None, None) if numbers is None else numbers
+    return (0 if own is None else own.ctypes.data, 0 if common is None else common.ctypes.data)
 
 
 def _contiguous(bias: Tensor | None) -> Tensor | None:

@@ -212,7 +212,7 @@ class _Watched:
             if level != EXACT:
                 self._run(Segment(encodes=names[-1]), salt=salt)
         segments.append(Segment(token_ids=(*prompt.tail, *answer)))
-        self._runner.watch(tail_rows + len(answer) + sampling.max_tokens)
+        self._runner.watch(tail_rows + len(answer) + (sampling.max_tokens or 0))
         sampled = self._run(*segments, salt=salt, sampling=sampling)
         for name in names:
             self._engine.close_module(name)

@@ -93,6 +93,7 @@ class Replay:
                 namespace=OWN_SPACE,
                 preemption_key=(self._admitted,),
             ),
+            max_tokens=0,
         )
         admitted = self._cache.admit(sequence.blocks, spare_blocks=0)
         assert admitted is Admission.ADMITTED, "the pool was made for these sequences"

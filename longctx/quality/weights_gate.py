@@ -4,7 +4,7 @@ The same model with its weights as the checkpoint has them is loaded beside it, 
 and let go; the measurements are kept on disk like those of codecs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from longctx.model.loader import LoadedModel, load_model
 from longctx.quality.gate import AT_START, told
 from longctx.quality.measure import Variant, Workload, measure_variants
 from longctx.quality.measurement_cache import MeasurementCache, identity_of
-from longctx.quality.texts import TEXTS
+from longctx.quality.texts import TEXTS, Text
 from longctx.quality.verdict import LOSSLESS, is_settled, judge
 from longctx.text.tokenizer import Tokenizer
 
@@ -46,28 +46,61 @@ def check_weights(
         cache_dir, (*identity_of(spec), backend.__qualname__, "weights", name, workload, TEXTS)
     )
 
-    def judged(found: Measured) -> Verdict:
-        return judge(name, found, LOSSLESS, vocab_size=spec.vocab_size)
-
     measured = cache.load()
     if measured is None:
-        whole = load_model(replace(config, weights="auto"), folder, cache_dir=cache_dir)
-        measured = measure_variants(
-            Variant(exact_twin(whole)),
-            Variant(whole),
-            {name: Variant(model)},
+        measured = measure_weights(
+            config,
+            folder,
+            model,
             tokenizer,
             backend,
+            cache_dir=cache_dir,
             workload=workload,
-            content=lambda found: is_settled(judged(found[name])),
+            content=lambda found: is_settled(judge_weights(model, name, found)),
             on_text=partial(told, say, f"what weights of {name} cost {spec.name}"),
-        )[name]
-        if judged(measured).judged:
+        )
+        if judge_weights(model, name, measured).judged:
             cache.store(measured)
-    verdict = judged(measured)
+    verdict = judge_weights(model, name, measured)
     if not verdict.passed:
         raise ModelRefused(
             f"--weights {name} does not pass the quality gate on {spec.name}: {verdict.reason}; "
             "leave it out, or --force-weights to serve with it all the same"
         )
     return verdict
+
+
+def judge_weights(model: LoadedModel, name: str, measured: Measured) -> Verdict:
+    """Judge what was measured of weights by the limits of a lossless codec."""
+    return judge(name, measured, LOSSLESS, vocab_size=model.spec.vocab_size)
+
+
+def measure_weights(
+    config: ModelConfig,
+    folder: Path,
+    model: LoadedModel,
+    tokenizer: Tokenizer,
+    backend: BackendFactory,
+    *,
+    cache_dir: Path | None,
+    workload: Workload,
+    texts: Sequence[Text] = TEXTS,
+    seed: int = 0,
+    content: Callable[[Measured], bool] = lambda _: False,
+    on_text: Callable[[int, int], None] = lambda _done, _most: None,
+) -> Measured:
+    """Measure `model`, whose weights are rounded, against the same with those of its checkpoint."""
+    whole = load_model(replace(config, weights="auto"), folder, cache_dir=cache_dir)
+    name = config.weights
+    return measure_variants(
+        Variant(exact_twin(whole)),
+        Variant(whole),
+        {name: Variant(model)},
+        tokenizer,
+        backend,
+        workload=workload,
+        texts=texts,
+        seed=seed,
+        content=lambda found: content(found[name]),
+        on_text=on_text,
+    )[name]

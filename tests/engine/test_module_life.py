@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from compress.shape import BLOCK_TOKENS
 from longctx.errors import ContextTooLong, DocumentMissing, InvalidRequest
 from longctx.request import FinishReason, Piece, Request, Segment
 from tests.conftest import ModelFolders
@@ -246,6 +247,23 @@ def test_preemption_changes_nothing(architecture: str, model_folders: ModelFolde
     engine.finish(*requests)
     assert engine.preemptions > 0, "the pool is too large to show anything"
     assert_equals_dense_pass(engine, DenseModel(folder), MODULES, *requests)
+    engine.assert_idle()
+
+
+def test_an_answer_without_a_limit_takes_what_is_left_beside_what_is_reused(
+    model_folders: ModelFolders,
+) -> None:
+    """A client that names no limit is not told that it asked for too much."""
+    engine = with_modules(build_engine(model_folders("llama"), pool_gib=gib_of_blocks(13)), MODULES)
+    parts = (literal(10, 1), reused("a", position=10), literal(70, 5))
+    (answer,) = engine.finish(prompt("most", *parts, max_tokens=None))
+    assert answer.reasons[0] == [FinishReason.LENGTH]
+    room = len(answer.tokens[0])
+    assert 8 * BLOCK_TOKENS < room < 13 * BLOCK_TOKENS
+    with pytest.raises(ContextTooLong, match="with what it reuses takes 14 blocks"):
+        engine.submit(prompt("more", *parts, max_tokens=room + 1))
+    (plain,) = engine.finish(prompt("plain", literal(70, 6), max_tokens=None))
+    assert len(plain.tokens[0]) == 13 * BLOCK_TOKENS - 70
     engine.assert_idle()
 
 

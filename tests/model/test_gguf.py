@@ -297,7 +297,16 @@ def test_another_type_of_numbers_has_the_values_rounded_to_it(tmp_path: Path) ->
     exact = load(path.with_suffix(""), dtype="bfloat16", device="cpu")
     assert narrow.spec.dtype == torch.bfloat16
     tokens = [some_tokens(9, 0)]
-    assert torch.equal(packed_logits(narrow, tokens)[0], packed_logits(exact, tokens)[0])
+    logits, wanted = packed_logits(narrow, tokens)[0], packed_logits(exact, tokens)[0]
+    kernels = sys.modules.get("longctx.kernels._kernels")
+    if kernels is None or kernels.bfloat16_sets():
+        assert torch.equal(logits, wanted)
+    else:  # rows are widened, and multiplied with the file's values as they are
+        torch.testing.assert_close(logits, wanted, rtol=0.02, atol=0.25)
+    layers = dict(narrow.transformer.named_modules())
+    for name, layer in exact.transformer.named_modules():
+        if type(layer) in exact.linear_types:
+            assert torch.equal(layers[name].weight, layer.weight)
 
 
 def test_without_kernels_torch_computes_the_same_model(

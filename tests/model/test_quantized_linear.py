@@ -49,9 +49,10 @@ def test_groups_give_the_values_of_the_formats_own_package(
     data = any_blocks(kind, rows, blocks, seed)
     codes, scales, minima = groups_of(kind, data)
     codes = codes.astype(np.float32) - (8 if kind == TensorType.Q4_0 else 0)
-    values = codes.reshape(*scales.shape, -1) * scales[..., None].astype(np.float32)
+    factors = scales.values()
+    values = codes.reshape(*factors.shape, -1) * factors[..., None]
     if minima is not None:
-        values = values + minima[..., None].astype(np.float32)
+        values = values + minima.values()[..., None]
     assert np.array_equal(values.reshape(rows, -1), gguf.dequantize(data, kind))
 
 
@@ -107,8 +108,9 @@ def test_rows_are_looked_up(kind: TensorType) -> None:
         (TensorType.Q4_0, 4.5),
         (TensorType.Q4_1, 5.0),
         (TensorType.Q8_0, 8.5),
-        (TensorType.Q4_K, 6.0),
-        (TensorType.Q6_K, 10.0),
+        (TensorType.Q4_K, 4.625),  # 4.5 in the file, whose scales have 6 bits
+        (TensorType.Q5_K, 8.625),
+        (TensorType.Q6_K, 8.5625),
     ],
 )
 def test_weights_take_their_own_width(kind: TensorType, bits: float) -> None:

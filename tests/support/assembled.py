@@ -175,7 +175,7 @@ def reused(
 
 
 def prompt(
-    name: str, *segments: Segment, max_tokens: int = 4, n: int = 1, salt: str = ""
+    name: str, *segments: Segment, max_tokens: int | None = 4, n: int = 1, salt: str = ""
 ) -> Request:
     return Request(
         request_id=name,

@@ -122,6 +122,7 @@ class Bench:
                 document_ends=ends,
                 prefill_only=max_tokens == 0,
             ),
+            max_tokens=max_tokens,
         )
 
     def add(self, token_ids: Sequence[int], **options: object) -> EngineSequence:

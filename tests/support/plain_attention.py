@@ -91,6 +91,8 @@ def edit_config(folder: Path, **changes: Any) -> Path:
 
 
 def assert_equal_to_eager(folder: Path, model: LoadedModel) -> None:
+    """Compare two float32 passes; for logits of 14, each is up to 1e-4 off a float64 one."""
     sequences = [some_tokens(length, seed) for seed, length in enumerate(LENGTHS)]
     for tokens, logits in zip(sequences, packed_logits(model, sequences), strict=True):
-        assert (logits - eager_logits(folder, tokens)).abs().max() < 1e-4
+        eager = eager_logits(folder, tokens)
+        assert (logits - eager).abs().max() < max(1e-4, 1e-5 * float(eager.abs().max()))

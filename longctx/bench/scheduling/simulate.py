@@ -145,7 +145,8 @@ class Simulation:
 
     def _add(self, index: int, arrival: Arrival) -> None:
         ids = np.full(arrival.prompt_tokens, index, dtype=np.int32)
-        sampling = SamplingParams(max_tokens=MOST_TOKENS if arrival.answer_tokens else 0)
+        most = MOST_TOKENS if arrival.answer_tokens else 0
+        sampling = SamplingParams(max_tokens=most)
         request = Request(
             request_id=f"{index}",
             segments=(Segment(token_ids=(arrival.form,)),),
@@ -167,6 +168,7 @@ class Simulation:
                 preemption_key=preemption_key(request, index, 0),
                 prefill_only=not arrival.answer_tokens,
             ),
+            max_tokens=most,
         )
         self._answer_tokens[sequence] = arrival.answer_tokens
         self._index[sequence] = index

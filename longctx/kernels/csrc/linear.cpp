@@ -47,7 +47,7 @@ const LinearKernels& kernels_of(const std::string& instruction_set) {
 size_t panel_size(Storage storage, int64_t inputs, bool pairs) {
     const GroupLayout layout = group_layout(storage);
     if (pairs && storage == Storage::bfloat16) inputs = whole_units(inputs);
-    if (layout.inputs) return inputs / layout.inputs * layout.bytes();
+    if (layout.inputs) return inputs / layout.block * layout.block_bytes();
     return inputs * PANEL * (storage == Storage::float32 ? 4 : storage == Storage::bfloat16 ? 2 : 1);
 }
 
@@ -230,35 +230,46 @@ PackedLinear::PackedLinear(const float* bias, int64_t outputs, int64_t inputs, S
       panels_((outputs + PANEL - 1) / PANEL), storage_(storage),
       bytes_(panels_ * panel_size(storage, inputs, pairs_)), weight_(allocate(bytes_)),
       bias_(padded(bias)) {
-    const int group = group_layout(storage).inputs;
-    if (!group || inputs % group) throw std::invalid_argument("inputs are no whole groups");
+    const int block = group_layout(storage).block;
+    if (!block || inputs % block) throw std::invalid_argument("inputs are no whole blocks");
     std::memset(weight_.get(), 0, bytes_);
 }
 
-void PackedLinear::fill(int64_t first, int64_t rows, const int8_t* codes, const void* scales,
-                        const void* minima) {
+void PackedLinear::fill(int64_t first, int64_t rows, const uint8_t* codes, const Numbers& scales,
+                        const Numbers& minima) {
     const GroupLayout layout = group_layout(storage_);
-    const int64_t groups = inputs_ / layout.inputs, size = layout.scale_bytes;
-    if (first % PANEL || first + rows > outputs_ || layout.minimum != (minima != nullptr))
+    const int64_t groups = inputs_ / layout.inputs, size = layout.scale_bytes();
+    const int64_t blocks = inputs_ / layout.block;
+    const auto fit = [&](const Numbers& numbers, bool there) {
+        return there == (numbers.own != nullptr) && (there && layout.blocks()) == (numbers.common != nullptr);
+    };
+    if (first % PANEL || first + rows > outputs_ || !fit(scales, true) || !fit(minima, layout.minimum))
         throw std::invalid_argument("weights that do not fit");
 #pragma omp parallel for schedule(static)
     for (int64_t top = 0; top < rows; top += PANEL) {
         uint8_t* panel = (uint8_t*)weight_.get() + (first + top) / PANEL * panel_bytes();
-        for (int64_t lane = 0; lane < std::min(PANEL, rows - top); ++lane)
+        for (int64_t lane = 0; lane < std::min(PANEL, rows - top); ++lane) {
+            const int64_t row = top + lane;
+            for (int64_t b = 0; layout.blocks() && b < blocks; ++b) {
+                auto* common = (uint16_t*)(panel + b * layout.block_bytes()) + lane;
+                common[0] = scales.common[row * blocks + b];
+                if (layout.minimum) common[PANEL] = minima.common[row * blocks + b];
+            }
             for (int64_t g = 0; g < groups; ++g) {
-                uint8_t* group = panel + g * layout.bytes();
-                const int64_t from = ((top + lane) * groups + g) * size;
-                std::memcpy(group + lane * size, (const char*)scales + from, size);
-                if (minima)
-                    std::memcpy(group + (PANEL + lane) * size, (const char*)minima + from, size);
-                const int8_t* code = codes + (top + lane) * inputs_ + g * layout.inputs;
+                uint8_t* group = panel + layout.place(g * layout.inputs);
+                const int64_t from = (row * groups + g) * size;
+                std::memcpy(group + lane * size, scales.own + from, size);
+                if (layout.minimum)
+                    std::memcpy(group + (PANEL + lane) * size, minima.own + from, size);
+                const uint8_t* code = codes + row * inputs_ + g * layout.inputs;
                 uint8_t* to = group + layout.codes_at() + lane;
                 for (int64_t k = 0; k < layout.inputs; ++k)
                     if (layout.bits == 8)
-                        to[k * PANEL] = uint8_t(code[k]);
+                        to[k * PANEL] = code[k];
                     else
                         to[k / 2 * PANEL] |= uint8_t(code[k] & 15) << (k % 2 * 4);
             }
+        }
     }
 }
 

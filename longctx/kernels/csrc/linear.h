@@ -35,15 +35,21 @@ public:
                  int64_t inputs, Storage storage, const std::string& instruction_set);
 
     // One whose weights are stored in groups, all zero until `fill` is called; inputs are a multiple
-    // of the group's.
+    // of the block's.
     PackedLinear(const float* bias, int64_t outputs, int64_t inputs, Storage storage,
                  const std::string& instruction_set);
 
+    // Scales or minima of groups: `own` [rows, groups], halves, or bytes with a sign where there are
+    // blocks, which then have the halves `common` [rows, blocks]. Null where the storage has none.
+    struct Numbers {
+        const char* own;
+        const uint16_t* common;
+    };
+
     // Stores the weights of `rows` outputs from `first` on, a multiple of PANEL. `codes` [rows,
-    // inputs], nibbles as bytes too; `scales` and `minima` [rows, groups], halves or floats; no
-    // minima where the storage has none.
-    void fill(int64_t first, int64_t rows, const int8_t* codes, const void* scales,
-              const void* minima);
+    // inputs], a byte for each, nibbles too.
+    void fill(int64_t first, int64_t rows, const uint8_t* codes, const Numbers& scales,
+              const Numbers& minima);
 
     // Computes `y` [rows, outputs] from `x` [rows, inputs], both contiguous and of the layer's type.
     void forward(const void* x, int64_t rows, void* y) const;

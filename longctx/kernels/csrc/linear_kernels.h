@@ -12,42 +12,53 @@ constexpr int64_t DEPTH = 384;
 // Rows of a block: DEPTH inputs of them stay in the second-level cache.
 constexpr int64_t BLOCK_ROWS = 96;
 
-// How weights are stored. Those in groups have a scale for each output and 16 or 32 inputs, in half
-// or single precision, and some a minimum: a weight is scale * code + minimum, rounded once.
+// How weights are stored. Those in groups have a scale for each output and 16 or 32 inputs, and some
+// a minimum: a weight is scale * code + minimum, rounded once. Scales and minima are halves, or bytes
+// that are multiplied by halves which a block of 256 inputs has in common.
 enum class Storage : int {
     float32,
     bfloat16,
     int8, // with one scale per output
     bytes_half,
     bytes_half_minimum,
-    bytes_single_minimum,
-    bytes_single, // groups of 16
+    bytes_block_minimum,
+    bytes_block,  // groups of 16
     nibbles_half, // codes from -8 on
     nibbles_half_minimum,
-    nibbles_single_minimum,
+    nibbles_block_minimum,
 };
 constexpr int STORAGES = 10;
 
-// A panel's group: scales [PANEL], minima [PANEL] where there are any, then the codes: bytes
-// [inputs][PANEL], or nibbles [inputs / 2][PANEL], those of even inputs in the low bits.
+// How the groups of a panel lie, one after another. A group is its scales [PANEL], its minima [PANEL]
+// where there are any, and the codes: bytes [inputs][PANEL], or nibbles [inputs / 2][PANEL], those of
+// even inputs in the low bits. A block begins with the halves for its scales [PANEL] and minima [PANEL].
 struct GroupLayout {
-    int inputs, bits, scale_bytes;
+    int inputs, bits;
     bool minimum;
+    int block; // inputs of a block, or of a group that is none's
 
-    constexpr int codes_at() const { return int(PANEL) * scale_bytes * (minimum ? 2 : 1); }
+    constexpr bool blocks() const { return block > inputs; }
+    constexpr int scale_bytes() const { return blocks() ? 1 : 2; }
+    constexpr int codes_at() const { return int(PANEL) * scale_bytes() * (minimum ? 2 : 1); }
     constexpr int bytes() const { return codes_at() + inputs * int(PANEL) * bits / 8; }
+    constexpr int groups_at() const { return blocks() ? int(PANEL) * 2 * (minimum ? 2 : 1) : 0; }
+    constexpr int block_bytes() const { return groups_at() + block / inputs * bytes(); }
+    // From the beginning of a panel to the group of an input.
+    constexpr int64_t place(int64_t input) const {
+        return input / block * block_bytes() + groups_at() + input % block / inputs * bytes();
+    }
 };
 
 constexpr GroupLayout group_layout(Storage storage) {
     switch (storage) {
-    case Storage::bytes_half: return {32, 8, 2, false};
-    case Storage::bytes_half_minimum: return {32, 8, 2, true};
-    case Storage::bytes_single_minimum: return {32, 8, 4, true};
-    case Storage::bytes_single: return {16, 8, 4, false};
-    case Storage::nibbles_half: return {32, 4, 2, false};
-    case Storage::nibbles_half_minimum: return {32, 4, 2, true};
-    case Storage::nibbles_single_minimum: return {32, 4, 4, true};
-    default: return {0, 0, 0, false}; // not in groups
+    case Storage::bytes_half: return {32, 8, false, 32};
+    case Storage::bytes_half_minimum: return {32, 8, true, 32};
+    case Storage::bytes_block_minimum: return {32, 8, true, 256};
+    case Storage::bytes_block: return {16, 8, false, 256};
+    case Storage::nibbles_half: return {32, 4, false, 32};
+    case Storage::nibbles_half_minimum: return {32, 4, true, 32};
+    case Storage::nibbles_block_minimum: return {32, 4, true, 256};
+    default: return {0, 0, false, 0}; // not in groups
     }
 }
 

@@ -35,12 +35,14 @@ void bind_linear(nb::module_& m) {
         .def(
             "fill",
             [](PackedLinear& self, int64_t first, int64_t rows, uintptr_t codes, uintptr_t scales,
-               uintptr_t minima) {
-                self.fill(first, rows, (const int8_t*)codes, (const void*)scales,
-                          (const void*)minima);
+               uintptr_t common_scales, uintptr_t minima, uintptr_t common_minima) {
+                self.fill(first, rows, (const uint8_t*)codes,
+                          {(const char*)scales, (const uint16_t*)common_scales},
+                          {(const char*)minima, (const uint16_t*)common_minima});
             },
             nb::arg("first"), nb::arg("rows"), nb::arg("codes"), nb::arg("scales"),
-            nb::arg("minima"), nb::call_guard<nb::gil_scoped_release>())
+            nb::arg("common_scales"), nb::arg("minima"), nb::arg("common_minima"),
+            nb::call_guard<nb::gil_scoped_release>())
         .def(
             "rows",
             [](const PackedLinear& self, uintptr_t ids, int64_t count, uintptr_t weight) {

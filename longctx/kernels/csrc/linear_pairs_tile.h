@@ -20,10 +20,11 @@ constexpr bool in_place = false;
 template <>
 constexpr bool in_place<Pairs> = true;
 
-// Bytes of a panel up to an input, at which a group begins.
+// Bytes of a panel up to an input, at which a block begins.
 template <class Type>
 constexpr int64_t bytes_up_to(int64_t input) {
-    return input / Type::GROUP * Type::SIZE * int64_t(sizeof(typename Type::Element));
+    static_assert(PIECE % Type::BLOCK == 0);
+    return Type::elements(input) * int64_t(sizeof(typename Type::Element));
 }
 
 void store_pairs(uint16_t* p, __m512 even, __m512 odd) {
@@ -34,7 +35,7 @@ void store_pairs(uint16_t* p, __m512 even, __m512 odd) {
     _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(BY_TURNS), halves));
 }
 
-// Rounds `depth` inputs of a panel to pairs, from the beginning of a group on, and adds zeros up to a
+// Rounds `depth` inputs of a panel to pairs, from the beginning of a block on, and adds zeros up to a
 // whole unit. `ahead` bytes further on is what is wanted next.
 template <class Type>
 void make_pairs(const typename Type::Element* packed, int64_t depth, uint16_t* pairs,
@@ -44,14 +45,14 @@ void make_pairs(const typename Type::Element* packed, int64_t depth, uint16_t* p
         for (; k < depth; k += PAIR) {
             const auto* from = packed + k * PANEL;
             if (k % (2 * PAIR) == 0) __builtin_prefetch((const char*)from + ahead);
-            store_pairs(pairs + k * PANEL, Type::widen(from, 0, Type::scales(from)),
-                        k + 1 < depth ? Type::widen(from + PANEL, 0, Type::scales(from))
+            store_pairs(pairs + k * PANEL, Type::widen(from, 0, Type::scales(from, 0)),
+                        k + 1 < depth ? Type::widen(from + PANEL, 0, Type::scales(from, 1))
                                       : _mm512_setzero_ps());
         }
     } else {
         for (; k < depth; k += Type::GROUP) {
-            const auto* group = packed + k / Type::GROUP * Type::SIZE;
-            const auto scales = Type::scales(group);
+            const auto* group = Type::group(packed, k);
+            const auto scales = Type::scales(packed, k);
             fetch<Type>(group, ahead);
 #pragma GCC unroll 8
             for (int64_t i = 0; i < Type::GROUP; i += PAIR)
@@ -141,9 +142,9 @@ constexpr PairKernels pair_kernels() {
     using V = Avx512;
     return kernels_of_pairs<
         S, Float32<V>, Pairs, Int8<V>, Grouped<V, Storage::bytes_half>,
-        Grouped<V, Storage::bytes_half_minimum>, Grouped<V, Storage::bytes_single_minimum>,
-        Grouped<V, Storage::bytes_single>, Grouped<V, Storage::nibbles_half>,
-        Grouped<V, Storage::nibbles_half_minimum>, Grouped<V, Storage::nibbles_single_minimum>>();
+        Grouped<V, Storage::bytes_half_minimum>, Grouped<V, Storage::bytes_block_minimum>,
+        Grouped<V, Storage::bytes_block>, Grouped<V, Storage::nibbles_half>,
+        Grouped<V, Storage::nibbles_half_minimum>, Grouped<V, Storage::nibbles_block_minimum>>();
 }
 
 } // namespace

@@ -13,13 +13,16 @@ using namespace longctx;
 constexpr int64_t AHEAD_BYTES = 1024;
 
 // What a storage is to the loops below: groups of GROUP inputs that take SIZE elements of a panel,
-// what a group has for all its inputs, and the weights of one input.
+// some of them in blocks of BLOCK inputs; what a group has for all its inputs, and the weights of one
+// input. `w` is where a block begins, and inputs count from there.
 template <class V, class E>
 struct Plain {
     using Element = E;
     struct Scales {};
-    static constexpr int64_t GROUP = 1, SIZE = PANEL;
-    static Scales scales(const E*) { return {}; }
+    static constexpr int64_t GROUP = 1, SIZE = PANEL, BLOCK = 1;
+    static constexpr int64_t elements(int64_t inputs) { return inputs * PANEL; }
+    static const E* group(const E* w, int64_t begin) { return w + begin * PANEL; }
+    static Scales scales(const E*, int64_t) { return {}; }
 };
 
 template <class V>
@@ -40,24 +43,30 @@ struct Int8 : Plain<V, int8_t> {
 template <class V, Storage STORAGE>
 struct Grouped {
     static constexpr GroupLayout LAYOUT = group_layout(STORAGE);
-    static constexpr int64_t GROUP = LAYOUT.inputs, SIZE = LAYOUT.bytes();
-    static_assert(DEPTH % GROUP == 0 && (LAYOUT.minimum || LAYOUT.bits == 8 || LAYOUT.scale_bytes == 2));
+    static constexpr int64_t GROUP = LAYOUT.inputs, SIZE = LAYOUT.bytes(), BLOCK = LAYOUT.block;
     using Element = uint8_t;
     struct Scales {
         typename V::F scale, minimum;
     };
 
-    static typename V::F number(const uint8_t* p) {
-        if constexpr (LAYOUT.scale_bytes == 2)
-            return V::load_half((const uint16_t*)p);
-        else
-            return V::load((const float*)p);
+    static constexpr int64_t elements(int64_t inputs) { return inputs / BLOCK * LAYOUT.block_bytes(); }
+    static const uint8_t* group(const uint8_t* w, int64_t begin) { return w + LAYOUT.place(begin); }
+    // Scales, or minima: number 0 and 1.
+    static typename V::F numbers(const uint8_t* w, int64_t begin, int64_t which) {
+        const uint8_t* own = group(w, begin) + which * PANEL * LAYOUT.scale_bytes();
+        if constexpr (LAYOUT.blocks()) {
+            const uint8_t* common = w + elements(begin) + which * PANEL * 2;
+            return V::mul(V::load_half((const uint16_t*)common), V::load_int8((const int8_t*)own));
+        } else {
+            return V::load_half((const uint16_t*)own);
+        }
     }
-    static Scales scales(const uint8_t* p) {
+    static Scales scales(const uint8_t* w, int64_t begin) {
+        const typename V::F scale = numbers(w, begin, 0);
         if constexpr (LAYOUT.minimum)
-            return {number(p), number(p + PANEL * LAYOUT.scale_bytes)};
-        else
-            return {number(p), V::zero()};
+            return {scale, numbers(w, begin, 1)};
+        else // of nibbles less 8: scale * code - scale * 8 is rounded once, as 8 is a power of two
+            return {scale, LAYOUT.bits == 8 ? V::zero() : V::mul(scale, V::set1(-8))};
     }
     static typename V::F code(const uint8_t* p, int64_t input) {
         const uint8_t* codes = p + LAYOUT.codes_at();
@@ -68,12 +77,10 @@ struct Grouped {
                              : V::low_nibbles(codes + input / 2 * PANEL);
     }
     static typename V::F widen(const uint8_t* p, int64_t input, const Scales& scales) {
-        if constexpr (LAYOUT.minimum)
-            return V::fma(scales.scale, code(p, input), scales.minimum);
-        else if constexpr (LAYOUT.bits == 8)
+        if constexpr (!LAYOUT.minimum && LAYOUT.bits == 8)
             return V::mul(scales.scale, code(p, input));
         else
-            return V::mul(scales.scale, V::sub(code(p, input), V::set1(8)));
+            return V::fma(scales.scale, code(p, input), scales.minimum);
     }
 };
 
@@ -130,8 +137,8 @@ void tile(const Pass& pass, const float* x, const typename Type::Element* w, int
         typename Type::Scales scales[PANELS];
 #pragma GCC unroll 8
         for (int p = 0; p < PANELS; ++p) {
-            groups[p] = w + p * stride + begin / Type::GROUP * Type::SIZE;
-            scales[p] = Type::scales(groups[p]);
+            groups[p] = Type::group(w + p * stride, begin);
+            scales[p] = Type::scales(w + p * stride, begin);
             if (ROWS > 1) fetch<Type>(groups[p], ahead);
         }
 #pragma GCC unroll 2
@@ -180,7 +187,7 @@ template <class V, class Type>
 void few_rows(const LinearJob& job) {
     using Element = typename Type::Element;
     const Element* weight = (const Element*)job.weight;
-    const int64_t stride = job.inputs / Type::GROUP * Type::SIZE, step = V::panels(int(job.rows));
+    const int64_t stride = Type::elements(job.inputs), step = V::panels(int(job.rows));
     for (int64_t panel = job.first_panel; panel < job.last_panel; panel += step) {
         const int64_t panels = panel + step <= job.last_panel ? step : job.last_panel - panel;
         tiles<V, Type, V::TILE_ROWS>({job, 0, panel, true, true}, job.rows, panels, job.x,
@@ -189,12 +196,12 @@ void few_rows(const LinearJob& job) {
     }
 }
 
-// Widens some inputs of a panel, from the beginning of a group on.
+// Widens some inputs of a panel, from the beginning of a block on.
 template <class V, class Type>
 void widen_panel(const typename Type::Element* packed, int64_t depth, float* wide, int64_t ahead) {
     for (int64_t begin = 0; begin < depth; begin += Type::GROUP) {
-        const auto* group = packed + begin / Type::GROUP * Type::SIZE;
-        const auto scales = Type::scales(group);
+        const auto* group = Type::group(packed, begin);
+        const auto scales = Type::scales(packed, begin);
         fetch<Type>(group, ahead);
         for (int64_t k = 0; k < Type::GROUP; ++k)
             V::store(wide + (begin + k) * PANEL, Type::widen(group, k, scales));
@@ -205,15 +212,16 @@ void widen_panel(const typename Type::Element* packed, int64_t depth, float* wid
 template <class V, class Type>
 void many_rows(const LinearJob& job) {
     using Element = typename Type::Element;
-    const int64_t stride = job.inputs / Type::GROUP * Type::SIZE;
+    constexpr int64_t STEP = DEPTH / Type::BLOCK * Type::BLOCK;
+    const int64_t stride = Type::elements(job.inputs);
     const int64_t block_rows = BLOCK_ROWS / job.tile_rows * job.tile_rows;
     for (int64_t top = 0; top < job.rows; top += block_rows) {
         const int64_t bottom = top + block_rows < job.rows ? top + block_rows : job.rows;
-        for (int64_t from = 0; from < job.inputs; from += DEPTH) {
-            const int64_t depth = from + DEPTH < job.inputs ? DEPTH : job.inputs - from;
+        for (int64_t from = 0; from < job.inputs; from += STEP) {
+            const int64_t depth = from + STEP < job.inputs ? STEP : job.inputs - from;
             for (int64_t panel = job.first_panel; panel < job.last_panel; ++panel) {
                 const Element* packed =
-                    (const Element*)job.weight + panel * stride + from / Type::GROUP * Type::SIZE;
+                    (const Element*)job.weight + panel * stride + Type::elements(from);
                 const float* wide = job.scratch;
                 int64_t ahead = 0;
                 if constexpr (sizeof(Element) == sizeof(float)) {
@@ -256,9 +264,9 @@ template <class V>
 constexpr LinearKernels linear_kernels() {
     return kernels_of_types<
         V, Float32<V>, BFloat16<V>, Int8<V>, Grouped<V, Storage::bytes_half>,
-        Grouped<V, Storage::bytes_half_minimum>, Grouped<V, Storage::bytes_single_minimum>,
-        Grouped<V, Storage::bytes_single>, Grouped<V, Storage::nibbles_half>,
-        Grouped<V, Storage::nibbles_half_minimum>, Grouped<V, Storage::nibbles_single_minimum>>();
+        Grouped<V, Storage::bytes_half_minimum>, Grouped<V, Storage::bytes_block_minimum>,
+        Grouped<V, Storage::bytes_block>, Grouped<V, Storage::nibbles_half>,
+        Grouped<V, Storage::nibbles_half_minimum>, Grouped<V, Storage::nibbles_block_minimum>>();
 }
 
 } // namespace
