@@ -154,6 +154,12 @@ ENGINE_METRICS = (
         _requests_ended,
     ),
     _engine("steps_total", "Batches computed", lambda engine: engine.steps),
+    EngineMetric(
+        "step_parts_seconds_total",
+        "Time of steps by what it went to; on a GPU, layers wait for what the others launched",
+        ("part",),
+        lambda engine: (((part,), seconds) for part, seconds in engine.step_seconds.items()),
+    ),
     _engine(
         "computed_tokens_total",
         "Tokens computed by the model",

@@ -5,10 +5,18 @@ Counters grow from 0 for as long as the engine lives; everything else is as of n
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from longctx.request import FinishReason, TokenSource
 from offload.stats import StoreStats, TierStats
 from offload.tier_names import TierName
+
+# Where the time of a step goes. `layers` is what the model does between calls of attention: linear
+# layers, norms, and transformers' own Python. On many ranks it is all that they do.
+StepPart = Literal[
+    "schedule", "batch", "layers", "write", "seal", "attention", "commit", "sample", "output"
+]
+STEP_PARTS: tuple[StepPart, ...] = get_args(StepPart)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +76,7 @@ class EngineStats:
     prompt_tokens_by_source: Mapping[TokenSource, int]  # together `prompt_tokens`
     generated_tokens: int
     steps: int
+    step_seconds: Mapping[StepPart, float]  # of all steps that computed something
     computed_tokens: int  # rows that went through the model
     preemptions: int
     scheduler: SchedulerStats

@@ -37,6 +37,7 @@ LADDER = (
         "longctx.bench.retrieval",
         "longctx.bench.ring",
         "longctx.bench.scheduling",
+        "longctx.bench.served",
         "longctx.bench.versus.workers",
     ),
     ("api.acceptor", "api.http", "api.listener", "longctx.bench"),

@@ -24,6 +24,7 @@ from longctx.bench.config import (
     RoundsConfig,
     RulerConfig,
     ScheduleConfig,
+    UploadConfig,
 )
 from longctx.bench.versus_config import VersusConfig
 from longctx.config import EngineConfig
@@ -58,6 +59,11 @@ BENCHES: dict[str, Bench] = {
         "what a document costs after a restart, read back from disk",
         "longctx.bench.restart",
         (EngineConfig, BenchConfig, RoundsConfig, DocumentConfig, RestartConfig),
+    ),
+    "upload": Bench(
+        "a large document through the server: read by stage, asked, and asked after a restart",
+        "longctx.bench.served.upload",
+        (EngineConfig, BenchConfig, UploadConfig),
     ),
     "modules": Bench(
         "prompts made of modules: what each level of exactness costs and saves",

@@ -178,6 +178,23 @@ class RestartConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UploadConfig:
+    """Options of `longctx bench upload`."""
+
+    upload_tokens: Annotated[int, "tokens of the document at most"] = 131_072
+    upload_questions: Annotated[int, "questions before the restart, and again after it"] = 20
+
+    def __post_init__(self) -> None:
+        _at_least("upload_tokens", self.upload_tokens, 4096)
+        most = self.upload_tokens // 128  # more would make it a list of facts
+        if self.upload_questions % 5 or not 5 <= self.upload_questions <= most:
+            raise ValueError(
+                f"upload_questions={self.upload_questions} must be a multiple of 5, at most {most} "
+                f"for {self.upload_tokens} tokens"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModulesConfig:
     """Options of `longctx bench modules`."""
 

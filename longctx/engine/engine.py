@@ -30,7 +30,7 @@ from longctx.engine.request_state import RequestState
 from longctx.engine.sampler import SamplingError, sample
 from longctx.engine.scheduler import SchedulerOutput
 from longctx.engine.sequence import Sequence
-from longctx.engine.stats import EndedRequests, device_stats, group_stats
+from longctx.engine.stats import EndedRequests, StepSeconds, device_stats, group_stats
 from longctx.engine_stats import EngineStats
 from longctx.errors import BlocksLost, InvalidRequest, PeerLost
 from longctx.kv.clear import clear_tiers
@@ -90,6 +90,7 @@ class Engine:
         self._ended = EndedRequests()
         self._requests: dict[str, RequestState] = {}
         self._steps = 0
+        self._seconds = parts.runner.seconds or StepSeconds()
         self._between_steps: list[RequestOutput] = []  # outputs that the next step returns
         self._leaving = Leaving(self._cache, self._uses)
 
@@ -255,6 +256,7 @@ class Engine:
         failed: this process must end. Any other failure ends the step's requests.
         """
         outputs, self._between_steps = self._between_steps, []
+        self._seconds.begin()
         transferred = self._cache.poll_transfers()
         if self._ingestion is not None:
             for sequence in self._ingestion.take_durable(transferred=transferred):
@@ -278,6 +280,7 @@ class Engine:
             self._steps += 1
             for chunk in scheduled.chunks:
                 self._explainer.explain(chunk.sequence, self._scheduler.running)
+            self._seconds.lap("schedule")
             try:
                 sampled = self._compute(scheduled)
             except (PeerLost, torch.AcceleratorError):
@@ -295,6 +298,7 @@ class Engine:
             for chunk in scheduled.chunks:
                 if chunk.sequence.blocks.remaining == 0 and chunk.sequence.finish_reason is None:
                     outputs += self._prefilled(chunk.sequence)
+            self._seconds.lap("output")
         elif not outputs and self._offloader is not None and self._offloader.busy:
             self._offloader.store.wait(IDLE_SECONDS)
         elif not outputs and self._grammars.busy:
@@ -315,6 +319,7 @@ class Engine:
         began = time.perf_counter()
         chunks = scheduled.chunks
         logits = self._runner.run_chunks(chunks)
+        self._seconds.lap("layers")
         rows = torch.split(logits, [chunk.logits_rows for chunk in chunks])
         scores: list[RequestOutput] = []
         failed: dict[Sequence, SamplingError] = {}
@@ -331,7 +336,9 @@ class Engine:
             for chunk, own in zip(chunks, rows, strict=True)
             if chunk.samples and chunk.sequence not in failed
         ]
+        self._seconds.lap("sample")
         self._scheduler.update(scheduled, time.perf_counter() - began)
+        self._seconds.lap("commit")
         for chunk in chunks:
             chunk.sequence.note_scored()
         # The choices of a request fork here: they share the prompt and sample from the same row.
@@ -351,6 +358,7 @@ class Engine:
         members = [sequence for family in families for sequence in family]
         tokens = sample(logits, [sequence.sampling_state for sequence in members])
         logprobs = sampled_logprobs(logits, members, tokens)
+        self._seconds.lap("sample")
         return _Sampled(scores, [*failures, *zip(members, tokens, logprobs, strict=True)])
 
     def _fork(self, first: Sequence) -> list[Sequence]:
@@ -467,6 +475,7 @@ class Engine:
             prompt_tokens_by_source=dict(self._ended.by_source),
             generated_tokens=self._ended.generated_tokens,
             steps=self._steps,
+            step_seconds=dict(self._seconds.totals),
             computed_tokens=self._runner.computed_tokens,
             preemptions=self._scheduler.preemptions,
             scheduler=self._scheduler.stats(),

@@ -10,9 +10,10 @@ from longctx.attention.backend import AttentionBackend, AttentionPlan
 from longctx.attention.merge import merge_sink
 from longctx.engine.batch import Batch
 from longctx.engine.scheduler import Chunk
+from longctx.engine.stats import StepSeconds
 from longctx.engine_stats import RingStats
 from longctx.kv.memory import KVMemory
-from longctx.model.layer_attention import AttentionCall
+from longctx.model.layer_attention import AttentionCall, NothingLeft
 from longctx.model.loader import LoadedModel
 
 
@@ -27,6 +28,11 @@ class Runner(Protocol):
     def run_chunks(self, chunks: Items[Chunk]) -> Tensor:
         """Return logits [`Chunk.logits_rows` of each in turn, vocab], float32; the KV is in the
         pools then."""
+        ...
+
+    @property
+    def seconds(self) -> StepSeconds | None:
+        """Where the time of `run_chunks` went; None where it goes to other processes too."""
         ...
 
     def ring_stats(self) -> RingStats | None:
@@ -46,10 +52,13 @@ class ModelRunner:
         self._memory = memory
         self.backend = backend
         self.computed_tokens = 0  # rows that went through the model, ever
+        self.seconds = StepSeconds()
 
     def run_chunks(self, chunks: Items[Chunk]) -> Tensor:
         """Build the batch of some chunks, whose pages have been allocated, and `run` it."""
-        return self.run(Batch.build(chunks, device=self._memory.device))
+        batch = Batch.build(chunks, device=self._memory.device)
+        self.seconds.lap("batch")
+        return self.run(batch)
 
     def ring_stats(self) -> None:
         return None
@@ -57,23 +66,30 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """Return logits [`logits_rows`, vocab], float32; the batch's KV is in the pools then."""
-        step = _StepAttention(batch, self._memory, self.backend)
+        step = _StepAttention(batch, self._memory, self.backend, self.seconds)
         self._memory.clear_raw(batch.fresh_pages)
+        self.seconds.lap("batch")
         logits = self.model.forward(batch.token_ids, batch.positions, step, batch.logits_rows)
         self.computed_tokens += len(batch.token_ids)
         if self._memory.device.type == "cuda":
             # Only launched until now, which is what would be timed. Copies may go on beside it.
             torch.cuda.current_stream(self._memory.device).synchronize()
+        self.seconds.lap("layers")
         return logits
 
 
 class _StepAttention:
     """The `LayerAttention` of one step, which each of the model's layers calls once.
 
-    It writes the new keys and values, seals the blocks that are full, and attends.
+    It writes the new keys and values, seals the blocks that are full, and attends. Where no logits
+    are wanted, the pass ends with the keys and values of the last layer: most of an ingestion's
+    steps compute no more than those.
     """
 
-    def __init__(self, batch: Batch, memory: KVMemory, backend: AttentionBackend) -> None:
+    def __init__(
+        self, batch: Batch, memory: KVMemory, backend: AttentionBackend, seconds: StepSeconds
+    ) -> None:
+        self._seconds = seconds
         self._batch = batch
         self._memory = memory
         self._backend = backend
@@ -86,14 +102,21 @@ class _StepAttention:
         )
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        batch, memory = self._batch, self._memory
+        batch, memory, seconds = self._batch, self._memory, self._seconds
+        seconds.lap("layers")
         layer = call.layer
         group = memory.group_of[layer]
         memory.write(layer, batch.slots, key, value)
+        seconds.lap("write")
         if batch.sealed_blocks:
             self._backend.seal(layer, batch.sealed_raw, batch.sealed_packed[group])
+            seconds.lap("seal")
+        if layer == self._last_layer and not len(batch.logits_rows):
+            raise NothingLeft
         plan = self._last_plan if layer == self._last_layer else self._plans[group]
         out, lse = self._backend.attend(call, query, plan)
         if call.sinks is not None:
             out, lse = merge_sink(out, lse, call.sinks)
-        return out.to(query.dtype)
+        out = out.to(query.dtype)
+        seconds.lap("attention")
+        return out

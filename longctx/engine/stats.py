@@ -1,8 +1,9 @@
-"""Parts of an engine's statistics: requests as they end, and the device as a tier."""
+"""Parts of an engine's statistics: requests as they end, the device as a tier, and time."""
 
 import operator
+import time
 
-from longctx.engine_stats import GroupStats
+from longctx.engine_stats import GroupStats, StepPart
 from longctx.kv.cache_manager import KVCacheManager
 from longctx.kv.memory import KVMemory
 from longctx.request import SOURCES, FinishReason, TokenSource, Usage
@@ -24,6 +25,24 @@ class EndedRequests:
         self.generated_tokens += usage.completion_tokens
         for source, tokens in usage.tokens_by_source.items():
             self.by_source[source] += tokens
+
+
+class StepSeconds:
+    """Adds up the seconds of steps by part, each from one call of `lap` to the next."""
+
+    def __init__(self) -> None:
+        self.totals: dict[StepPart, float] = {}
+        self._last = time.perf_counter()
+
+    def begin(self) -> None:
+        """Let the next part begin now: nobody is charged for the time until here."""
+        self._last = time.perf_counter()
+
+    def lap(self, part: StepPart) -> None:
+        """Charge a part with the time since the last call."""
+        now = time.perf_counter()
+        self.totals[part] = self.totals.get(part, 0.0) + now - self._last
+        self._last = now
 
 
 def group_stats(memory: KVMemory) -> tuple[GroupStats, ...]:

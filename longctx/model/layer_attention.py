@@ -20,11 +20,17 @@ class AttentionCall:
     sinks: Tensor | None = None
 
 
+class NothingLeft(Exception):
+    """Ends a forward pass from within: all keys and values are there, and no logits are wanted."""
+
+
 class LayerAttention(Protocol):
     """Attention of one forward pass, called once by each layer, in order, from one thread."""
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Return the attention of all rows: [tokens, heads, head_dim] in the query's dtype.
+
+        The last layer may raise NothingLeft instead, where there are no `logits_rows`.
 
         `query` [tokens, heads, head_dim]; `key`, `value` [tokens, kv_heads, head_dim], after RoPE;
         all may be strided views.

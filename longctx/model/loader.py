@@ -25,7 +25,7 @@ from longctx.model.gguf_file import GgufFile, find_gguf, read_gguf
 from longctx.model.gguf_weights import load_gguf
 from longctx.model.hf_attention import ATTENTION, register_attention, run_packed
 from longctx.model.key_rotation import find_relocation
-from longctx.model.layer_attention import LayerAttention
+from longctx.model.layer_attention import LayerAttention, NothingLeft
 from longctx.model.named import model_name
 from longctx.model.probe import PROBE, probe_layers, register_probe
 from longctx.model.rope import resolve_rope
@@ -62,7 +62,11 @@ class LoadedModel:
         `token_ids`, `positions` [tokens] int64 are several sequences one after another;
         `logits_rows` [rows] int64 has indices into them, and may be empty.
         """
-        return run_packed(self._model, token_ids, positions, attention, logits_rows).float()
+        try:
+            return run_packed(self._model, token_ids, positions, attention, logits_rows).float()
+        except NothingLeft:
+            assert not len(logits_rows), "somebody wants what follows"
+            return torch.empty(0, self.spec.vocab_size, device=self.spec.device)
 
 
 def context_tokens(config: ModelConfig, folder: Path) -> int:

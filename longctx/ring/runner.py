@@ -31,6 +31,7 @@ class RingRunner:
         self.rank = Rank(model, memory.ring, ranks.transport, memory)
         self.planner = StepPlanner(memory, model.spec, self.rank.link, self.rank.pairs_per_second)
         self.computed_tokens = 0
+        self.seconds = None
 
     def run_chunks(self, chunks: Items[Chunk]) -> Tensor:
         """Return logits [sampled chunks, vocab], float32.

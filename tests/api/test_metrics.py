@@ -195,6 +195,7 @@ STATS = EngineStats(
     prompt_tokens_by_source=dict.fromkeys(SOURCES, 0),
     generated_tokens=0,
     steps=0,
+    step_seconds={"attention": 0.0},
     computed_tokens=0,
     preemptions=0,
     scheduler=SchedulerStats(

@@ -48,6 +48,22 @@ def test_every_architecture_equals_eager_at_every_chunk_size(
         engine.assert_idle()
 
 
+def test_a_chunk_that_nothing_is_sampled_from_ends_with_the_last_layers_keys(
+    model_folders: ModelFolders,
+) -> None:
+    folder = model_folders("llama")
+    prompt = some_ids(300, 5)
+    engine = build_engine(folder, max_batch_tokens=128)
+    ended: list[int] = []
+    last = engine.model.transformer.get_decoder().layers[-1].mlp
+    last.register_forward_hook(lambda module, inputs, output: ended.append(len(output[0])))
+    engine.finish(ask("kept", prompt, max_tokens=0))
+    assert not ended, "nobody asked for what follows the last keys"
+    (answer,) = engine.finish(ask("asked", prompt))
+    assert answer.counts.cached_tokens == 256 and ended[0] == 300 - 256
+    assert_equals_eager(engine, Eager(folder))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_embedded_models_equal_eager_too(name: str) -> None:
     folder = model_path(name)

@@ -20,6 +20,7 @@ from longctx.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConf
 from longctx.engine.engine import Engine
 from longctx.engine.model_runner import Runner
 from longctx.engine.scheduler import Chunk
+from longctx.engine.stats import StepSeconds
 from longctx.engine_stats import RingStats
 from longctx.kv.sequence_blocks import TokenIds
 from longctx.open_engine import engine_parts
@@ -97,6 +98,10 @@ class RecordingRunner:
     @property
     def computed_tokens(self) -> int:
         return self.inner.computed_tokens
+
+    @property
+    def seconds(self) -> StepSeconds | None:
+        return self.inner.seconds
 
     def ring_stats(self) -> RingStats | None:
         return self.inner.ring_stats()
