@@ -98,7 +98,8 @@ class AttentionBackend(Protocol):
 
         The caller merges those when all parts of a row are there (`merge_sink`).
         `query` [tokens, heads, head_dim] gives out [tokens, heads, head_dim] float32 and lse
-        [tokens, heads] float32, natural log; rows outside the plan have out 0 and lse -inf.
+        [tokens, heads] float32, natural log; rows outside the plan have out 0 and lse -inf. Where
+        nothing is merged (`call.merged`), out may be in the query's type.
         """
         ...
 

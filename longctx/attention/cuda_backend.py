@@ -56,6 +56,7 @@ class CUDAAttention:
                     "of these codecs"
                 )
         self._memory = memory
+        memory.clears_rows = False  # the kernel weighs what lies there by nothing, NaN too
         self._processors, self._generation = 4, 0
         if memory.device.type == "cuda":
             properties = torch.cuda.get_device_properties(memory.device)
@@ -116,18 +117,21 @@ class CUDAAttention:
             query = query.contiguous()
         tokens, heads, head_dim = query.shape
         kv_heads = self._memory.codecs[call.layer].shape.kv_heads
-        out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
-        lse = torch.empty((tokens, heads), dtype=torch.float32, device=query.device)
+        most = most_rows(head_dim, query.element_size(), self._generation)
+        batches = step.batches(heads=heads, kv_heads=kv_heads, most=most)
+        # A launch that goes on where another ended reads what that wrote, unrounded
+        rounded = not call.merged and all(len(batch.launches) == 1 for batch in batches)
+        out = query.new_empty(query.shape, dtype=query.dtype if rounded else torch.float32)
+        lse = query.new_empty((tokens, heads), dtype=torch.float32)
         if step.covered < tokens:
             out.zero_()
             lse.fill_(-torch.inf)
-        most = most_rows(head_dim, query.element_size(), self._generation)
-        for batch in step.batches(heads=heads, kv_heads=kv_heads, most=most):
+        for batch in batches:
             if batch.rows is None:
                 self._launch(call, query, step, batch, out[None], lse[None])
                 continue
             rows = len(batch.rows)
-            parts = out.new_empty((batch.splits, rows, heads, head_dim))
+            parts = lse.new_empty((batch.splits, rows, heads, head_dim))
             part_lse = lse.new_empty((batch.splits, rows, heads))
             self._launch(call, query, step, batch, parts, part_lse)
             kernels.combine[rows, heads](

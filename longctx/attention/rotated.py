@@ -122,7 +122,7 @@ class RotatedAttention:
         rows = plan.rows
         wide = query.index_select(0, plan.source)
         wide[rows:-1] = rotation.turn(wide[rows:-1], *plan.turns[rotation])
-        out, lse = self._inner.attend(call, wide, plan.wide)
+        out, lse = self._inner.attend(replace(call, merged=True), wide, plan.wide)
         out[plan.parted], lse[plan.parted] = merge_parts(out[plan.parts], lse[plan.parts])
         if rows == len(query):
             return out[:rows], lse[:rows]

@@ -86,6 +86,7 @@ class StreamedAttention:
         """Attend as any backend does; raises BlocksLost where an absent block cannot be read."""
         if not isinstance(plan, _Plan):
             return self._inner.attend(call, query, plan)
+        call = replace(call, merged=True)
         reading = self._begin(call.layer, plan.tiles[0])
         try:
             out, lse = self._inner.attend(call, query, plan.present)

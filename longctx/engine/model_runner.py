@@ -1,19 +1,20 @@
 """Runs one forward pass: the model computes, and the KV cache and attention are ours."""
 
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from longctx.attention.backend import AttentionBackend, AttentionPlan
+from longctx.attention.backend import AttentionBackend
 from longctx.attention.merge import merge_sink
 from longctx.engine.batch import Batch
 from longctx.engine.scheduler import Chunk
 from longctx.engine.stats import StepSeconds
 from longctx.engine_stats import RingStats
 from longctx.kv.memory import KVMemory
-from longctx.model.layer_attention import AttentionCall, NothingLeft
+from longctx.model.layer_attention import AttentionCall, NothingLeft, Place
 from longctx.model.loader import LoadedModel
 
 
@@ -97,26 +98,35 @@ class _StepAttention:
         self._plans = [backend.plan(batch.chunks, group) for group in groups]
         self._last_layer = max(memory.group_of)
         # In the last layer only the rows of `logits_rows` need attention; all need K and V.
-        self._last_plan: AttentionPlan = backend.plan(
-            batch.last_chunks, memory.group_of[self._last_layer]
-        )
+        group = memory.group_of[self._last_layer]
+        decodes = len(batch.logits_rows) == len(batch.token_ids)  # so they are all rows, in order
+        self._last_plan = self._plans[group] if decodes else backend.plan(batch.last_chunks, group)
+        self._placed = -1  # the layer whose keys and values are there
+
+    def place(self, layer: int) -> Place:
+        self._placed = layer
+        return Place(self._memory.raw_rows(layer), self._batch.slots)
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         batch, memory, seconds = self._batch, self._memory, self._seconds
         seconds.lap("layers")
         layer = call.layer
         group = memory.group_of[layer]
-        memory.write(layer, batch.slots, key, value)
-        seconds.lap("write")
+        if self._placed != layer:
+            memory.write(layer, batch.slots, key, value)
+            seconds.lap("write")
         if batch.sealed_blocks:
             self._backend.seal(layer, batch.sealed_raw, batch.sealed_packed[group])
             seconds.lap("seal")
         if layer == self._last_layer and not len(batch.logits_rows):
             raise NothingLeft
         plan = self._last_plan if layer == self._last_layer else self._plans[group]
+        if call.sinks is None:
+            call = replace(call, merged=False)
         out, lse = self._backend.attend(call, query, plan)
         if call.sinks is not None:
             out, lse = merge_sink(out, lse, call.sinks)
-        out = out.to(query.dtype)
+        if out.dtype != query.dtype:
+            out = out.to(query.dtype)
         seconds.lap("attention")
         return out

@@ -35,7 +35,7 @@ def attend_tiles(
     tiles,  # int32 [tiles, 9]: first row, rows, position, own page or -1, own row, the range of
     # entries, 1 where `out` and `lse` hold what earlier entries gave, and the first row of these
     entries,  # int32 [entries, 4]
-    out,  # float32 [SPLITS, out_rows, heads, D]
+    out,  # [SPLITS, out_rows, heads, D]: float32, or what the result is rounded to
     lse,  # float32 [SPLITS, out_rows, heads]
     out_rows,
     scaling,
@@ -91,7 +91,7 @@ def attend_tiles(
     peak = tl.load(lse + place, mask=begun, other=float("-inf"))
     total = tl.where(peak == float("-inf"), 0.0, 1.0)
     before = begun[:, None] & (d < D)[None, :]
-    mixed = tl.load(out + place[:, None] * D + d[None, :], mask=before, other=0.0)
+    mixed = tl.load(out + place[:, None] * D + d[None, :], mask=before, other=0.0).to(tl.float32)
     share = tl.cdiv(end - begin, SPLITS)
     low = begin + split * share
     for index in range(low, tl.minimum(end, low + share)):
@@ -180,7 +180,7 @@ def combine(
     parts,  # float32 [SPLITS, part_rows, heads, D]
     part_lse,  # float32 [SPLITS, part_rows, heads]
     rows,  # int32 [part_rows]: which row of `out` each is
-    out,  # float32 [tokens, heads, D]
+    out,  # [tokens, heads, D]: float32, or what the result is rounded to
     lse,  # float32 [tokens, heads]
     part_rows,
     heads,

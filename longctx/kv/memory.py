@@ -85,6 +85,7 @@ class KVMemory:
         self.groups = layer_groups(layers)
         self.reserved_blocks = 0  # pages of the first packed pool that no sequence gets
         self.step_blocks = step_blocks
+        self.clears_rows = True  # an attention that never lets rows count that are not there: False
         self.device = device
         self.codecs = layer_codecs(layers, dtype=dtype, codec=codec)
         self._shapes = shapes = [each.shape for each in self.codecs]
@@ -208,7 +209,9 @@ class KVMemory:
 
     def clear_raw(self, pages: Tensor) -> None:
         """Zero raw pages that will not be filled at once: attention weighs the rest by 0."""
-        if not len(pages):  # as in most steps that decode: an empty write is launched too
+        if not self.clears_rows or not len(
+            pages
+        ):  # as in most steps that decode: an empty write is launched too
             return
         for pool in self.raw.pages:
             pool[pages] = 0

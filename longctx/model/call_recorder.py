@@ -27,6 +27,9 @@ class CallRecorder:
     def __init__(self) -> None:
         self.calls: list[RecordedCall] = []  # in the order of the layers
 
+    def place(self, layer: int) -> None:
+        return None
+
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Return [tokens, heads, head_dim of the values]; heads need not be checked yet."""
         self.calls.append(RecordedCall(call=call, query=query, key=key, value=value))

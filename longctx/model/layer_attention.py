@@ -11,13 +11,26 @@ class AttentionCall:
     """How a layer calls its attention: the same for all rows of a step, and in every step.
 
     Scores are `scaling * q.k`, then `softcap * tanh(score / softcap)` where there is a softcap.
-    `sinks` [heads] are logits that take part in the softmax and carry no value.
+    `sinks` [heads] are logits that take part in the softmax and carry no value. `merged` says that
+    the result is merged with others, so that it must not be rounded yet.
     """
 
     layer: int
     scaling: float
     softcap: float | None = None
     sinks: Tensor | None = None
+    merged: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Rows of a pool: `pool` [slots, 2, kv_heads, head_dim], the keys and values of a token.
+
+    `slots` are those of the step's tokens, in order: a slice, or a tensor [tokens] int64.
+    """
+
+    pool: Tensor
+    slots: slice | Tensor
 
 
 class NothingLeft(Exception):
@@ -26,6 +39,13 @@ class NothingLeft(Exception):
 
 class LayerAttention(Protocol):
     """Attention of one forward pass, called once by each layer, in order, from one thread."""
+
+    def place(self, layer: int) -> "Place | None":
+        """Return where a layer may put its new keys and values, before `attend` is given them.
+
+        Then `attend` does not write them again. None: it keeps them by itself.
+        """
+        ...
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Return the attention of all rows: [tokens, heads, head_dim] in the query's dtype.

@@ -123,6 +123,11 @@ def load_model(config: ModelConfig, folder: Path, *, cache_dir: Path | None = No
         relocation = find_relocation(
             model, vocab_size=settings.vocab_size, max_context=rope.max_context
         )
+    fusing = _gpu_fusing(device)
+    if fusing is not None:
+        fusing.fuse_layers(model, vocab_size=settings.vocab_size, max_context=rope.max_context)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what is free is shared out next
     tensors = {tensor.data_ptr(): tensor for tensor in model.parameters()}  # tied ones once
     spec = ModelSpec(
         name=model_name(folder),
@@ -268,6 +273,16 @@ def _kernels_for(weights: Weights, dtype: torch.dtype, device: torch.device) -> 
                 f"--weights {weights} needs longctx's compiled kernels, which are not installed "
                 f"({error}); leave it out, or install longctx again where there is a C++ compiler"
             ) from error
+        return None
+
+
+def _gpu_fusing(device: torch.device) -> Any:
+    """Import what fuses a model's layers on a GPU; None elsewhere, and without Triton."""
+    if device.type != "cuda":
+        return None
+    try:
+        return importlib.import_module("longctx.model.gpu_fusing")
+    except ImportError:
         return None
 
 

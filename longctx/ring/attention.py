@@ -21,7 +21,7 @@ from longctx.attention.merge import merge, merge_sink
 from longctx.kv.memory import KVMemory
 from longctx.kv.pool_indices import PoolIndices, pool_indices, to_device
 from longctx.model.call_recorder import RecordedCall
-from longctx.model.layer_attention import AttentionCall
+from longctx.model.layer_attention import AttentionCall, Place
 from longctx.ring.step import GroupRows, GroupStep, RankStep, Round
 from longctx.ring.transport import Transfer, Transport
 
@@ -92,12 +92,18 @@ class RankAttention:
             pool_indices(pages, self._memory.device) for pages in step.sealed_packed
         ]
         self._groups = [self._group(each, group) for group, each in enumerate(step.groups)]
+        self._placed = -1  # the layer whose keys and values are there
         self._last_layer = max(memory.group_of)
         self._last_group = self._group(step.last_layer, memory.group_of[self._last_layer])
 
+    def place(self, layer: int) -> Place:
+        self._placed = layer
+        return Place(self._memory.raw_rows(layer), self._slots)
+
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """As `LayerAttention.attend`: write and seal the rows' KV, then attend over all ranks."""
-        self._memory.write(call.layer, self._slots, key, value)
+        if self._placed != call.layer:
+            self._memory.write(call.layer, self._slots, key, value)
         if self._seals:
             packed = self._sealed_packed[self._memory.group_of[call.layer]]
             self._backend.seal(call.layer, self._sealed_raw, packed)

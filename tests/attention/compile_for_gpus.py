@@ -21,12 +21,15 @@ from triton.compiler import ASTSource
 from compress.int4 import group_dims
 from longctx.attention import cuda_backend as backend
 from longctx.kernels import triton_attention as kernels
+from longctx.kernels import triton_layers
 from longctx.kernels.triton_seal import seal_blocks
+from longctx.model import gpu_layers
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of one block
 GROUP, KV_HEADS = 4, 8
-ALIGNED = {"page_stride", "query_row_stride", "query_head_stride"}  # as those of real shapes are
+# As those of real shapes are
+ALIGNED = {"page_stride", "query_row_stride", "query_head_stride", "row_stride", "width"}
 
 ATTEND = dict(
     query="*bf16",
@@ -49,6 +52,15 @@ SEAL = dict(
     packed_pages="*i64", packed_begin="i32",
 )  # fmt: skip
 UNPACK = dict(pages="*i32", page_stride="i32", entries="*i32", rows="*bf16", largest="fp32")
+NORM = dict(
+    rows="*bf16", added="*bf16", factors="*fp32", sums="*bf16", out="*bf16", width="i32",
+    epsilon="fp32",
+)  # fmt: skip
+TURN = dict(
+    rows="*bf16", row_stride="i32", cosines="*bf16", sines="*bf16", factors="*fp32",
+    epsilon="fp32", pool="*bf16", slots="*i64", slot_begin="i32",
+)  # fmt: skip
+GATE = dict(both="*bf16", out="*bf16", width="i32")
 COMBINE = dict(
     parts="*fp32", part_lse="*fp32", rows="*i32", out="*fp32", lse="*fp32", part_rows="i32",
     heads="i32",
@@ -60,6 +72,8 @@ def described(
 ) -> tuple[Any, dict[str, str], dict[str, Any], int]:
     """Return a kernel, its arguments' types, its constants and its warps, as the backend would."""
     pad = max(16, triton.next_power_of_2(dim))
+    if kernel in ("norm", "turn", "gate"):
+        return _between_products(kernel, dim, pad)
     kind = backend.CODECS[codec].value
     value_group = group_dims(dim) if codec == "int4" else dim
     if kernel == "combine":
@@ -97,7 +111,36 @@ def described(
         HAS_WINDOW=False,
         DOT=tl.bfloat16,
     )
+    if kernel == "question-rounded":
+        types, constants = types | {"out": "*bf16"}, constants | {"SPLITS": 1}
     return kernels.attend_tiles, types, constants, backend.warps(m, dim)
+
+
+def _between_products(
+    kernel: str, dim: int, pad: int
+) -> tuple[Any, dict[str, str], dict[str, Any], int]:
+    """The most that one of these kernels does; `dim` is a row's width, or a head's."""
+    if kernel == "norm":
+        constants = dict(WIDTH_PAD=pad, ADDS=True, TWICE=True, BITS=False)
+        return triton_layers.rms_norm, NORM, constants, gpu_layers.norm_warps(pad)
+    if kernel == "gate":
+        constants = dict(BLOCK=gpu_layers.GATES_AT_ONCE, KIND=triton_layers.GELU.value, BITS=False)
+        return triton_layers.gate_rows, GATE, constants, 4
+    constants = dict(
+        HEADS=32,
+        KV_HEADS=KV_HEADS,
+        D=dim,
+        TURNED=dim // 2,
+        PAIRS_PAD=triton.next_power_of_2(dim // 4),
+        REST_PAD=triton.next_power_of_2(dim // 2),
+        STYLE=triton_layers.HALVES.value,
+        NORMS=True,
+        TWICE=True,
+        PLACED=True,
+        LISTED=True,
+        BITS=False,
+    )
+    return triton_layers.turn_heads, TURN, constants, 1
 
 
 def main(target: int, names: list[str]) -> int:

@@ -135,6 +135,34 @@ def test_rows_outside_the_plan_are_empty() -> None:
     assert (lse[others] == -torch.inf).all()
 
 
+def test_rows_that_are_not_there_count_for_nothing() -> None:
+    """So nobody has to clear the pages of blocks that are begun."""
+    case = Case("int8", None, 4, 2, 16, ((70, 1), (131, 9)), False, None, 0)
+    memory, rows, query = build(case)
+    backend, reference = CUDAAttention(memory), ReferenceAttention(memory)
+    expected, _ = reference.attend(AttentionCall(0, 0.3), query, reference.plan(rows, 0))
+    for chunk in rows:
+        end = (chunk.own_row + chunk.rows - 1) % BLOCK_TOKENS + 1
+        memory.raw_rows(0).view(-1, BLOCK_TOKENS, 2, 2, 16)[chunk.own_pages[-1], end:] = torch.nan
+    out, _ = backend.attend(AttentionCall(0, 0.3), query, backend.plan(rows, 0))
+    torch.testing.assert_close(out, expected, atol=TOLERANCE, rtol=TOLERANCE)
+    page = memory.raw.pages[0][1].fill_(7).clone()
+    memory.clear_raw(torch.tensor([1]))
+    assert torch.equal(memory.raw.pages[0][1], page)
+
+
+@pytest.mark.parametrize("past", [70, 1100], ids=["whole", "split"])
+def test_what_nobody_merges_comes_in_the_type_of_the_query(past: int) -> None:
+    case = Case("raw", None, 4, 2, 16, ((past, 1),), False, None, 0)
+    memory, rows, query = build(case)
+    backend, query = CUDAAttention(memory), query.half()
+    plan = backend.plan(rows, 0)
+    exact, _ = backend.attend(AttentionCall(0, 0.3), query, plan)
+    rounded, _ = backend.attend(AttentionCall(0, 0.3, merged=False), query, plan)
+    assert (exact.dtype, rounded.dtype) == (torch.float32, torch.float16)
+    torch.testing.assert_close(rounded.float(), exact, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("codec", ["raw", "int8"])
 def test_the_pages_of_a_question_are_shared_out(codec: str) -> None:
     """Its few tiles would leave most of a GPU idle; here decoded pages fit five at a time."""
@@ -206,6 +234,11 @@ def test_a_few_kernels_compile_without_spills() -> None:
     compiled("90", "decode:int8:128", "decode:int4:64", "seal:int8:64", "unpack:int4:128")
 
 
+@pytest.mark.parametrize("target", ["80", "90", "100"])
+def test_what_lies_between_products_compiles_without_spills(target: str) -> None:
+    compiled(target, "norm:raw:4096", "norm:raw:16384", "turn:raw:128", "gate:raw:14336")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["80", "90", "100"])
 def test_every_kernel_compiles_without_spills(target: str) -> None:
@@ -213,7 +246,11 @@ def test_every_kernel_compiles_without_spills(target: str) -> None:
     compiled(
         target,
         *(f"decode:{codec}:{dim}" for codec in CODECS for dim in sizes),
-        *(f"{kernel}:raw:{dim}" for kernel in ("prefill", "question") for dim in sizes),
+        *(
+            f"{kernel}:raw:{dim}"
+            for kernel in ("prefill", "question", "question-rounded")
+            for dim in sizes
+        ),
         *(f"unpack:{codec}:{dim}" for codec in CODECS[1:] for dim in sizes),
         *(f"seal:{codec}:{dim}" for codec in CODECS for dim in sizes),
         "combine:raw:128",

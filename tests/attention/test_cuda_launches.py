@@ -1,7 +1,8 @@
 """How many kernels a step launches on a GPU, counted on a CPU with Triton's kernels interpreted.
 
-A launch is an operation of torch that computes or copies, or a kernel of ours. What transformers
-launches for a layer is counted beside what the cache and its attention do.
+A launch is an operation of torch that computes or copies, or a kernel of ours. What a model's
+layers launch is counted beside what the cache and its attention do, and beside what a step takes
+whatever the layers: embedding, angles, logits, sampling, uploads.
 """
 
 from collections import Counter
@@ -20,20 +21,26 @@ from longctx.config import CacheConfig, EngineConfig, ModelConfig
 from longctx.engine.model_runner import _StepAttention
 from longctx.model import loader
 from longctx.request import Request, SamplingParams, Segment
+from tests.support.tiny_models import write_model
+from tests.support.tiny_tokenizer import write_tokenizer
 
 pytest.importorskip("triton", reason="pip install triton, to test the kernels for GPUs")
 with pytest.MonkeyPatch.context() as patch:  # Triton's decorators read it, when they are used
     patch.setenv("TRITON_INTERPRET", "1")
     from longctx.attention import cuda_backend
     from longctx.attention.cuda_backend import CUDAAttention
+    from longctx.kernels import triton_layers
+    from longctx.model import gpu_fusing
 
 # numpy, which interprets, warns of NaN and infinity where a GPU does not
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
 LAYERS = 3  # of the tiny model
-# Of one layer and step: two writes of new rows, sealing, attention, the merging of its parts, and
-# the rounding of what comes out. A last layer that skips rows fills those with zeros first.
-MOST_OF_DECODE, MOST_OF_PREFILL = 6, 8
+# Of one layer and step: sealing, attention, and the merging of its parts; with a long chunk, also
+# the decoding of pages, and zeros in the rows that a last layer skips.
+MOST_OF_DECODE, MOST_OF_PREFILL = 4, 6
+# Of a whole step of a model of 32 layers, and of one of its layers and a chunk
+MOST_OF_STEP, MOST_OF_CHUNK = 400, 40
 
 # What only makes a view, or memory that is written later
 VIEWS = {
@@ -41,6 +48,7 @@ VIEWS = {
     *("unsqueeze", "squeeze", "split", "split_with_sizes", "unbind", "alias", "detach", "chunk"),
     *("as_strided", "unflatten", "_reshape_alias", "empty", "new_empty", "empty_like", "narrow"),
     *("empty_strided", "lift_fresh", "_local_scalar_dense", "numpy_T", "resolve_conj"),
+    "resolve_neg",
 }
 
 
@@ -51,6 +59,9 @@ class Launches:
 
     def per_layer(self) -> float:
         return self.ours.total() / LAYERS
+
+    def total(self) -> int:
+        return self.ours.total() + self.others.total()
 
 
 class Counting(TorchDispatchMode):
@@ -99,7 +110,10 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
         monkeypatch.setattr(cuda_backend.kernels, name, CountedKernel(kernel, name, made))
     sealing = CountedKernel(cuda_backend.seal_blocks, "seal_blocks", made)
     monkeypatch.setattr(cuda_backend, "seal_blocks", sealing)
-    monkeypatch.setattr(loader, "_kernels_for", lambda *_: None)  # those of CPUs take many in one
+    for name in ("rms_norm", "turn_heads", "gate_rows"):
+        kernel = getattr(triton_layers, name)
+        monkeypatch.setattr(triton_layers, name, CountedKernel(kernel, name, made))
+    monkeypatch.setattr(loader, "_kernels_for", lambda *_: None)  # as on a GPU
     attend = _StepAttention.attend
 
     def counted(step: _StepAttention, *args: Any) -> Any:
@@ -155,3 +169,25 @@ def test_a_step_launches_no_more_for_a_longer_context(
 def test_every_codec_launches_the_same_to_decode(counting: Counting, llama: Path) -> None:
     each = [steps(counting, llama, codec, context=200, new=5)[-1] for codec in ("raw", "int4")]
     assert each[0] == each[1]
+
+
+def test_a_step_of_32_layers_takes_few_launches(
+    counting: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each layer adds as many: what 32 of them launch, follows from models of one and of two.
+
+    Of the steps that decode, the second fills a block and seals it, the third begins another.
+    """
+    monkeypatch.setattr(loader, "_gpu_fusing", lambda _: gpu_fusing)
+    counted = []
+    for layers in (1, 2):
+        folder = write_model(tmp_path / str(layers), "llama", num_hidden_layers=layers)
+        write_tokenizer(folder)
+        counted.append(steps(counting, folder, "int4", context=446, new=10))
+    one, two = ([step.total() for step in each] for each in counted)
+    assert len(one) == len(two) == 4
+    layer = [more - less for less, more in zip(one, two, strict=True)]
+    whole = [less + 31 * more for less, more in zip(one, layer, strict=True)]
+    assert layer[0] <= MOST_OF_CHUNK, counted
+    assert max(whole[1:]) <= MOST_OF_STEP, (layer, whole)
+    assert "seal_blocks" in counted[0][2].ours

@@ -64,6 +64,9 @@ class Keys:
     def __init__(self) -> None:
         self.of_layer: list[Tensor] = []  # each [tokens, kv_heads, head_dim]
 
+    def place(self, layer: int) -> None:
+        return None
+
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self.of_layer.append(key)
         return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)

@@ -29,6 +29,9 @@ class PlainAttention:
         self._lengths = lengths
         self.calls: list[int] = []
 
+    def place(self, layer: int) -> None:
+        return None
+
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self.calls.append(call.layer)
         spec = self._layers[call.layer]
