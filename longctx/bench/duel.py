@@ -7,23 +7,20 @@ keeps the prefix cache out of it.
 """
 
 import random
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from rich.table import Table
-from transformers import AutoModelForCausalLM
-from transformers.generation.streamers import BaseStreamer
 
 from longctx.bench.config import DecodeConfig
 from longctx.bench.picture import Series, draw_bars
 from longctx.bench.report import Parameter, Report, Result
 from longctx.bench.timing import Stopwatch
+from longctx.bench.versus.workers.with_transformers import Contender
 from longctx.config import EngineConfig
 from longctx.errors import InvalidRequest
 from longctx.llm import LLM
@@ -143,45 +140,19 @@ class Theirs:
     """`transformers.generate`, as it comes, on the same folder."""
 
     def __init__(self, folder: Path, *, dtype: str, device: str) -> None:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), local_files_only=True
+        self._contender = Contender(
+            str(folder), torch.get_num_threads(), context=0, dtype=dtype, device=device
         )
-        self._model = model.to(device).eval()
-        self._model.generation_config.eos_token_id = None  # always all the tokens
 
     def answer(self, prompt: tuple[int, ...], new_tokens: int) -> Timing:
-        token_ids = torch.tensor([prompt], device=self._model.device)
-        clock = _Clock()
-        began = time.perf_counter()
-        output = self._model.generate(
-            input_ids=token_ids,
-            attention_mask=torch.ones_like(token_ids),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=0,
-            streamer=clock,
-        )
-        tokens = clock.seconds[1:]  # generate hands over the prompt first
-        assert len(tokens) == new_tokens, "generate stopped early"
+        told = self._contender.answer(list(prompt), new_tokens)
+        seconds = told["seconds"]
+        assert len(seconds) == new_tokens, "generate stopped early"
         return Timing(
-            first_token_seconds=tokens[0] - began,
-            interval_seconds=(tokens[-1] - tokens[0]) / (new_tokens - 1),
-            token_ids=tuple(output[0, len(prompt) :].tolist()),
+            first_token_seconds=seconds[0],
+            interval_seconds=(seconds[-1] - seconds[0]) / (new_tokens - 1),
+            token_ids=tuple(told["token_ids"]),
         )
-
-
-class _Clock(BaseStreamer):
-    """A streamer that notes the time of each `put`: `generate` calls it once a token is known."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.seconds.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Does nothing: there is nothing to flush."""
 
 
 def _announced(contexts: tuple[int, ...], say: Callable[[str], None]) -> Iterator[int]:

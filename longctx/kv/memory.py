@@ -85,7 +85,8 @@ class KVMemory:
         self.groups = layer_groups(layers)
         self.reserved_blocks = 0  # pages of the first packed pool that no sequence gets
         self.step_blocks = step_blocks
-        self.clears_rows = True  # an attention that never lets rows count that are not there: False
+        # False for an attention that reads no row beyond a sequence's own
+        self.clears_rows = True
         self.device = device
         self.codecs = layer_codecs(layers, dtype=dtype, codec=codec)
         self._shapes = shapes = [each.shape for each in self.codecs]
@@ -209,9 +210,8 @@ class KVMemory:
 
     def clear_raw(self, pages: Tensor) -> None:
         """Zero raw pages that will not be filled at once: attention weighs the rest by 0."""
-        if not self.clears_rows or not len(
-            pages
-        ):  # as in most steps that decode: an empty write is launched too
+        # Most steps that decode have none, and an empty write is launched too
+        if not self.clears_rows or not len(pages):
             return
         for pool in self.raw.pages:
             pool[pages] = 0

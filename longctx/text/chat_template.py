@@ -105,7 +105,7 @@ class _Markers:
     def split(self, rendered: str) -> list[str | _Marker]:
         """Split into text and markers, in reading order.
 
-        Raises InvalidRequest when the template lost or repeated a required marker.
+        Raises InvalidRequest when the template lost or repeated a required marker, or cut one.
         """
         pieces: list[str | _Marker] = []
         counts = [0] * len(self.taken)
@@ -115,19 +115,16 @@ class _Markers:
             pieces.append(before)
         for piece in marked:
             digits, text = piece[:_NUMBER_DIGITS], piece[_NUMBER_DIGITS:]
-            if len(digits) == _NUMBER_DIGITS and digits.isdecimal():  # else a template has cut it
-                counts[int(digits)] += 1
-                pieces.append(self.taken[int(digits)])
+            if len(digits) < _NUMBER_DIGITS or not digits.isdecimal():
+                raise _refused("cuts a part of the conversation short")
+            counts[int(digits)] += 1
+            pieces.append(self.taken[int(digits)])
             if text:
                 pieces.append(text)
         for marker, count in zip(self.taken, counts, strict=True):
             if marker.required and count != 1:
                 fault = "leaves out" if count == 0 else f"repeats {count} times"
-                raise InvalidRequest(
-                    f"the model's chat template {fault} {marker.label}; send the conversation in a "
-                    "form that the template takes, or the whole prompt to /v1/completions",
-                    param="messages",
-                )
+                raise _refused(f"{fault} {marker.label}")
         return pieces
 
 
@@ -356,6 +353,14 @@ class ChatPrompts:
         if ids:
             result.append(tuple(ids))
         return tuple(result)
+
+
+def _refused(fault: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"the model's chat template {fault}; send the conversation in a form that the template "
+        "takes, or the whole prompt to /v1/completions",
+        param="messages",
+    )
 
 
 def segments_of(pieces: Iterable[PromptPiece]) -> tuple[Segment, ...]:

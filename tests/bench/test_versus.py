@@ -11,6 +11,7 @@ from gguf import GGUFReader
 
 from longctx.bench.options import read_configs
 from longctx.bench.random_model import Size
+from longctx.bench.served.process import write_options
 from longctx.bench.versus import contender as contenders
 from longctx.bench.versus.contender import Engine, running
 from longctx.bench.versus.document_report import (
@@ -19,7 +20,6 @@ from longctx.bench.versus.document_report import (
     draw_conversations,
 )
 from longctx.bench.versus.documents import converse, questions_on_text
-from longctx.bench.versus.option_file import write_options
 from longctx.bench.versus.random_gguf import write_random_gguf
 from longctx.bench.versus.servers import LlamaServer
 from longctx.bench.versus.speed import Measured, measure_questions, measure_speeds

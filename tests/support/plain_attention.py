@@ -73,9 +73,9 @@ def packed_logits(model: LoadedModel, sequences: Sequence[Tensor]) -> list[Tenso
     return list(torch.split(logits, lengths))
 
 
-def eager_logits(folder: Path, tokens: Tensor) -> Tensor:
+def eager_logits(folder: Path, tokens: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", dtype=torch.float32
+        folder, attn_implementation="eager", dtype=dtype
     )
     model.eval()
     with torch.inference_mode():
@@ -93,9 +93,10 @@ def edit_config(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def assert_equal_to_eager(folder: Path, model: LoadedModel) -> None:
-    """Compare two float32 passes; for logits of 14, each is up to 1e-4 off a float64 one."""
+def assert_equal_to_eager(
+    folder: Path, model: LoadedModel, dtype: torch.dtype = torch.float32
+) -> None:
+    """Compare with an eager pass in `dtype`; float64 tells rounding of ours from that of both."""
     sequences = [some_tokens(length, seed) for seed, length in enumerate(LENGTHS)]
     for tokens, logits in zip(sequences, packed_logits(model, sequences), strict=True):
-        eager = eager_logits(folder, tokens)
-        assert (logits - eager).abs().max() < max(1e-4, 1e-5 * float(eager.abs().max()))
+        assert (logits - eager_logits(folder, tokens, dtype)).abs().max() < 1e-4

@@ -167,6 +167,7 @@ def test_a_long_conversation_about_a_file_never_holds_the_file(prompts):
         ),
         ("{{ messages[-1]['content'] }}", "leaves out the system message"),
         (PLAIN_TEMPLATE + PLAIN_TEMPLATE, "repeats 2 times"),
+        (PLAIN_TEMPLATE + "{{ messages[-1]['content'][:44] }}", "cuts a part"),
         ("{% if documents %}{% endif %}" + PLAIN_TEMPLATE, "leaves out file file-1"),
         ("{{ raise_exception('System role not supported') }}", "System role not supported"),
         ("{{ messages[0]['content'] + 1 }}", "refuses"),

@@ -1,39 +1,27 @@
 """Runs `longctx serve` with the options of a benchmark, and asks it as any client would."""
 
-import dataclasses
 import http.client
 import json
 import os
 import re
 import secrets
-import signal
 import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longctx.bench.served.answer import Answer, read_answer, streaming
+from longctx.bench.served.process import last_words, own_environment, stop, write_options
 from longctx.config import EngineConfig
 from longctx.errors import LongctxError
 
 READY = "longctx ready "
-STOP_SECONDS = 60.0  # what was computed is written to the disk first
 SAMPLE = re.compile(r"^(\w[\w:]*)(?:\{(.*)\})? (\S+)$")
 LABEL = re.compile(r'(\w+)="([^"]*)"')
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """One streamed answer; times begin before the connection is made."""
-
-    text: str
-    first_token_seconds: float
-    seconds: float
-    cached_tokens: int
 
 
 class RunningServer:
@@ -65,42 +53,14 @@ class RunningServer:
 
     def ask(self, file_id: str, question: str, *, max_tokens: int) -> Answer:
         """Stream the greedy answer to a question about a file."""
-        content = [
+        content: list[dict[str, Any]] = [
             {"type": "file", "file": {"file_id": file_id}},
             {"type": "text", "text": question},
         ]
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": content}],
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
+        body = streaming(self.model, content, max_tokens)
         began = time.perf_counter()
-        text, cached = "", 0
-        first: float | None = None
-        with self._response("POST", "/v1/chat/completions", json.dumps(body).encode()) as response:
-            for line in response:
-                if not line.startswith(b"data: {"):
-                    continue
-                event = json.loads(line.removeprefix(b"data: "))
-                if "error" in event:
-                    raise LongctxError(f"the server answered {event['error']}")
-                if event.get("usage"):
-                    cached = event["usage"]["prompt_tokens_details"]["cached_tokens"]
-                for choice in event["choices"]:
-                    said = choice["delta"].get("content") or ""
-                    if (said or choice.get("finish_reason")) and first is None:
-                        first = time.perf_counter() - began
-                    text += said
-        seconds = time.perf_counter() - began
-        return Answer(
-            text=text,
-            first_token_seconds=seconds if first is None else first,
-            seconds=seconds,
-            cached_tokens=cached,
-        )
+        with self._response("POST", "/v1/chat/completions", body) as response:
+            return read_answer(response, began)
 
     def metric(self, name: str, label: str) -> defaultdict[str, float]:
         """Return the samples of a metric by the value of one label; 0 where there is none."""
@@ -153,8 +113,7 @@ def serving(engine: EngineConfig, folder: Path) -> Iterator[RunningServer]:
 
     Raises LongctxError, with what it said, where it does not start.
     """
-    options = folder / "longctx.toml"
-    options.write_text("".join(_toml(engine)), encoding="utf-8")
+    options = write_options(engine, folder / "longctx.toml")
     errors = folder / "stderr"
     words = ["--config", str(options), "--store-dir", str(folder / "store"), "--port", "0"]
     with (
@@ -164,7 +123,7 @@ def serving(engine: EngineConfig, folder: Path) -> Iterator[RunningServer]:
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env={k: v for k, v in os.environ.items() if not k.startswith("LONGCTX_")},
+            env=own_environment(),
             start_new_session=True,  # Ctrl-C is for this process, which ends the server
         ) as process,
     ):
@@ -172,30 +131,11 @@ def serving(engine: EngineConfig, folder: Path) -> Iterator[RunningServer]:
             assert process.stdout is not None
             ready = next((line for line in process.stdout if line.startswith(READY)), None)
             if ready is None:
-                said = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-                raise LongctxError(f"the server did not start: {said[-1] if said else 'no reason'}")
+                said = errors.read_text(encoding="utf-8", errors="replace")
+                raise LongctxError(f"the server did not start: {last_words(said)}")
             yield RunningServer(ready.removeprefix(READY).strip(), process.pid)
         finally:
-            _end(process)
-
-
-def _end(process: "subprocess.Popen[str]") -> None:
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _toml(config: Any) -> Iterator[str]:
-    """Yield the options of a config tree that are set, a line each."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _toml(value)
-        elif value is not None:
-            yield f"{field.name} = {json.dumps(str(value) if isinstance(value, Path) else value)}\n"
+            stop(process)
 
 
 def _descendants(pid: int) -> Iterator[int]:

@@ -5,7 +5,6 @@ Read `running`.
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,10 +14,10 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
+from longctx.bench.served.process import last_words, own_environment
 from longctx.errors import InvalidRequest, LongctxError
 
 WORKERS = Path(__file__).parent / "workers"
-TOLD_LINES = 8  # of what a worker said before it ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +96,7 @@ class Contender:
 
     def _last_words(self) -> str:
         self._said.seek(0)
-        said = self._said.read().decode(errors="replace").strip().splitlines()
-        return " / ".join(said[-TOLD_LINES:]) or "it said nothing"
+        return last_words(self._said.read().decode(errors="replace"))
 
 
 @contextmanager
@@ -154,8 +152,3 @@ def rival(
         python=python.absolute(),
         load={"model": str(model), "threads": threads, "context": context},
     )
-
-
-def own_environment() -> dict[str, str]:
-    """Return our environment without longctx's options, which would be taken twice."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("LONGCTX_")}

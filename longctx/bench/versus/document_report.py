@@ -97,6 +97,6 @@ def draw_conversations(
 
 def _seconds(talk: Conversation) -> list[float]:
     """Return what each question took; that of restoring is part of the first after the restart."""
-    after = [asked.first_seconds for asked in talk.after]
+    after = [asked.first_token_seconds for asked in talk.after]
     after[0] += talk.restore_seconds
-    return [asked.first_seconds for asked in talk.before] + after
+    return [asked.first_token_seconds for asked in talk.before] + after

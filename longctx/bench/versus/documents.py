@@ -12,7 +12,8 @@ from pathlib import Path
 from statistics import median
 
 from longctx.bench.haystack import haystacks
-from longctx.bench.versus.servers import Asked, Server, ask, running_server
+from longctx.bench.served.answer import Answer
+from longctx.bench.versus.servers import Server, ask, running_server
 from longctx.needles.ruler_tasks import Sentences
 
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)
@@ -25,26 +26,26 @@ class Conversation:
     """What one server's questions took, in their order."""
 
     tokens: int = 0  # of the longest prompt
-    before: list[Asked] = field(default_factory=list)
-    after: list[Asked] = field(default_factory=list)
-    uncached: dict[int, Asked] = field(default_factory=dict)  # by number, over both halves
+    before: list[Answer] = field(default_factory=list)
+    after: list[Answer] = field(default_factory=list)
+    uncached: dict[int, Answer] = field(default_factory=dict)  # by number, over both halves
     stored_bytes: int = 0
     save_seconds: float = 0.0
     restore_seconds: float = 0.0
 
     @property
     def cold_seconds(self) -> float:
-        return self.before[0].first_seconds
+        return self.before[0].first_token_seconds
 
     @property
     def warm_seconds(self) -> float:
         """The median of the questions before the restart, but the first; that where it is alone."""
-        return median(asked.first_seconds for asked in self.before[1:] or self.before)
+        return median(asked.first_token_seconds for asked in self.before[1:] or self.before)
 
     @property
     def restored_seconds(self) -> float:
         """The first question after the restart, with what restoring took."""
-        return self.restore_seconds + self.after[0].first_seconds
+        return self.restore_seconds + self.after[0].first_token_seconds
 
     @property
     def same(self) -> int:

@@ -1,12 +1,9 @@
 """longctx's server and llama.cpp's, started as anybody would start them, and asked over HTTP.
 
-Both get the same chat completions. `Asked` has what a client sees: when the first piece of the
-answer came, and its text. Read `running_server`.
+Both get the same chat completions. Read `running_server`.
 """
 
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -15,30 +12,17 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from longctx.bench.versus.contender import own_environment
+from longctx.bench.served.answer import Answer, read_answer, streaming
+from longctx.bench.served.process import last_words, own_environment, stop
 from longctx.errors import InvalidRequest, LongctxError
 
-READY = "longctx ready "
 START_SECONDS = 600.0  # a codec is measured at a model's first start
-STOP_SECONDS = 120.0
 POLL_SECONDS = 0.05
-TOLD_LINES = 8
 SLOT_FILE = "slot.bin"
 HOST = "127.0.0.1"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """One answer, as its client saw it; `cached_tokens` is None where the server tells none."""
-
-    first_seconds: float
-    text: str
-    prompt_tokens: int | None
-    cached_tokens: int | None
 
 
 class Server(Protocol):
@@ -153,55 +137,20 @@ def running_server(server: Server, folder: Path, errors: Path) -> Iterator[str]:
         _wait(server.name, process, address, errors)
         yield address
     finally:
-        _stop(process)
+        stop(process)
 
 
 def ask(
     server: Server, address: str, text: str, *, max_tokens: int, cold: int | None = None
-) -> Asked:
+) -> Answer:
     """Ask in one message of the user, greedily; `cold` numbers questions that use no cache."""
     headers, fields = ({}, {}) if cold is None else server.without_cache(cold)
     headers = {**server.headers, **headers}
-    body = {
-        "model": _model(server, address),
-        "messages": [{"role": "user", "content": text}],
-        "max_tokens": max_tokens,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        **fields,
-    }
+    asked = json.loads(streaming(_model(server, address), text, max_tokens))
+    body = json.dumps({**asked, **fields}).encode()
     began = time.perf_counter()
-    first: float | None = None
-    said: list[str] = []
-    usage: dict[str, Any] = {}
-    with _opened(f"{address}/v1/chat/completions", json.dumps(body).encode(), headers) as response:
-        for event in _events(response):
-            for choice in event.get("choices", ()):
-                piece = choice.get("delta", {}).get("content")
-                if piece:
-                    first = first or time.perf_counter() - began
-                    said.append(piece)
-            usage = event.get("usage") or usage
-    if first is None:
-        first = time.perf_counter() - began  # an answer without text: when it ended
-    details = usage.get("prompt_tokens_details") or {}
-    return Asked(
-        first_seconds=first,
-        text="".join(said),
-        prompt_tokens=usage.get("prompt_tokens"),
-        cached_tokens=details.get("cached_tokens"),
-    )
-
-
-def _events(response: Any) -> Iterator[dict[str, Any]]:
-    for line in response:
-        data = line.decode().strip().removeprefix("data:").strip()
-        if line.startswith(b"data:") and data != "[DONE]":
-            event = json.loads(data)
-            if "error" in event:
-                raise LongctxError(f"the server answered {event['error']}")
-            yield event
+    with _opened(f"{address}/v1/chat/completions", body, headers) as response:
+        return read_answer(response, began)
 
 
 def _model(server: Server, address: str) -> str:
@@ -235,23 +184,7 @@ def _wait(name: str, process: subprocess.Popen[bytes], address: str, errors: Pat
             if response.status == 200:
                 return
         if process.poll() is not None:
-            raise LongctxError(
-                f"{name}'s server ended with {process.returncode}: {_last_words(errors)}"
-            )
+            said = last_words(errors.read_text(encoding="utf-8", errors="replace"))
+            raise LongctxError(f"{name}'s server ended with {process.returncode}: {said}")
         time.sleep(POLL_SECONDS)
     raise LongctxError(f"{name}'s server was not ready after {START_SECONDS:.0f} s")
-
-
-def _last_words(errors: Path) -> str:
-    said = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return " / ".join(said[-TOLD_LINES:]) or "it said nothing"
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server and all that it started, by force if need be."""
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()

@@ -17,6 +17,7 @@ from longctx.bench.config import BenchConfig, FillerConfig, RoundsConfig
 from longctx.bench.random_model import SIZES
 from longctx.bench.report import Parameter, Report, Result
 from longctx.bench.retrieval.texts import filler
+from longctx.bench.served.process import write_options
 from longctx.bench.versus.contender import Engine, longctx_engine, rival, running
 from longctx.bench.versus.document_report import (
     conversation_results,
@@ -24,7 +25,6 @@ from longctx.bench.versus.document_report import (
     draw_conversations,
 )
 from longctx.bench.versus.documents import Conversation, converse, questions_on_text
-from longctx.bench.versus.option_file import write_options
 from longctx.bench.versus.random_gguf import write_random_gguf
 from longctx.bench.versus.servers import LlamaServer, LongctxServer, Server
 from longctx.bench.versus.speed import Measured, measure_questions, measure_speeds

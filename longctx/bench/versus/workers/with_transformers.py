@@ -1,4 +1,4 @@
-"""transformers' own `generate`: SDPA attention, DynamicCache, greedy, in float32 on a CPU."""
+"""transformers' own `generate`: SDPA attention, DynamicCache, greedy."""
 
 import time
 from pathlib import Path
@@ -10,29 +10,35 @@ from transformers.generation.streamers import BaseStreamer
 
 
 class Contender:
-    """One model from a folder, or from a GGUF file, which is then widened to float32."""
+    """One model from a folder, or from a GGUF file, which is then widened to `dtype`."""
 
-    def __init__(self, model: str, threads: int, context: int) -> None:
+    def __init__(
+        self,
+        model: str,
+        threads: int,
+        context: int,
+        dtype: str = "float32",
+        device: str = "cpu",
+    ) -> None:
         torch.set_num_threads(threads)
         path = Path(model)
         where: dict[str, Any] = {"pretrained_model_name_or_path": path}
         if path.is_file():
             where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
         loader: Any = transformers.AutoModelForCausalLM
-        self._model = loader.from_pretrained(
-            **where, dtype=torch.float32, local_files_only=True
-        ).eval()
+        loaded = loader.from_pretrained(**where, dtype=getattr(torch, dtype), local_files_only=True)
+        self._model = loaded.to(device).eval()
         self._model.generation_config.eos_token_id = None  # always all the tokens
         self.about = {
             "engine": f"transformers {transformers.__version__} (torch {torch.__version__})",
-            "kv": "f32",
+            "kv": dtype,
             "keeps": False,
             "saves": False,
         }
 
     def answer(self, prompt: list[int], new_tokens: int) -> dict[str, Any]:
         """Decode greedily; return the tokens and when each was known, seconds from the call."""
-        token_ids = torch.tensor([prompt])
+        token_ids = torch.tensor([prompt], device=self._model.device)
         clock = _Clock()
         began = time.perf_counter()
         output = self._model.generate(
