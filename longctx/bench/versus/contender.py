@@ -135,7 +135,7 @@ def longctx_engine(options: Path) -> Engine:
     """Return longctx as a contender, with the options in this file."""
     return Engine(
         name="longctx",
-        adapter=WORKERS / "with_longctx.py",
+        adapter=Path(__file__).parent / "with_longctx.py",
         python=Path(sys.executable),
         load={"options": str(options)},
         own=True,

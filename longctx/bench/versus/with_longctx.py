@@ -1,4 +1,7 @@
-"""longctx itself, as a library, with the options of the command that measures it."""
+"""longctx itself, as a library, with the options of the command that measures it.
+
+Run by `workers/worker.py`, as the adapters of other engines are.
+"""
 
 from pathlib import Path
 from typing import Any
