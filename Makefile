@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # One thread per test process: two processes with two threads each would fight for two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow test-wheel serve lint format reference docs bench clean
+.PHONY: demo test test-slow test-wheel node-client serve lint format reference docs bench clean
 
 demo: $(READY)
 	$(BIN)/python -m longctx.demo
@@ -20,6 +20,11 @@ test-slow: $(READY)
 # What a user gets: wheels with and without a compiler, each started outside of this tree.
 test-wheel: $(READY)
 	$(PYTEST) -m slow tests/test_wheel.py
+
+# OpenAI's client for Node, which tests drive where it is; it wants Node 20.
+node-client:
+	npm install --no-save --no-audit --no-fund --ignore-scripts --fetch-retries=1 \
+	  --fetch-timeout=30000 --prefix out/npm openai@6.49.0
 
 serve: $(READY)
 	$(BIN)/longctx serve
