@@ -19,7 +19,6 @@ from longctx.process.client import EngineClient
 from longctx.request import (
     FinishReason,
     Request,
-    RequestClass,
     RequestOutput,
     SamplingParams,
     Segment,
@@ -88,9 +87,7 @@ class Generation:
                 request_id=f"{name}-{number}",
                 segments=prompt.segments,
                 sampling=self._sampling(wanted, prompt.tokens + prompt.gap_tokens),
-                request_class=RequestClass.BATCH
-                if wanted.tier == "flex"
-                else RequestClass.INTERACTIVE,
+                request_class=wanted.request_class,
                 salt=salt,
                 explain=wanted.cache_explain,
                 in_memory=wanted.in_memory,

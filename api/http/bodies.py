@@ -20,7 +20,7 @@ from api.http.message_bodies import (
     neutral,
 )
 from api.http.tool_bodies import NamedTool, ToolChoice, ToolDefinition
-from longctx.request import MAX_LOGPROBS, SamplingParams
+from longctx.request import MAX_LOGPROBS, RequestClass, SamplingParams
 from longctx.text.chat_template import Ending
 from longctx.text.tool_forms import Tool, ToolForm
 from offload.tier_names import MemoryTierName
@@ -101,6 +101,10 @@ class GenerationRequest(RequestBody):
     ignore_eos: Annotated[
         bool | None, Field(description="go on after the end token, up to max_tokens")
     ] = None
+    service_tier: Annotated[
+        Literal["auto", "default", "flex"] | None,
+        Field(description="flex: after other questions, when they compete"),
+    ] = None
 
     # harmless
     user: str | None = None
@@ -154,7 +158,12 @@ class GenerationRequest(RequestBody):
     @property
     def tier(self) -> str | None:
         """The service tier that is asked for, which the answer names; None where it is not."""
-        return None
+        return "default" if self.service_tier == "auto" else self.service_tier
+
+    @property
+    def request_class(self) -> RequestClass:
+        """How the engine's scheduler is to rank the question among others."""
+        return RequestClass.BATCH if self.tier == "flex" else RequestClass.INTERACTIVE
 
     @property
     def counts_on(self) -> bool:
@@ -232,10 +241,6 @@ class ChatRequest(GenerationRequest):
     ] = None
     continue_final_message: Annotated[
         bool | None, Field(description="the answer goes on with the last message, an assistant's")
-    ] = None
-    service_tier: Annotated[
-        Literal["auto", "default", "flex"] | None,
-        Field(description="flex: after other questions, when they compete"),
     ] = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     prompt_cache_options: PromptCacheOptions | None = None
@@ -317,10 +322,6 @@ class ChatRequest(GenerationRequest):
         if required or not several or any(tool.strict for tool in tools):
             return form.grammar(tools, required=required, several=several, param="tools")
         return super().grammar(form)
-
-    @property
-    def tier(self) -> str | None:
-        return "default" if self.service_tier == "auto" else self.service_tier
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> Self:

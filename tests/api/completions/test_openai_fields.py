@@ -104,7 +104,7 @@ def test_what_cannot_be_had_is_refused(
     assert reply.status_code == 400 and says in reply.json()["error"]["message"]
 
 
-# -- streams and tiers ---------------------------------------------------------------------------
+# -- streams ---------------------------------------------------------------------------------------
 
 
 def test_a_stream_counts_on(client: openai.OpenAI) -> None:
@@ -122,15 +122,6 @@ def test_a_stream_counts_on(client: openai.OpenAI) -> None:
         assert {usage.prompt_tokens for usage in usages if usage is not None} == {
             last.prompt_tokens
         }
-
-
-@pytest.mark.parametrize(
-    ("asked", "told"), [(None, None), ("auto", "default"), ("default", "default"), ("flex", "flex")]
-)
-def test_a_service_tier_is_named(client: openai.OpenAI, asked: Any, told: str | None) -> None:
-    extra = {} if asked is None else {"service_tier": asked}
-    answer = client.chat.completions.create(**GREEDY, messages=ASK, **extra)
-    assert answer.service_tier == told
 
 
 def test_max_completion_tokens_is_the_limit(client: openai.OpenAI) -> None:
