@@ -8,7 +8,7 @@ that asks for nothing. Every other name is unknown and refused.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from api.http.format_bodies import ResponseFormat
 from api.http.message_bodies import (
@@ -43,6 +43,14 @@ def _prompt_shape(value: Any) -> str | None:
             return "a list"
         case _:
             return None
+
+
+def _not_ahead(priority: int) -> int:
+    if priority < 0:
+        raise ValueError(
+            f"is {priority}, the least is 0: no question goes ahead of others; leave it out"
+        )
+    return priority
 
 
 class StreamOptions(RequestBody):
@@ -105,6 +113,10 @@ class GenerationRequest(RequestBody):
         Literal["auto", "default", "flex"] | None,
         Field(description="flex: after other questions, when they compete"),
     ] = None
+    priority: Annotated[
+        Annotated[int, AfterValidator(_not_ahead), Field(json_schema_extra={"minimum": 0})] | None,
+        Field(description="above 0: after other questions, as with flex, however far above"),
+    ] = None
 
     # harmless
     user: str | None = None
@@ -155,15 +167,30 @@ class GenerationRequest(RequestBody):
         """How many of the likeliest tokens are told beside each; None asks for nothing."""
         return None
 
+    @model_validator(mode="after")
+    def _priority_and_tier_agree(self) -> Self:
+        if self.priority is not None and self.service_tier in ("default", "flex"):
+            fitting = "flex" if self.priority > 0 else "default"
+            if self.service_tier != fitting:
+                raise ValueError(
+                    f"priority {self.priority} contradicts service_tier {self.service_tier!r}, "
+                    f"it goes with {fitting!r}; leave one of them out"
+                )
+        return self
+
     @property
     def tier(self) -> str | None:
-        """The service tier that is asked for, which the answer names; None where it is not."""
-        return "default" if self.service_tier == "auto" else self.service_tier
+        """The service tier of the question, which the answer names; None where none is asked
+        for."""
+        if self.service_tier != "auto":
+            return self.service_tier
+        return "flex" if self.request_class is RequestClass.BATCH else "default"
 
     @property
     def request_class(self) -> RequestClass:
         """How the engine's scheduler is to rank the question among others."""
-        return RequestClass.BATCH if self.tier == "flex" else RequestClass.INTERACTIVE
+        later = self.service_tier == "flex" or (self.priority or 0) > 0
+        return RequestClass.BATCH if later else RequestClass.INTERACTIVE
 
     @property
     def counts_on(self) -> bool:

@@ -80,12 +80,30 @@ def class_of(server: LiveServer, path: str, body: dict[str, Any]) -> dict[str, i
         (RESPONSES, FLEX, "batch"),
         (GEMINI, {"serviceTier": "standard"}, "interactive"),
         (GEMINI, {"serviceTier": "flex"}, "batch"),
+        (CHAT, {"priority": 0}, "interactive"),
+        (CHAT, {"priority": None}, "interactive"),
+        (CHAT, {"priority": 1}, "batch"),
+        (CHAT, {"priority": 3, "service_tier": "auto"}, "batch"),
+        (CHAT, {"priority": 3, **FLEX}, "batch"),
+        (COMPLETIONS, {"priority": 0, "service_tier": "default"}, "interactive"),
+        (COMPLETIONS, {"priority": 2**40}, "batch"),
+        (COMPLETIONS, {"priority": 1, "stream": True}, "batch"),
     ],
 )
-def test_the_engine_has_a_question_in_the_class_of_its_tier(
+def test_the_engine_has_a_question_in_the_class_that_it_asks_for(
     narrow: LiveServer, path: str, fields: dict[str, Any], name: str
 ) -> None:
     assert class_of(narrow, path, {**BODIES[path], **fields}) == {name: 1}
+
+
+def test_all_prompts_of_a_request_are_of_its_class(narrow: LiveServer) -> None:
+    body = {**BODIES[COMPLETIONS], "prompt": ["In 1932", "In 2015"], "priority": 1}
+    with ThreadPoolExecutor(1) as pool:
+        with place_taken(narrow):
+            asked = pool.submit(httpx.post, narrow.url + COMPLETIONS, json=body, timeout=patient())
+            wait_for(lambda: sum(waiting(narrow).values()) == 2)
+            assert waiting(narrow) == {"batch": 2}
+        assert len(asked.result(patient()).json()["choices"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -113,3 +131,47 @@ def test_a_tier_that_there_is_not_is_refused(server: LiveServer, path: str, tier
     assert (reply.status_code, error["param"]) == (400, "service_tier")
     assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_value")
     assert "'default' or 'flex'" in error["message"]
+
+
+def test_a_priority_decides_the_tier_where_that_is_left_to_the_server(
+    client: openai.OpenAI,
+) -> None:
+    for tier, priority, told in (("auto", 2, "flex"), ("auto", 0, "default"), (None, 2, None)):
+        answer = client.chat.completions.create(
+            model=MODEL,
+            messages=ASK,
+            max_tokens=2,
+            service_tier=tier,  # type: ignore[arg-type]
+            extra_body={"priority": priority},
+        )
+        assert answer.service_tier == told
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize(
+    ("fields", "code", "says"),
+    [
+        ({"priority": -1}, "unsupported_value", "priority is -1, the least is 0"),
+        ({"priority": -(2**70)}, "unsupported_value", "leave it out"),
+        ({"priority": "1"}, "invalid_value", "valid integer"),
+        ({"priority": 1.5}, "invalid_value", "valid integer"),
+        ({"priority": True}, "invalid_value", "valid integer"),
+        ({"priority": [1]}, "invalid_value", "valid integer"),
+        (
+            {"priority": 0, "service_tier": "flex"},
+            *("unsupported_value", "priority 0 contradicts service_tier 'flex'"),
+        ),
+        (
+            {"priority": 2, "service_tier": "default"},
+            *("unsupported_value", "it goes with 'flex'; leave one of them out"),
+        ),
+    ],
+)
+def test_a_wrong_priority_is_named(
+    server: LiveServer, path: str, fields: dict[str, Any], code: str, says: str
+) -> None:
+    reply = server.http.post(path, json={**BODIES[path], **fields})
+    error = reply.json()["error"]
+    assert (reply.status_code, error["type"]) == (400, "invalid_request_error")
+    assert (error["param"], error["code"]) == ("priority", code)
+    assert says in error["message"]
