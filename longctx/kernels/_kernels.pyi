@@ -101,8 +101,45 @@ class PackedLinear:
     @property
     def bytes(self) -> int: ...
 
+class LinearGroup:
+    """Several packed layers over the same rows; `y` gets their results one after another."""
+
+    def __init__(self, layers: list[PackedLinear]) -> None: ...
+    def forward(self, x: int, rows: int, y: int) -> None: ...
+
 def rms_norm_bfloat16(
-    x: int, rows: int, width: int, weight: int, epsilon: float, twice: bool, y: int
+    x: int,
+    added: int,
+    sums: int,
+    rows: int,
+    width: int,
+    weight: int,
+    epsilon: float,
+    twice: bool,
+    y: int,
 ) -> None: ...
 def bfloat16_sets() -> list[str]: ...
-def rms_norm(x: int, rows: int, width: int, weight: int, epsilon: float, y: int) -> None: ...
+def rms_norm(
+    x: int, added: int, sums: int, rows: int, width: int, weight: int, epsilon: float, y: int
+) -> None: ...
+def turn_heads(
+    query: int,
+    query_stride: int,
+    key: int,
+    key_stride: int,
+    value: int,
+    value_stride: int,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    dims: int,
+    cosines: int,
+    sines: int,
+    turned: int,
+    pool: int,
+    slots: int,
+    first_slot: int,
+    bfloat16: bool,
+) -> None:
+    """Turn queries and keys in place, and keep keys and values; see `csrc/heads.h`."""
+    ...

@@ -1,12 +1,11 @@
 """Parts of a model's layers in few launches, for GPUs: norms, gated units, attention's ends.
 
-Each computes what the module computes whose place it takes; `gpu_fusing.py` puts it in where that
+Each computes what the module computes whose place it takes; `layer_fusing.py` puts it in where that
 was seen. Linear layers that map the same rows are one product over their joined weights. In
 between, the kernels of `kernels/triton_layers.py` are one launch each.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +13,13 @@ import triton
 from torch import Tensor, nn
 
 from longctx.kernels import triton_layers as kernels
-from longctx.model.layer_attention import AttentionCall, LayerAttention, Place
+from longctx.model.layer_attention import LayerAttention, Place
+from longctx.model.layer_fusing import AttentionForm, fuse_layers
+from longctx.model.norm_fusing import fuse_norms
+from longctx.model.widened import Widened
 
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOLERANCE = 1e-4  # of the norm of what is compared: float32 sums in another order give 1e-6
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 MOST_WIDTH = 16384  # of a norm: a row is held in registers
 GATES_AT_ONCE = 1024
@@ -115,18 +119,6 @@ class FusedGate(nn.Module):
         return out
 
 
-@dataclass(frozen=True, slots=True)
-class Turning:
-    """How heads are made ready to be attended: normalized, then turned by a `style`.
-
-    `norms` are those of query heads and of key heads, or none; `style` is one of `STYLES`, or None
-    where positions are not seen.
-    """
-
-    style: int | None
-    norms: tuple[FusedNorm, FusedNorm] | None
-
-
 class FusedAttention(nn.Module):
     """A layer's attention, from rows to rows: queries, keys and values as one product.
 
@@ -134,23 +126,16 @@ class FusedAttention(nn.Module):
     does, by the call that the module in its place was seen to make.
     """
 
-    def __init__(
-        self,
-        joined: nn.Linear,
-        output: nn.Linear,
-        call: AttentionCall,
-        heads: tuple[int, int, int],
-        turning: Turning,
-    ) -> None:
-        """`heads`: those of queries, those of keys, and dims of a head."""
+    def __init__(self, joined: nn.Linear, form: AttentionForm) -> None:
+        """`joined` is the form's, in one."""
         super().__init__()
-        self.joined, self.output = joined, output
-        self.layer_idx, self._call, self._heads = call.layer, call, heads
-        self.sinks = call.sinks  # registered here too
-        self._style, self._norms = turning.style, turning.norms
-        self._factors = output.weight.new_empty(0, dtype=torch.float32)
-        if turning.norms is not None:
-            self._factors = torch.stack([norm.factors for norm in turning.norms])
+        self.joined, self.output = joined, form.last
+        self.layer_idx, self._call, self._heads = form.call.layer, form.call, form.heads
+        self.sinks = form.call.sinks  # registered here too
+        self._style, self._norms = form.style, form.norms
+        self._factors = form.last.weight.new_empty(0, dtype=torch.float32)
+        if form.norms is not None:
+            self._factors = torch.stack([norm.factors for norm in form.norms])
 
     def forward(
         self,
@@ -244,6 +229,65 @@ class FusedLayer(nn.Module):
             return self.unit.add_to(rows, normed)
         result: Tensor = rows + self.unit(normed)
         return result
+
+
+class GPUParts:
+    """The parts for `layer_fusing.py`, compared in float32.
+
+    While a part is compared, the weights that it joins are held twice.
+    """
+
+    linear: type[nn.Module] = nn.Linear
+    norm: type[nn.Module] = FusedNorm
+    styles: Sequence[Any] = STYLES
+
+    def context(self) -> Widened:
+        return Widened()
+
+    def same(self, found: Tensor, wanted: Tensor) -> bool:
+        found, wanted = found.float(), wanted.float()
+        return bool((found - wanted).norm() <= TOLERANCE * wanted.norm())
+
+    def gates(
+        self, module: nn.Module, joined: Sequence[nn.Linear], last: nn.Linear
+    ) -> Iterator[nn.Module]:
+        both = _join(joined)
+        for activation in ACTIVATIONS:
+            yield FusedGate(both, last, activation)
+
+    def attention(self, module: nn.Module, form: AttentionForm) -> nn.Module:
+        return FusedAttention(_join(form.joined), form)
+
+    def layer(
+        self,
+        module: nn.Module,
+        norms: Sequence[FusedNorm],
+        attention: nn.Module,
+        unit: nn.Module,
+    ) -> nn.Module:
+        return FusedLayer(module, norms, attention, unit)
+
+
+def fuse_gpu_layers(model: nn.Module, *, vocab_size: int, max_context: int) -> None:
+    """Replace a loaded model's norms, and the parts of its layers that are recognized."""
+    fuse_norms(model, FusedNorm, types=TYPES, most_width=MOST_WIDTH)
+    fuse_layers(model, GPUParts(), vocab_size=vocab_size, max_context=max_context)
+
+
+def _join(linears: Sequence[nn.Linear]) -> nn.Linear:
+    """Make one layer of several that map the same rows: its outputs are theirs, in order."""
+    if len(linears) == 1:
+        return linears[0]
+    weight = torch.cat([each.weight for each in linears])
+    joined = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    joined.weight = nn.Parameter(weight, requires_grad=False)
+    if any(each.bias is not None for each in linears):
+        biases: list[Tensor] = [
+            weight.new_zeros(each.out_features) if each.bias is None else each.bias
+            for each in linears
+        ]
+        joined.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+    return joined
 
 
 def norm_warps(padded: int) -> int:

@@ -123,9 +123,9 @@ def load_model(config: ModelConfig, folder: Path, *, cache_dir: Path | None = No
         relocation = find_relocation(
             model, vocab_size=settings.vocab_size, max_context=rope.max_context
         )
-    fusing = _gpu_fusing(device)
-    if fusing is not None:
-        fusing.fuse_layers(model, vocab_size=settings.vocab_size, max_context=rope.max_context)
+    fuse = _layer_fusing(kernels, device)
+    if fuse is not None:
+        fuse(model, vocab_size=settings.vocab_size, max_context=rope.max_context)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what is free is shared out next
     tensors = {tensor.data_ptr(): tensor for tensor in model.parameters()}  # tied ones once
@@ -244,10 +244,11 @@ def computes_bfloat16() -> bool:
 
 
 class _Kernels(NamedTuple):
-    """The modules that have our kernels for linear layers and norms."""
+    """The modules that have our kernels for linear layers, norms, and what is around them."""
 
     linear: Any
     norm: Any
+    layers: Any
 
 
 def _kernels_for(weights: Weights, dtype: torch.dtype, device: torch.device) -> _Kernels | None:
@@ -266,6 +267,7 @@ def _kernels_for(weights: Weights, dtype: torch.dtype, device: torch.device) -> 
         return _Kernels(
             importlib.import_module("longctx.model.packed_linear"),
             importlib.import_module("longctx.model.rms_norm"),
+            importlib.import_module("longctx.model.cpu_layers"),
         )
     except ImportError as error:  # installed without a compiler
         if weights != "auto":
@@ -276,12 +278,14 @@ def _kernels_for(weights: Weights, dtype: torch.dtype, device: torch.device) -> 
         return None
 
 
-def _gpu_fusing(device: torch.device) -> Any:
-    """Import what fuses a model's layers on a GPU; None elsewhere, and without Triton."""
+def _layer_fusing(kernels: _Kernels | None, device: torch.device) -> Any:
+    """Find what fuses a model's layers here; None where nothing does: on a GPU without Triton."""
+    if kernels is not None:
+        return kernels.layers.fuse_cpu_layers
     if device.type != "cuda":
         return None
     try:
-        return importlib.import_module("longctx.model.gpu_fusing")
+        return importlib.import_module("longctx.model.gpu_layers").fuse_gpu_layers
     except ImportError:
         return None
 

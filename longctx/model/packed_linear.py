@@ -7,6 +7,7 @@ exact, and half the bytes to read. Those of quantized GGUF files stay in the gro
 `--weights int8` rounds weights to 8 bits. Read `pack_linears`; for GGUF, `Packer`.
 """
 
+from collections.abc import Sequence
 from typing import Self
 
 import gguf
@@ -72,11 +73,11 @@ class PackedLinear(nn.Module):
     ) -> None:
         """`shape` is [outputs, inputs]; `packed` has a copy of `bias`. `dtype` is that of rows."""
         super().__init__()
-        self._packed = packed
+        self.packed = packed
         pairs = instruction_set in _kernels.bfloat16_sets()
         assert dtype in COMPUTE_TYPES and not (pairs and dtype == torch.float32)
         self.dtype = dtype
-        self._kernel_dtype = torch.bfloat16 if pairs else torch.float32
+        self.kernel_dtype = torch.bfloat16 if pairs else torch.float32
         self.instruction_set = instruction_set
         self.out_features, self.in_features = shape
         self.bias = bias  # kept, as `weight`, for code that looks at it
@@ -156,12 +157,10 @@ class PackedLinear(nn.Module):
         assert x.shape[-1] == self.in_features
         if x.dtype != self.dtype:
             return self._exactly(x.float())
-        x = x.to(self._kernel_dtype).contiguous()
+        x = x.to(self.kernel_dtype).contiguous()
         out = x.new_empty((*x.shape[:-1], self.out_features))
-        self._packed.forward(x.data_ptr(), x.numel() // self.in_features, out.data_ptr())
+        self.packed.forward(x.data_ptr(), x.numel() // self.in_features, out.data_ptr())
         return out.to(self.dtype)
-
-    __call__ = forward  # a step makes a hundred of these calls, and none has hooks
 
     def _exactly(self, x: Tensor) -> Tensor:
         step = max(1, TAKEN_APART // self.in_features // PANEL) * PANEL
@@ -177,23 +176,53 @@ class PackedLinear(nn.Module):
 
     def _rows(self, ids: Tensor) -> Tensor:
         out = torch.empty(*ids.shape, self.in_features)
-        self._packed.rows(ids.data_ptr(), ids.numel(), out.data_ptr())
+        self.packed.rows(ids.data_ptr(), ids.numel(), out.data_ptr())
         return out
 
     @property
     def weight_bytes(self) -> int:
         """The memory of the packed weights, without bias and scales of outputs."""
-        return self._packed.bytes
+        return self.packed.bytes
 
     @property
     def weight(self) -> Tensor:
         """The weights [out_features, in_features] in the layer's type, unpacked anew each time."""
         weight = torch.empty(self.out_features, self.in_features)
-        self._packed.unpack(weight.data_ptr())
+        self.packed.unpack(weight.data_ptr())
         return weight.to(self.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.stored}"
+
+
+class LinearGroup:
+    """Several packed layers that map the same rows: one call, one piece of work for all threads."""
+
+    def __init__(self, layers: Sequence[PackedLinear]) -> None:
+        """Raises ValueError where they do not take the same rows."""
+        first = layers[0]
+        alike = {(each.dtype, each.kernel_dtype, each.in_features) for each in layers}
+        if len(alike) != 1:
+            raise ValueError("layers of other inputs, or types")
+        self._inputs, self._dtype = first.in_features, first.dtype
+        self._widens = first.kernel_dtype != first.dtype
+        self._outputs = [each.out_features for each in layers]
+        self._all_outputs = sum(self._outputs)
+        self._group = _kernels.LinearGroup([each.packed for each in layers])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Map `x` [..., inputs], of the layers' type, to the results [rows, outputs] of each."""
+        assert x.shape[-1] == self._inputs and x.dtype == self._dtype
+        if self._widens:
+            x = x.float()
+        x = x.contiguous()
+        rows = x.numel() // self._inputs
+        out = x.new_empty(rows * self._all_outputs)
+        self._group.forward(x.data_ptr(), rows, out.data_ptr())
+        if self._widens:
+            out = out.to(self._dtype)
+        parts = out.split_with_sizes([rows * each for each in self._outputs])
+        return [part.view(rows, each) for part, each in zip(parts, self._outputs, strict=True)]
 
 
 class PackedEmbedding(nn.Module):

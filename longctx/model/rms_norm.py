@@ -29,39 +29,38 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
         self.epsilon, self.dtype, self.twice = epsilon, dtype, twice
-        self._factors = weight.detach().float().contiguous()  # which need not be of `dtype`
+        self.factors = weight.detach().float().contiguous()  # which need not be of `dtype`
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize each row of `x` [..., width] by itself; rows of float32 in float32 always."""
-        width = self._factors.shape[0]
-        assert x.shape[-1] == width
-        if x.dtype == torch.float32:
-            x = x.float().contiguous()  # `exact.py` calls its narrow numbers float32 too
-            out = torch.empty_like(x)
-            _kernels.rms_norm(
-                x.data_ptr(),
-                x.numel() // width,
-                width,
-                self._factors.data_ptr(),
-                self.epsilon,
-                out.data_ptr(),
-            )
-            return out
-        assert x.dtype == self.dtype
-        x = x.contiguous()
-        out = torch.empty_like(x)
-        _kernels.rms_norm_bfloat16(
-            x.data_ptr(),
-            x.numel() // width,
-            width,
-            self._factors.data_ptr(),
-            self.epsilon,
-            self.twice,
-            out.data_ptr(),
-        )
-        return out
+        return self._normalized(x, None)[1]
 
-    __call__ = forward  # see PackedLinear
+    def after_sum(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum of two [..., width], rounded, and its norm."""
+        return self._normalized(x, y)
+
+    def _normalized(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        width = self.factors.shape[0]
+        assert x.shape[-1] == width
+        wide = x.dtype == torch.float32
+        assert wide or x.dtype == self.dtype
+        if wide:  # `exact.py` calls its narrow numbers float32 too
+            x, y = x.float(), None if y is None else y.float()
+        x = sums = x.contiguous()
+        out = torch.empty_like(x)
+        if y is not None:
+            assert y.shape == x.shape and y.dtype == x.dtype
+            y, sums = y.contiguous(), torch.empty_like(x)
+        addresses = (x.data_ptr(), 0 if y is None else y.data_ptr(), sums.data_ptr())
+        shape = (x.numel() // width, width)
+        norm = (self.factors.data_ptr(), self.epsilon)
+        if wide:
+            _kernels.rms_norm(*addresses, *shape, *norm, out.data_ptr())
+        else:
+            _kernels.rms_norm_bfloat16(*addresses, *shape, *norm, self.twice, out.data_ptr())
+        return sums, out
+
+    __call__ = forward  # a step makes many of these calls, and none has hooks
 
 
 def fuse_rms_norms(model: nn.Module) -> int:

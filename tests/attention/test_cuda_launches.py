@@ -30,7 +30,7 @@ with pytest.MonkeyPatch.context() as patch:  # Triton's decorators read it, when
     from longctx.attention import cuda_backend
     from longctx.attention.cuda_backend import CUDAAttention
     from longctx.kernels import triton_layers
-    from longctx.model import gpu_fusing
+    from longctx.model.gpu_layers import fuse_gpu_layers
 
 # numpy, which interprets, warns of NaN and infinity where a GPU does not
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -178,7 +178,7 @@ def test_a_step_of_32_layers_takes_few_launches(
 
     Of the steps that decode, the second fills a block and seals it, the third begins another.
     """
-    monkeypatch.setattr(loader, "_gpu_fusing", lambda _: gpu_fusing)
+    monkeypatch.setattr(loader, "_layer_fusing", lambda *_: fuse_gpu_layers)
     counted = []
     for layers in (1, 2):
         folder = write_model(tmp_path / str(layers), "llama", num_hidden_layers=layers)

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from longctx.errors import ModelRefused
+from longctx.model import loader
 from longctx.model.gguf_file import PLAIN, QUANTIZED, read_gguf
 from longctx.text.tokenizer import Tokenizer
 from tests.support.plain_attention import (
@@ -302,20 +303,24 @@ class RowsWidened(torch.nn.Module):
         return wide.to(rows.dtype)
 
 
-def test_another_type_of_numbers_has_the_values_rounded_to_it(tmp_path: Path) -> None:
+def test_another_type_of_numbers_has_the_values_rounded_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write_model(tmp_path / "exact", **WIDE)
     path = write_gguf(folder, tmp_path / "model.gguf", TensorType.Q4_K)
     narrow = load(path, dtype="bfloat16", device="cpu")
+    # Layers as transformers has them, so that their parts can be exchanged below
+    monkeypatch.setattr(loader, "_layer_fusing", lambda *_: None)
     exact = load(path.with_suffix(""), dtype="bfloat16", device="cpu")
     assert narrow.spec.dtype == torch.bfloat16
-    layers = dict(narrow.transformer.named_modules())
+    unfused = load(path, dtype="bfloat16", device="cpu").transformer
     linears = {
         name: layer
         for name, layer in exact.transformer.named_modules()
         if type(layer) in exact.linear_types
     }
     for name, layer in linears.items():
-        assert torch.equal(layers[name].weight, layer.weight)
+        assert torch.equal(unfused.get_submodule(name).weight, layer.weight)
     kernels = sys.modules.get("longctx.kernels._kernels")
     if kernels is not None and not kernels.bfloat16_sets():
         # This processor multiplies the file's values, not rounded, with rows that are widened

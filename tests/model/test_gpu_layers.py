@@ -20,16 +20,17 @@ from tests.support.tiny_models import ARCHITECTURES, write_model
 pytest.importorskip("triton", reason="pip install triton, to test the kernels for GPUs")
 with pytest.MonkeyPatch.context() as patch:  # Triton's decorators read it, when they are used
     patch.setenv("TRITON_INTERPRET", "1")
-    from longctx.model import gpu_fusing
     from longctx.model.gpu_layers import (
         ACTIVATIONS,
         STYLES,
+        TYPES,
         FusedAttention,
         FusedGate,
         FusedLayer,
         FusedNorm,
-        Turning,
+        fuse_gpu_layers,
     )
+    from longctx.model.layer_fusing import AttentionForm
     from longctx.model.norm_fusing import fuse_norms
 
 # numpy, which interprets, warns of NaN and infinity where a GPU does not
@@ -49,7 +50,7 @@ def _interpreted() -> Iterator[None]:
 def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models are loaded as on a GPU."""
     monkeypatch.setattr(loader, "_kernels_for", lambda *_: None)
-    monkeypatch.setattr(loader, "_gpu_fusing", lambda _: gpu_fusing)
+    monkeypatch.setattr(loader, "_layer_fusing", lambda *_: fuse_gpu_layers)
 
 
 def kinds(model: LoadedModel) -> dict[type[nn.Module], int]:
@@ -82,7 +83,7 @@ def test_norms_of_models_are_replaced_in_every_type(
     x = torch.randn(3, 48).to(dtype)
     with torch.inference_mode():
         wanted = model(x)
-        assert fuse_norms(model, FusedNorm, types=gpu_fusing.TYPES) == 1
+        assert fuse_norms(model, FusedNorm, types=TYPES) == 1
         assert isinstance(model[0], FusedNorm)
         torch.testing.assert_close(model(x), wanted, rtol=2**-6, atol=1e-6)
     assert fuse_norms(nn.Sequential(kind(48)).eval(), FusedNorm, types=(dtype,), most_width=40) == 0
@@ -137,10 +138,15 @@ def test_heads_are_turned_and_put_where_they_are_kept(
     heads, kv_heads, dims, tokens = 4, 2, 24, 3
     joined, output = nn.Linear(16, (heads + 2 * kv_heads) * dims), nn.Linear(heads * dims, 16)
     norms = (FusedNorm(torch.randn(dims), 1e-5), FusedNorm(torch.randn(dims), 1e-5))
-    turning = Turning(None if style is None else STYLES[style], norms if with_norms else None)
-    attention = FusedAttention(
-        joined, output, AttentionCall(0, 1.0), (heads, kv_heads, dims), turning
+    form = AttentionForm(
+        joined=[joined],
+        last=output,
+        call=AttentionCall(0, 1.0),
+        heads=(heads, kv_heads, dims),
+        norms=norms if with_norms else None,
+        style=None if style is None else STYLES[style],
     )
+    attention = FusedAttention(joined, form)
     cosines, sines = torch.randn(2, tokens, 16)
     pool = torch.zeros(10, 2, kv_heads, dims)
     kept = Kept(None if slots is None else Place(pool, slots))

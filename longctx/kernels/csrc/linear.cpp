@@ -17,6 +17,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "bfloat16.h"
+
 namespace longctx {
 namespace {
 
@@ -131,21 +133,6 @@ void pack_rows(const float* x, int64_t rows, int64_t inputs, int64_t tile_rows, 
         for (int64_t k = 0; k < inputs; ++k)
             for (int64_t r = 0; r < height; ++r) to[k * height + r] = from[r * inputs + k];
     }
-}
-
-float widened(uint16_t value) {
-    const uint32_t bits = uint32_t(value) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, sizeof wide);
-    return wide;
-}
-
-// To the nearest bfloat16 number, to even.
-uint16_t rounded(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const uint16_t nearest = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-    return value == value ? nearest : uint16_t(0x7fc0); // rounding could carry a NaN into the sign
 }
 
 // One over the root of the mean of the squares.
@@ -274,62 +261,91 @@ void PackedLinear::fill(int64_t first, int64_t rows, const uint8_t* codes, const
 }
 
 void PackedLinear::forward(const void* x, int64_t rows, void* y) const {
-    if (pairs_)
-        forward_pairs((const uint16_t*)x, rows, (uint16_t*)y);
-    else
-        forward_floats((const float*)x, rows, (float*)y);
+    forward_all({this}, x, rows, y);
 }
 
-void PackedLinear::forward_pairs(const uint16_t* x, int64_t rows, uint16_t* y) const {
-    const int64_t width = whole_units(inputs_), tile = pairs_->tile_rows;
+void PackedLinear::forward_all(const std::vector<const PackedLinear*>& layers, const void* x,
+                               int64_t rows, void* y) {
+    for (const PackedLinear* layer : layers)
+        if (layer->inputs_ != layers[0]->inputs_ || layer->pairs_ != layers[0]->pairs_)
+            throw std::invalid_argument("layers that do not take the same rows");
+    if (layers.empty()) return;
+    if (layers[0]->pairs_)
+        forward_pairs(layers, (const uint16_t*)x, rows, (uint16_t*)y);
+    else
+        forward_floats(layers, (const float*)x, rows, (float*)y);
+}
+
+void PackedLinear::forward_pairs(const std::vector<const PackedLinear*>& layers, const uint16_t* x,
+                                 int64_t rows, uint16_t* y) {
+    const PairKernels& kernels = *layers[0]->pairs_;
+    const int64_t inputs = layers[0]->inputs_, width = whole_units(inputs), tile = kernels.tile_rows;
     const auto whole = [&](int64_t count) { return (count + tile - 1) / tile * tile; };
     thread_local Memory packed_memory;
     for (int64_t top = 0; top < rows; top += PAIR_ROWS) {
         const int64_t some = std::min(PAIR_ROWS, rows - top);
-        const int64_t filled = pairs_->whole_tiles && some > tile ? whole(some) : some;
+        const int64_t filled = kernels.whole_tiles && some > tile ? whole(some) : some;
         auto* const packed = (uint16_t*)packed_memory.of(filled * width * sizeof(uint16_t));
-        const uint16_t* const from = x + top * inputs_;
-#pragma omp parallel if (outputs_ * inputs_ * some >= PARALLEL_PRODUCTS)
+        const uint16_t* const from = x + top * inputs;
+#pragma omp parallel if (products(layers, some) >= PARALLEL_PRODUCTS)
         {
-            pack_pairs(from, some, filled, inputs_, *pairs_, packed);
-            // Few rows wait for the weights alone. Many share a panel's with as many panels as leave
-            // each thread several shares.
-            const int64_t shares = panels_ / (4 * omp_get_num_threads()) / 2 * 2;
-            const int64_t step = some <= FEW_ROWS ? 2 : std::clamp<int64_t>(shares, 2, PAIR_PANELS);
-            // Kept by each thread: fresh memory would cost more than a small layer.
-            thread_local Memory own;
-            constexpr int64_t SCRATCH = 2 * PIECE * PANEL * sizeof(uint16_t);
-            const int64_t sums = step * PANEL * (some + MOST_TILE_ROWS) * sizeof(float);
-            char* const scratch = own.of(SCRATCH + sums);
-#pragma omp for schedule(dynamic)
-            for (int64_t panel = 0; panel < panels_; panel += step)
-                pairs_->run[int(storage_)]({packed, y + top * outputs_, weight_.get(), scales_.get(),
-                                            bias_.get(), some, inputs_, outputs_, panel,
-                                            std::min(panel + step, panels_), (uint16_t*)scratch,
-                                            (float*)(scratch + SCRATCH)});
-            pairs_->end();
+            pack_pairs(from, some, filled, inputs, kernels, packed);
+            thread_local Memory own; // kept: fresh memory would cost more than a small layer
+            uint16_t* to = y;
+            for (const PackedLinear* layer : layers) {
+                // Few rows wait for the weights alone. Many share a panel's with as many panels as
+                // leave each thread several shares.
+                const int64_t shares = layer->panels_ / (4 * omp_get_num_threads()) / 2 * 2;
+                const int64_t step = some <= FEW_ROWS ? 2 : std::clamp<int64_t>(shares, 2, PAIR_PANELS);
+                constexpr int64_t SCRATCH = 2 * PIECE * PANEL * sizeof(uint16_t);
+                const int64_t sums = step * PANEL * (some + MOST_TILE_ROWS) * sizeof(float);
+                char* const scratch = own.of(SCRATCH + sums);
+#pragma omp for schedule(dynamic) nowait
+                for (int64_t panel = 0; panel < layer->panels_; panel += step)
+                    kernels.run[int(layer->storage_)](
+                        {packed, to + top * layer->outputs_, layer->weight_.get(),
+                         layer->scales_.get(), layer->bias_.get(), some, inputs, layer->outputs_,
+                         panel, std::min(panel + step, layer->panels_), (uint16_t*)scratch,
+                         (float*)(scratch + SCRATCH)});
+                to += rows * layer->outputs_;
+            }
+            kernels.end();
         }
     }
 }
 
-void PackedLinear::forward_floats(const float* x, int64_t rows, float* y) const {
-    const int64_t tiles = (rows + kernels_.tile_rows - 1) / kernels_.tile_rows;
+void PackedLinear::forward_floats(const std::vector<const PackedLinear*>& layers, const float* x,
+                                  int64_t rows, float* y) {
+    const LinearKernels& kernels = layers[0]->kernels_;
+    const int64_t inputs = layers[0]->inputs_;
+    const int64_t tiles = (rows + kernels.tile_rows - 1) / kernels.tile_rows;
     const int64_t tile_rows = tiles ? (rows + tiles - 1) / tiles : 1; // 8 rows: 4 and 4, not 6 and 2
     thread_local std::vector<float> storage;
-    if (rows > 1 && int64_t(storage.size()) < rows * inputs_) storage.resize(rows * inputs_);
+    if (rows > 1 && int64_t(storage.size()) < rows * inputs) storage.resize(rows * inputs);
     float* const packed = storage.data(); // of this thread, in the others too
-    const int64_t step = tiles > 1 ? 2 * kernels_.row_panels : kernels_.row_panels;
-#pragma omp parallel if (outputs_ * inputs_ * rows >= PARALLEL_PRODUCTS)
+    const int64_t step = tiles > 1 ? 2 * kernels.row_panels : kernels.row_panels;
+#pragma omp parallel if (products(layers, rows) >= PARALLEL_PRODUCTS)
     {
-        if (rows > 1) pack_rows(x, rows, inputs_, tile_rows, packed);
+        if (rows > 1) pack_rows(x, rows, inputs, tile_rows, packed);
         alignas(64) float scratch[DEPTH * PANEL];
-        // Threads take shares as they get to them: another process may hold a core for a while.
-#pragma omp for schedule(dynamic)
-        for (int64_t panel = 0; panel < panels_; panel += step)
-            kernels_.run[int(storage_)]({rows > 1 ? packed : x, y, weight_.get(), scales_.get(),
-                                         bias_.get(), rows, tile_rows, inputs_, outputs_, panel,
-                                         std::min(panel + step, panels_), scratch});
+        float* to = y;
+        for (const PackedLinear* layer : layers) {
+            // Threads take shares as they get to them: another process may hold a core for a while.
+#pragma omp for schedule(dynamic) nowait
+            for (int64_t panel = 0; panel < layer->panels_; panel += step)
+                kernels.run[int(layer->storage_)](
+                    {rows > 1 ? packed : x, to, layer->weight_.get(), layer->scales_.get(),
+                     layer->bias_.get(), rows, tile_rows, inputs, layer->outputs_, panel,
+                     std::min(panel + step, layer->panels_), scratch});
+            to += rows * layer->outputs_;
+        }
     }
+}
+
+int64_t PackedLinear::products(const std::vector<const PackedLinear*>& layers, int64_t rows) {
+    int64_t count = 0;
+    for (const PackedLinear* layer : layers) count += layer->outputs_ * layer->inputs_ * rows;
+    return count;
 }
 
 void PackedLinear::unpack(float* weight) const {
@@ -378,26 +394,38 @@ PackedLinear::Floats PackedLinear::padded(const float* values) const {
 
 void PackedLinear::Free::operator()(void* memory) const { std::free(memory); }
 
-void rms_norm(const float* x, int64_t rows, int64_t width, const float* weight, float epsilon,
-              float* y) {
+void rms_norm(const float* x, const float* added, float* sums, int64_t rows, int64_t width,
+              const float* weight, float epsilon, float* y) {
 #pragma omp parallel for schedule(static) if (rows * width >= PARALLEL_PRODUCTS)
     for (int64_t row = 0; row < rows; ++row) {
         const float* from = x + row * width;
+        if (added) {
+            float* sum = sums + row * width;
+            for (int64_t i = 0; i < width; ++i) sum[i] = from[i] + added[row * width + i];
+            from = sum;
+        }
         float* to = y + row * width;
         const float factor = rms_factor(from, width, epsilon);
         for (int64_t i = 0; i < width; ++i) to[i] = from[i] * factor * weight[i];
     }
 }
 
-void rms_norm_bfloat16(const uint16_t* x, int64_t rows, int64_t width, const float* weight,
-                       float epsilon, bool twice, uint16_t* y) {
+void rms_norm_bfloat16(const uint16_t* x, const uint16_t* added, uint16_t* sums, int64_t rows,
+                       int64_t width, const float* weight, float epsilon, bool twice, uint16_t* y) {
 #pragma omp parallel if (rows * width >= PARALLEL_PRODUCTS)
     {
         std::vector<float> wide(width);
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; ++row) {
+            const uint16_t* from = x + row * width;
+            if (added) {
+                uint16_t* sum = sums + row * width;
+                for (int64_t i = 0; i < width; ++i)
+                    sum[i] = rounded(widened(from[i]) + widened(added[row * width + i]));
+                from = sum;
+            }
             uint16_t* to = y + row * width;
-            for (int64_t i = 0; i < width; ++i) wide[i] = widened(x[row * width + i]);
+            for (int64_t i = 0; i < width; ++i) wide[i] = widened(from[i]);
             const float factor = rms_factor(wide.data(), width, epsilon);
             if (twice)
                 for (int64_t i = 0; i < width; ++i)

@@ -54,6 +54,11 @@ public:
     // Computes `y` [rows, outputs] from `x` [rows, inputs], both contiguous and of the layer's type.
     void forward(const void* x, int64_t rows, void* y) const;
 
+    // The same for several layers of one type over the same rows, as one piece of work: `y` has the
+    // results of each, one after another. Layers of other inputs than the first's are refused.
+    static void forward_all(const std::vector<const PackedLinear*>& layers, const void* x,
+                            int64_t rows, void* y);
+
     // Writes the weights as float32 [outputs, inputs], scaled.
     void unpack(float* weight) const;
 
@@ -69,10 +74,13 @@ private:
     using Floats = std::unique_ptr<float, Free>;
 
     static void* allocate(size_t bytes);
+    static int64_t products(const std::vector<const PackedLinear*>& layers, int64_t rows);
     Floats padded(const float* values) const;
     size_t panel_bytes() const { return bytes_ / panels_; }
-    void forward_floats(const float* x, int64_t rows, float* y) const;
-    void forward_pairs(const uint16_t* x, int64_t rows, uint16_t* y) const;
+    static void forward_floats(const std::vector<const PackedLinear*>& layers, const float* x,
+                               int64_t rows, float* y);
+    static void forward_pairs(const std::vector<const PackedLinear*>& layers, const uint16_t* x,
+                              int64_t rows, uint16_t* y);
 
     const LinearKernels& kernels_;
     const PairKernels* pairs_; // null where rows are float32
@@ -84,12 +92,13 @@ private:
 };
 
 // Computes `y` from `x` [rows, width]: x / sqrt(mean(x^2) + epsilon) * weight, each row by itself.
-void rms_norm(const float* x, int64_t rows, int64_t width, const float* weight, float epsilon,
-              float* y);
+// Where there is `added` [rows, width], `sums` becomes x + added, and `y` the norm of that.
+void rms_norm(const float* x, const float* added, float* sums, int64_t rows, int64_t width,
+              const float* weight, float epsilon, float* y);
 
 // The same for bfloat16 rows, computed in float32. What is normalized is rounded to bfloat16 before
-// it is multiplied with `weight` where `twice` says so, and the result in any case.
-void rms_norm_bfloat16(const uint16_t* x, int64_t rows, int64_t width, const float* weight,
-                       float epsilon, bool twice, uint16_t* y);
+// it is multiplied with `weight` where `twice` says so, sums and the result in any case.
+void rms_norm_bfloat16(const uint16_t* x, const uint16_t* added, uint16_t* sums, int64_t rows,
+                       int64_t width, const float* weight, float epsilon, bool twice, uint16_t* y);
 
 } // namespace longctx

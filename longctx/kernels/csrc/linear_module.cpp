@@ -3,10 +3,18 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "heads.h"
 #include "linear.h"
 
 namespace nb = nanobind;
 using namespace longctx;
+
+namespace {
+struct LinearGroup {
+    explicit LinearGroup(std::vector<const PackedLinear*> given) : layers(std::move(given)) {}
+    std::vector<const PackedLinear*> layers;
+};
+} // namespace
 
 // Addresses are plain numbers: a step makes a hundred of these calls, and arrays would cost more
 // to hand over than a small layer takes. longctx/model/packed_linear.py checks the shapes.
@@ -63,20 +71,53 @@ void bind_linear(nb::module_& m) {
         .def_prop_ro("bytes", &PackedLinear::bytes);
     m.def("bfloat16_sets", &bfloat16_sets,
           "List the instruction sets for layers in bfloat16 that this CPU has, the fastest last.");
+    nb::class_<LinearGroup>(m, "LinearGroup")
+        .def(nb::init<std::vector<const PackedLinear*>>(), nb::arg("layers"),
+             nb::keep_alive<1, 2>()) // the list, which keeps the layers
+        .def(
+            "forward",
+            [](const LinearGroup& self, uintptr_t x, int64_t rows, uintptr_t y) {
+                PackedLinear::forward_all(self.layers, (const void*)x, rows, (void*)y);
+            },
+            nb::arg("x"), nb::arg("rows"), nb::arg("y"), nb::call_guard<nb::gil_scoped_release>());
     m.def(
         "rms_norm",
-        [](uintptr_t x, int64_t rows, int64_t width, uintptr_t weight, float epsilon, uintptr_t y) {
-            rms_norm((const float*)x, rows, width, (const float*)weight, epsilon, (float*)y);
+        [](uintptr_t x, uintptr_t added, uintptr_t sums, int64_t rows, int64_t width,
+           uintptr_t weight, float epsilon, uintptr_t y) {
+            rms_norm((const float*)x, (const float*)added, (float*)sums, rows, width,
+                     (const float*)weight, epsilon, (float*)y);
         },
-        nb::arg("x"), nb::arg("rows"), nb::arg("width"), nb::arg("weight"), nb::arg("epsilon"),
-        nb::arg("y"), nb::call_guard<nb::gil_scoped_release>());
+        nb::arg("x"), nb::arg("added"), nb::arg("sums"), nb::arg("rows"), nb::arg("width"),
+        nb::arg("weight"), nb::arg("epsilon"), nb::arg("y"),
+        nb::call_guard<nb::gil_scoped_release>());
     m.def(
         "rms_norm_bfloat16",
-        [](uintptr_t x, int64_t rows, int64_t width, uintptr_t weight, float epsilon, bool twice,
-           uintptr_t y) {
-            rms_norm_bfloat16((const uint16_t*)x, rows, width, (const float*)weight, epsilon, twice,
-                              (uint16_t*)y);
+        [](uintptr_t x, uintptr_t added, uintptr_t sums, int64_t rows, int64_t width,
+           uintptr_t weight, float epsilon, bool twice, uintptr_t y) {
+            rms_norm_bfloat16((const uint16_t*)x, (const uint16_t*)added, (uint16_t*)sums, rows,
+                              width, (const float*)weight, epsilon, twice, (uint16_t*)y);
         },
-        nb::arg("x"), nb::arg("rows"), nb::arg("width"), nb::arg("weight"), nb::arg("epsilon"),
-        nb::arg("twice"), nb::arg("y"), nb::call_guard<nb::gil_scoped_release>());
+        nb::arg("x"), nb::arg("added"), nb::arg("sums"), nb::arg("rows"), nb::arg("width"),
+        nb::arg("weight"), nb::arg("epsilon"), nb::arg("twice"), nb::arg("y"),
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "turn_heads",
+        [](uintptr_t query, int64_t query_stride, uintptr_t key, int64_t key_stride,
+           uintptr_t value, int64_t value_stride, int64_t tokens, int64_t heads, int64_t kv_heads,
+           int64_t dims, uintptr_t cosines, uintptr_t sines, int64_t turned, uintptr_t pool,
+           uintptr_t slots, int64_t first_slot, bool bfloat16) {
+            const auto turn = [&](auto* type) {
+                using T = decltype(type);
+                turn_heads<std::remove_pointer_t<T>>(
+                    {(T)query, (T)key, (T)value, query_stride, key_stride, value_stride, tokens,
+                     heads, kv_heads, dims, (T)cosines, (T)sines, turned, (T)pool,
+                     (const int64_t*)slots, first_slot});
+            };
+            bfloat16 ? turn((uint16_t*)nullptr) : turn((float*)nullptr);
+        },
+        nb::arg("query"), nb::arg("query_stride"), nb::arg("key"), nb::arg("key_stride"),
+        nb::arg("value"), nb::arg("value_stride"), nb::arg("tokens"), nb::arg("heads"),
+        nb::arg("kv_heads"), nb::arg("dims"), nb::arg("cosines"), nb::arg("sines"),
+        nb::arg("turned"), nb::arg("pool"), nb::arg("slots"), nb::arg("first_slot"),
+        nb::arg("bfloat16"), nb::call_guard<nb::gil_scoped_release>());
 }
