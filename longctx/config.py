@@ -20,7 +20,7 @@ def _cache_dir() -> Path:
 
 CACHE_DIR = _cache_dir()  # what was measured of models that were loaded
 
-Weights = Literal["auto", "int8"]
+Weights = Literal["auto", "int8", "int4"]
 # Names of what the registries hold, so that a wrong one is refused before anything is loaded.
 KVCodec = Literal["auto", "raw", "bf16", "int8", "int4"]
 AttentionBackendName = Literal["auto", "reference", "torch", "cpu", "cuda"]
@@ -41,8 +41,8 @@ class ModelConfig:
     ] = "auto"
     weights: Annotated[
         Weights,
-        "how linear layers keep their weights; auto: as the checkpoint has them; int8: rounded to "
-        "8 bits, in less memory and less exact (on a CPU; faster in float32)",
+        "how linear layers keep their weights; auto: as the checkpoint has them; int8, int4: "
+        "rounded to so many bits, in less memory and less exact (on a CPU; faster in float32)",
     ] = "auto"
     force_weights: Annotated[
         bool, "keep weights as told whatever that costs this model; it is not measured then"

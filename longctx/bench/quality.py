@@ -32,7 +32,7 @@ from longctx.quality.texts import TEXTS, Text
 from longctx.quality.weights_gate import judge_weights, measure_weights
 from longctx.text.tokenizer import Tokenizer
 
-WEIGHT_BITS: Final = {"int8": 8.0}  # and one scale for an output
+WEIGHT_BITS: Final = {"int8": 8.0, "int4": 5.0}  # with the scales and minima of groups
 
 
 def run(

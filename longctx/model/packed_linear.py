@@ -4,10 +4,10 @@ For models that compute in float32 or bfloat16 on a CPU. The model stays transfo
 `nn.Linear` is replaced by a `PackedLinear`, which computes the same. Weights that are bfloat16
 numbers, as those of most checkpoints are, stay 16 bits wide in memory and are widened in registers:
 exact, and half the bytes to read. Those of quantized GGUF files stay in the groups of their blocks.
-`--weights int8` rounds weights to 8 bits. Read `pack_linears`; for GGUF, `Packer`.
+`--weights` rounds weights to 8 or 4 bits. Read `pack_linears`; for GGUF, `Packer`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 import gguf
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from gguf import GGMLQuantizationType as TensorType
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from longctx.config import Weights
 from longctx.kernels import _kernels
@@ -39,6 +40,8 @@ BLOCKS = {
     TensorType.Q4_K: 9,
 }
 INT8_MAX = 127
+INT4_GROUP = 32  # inputs that share a scale and a minimum
+INT4_MAX = 15
 PANEL = 16  # outputs that are stored together
 TAKEN_APART = 1 << 22  # weights whose blocks are taken apart, or widened, at once
 COMPUTE_TYPES = (torch.float32, torch.bfloat16)
@@ -85,10 +88,15 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def of(cls, linear: nn.Linear, weights: Weights, instruction_set: str) -> Self:
-        """Pack the weights of a layer, as narrow as is exact or as `weights` asks."""
+        """Pack the weights of a layer, as narrow as is exact or as `weights` asks.
+
+        Inputs that are no whole groups are rounded to 8 bits where 4 are asked for.
+        """
         weight, scales, dtype = linear.weight.detach(), None, linear.weight.dtype
         assert dtype in COMPUTE_TYPES, "other types are left to torch"
-        if weights == "int8":
+        if weights == "int4" and weight.shape[1] % INT4_GROUP == 0:
+            return cls._of_groups(linear, instruction_set)
+        if weights != "auto":
             weight, scales = quantize_rows(weight.float())
         elif torch.equal(narrow := weight.bfloat16(), weight):  # compares as float32
             weight = narrow
@@ -115,6 +123,27 @@ class PackedLinear(nn.Module):
         )
 
     @classmethod
+    def _of_groups(cls, linear: nn.Linear, instruction_set: str) -> Self:
+        """Round weights to 4 bits, a piece at a time, and pack them as those of Q4_1 files."""
+        outputs, inputs = linear.weight.shape
+        own = _contiguous(linear.bias)
+        address = 0 if own is None else own.data_ptr()
+        storage = BLOCKS[TensorType.Q4_1]
+        packed = _kernels.PackedLinear(address, outputs, inputs, storage, instruction_set)
+        for first, some in _pieces(outputs, inputs):
+            weight = linear.weight[first : first + some].detach().float()
+            codes, scales, minima = quantize_groups(weight)
+            packed.fill(first, some, codes.data_ptr(), scales.data_ptr(), 0, minima.data_ptr(), 0)
+        return cls(
+            packed,
+            (outputs, inputs),
+            linear.bias,
+            "int4",
+            dtype=linear.weight.dtype,
+            instruction_set=instruction_set,
+        )
+
+    @classmethod
     def of_blocks(
         cls,
         kind: TensorType,
@@ -130,12 +159,11 @@ class PackedLinear(nn.Module):
         own = _contiguous(bias)
         address = 0 if own is None else own.data_ptr()
         packed = _kernels.PackedLinear(address, outputs, inputs, BLOCKS[kind], instruction_set)
-        step = max(1, TAKEN_APART // inputs // PANEL) * PANEL
-        for first in range(0, outputs, step):
-            codes, scales, minima = groups_of(kind, rows[first : first + step])
+        for first, some in _pieces(outputs, inputs):
+            codes, scales, minima = groups_of(kind, rows[first : first + some])
             packed.fill(
                 first,
-                len(codes),
+                some,
                 codes.ctypes.data,
                 *_addresses(scales),
                 *_addresses(minima),
@@ -163,8 +191,8 @@ class PackedLinear(nn.Module):
         return out.to(self.dtype)
 
     def _exactly(self, x: Tensor) -> Tensor:
-        step = max(1, TAKEN_APART // self.in_features // PANEL) * PANEL
-        parts = torch.split(torch.arange(self.out_features), step)
+        pieces = _pieces(self.out_features, self.in_features)
+        parts = [torch.arange(first, first + some) for first, some in pieces]
         out = torch.cat([F.linear(x, self._rows(part)) for part in parts], dim=-1)
         return out if self.bias is None else out.add_(self.bias.float())
 
@@ -256,24 +284,25 @@ class Packer:
         An embedding is packed too, and shared with an output layer that is tied to it.
         """
         module = model.get_submodule(path)
+        output = model.get_output_embeddings()  # type: ignore[operator]
         if type(module) is nn.Linear:
-            model.set_submodule(path, self._pack(weight, module.bias))
+            packed = self._pack(weight, module.bias, output=module is output)
+            model.set_submodule(path, packed)
             return True
         if not isinstance(module, nn.Embedding):
             return False
-        output = model.get_output_embeddings()  # type: ignore[operator]
         tied = model.config.tie_word_embeddings and type(output) is nn.Linear  # type: ignore
         plain = type(module) is nn.Embedding
         if not tied and not plain:
             return False
-        packed = self._pack(weight, None)
+        packed = self._pack(weight, None, output=bool(tied))
         if tied:
             model.set_submodule("lm_head", packed)
         if plain:
             model.set_submodule(path, PackedEmbedding(packed))
         return plain
 
-    def _pack(self, weight: Weight, bias: Tensor | None) -> PackedLinear:
+    def _pack(self, weight: Weight, bias: Tensor | None, *, output: bool) -> PackedLinear:
         kind = weight.tensor.type
         if self._weights == "auto" and kind in BLOCKS:
             return PackedLinear.of_blocks(
@@ -283,13 +312,25 @@ class Packer:
         layer = nn.Linear(values.shape[1], values.shape[0], device="meta")
         layer.weight = nn.Parameter(values, requires_grad=False)
         layer.bias = bias  # type: ignore[assignment]
-        return PackedLinear.of(layer, self._weights, self._instruction_set)
+        return PackedLinear.of(layer, _kept(self._weights, output), self._instruction_set)
 
 
 def packed_bytes(model: nn.Module) -> int:
     """The memory of all packed weights in `model`, shared ones once."""
     layers = {module for module in model.modules() if isinstance(module, PackedLinear)}
     return sum(layer.weight_bytes for layer in layers)
+
+
+def _kept(weights: Weights, output: bool) -> Weights:
+    """Return what a layer is rounded to: the output layer, by which tokens are told, to 8 bits."""
+    return "int8" if weights == "int4" and output else weights
+
+
+def _pieces(outputs: int, inputs: int) -> Iterator[tuple[int, int]]:
+    """Yield the first output and the number of outputs of what is worked on at once."""
+    step = max(1, TAKEN_APART // inputs // PANEL) * PANEL
+    for first in range(0, outputs, step):
+        yield first, min(step, outputs - first)
 
 
 def _addresses(numbers: Numbers | None) -> tuple[int, int]:
@@ -311,6 +352,21 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), scales
 
 
+def quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Round `weight` [outputs, inputs] to 4 bits, in groups of 32 inputs with scale and minimum.
+
+    Returns codes [outputs, inputs] uint8, and scales and minima [outputs, groups] float16: a weight
+    is scale * code + minimum, as in GGUF's Q4_1. Scales are rounded first, and codes with them.
+    """
+    groups = weight.reshape(len(weight), -1, INT4_GROUP)
+    least, most = groups.aminmax(dim=2)
+    minima = least.half()
+    scales = ((most - minima.float()) / INT4_MAX).half()
+    steps = scales.float().clamp_min(torch.finfo(torch.float32).tiny)
+    codes = ((groups - minima.float()[..., None]) / steps[..., None]).round().clamp(0, INT4_MAX)
+    return codes.flatten(1).to(torch.uint8), scales.contiguous(), minima.contiguous()
+
+
 def pack_linears(model: nn.Module, weights: Weights, *, instruction_set: str | None = None) -> None:
     """Replace every `nn.Linear` in `model` that computes in float32 or bfloat16.
 
@@ -319,6 +375,9 @@ def pack_linears(model: nn.Module, weights: Weights, *, instruction_set: str | N
     its rows up in the packed weights, unless those are rounded. `instruction_set` is by default the
     fastest.
     """
+    output = None
+    if isinstance(model, PreTrainedModel):
+        output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     paths_of: dict[nn.Linear, list[str]] = {}  # a tied layer has several
     embeddings: dict[Tensor, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -329,7 +388,7 @@ def pack_linears(model: nn.Module, weights: Weights, *, instruction_set: str | N
     while paths_of:
         linear, paths = paths_of.popitem()
         name = instruction_set or fastest_set(linear.weight.dtype)
-        packed = PackedLinear.of(linear, weights, name)
+        packed = PackedLinear.of(linear, _kept(weights, linear is output), name)
         for path in paths:
             model.set_submodule(path, packed)
         if weights == "auto":

@@ -1,4 +1,4 @@
-"""Says whether rounded weights cost a model too much; they are judged as an 8-bit codec is.
+"""Says whether rounded weights cost a model too much; they are judged as a codec of their bits is.
 
 The same model with its weights as the checkpoint has them is loaded beside it, once for a model,
 and let go; the measurements are kept on disk like those of codecs.
@@ -19,7 +19,7 @@ from longctx.quality.gate import AT_START, told
 from longctx.quality.measure import Variant, Workload, measure_variants
 from longctx.quality.measurement_cache import MeasurementCache, identity_of
 from longctx.quality.texts import TEXTS, Text
-from longctx.quality.verdict import LOSSLESS, is_settled, judge
+from longctx.quality.verdict import LOSSLESS, NARROW, is_settled, judge
 from longctx.text.tokenizer import Tokenizer
 
 
@@ -71,8 +71,9 @@ def check_weights(
 
 
 def judge_weights(model: LoadedModel, name: str, measured: Measured) -> Verdict:
-    """Judge what was measured of weights by the limits of a lossless codec."""
-    return judge(name, measured, LOSSLESS, vocab_size=model.spec.vocab_size)
+    """Judge what was measured of weights by the limits of a codec of as many bits."""
+    limits = NARROW if name == "int4" else LOSSLESS
+    return judge(name, measured, limits, vocab_size=model.spec.vocab_size)
 
 
 def measure_weights(

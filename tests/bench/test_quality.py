@@ -33,24 +33,26 @@ def test_every_codec_is_compared_with_raw(
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_rounded_weights_are_compared_with_those_of_the_checkpoint(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    weights: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("longctx.model.packed_linear", exc_type=ImportError)
     text = tmp_path / "text.md"
     text.write_text("The harbour was quiet. A boat came in with the tide. " * 40, encoding="utf-8")
-    options = "--threads 1 --text-tokens 150 --own-tokens 20 --kv-codec int8 --weights int8"
-    main(["bench", "quality", "--model", str(model), "--text-file", str(text), *options.split()])
+    options = "--threads 1 --text-tokens 150 --own-tokens 20 --kv-codec int8 --weights"
+    given = ["--model", str(model), "--text-file", str(text), *options.split(), weights]
+    main(["bench", "quality", *given])
     printed = capsys.readouterr().out.rstrip("\n").split("\n")
     rows = [row for row in json.loads(printed[-1])["results"] if row["metric"] == "KL"]
     assert [(row.get("codec"), row.get("weights"), row["part"]) for row in rows] == [
         ("int8", None, "text"),
         ("int8", None, "own"),
-        (None, "int8", "text"),
-        (None, "int8", "own"),
+        (None, weights, "text"),
+        (None, weights, "own"),
     ]
     assert all(row["value"] > 1e-7 for row in rows if "weights" in row)
-    assert any("weights int8" in line for line in printed)
+    assert any(f"weights {weights}" in line for line in printed)
 
 
 def test_raw_cannot_be_compared_with_itself(model: Path) -> None:

@@ -15,7 +15,13 @@ from tests.support.tiny_models import write_model
 
 _kernels = pytest.importorskip("longctx.kernels._kernels")
 
-from longctx.model.packed_linear import PackedLinear, pack_linears, packed_bytes, quantize_rows  # noqa: E402
+from longctx.model.packed_linear import (  # noqa: E402
+    PackedLinear,
+    pack_linears,
+    packed_bytes,
+    quantize_groups,
+    quantize_rows,
+)
 
 INSTRUCTION_SETS = _kernels.instruction_sets()
 
@@ -41,7 +47,7 @@ def plain(linear: nn.Linear | PackedLinear, bias: Tensor | None, x: Tensor) -> T
     inputs=st.integers(1, 70) | st.integers(380, 390) | st.integers(760, 800),
     outputs=st.integers(1, 70) | st.integers(120, 140),
     bias=st.booleans(),
-    kind=st.sampled_from(["float32", "bfloat16", "int8"]),
+    kind=st.sampled_from(["float32", "bfloat16", "int8", "int4"]),
     seed=st.integers(0, 1000),
 )
 def test_a_packed_layer_computes_what_the_plain_one_does(
@@ -49,7 +55,7 @@ def test_a_packed_layer_computes_what_the_plain_one_does(
 ) -> None:
     torch.manual_seed(seed)
     linear = layer(inputs, outputs, bias=bias, bf16=kind == "bfloat16")
-    packed = PackedLinear.of(linear, "int8" if kind == "int8" else "auto", instruction_set)
+    packed = PackedLinear.of(linear, kind if kind in ("int8", "int4") else "auto", instruction_set)
     x = torch.randn(rows, inputs)
     wanted = plain(packed, linear.bias, x)
     # One rounding per product and sum, of terms whose magnitudes add up to `terms`
@@ -59,11 +65,11 @@ def test_a_packed_layer_computes_what_the_plain_one_does(
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
-@pytest.mark.parametrize("weights", ["auto", "int8"])
+@pytest.mark.parametrize("weights", ["auto", "int8", "int4"])
 def test_a_row_has_the_same_bits_in_every_batch(instruction_set: str, weights: Weights) -> None:
     torch.manual_seed(0)
-    packed = PackedLinear.of(layer(900, 100, bias=True), weights, instruction_set)
-    x = torch.randn(301, 900)
+    packed = PackedLinear.of(layer(896, 100, bias=True), weights, instruction_set)
+    x = torch.randn(301, 896)
     whole = packed(x)
     for rows in (1, 2, 3, 4, 5, 6, 7, 8, 13, 96, 97, 200):
         assert torch.equal(packed(x[:rows]), whole[:rows])
@@ -101,6 +107,44 @@ def test_int8_errs_by_at_most_half_a_step() -> None:
     assert int(codes.abs().max()) == 127
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    outputs=st.integers(1, 40),
+    groups=st.integers(1, 5),
+    magnitude=st.sampled_from([1e-3, 1.0, 100.0]),
+    seed=st.integers(0, 1000),
+)
+def test_int4_errs_by_at_most_half_a_step_and_the_rounding_of_its_scales(
+    outputs: int, groups: int, magnitude: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    weight = torch.randn(outputs, 32 * groups) * magnitude
+    weight[0] = 0
+    weight[-1] = 7.0  # all the same
+    codes, scales, minima = quantize_groups(weight)
+    wide = [each.float().repeat_interleave(32, dim=1) for each in (scales, minima)]
+    found = wide[0] * codes + wide[1]
+    largest = weight.unflatten(1, (-1, 32)).abs().amax(2).repeat_interleave(32, dim=1)
+    # Halves have 11 bits: fifteen steps are off by as much of the range, the minimum of itself
+    bound = 0.5 * wide[0] + 2**-10 * largest + 1e-6
+    assert ((found - weight).abs() <= bound).all()
+    assert codes.max() <= 15
+    linear = nn.Linear(32 * groups, outputs, bias=False).requires_grad_(False)
+    linear.weight.copy_(weight)
+    packed = PackedLinear.of(linear, "int4", INSTRUCTION_SETS[-1])
+    assert torch.equal(packed.weight, found) and packed.stored == "int4"
+
+
+def test_int4_keeps_8_bits_where_inputs_are_no_groups_and_for_the_output(tmp_path: Path) -> None:
+    assert PackedLinear.of(layer(40, 8), "int4", INSTRUCTION_SETS[-1]).stored == "int8"
+    folder = write_model(tmp_path, hidden_size=64, intermediate_size=96)
+    config = ModelConfig(weights="int4", device="cpu", dtype="float32")
+    layers = load_model(config, folder).transformer.named_modules()
+    stored = {name: each.stored for name, each in layers if isinstance(each, PackedLinear)}
+    assert stored.pop("lm_head") == "int8"
+    assert set(stored.values()) == {"int4"}
+
+
 def test_inputs_of_any_shape_and_stride_are_taken() -> None:
     linear = layer(24, 10)
     packed = PackedLinear.of(linear, "auto", INSTRUCTION_SETS[-1])
@@ -127,12 +171,12 @@ def test_only_plain_float32_layers_are_replaced_and_a_shared_one_stays_shared() 
 
 def test_rounded_weights_are_another_model(tmp_path: Path) -> None:
     folder = write_model(tmp_path)
-    exact, rounded = (
+    exact, byte, nibble = (
         load_model(ModelConfig(weights=weights, device="cpu", dtype="float32"), folder).spec
-        for weights in ("auto", "int8")
+        for weights in ("auto", "int8", "int4")
     )
-    assert exact.fingerprint != rounded.fingerprint
-    assert rounded.weight_bytes < exact.weight_bytes
+    assert len({exact.fingerprint, byte.fingerprint, nibble.fingerprint}) == 3
+    assert nibble.weight_bytes < byte.weight_bytes < exact.weight_bytes
 
 
 def test_int8_is_refused_where_it_would_not_be_used(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Rounded weights are measured against exact ones, judged as a codec of 8 bits, and acted upon."""
+"""Rounded weights are measured against exact ones, judged as codecs are, and acted upon."""
 
 from pathlib import Path
 
