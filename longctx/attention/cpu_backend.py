@@ -31,7 +31,7 @@ class CPUAttention:
     decodes_pages: ClassVar = False
 
     def __init__(self, memory: KVMemory, instruction_set: str | None = None) -> None:
-        """Bind the kernels of one of `_kernels.instruction_sets()`, the fastest if none is named.
+        """Bind the kernels of one of `_kernels.attention_sets()`, the fastest if none is named.
 
         Raises ModelRefused for pools of a codec whose pages the kernels cannot read.
         """
@@ -43,7 +43,7 @@ class CPUAttention:
                     "of these codecs"
                 )
         self._memory = memory
-        self._kernels = _kernels.Attention(instruction_set or _kernels.instruction_sets()[-1])
+        self._kernels = _kernels.Attention(instruction_set or _kernels.attention_sets()[-1])
         self._layers: dict[tuple[int, int], _kernels.Layer] = {}
 
     def plan(self, chunks: Sequence[ChunkRows], group: int) -> _kernels.Plan:

@@ -14,6 +14,10 @@ def instruction_sets() -> list[str]:
     """List the instruction sets that this CPU has, the fastest last; empty if it has none."""
     ...
 
+def attention_sets() -> list[str]:
+    """List those that attention may use here: with them also those for queries in bfloat16."""
+    ...
+
 class Plan:
     """The chunks of one step, for all layers of a group; it keeps their arrays alive."""
 

@@ -31,7 +31,8 @@ from tests.conformance.test_backends import Case, build, cases, tolerance
 _kernels = pytest.importorskip("longctx.kernels._kernels")
 from longctx.attention.cpu_backend import CPUAttention  # noqa: E402  # needs _kernels
 
-INSTRUCTION_SETS = _kernels.instruction_sets()
+INSTRUCTION_SETS = _kernels.attention_sets()
+NARROW_SETS = _kernels.bfloat16_sets()  # of products in bfloat16
 ROOT = Path(__file__).parents[2]
 SCALING = 0.3
 
@@ -100,7 +101,7 @@ def test_every_instruction_set_equals_reference(
 @pytest.mark.parametrize("codec", ["raw", "bf16", "int8", "int4"])
 @settings(max_examples=8, deadline=None)
 @given(
-    head_dim=st.sampled_from([8, 16, 24, 40, 80, 96, 128, 256]),
+    head_dim=st.sampled_from([8, 16, 24, 32, 40, 64, 80, 96, 128, 256]),
     group=st.integers(1, 8),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     chunks=st.lists(
@@ -126,7 +127,10 @@ def test_every_shape_and_type_equals_reference(
     wanted = expected(memory, rows, query.float(), scaling=head_dim**-0.5)
     # `reference` reads pages through `decode`, which rounds to the model's type.
     lost = {torch.float32: 0.0, torch.bfloat16: 4e-2, torch.float16: 5e-3}[dtype]
-    assert_close(found, wanted, tolerance("cpu", case) + (0 if codec == "raw" else lost))
+    # Softmax weights that are rounded to bfloat16 are off by 2^-9 of themselves.
+    narrow = dtype == torch.bfloat16 and instruction_set in NARROW_SETS
+    allowed = 2**-8 if narrow and codec == "raw" else 0.0 if codec == "raw" else lost
+    assert_close(found, wanted, tolerance("cpu", case) + allowed)
 
 
 @pytest.mark.parametrize("head_dim", [1, 20, 63])

@@ -81,5 +81,7 @@ struct Kernels {
 };
 
 extern const Kernels avx2_kernels, avx512_kernels, avx512_vnni_kernels;
+// For queries in bfloat16: only on a CPU of `bfloat16_sets()` (linear.h).
+extern const Kernels avx512_bf16_kernels, amx_kernels;
 
 } // namespace longctx

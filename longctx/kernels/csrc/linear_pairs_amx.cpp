@@ -1,5 +1,6 @@
 // Linear layers in bfloat16 with AMX: tiles of up to 16 rows and UNIT inputs, times tiles of UNIT
 // inputs and one panel.
+#include "amx.h"
 #include "linear_pairs_tile.h"
 
 namespace {
@@ -8,24 +9,13 @@ constexpr int64_t HEIGHT = 16;              // of a tile
 constexpr int64_t WEIGHTS = UNIT * PANEL;   // of a tile
 constexpr int ROW_BYTES = 64;               // of a tile
 
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-};
-
 struct Amx {
     static constexpr int64_t TILE_ROWS = HEIGHT, STEP = UNIT, ROWS = 2 * HEIGHT;
     static constexpr bool WHOLE_TILES = true;
 
     // Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 weights.
     static void begin(int64_t rows) {
-        TileConfig config;
-        for (int tile = 0; tile < 8; ++tile) {
-            config.row_bytes[tile] = ROW_BYTES;
-            config.rows[tile] = uint8_t(tile < 6 && rows < HEIGHT ? rows : HEIGHT);
-        }
-        _tile_loadconfig(&config);
+        TileConfig(rows < HEIGHT ? rows : HEIGHT).load();
     }
     static void end() { _tile_release(); }
 
@@ -33,10 +23,12 @@ struct Amx {
     static void multiply(const PairJob& job, const Part& part, int64_t row) {
         const int64_t height = job.rows < HEIGHT ? job.rows : HEIGHT;
         const uint16_t* x = job.x + row * whole_units(job.inputs) + part.from * height;
+        order_memory(x);
         if (row + HEIGHT < job.rows)
             tiles<2, PANELS>(x, height, x + height * whole_units(job.inputs), part, row);
         else
             tiles<1, PANELS>(x, height, nullptr, part, row);
+        order_memory(part.sums);
     }
 
     static void fetch_tile(const uint16_t* weights, int64_t ahead) {

@@ -41,16 +41,14 @@ struct Avx512Bf16 {
             for (int p = 0; p < PANELS; ++p) {
                 const uint16_t* from = part.weights[p] + k * PANEL;
                 if (part.ahead) __builtin_prefetch((const char*)from + part.ahead);
-                weights[p] = (__m512bh)_mm512_loadu_si512(from);
+                weights[p] = load_pairs(from);
             }
 #pragma GCC unroll 16
             for (int r = 0; r < COUNT; ++r) {
-                int pair;
-                __builtin_memcpy(&pair, x + k * COUNT + r * PAIR, sizeof pair);
+                const __m512bh pair = spread_pair(x + k * COUNT + r * PAIR);
 #pragma GCC unroll 2
                 for (int p = 0; p < PANELS; ++p)
-                    sums[r][p] = _mm512_dpbf16_ps(sums[r][p], weights[p],
-                                                  (__m512bh)_mm512_set1_epi32(pair));
+                    sums[r][p] = _mm512_dpbf16_ps(sums[r][p], weights[p], pair);
             }
         }
 #pragma GCC unroll 16

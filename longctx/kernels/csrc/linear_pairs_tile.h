@@ -7,6 +7,7 @@
 #include "linear_avx512.h"
 #include "linear_pairs.h"
 #include "linear_tile.h"
+#include "pairs.h"
 
 namespace {
 
@@ -25,14 +26,6 @@ template <class Type>
 constexpr int64_t bytes_up_to(int64_t input) {
     static_assert(PIECE % Type::BLOCK == 0);
     return Type::elements(input) * int64_t(sizeof(typename Type::Element));
-}
-
-void store_pairs(uint16_t* p, __m512 even, __m512 odd) {
-    alignas(64) static constexpr uint16_t BY_TURNS[32] = {
-        0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(BY_TURNS), halves));
 }
 
 // Rounds `depth` inputs of a panel to pairs, from the beginning of a block on, and adds zeros up to a

@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "encode.h"
+#include "linear.h"
 #include "schedule.h"
 
 namespace nb = nanobind;
@@ -76,17 +77,29 @@ std::vector<const Kernels*> kernels_here() {
     return found;
 }
 
-std::vector<std::string> instruction_sets() {
+std::vector<const Kernels*> attention_kernels() {
+    std::vector<const Kernels*> found = kernels_here();
+#ifdef LONGCTX_BF16
+    if (!runs_here(avx512_vnni_kernels.name)) return found;
+    for (const std::string& name : bfloat16_sets())
+        found.push_back(name == "amx" ? &amx_kernels : &avx512_bf16_kernels);
+#endif
+    return found;
+}
+
+std::vector<std::string> names_of(const std::vector<const Kernels*>& all) {
     std::vector<std::string> names;
-    for (const Kernels* kernels : kernels_here())
+    for (const Kernels* kernels : all)
         names.emplace_back(kernels->name);
     return names;
 }
 
+std::vector<std::string> instruction_sets() { return names_of(kernels_here()); }
+
 class Attention {
 public:
     explicit Attention(const std::string& instruction_set) {
-        for (const Kernels* kernels : kernels_here())
+        for (const Kernels* kernels : attention_kernels())
             if (instruction_set == kernels->name)
                 kernels_ = kernels;
         if (!kernels_)
@@ -126,6 +139,8 @@ NB_MODULE(_kernels, m) {
     bind_linear(m);
     m.def("instruction_sets", &instruction_sets,
           "List the instruction sets that this CPU has, the fastest last.");
+    m.def("attention_sets", [] { return names_of(attention_kernels()); },
+          "List the instruction sets that attention may use here, the fastest last.");
     nb::class_<Plan>(m, "Plan")
         .def(nb::init<int64_t>(), nb::arg("window"))
         .def("add", &Plan::add, nb::arg("row_begin"), nb::arg("rows"), nb::arg("first_position"),

@@ -10,15 +10,16 @@ namespace {
 constexpr float LN2 = 0.6931471805599453f;
 constexpr float NO_KEY = -1e30f; // the running maximum of a row that has seen no key
 
-// Turns the scores of one row [BLOCK] into weights relative to its running maximum, and returns the
-// factor by which earlier sums must be multiplied, since the maximum may have grown.
+// Turns the scores of one row [BLOCK], times `scale`, into weights relative to its running maximum,
+// and returns the factor by which earlier sums must be multiplied, since the maximum may have grown.
+// `store(i, x)` is given the weights, a vector after another.
 //
 // Worked example, in powers of 2: after scores 3 and 1 the maximum is 3 and the total 1 + 2^-2. A
 // page with a single score of 5 raises the maximum to 5: the factor is 2^-2, the new weight 1, and
 // the total (1 + 2^-2) * 2^-2 + 1 = 1.3125.
-template <class V>
-float online_softmax(float* scores, const Columns* columns, float softcap, float& row_max,
-                     float& total) {
+template <class V, class Store>
+float online_softmax(float* scores, float scale, const Columns* columns, float softcap,
+                     float& row_max, float& total, const Store& store) {
     using F = typename V::F;
     constexpr int N = BLOCK / V::W;
     F x[N];
@@ -32,6 +33,8 @@ float online_softmax(float* scores, const Columns* columns, float softcap, float
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
         x[i] = V::load(scores + i * V::W);
+        if (scale != 1)
+            x[i] = V::mul(x[i], V::set1(scale));
         if (softcap > 0) { // cap * tanh(x), tanh = 1 - 2 / (1 + e^2x); the mask stays below all
             F e = V::exp2(V::mul(x[i], V::set1(2 * LOG2E)));
             F y = V::sub(V::set1(1.f), V::div(V::set1(2.f), V::add(V::set1(1.f), e)));
@@ -52,10 +55,18 @@ float online_softmax(float* scores, const Columns* columns, float softcap, float
     for (int i = 0; i < N; ++i) {
         x[i] = V::exp2(V::sub(x[i], base));
         sum = V::add(sum, x[i]);
-        V::store(scores + i * V::W, x[i]);
+        store(i, x[i]);
     }
     total = total * factor + V::reduce_add(sum);
     return factor;
+}
+
+// The same for scores that are scaled already; the weights take their place.
+template <class V>
+float online_softmax(float* scores, const Columns* columns, float softcap, float& row_max,
+                     float& total) {
+    return online_softmax<V>(scores, 1, columns, softcap, row_max, total,
+                             [&](int i, typename V::F x) { V::store(scores + i * V::W, x); });
 }
 
 template <class V>
