@@ -14,7 +14,7 @@ from api.completions.answering import Answering
 from api.completions.chat import ChatRoutes
 from api.completions.logprobs import ChatLogprobs
 from api.http.auth import tenant_of
-from api.http.errors import ApiError, api_error, in_words_of, invalid_body, logger
+from api.http.errors import ApiError, api_error, in_words_of, invalid_body, logger, renamed
 from api.http.message_bodies import FileReference, RequestBody, neutral
 from api.http.read_body import read_json
 from api.http.sse import EventForm, EventStream, JSONObject, encode_named_event, while_connected
@@ -26,7 +26,15 @@ from api.responses.writer import ItemWriter
 from api.stored_responses.library import StoredResponses
 from api.stored_responses.records import ResponseRecord
 
-EVENTS = EventForm(encode=encode_named_event, last=b"")
+
+def _failure(error: ApiError) -> JSONObject:
+    """Return the event of a stream that fails before its response is begun, after a ping."""
+    told = renamed(error, NAMES)
+    said = {"code": told.code, "message": told.message, "param": told.param}
+    return {"type": "error", **said, "sequence_number": 0}
+
+
+EVENTS = EventForm(encode=encode_named_event, last=b"", failure=_failure)
 
 
 class RetrieveQuery(RequestBody):

@@ -30,6 +30,7 @@ from longctx.config import CacheConfig, EngineConfig, ModelConfig
 from longctx.errors import InvalidRequest, LongctxError
 from longctx.llm import LLM
 from longctx.request import SamplingParams, Segment
+from longctx.text.tokenizer import Tokenizer
 
 # Who has an environment with llama.cpp names its interpreter, as for the command
 LLAMA_PYTHON = os.environ.get("LONGCTX_LLAMA_PYTHON") or (
@@ -326,3 +327,12 @@ def test_llama_cpp_reads_the_random_model_and_takes_up_a_saved_prompt(
         sampling = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
         ours = llm.answer((Segment(token_ids=prompt),), sampling).token_ids
     assert ours[0] == first.token_ids[0]  # later ones may part: its cache has 16 bits
+
+
+def test_a_random_model_writes_any_text(tmp_path: Path) -> None:
+    """The gate, which `auto` asks, has texts with every sign."""
+    gguf, _ = write_random_gguf(tmp_path, SMALL, "q8_0", seed=1)
+    tokenizer = Tokenizer(gguf)
+    text = 'She said: "No!" 你好'
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and tokenizer.eos_token_ids.isdisjoint(ids)

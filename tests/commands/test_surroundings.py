@@ -25,7 +25,8 @@ OPTIONS = ("--device-pool-gib", "0.1", "--threads", "1", "--device", "cpu", "--k
 ENDLESS_TORCH = """
 import os, pathlib, time
 pathlib.Path(os.environ["IMPORTING"], str(os.getpid())).touch()
-time.sleep(3600)
+while True:  # a signal just before a system call would not end that
+    time.sleep(0.1)
 """
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals and /proc of Linux")

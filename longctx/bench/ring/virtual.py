@@ -22,6 +22,8 @@ from longctx.ring.placement import count_owned, is_zigzag, owner, split_chunk
 from longctx.ring.runner import RingRunner
 from longctx.ring.virtual import VirtualRanks
 
+MOST_STEP_MS = 60_000.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
@@ -37,10 +39,15 @@ class Chunk:
 def chunks(
     config: EngineConfig, folder: Path, count: int, prompt: tuple[int, ...]
 ) -> Iterator[Chunk]:
-    """Reads the prompt over `count` ranks, which share the threads."""
+    """Reads the prompt over `count` ranks, which share the threads, in steps of any duration."""
     ranks = None if count == 1 else VirtualRanks(count)
     threads = config.model.threads or torch.get_num_threads()
-    config = replace(config, model=replace(config.model, threads=max(1, threads // count)))
+    config = replace(
+        config,
+        model=replace(config.model, threads=max(1, threads // count)),
+        # Chunks that a slow machine makes shorter would send other bytes
+        scheduler=replace(config.scheduler, target_step_ms=MOST_STEP_MS),
+    )
     prefill = _WatchedPrefill(engine_parts(config, folder, ranks=ranks))
     try:
         yield from prefill.chunks(prompt)

@@ -36,7 +36,7 @@ FILE_TYPES = {
     TensorType.Q4_0: "MOSTLY_Q4_0",
     TensorType.Q4_1: "MOSTLY_Q4_1",
 }
-WORD = 1  # an ordinary token
+WORD, CONTROL = 1, 3  # types of tokens: an ordinary one, and a special one
 
 
 def write_random_gguf(folder: Path, size: Size, weights: str, *, seed: int) -> tuple[Path, Path]:
@@ -87,10 +87,10 @@ def _add_keys(writer: gguf.GGUFWriter, size: Size) -> None:
     writer.add_vocab_size(VOCABULARY)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    tokens = [*sorted(ByteLevel.alphabet()), "aa"]
+    tokens = ["<s>", "</s>", *sorted(ByteLevel.alphabet()), "aa"]
     tokens += [f"w{number}" for number in range(len(tokens), VOCABULARY)]
     writer.add_token_list(tokens)
-    writer.add_token_types([WORD] * VOCABULARY)
+    writer.add_token_types([CONTROL] * 2 + [WORD] * (VOCABULARY - 2))
     writer.add_token_merges(["a a"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)

@@ -89,7 +89,8 @@ def test_a_file_that_is_deleted_is_missed_by_its_prompt(server: LiveServer) -> N
 
 
 def test_an_expired_prompt_is_gone_and_so_are_its_blocks(server: LiveServer) -> None:
-    stored(server.http, name="brief", system=f"Only for now. {SYSTEM}", ttl=1)
+    brief = {"name": "brief", "system": f"Only for now. {SYSTEM}", "ttl": 1}
+    server.http.post(PROMPTS, json=brief).raise_for_status()  # it may expire before it is computed
     wait_for(lambda: server.http.get(f"{PROMPTS}/brief").status_code == 404)
     names = [entry["name"] for entry in server.http.get(PROMPTS).json()["data"]]
     assert "brief" not in names
