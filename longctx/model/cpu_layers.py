@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from longctx.kernels import _kernels
 from longctx.model.layer_attention import LayerAttention, Place
-from longctx.model.layer_fusing import AttentionForm, fuse_layers
+from longctx.model.layer_fusing import AttentionForm, LayerInPlace, fuse_layers
 from longctx.model.packed_linear import LinearGroup, PackedLinear
 from longctx.model.rms_norm import RMSNorm
 
@@ -151,22 +151,13 @@ class FusedAttention(nn.Module):
         )
 
 
-class FusedLayer(nn.Module):
-    """A layer that adds its attention's result to its rows, and its unit's to the sum.
-
-    Each is given what a norm made of the rows. Code around a layer may look at its attributes, so
-    it has those of the module in whose place it is.
-    """
+class FusedLayer(LayerInPlace):
+    """A layer whose first sum and its norm are one call, as are its parts where they are fused."""
 
     def __init__(
         self, original: nn.Module, norms: Sequence[RMSNorm], attention: nn.Module, unit: nn.Module
     ) -> None:
-        super().__init__()
-        attributes = vars(original).items()
-        own = {name: value for name, value in attributes if not name.startswith("_")}
-        self.__dict__.update(own | {"training": False})
-        self.before_attention, self.before_unit = norms
-        self.attention, self.unit = attention, unit
+        super().__init__(original, norms, attention, unit)
         fused = isinstance(attention, FusedAttention), isinstance(unit, FusedGate)
         # Others may have hooks, so these are called as modules
         self._attention = attention.forward if fused[0] else attention

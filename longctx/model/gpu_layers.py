@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from longctx.kernels import triton_layers as kernels
 from longctx.model.layer_attention import LayerAttention, Place
-from longctx.model.layer_fusing import AttentionForm, fuse_layers
+from longctx.model.layer_fusing import AttentionForm, LayerInPlace, fuse_layers
 from longctx.model.norm_fusing import fuse_norms
 from longctx.model.widened import Widened
 
@@ -203,22 +203,10 @@ class FusedAttention(nn.Module):
         )
 
 
-class FusedLayer(nn.Module):
-    """A layer that adds its attention's result to its rows, and its unit's to the sum.
+class FusedLayer(LayerInPlace):
+    """A layer whose first sum and its norm are one launch, and whose last product may add."""
 
-    Each is given what a norm made of the rows. Code around a layer may look at its attributes, so
-    it has those of the module in whose place it is.
-    """
-
-    def __init__(
-        self, original: nn.Module, norms: Sequence[FusedNorm], attention: nn.Module, unit: nn.Module
-    ) -> None:
-        super().__init__()
-        attributes = vars(original).items()
-        own = {name: value for name, value in attributes if not name.startswith("_")}
-        self.__dict__.update(own | {"training": False})
-        self.before_attention, self.before_unit = norms
-        self.attention, self.unit = attention, unit
+    before_unit: FusedNorm
 
     def forward(self, hidden_states: Tensor, **keywords: Any) -> Tensor:
         """Return rows of the same shape; every keyword goes to the attention."""

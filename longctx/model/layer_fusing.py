@@ -53,6 +53,28 @@ class AttentionForm:
     style: Any
 
 
+class LayerInPlace(nn.Module):
+    """A layer that adds its attention's result to its rows, and its unit's to the sum.
+
+    Each is given what a norm made of the rows. Code around a layer may look at its attributes, so
+    it has those of the module in whose place it is.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        norms: Sequence[nn.Module],
+        attention: nn.Module,
+        unit: nn.Module,
+    ) -> None:
+        super().__init__()
+        attributes = vars(original).items()
+        own = {name: value for name, value in attributes if not name.startswith("_")}
+        self.__dict__.update(own | {"training": False})
+        self.before_attention, self.before_unit = norms
+        self.attention, self.unit = attention, unit
+
+
 class Parts(Protocol):
     """The fused parts of one kind of device."""
 
@@ -78,10 +100,7 @@ class Parts(Protocol):
     def layer(
         self, module: nn.Module, norms: Sequence[Any], attention: nn.Module, unit: nn.Module
     ) -> nn.Module:
-        """Return a layer that adds its attention's result to its rows, and its unit's to the sum.
-
-        Each is given what a norm made of the rows.
-        """
+        """Return a `LayerInPlace` of `module`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from longctx.model import loader
 from longctx.model.exact import exact_twin
 from longctx.model.layer_attention import AttentionCall, Place
 from longctx.model.loader import LoadedModel, load_model
+from tests.support.kept_attention import Kept
 from tests.support.plain_attention import LENGTHS, packed_logits, some_tokens
 from tests.support.tiny_models import ARCHITECTURES, write_model
 
@@ -78,20 +79,6 @@ def test_a_norm_of_a_sum_is_the_norm_of_the_rounded_sum(
     sums, normed = norm.after_sum(x, y)
     assert torch.equal(sums, x + y)
     assert torch.equal(normed, norm(x + y))
-
-
-class Kept:
-    """A `LayerAttention` with rows of its own, which keeps what it is handed."""
-
-    def __init__(self, place: Place | None) -> None:
-        self._place = place
-
-    def place(self, layer: int) -> Place | None:
-        return self._place
-
-    def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        self.query, self.key, self.value = query, key, value
-        return query
 
 
 def turned(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

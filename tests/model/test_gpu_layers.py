@@ -14,6 +14,7 @@ from longctx.config import ModelConfig
 from longctx.model import loader
 from longctx.model.layer_attention import AttentionCall, Place
 from longctx.model.loader import LoadedModel, load_model
+from tests.support.kept_attention import Kept
 from tests.support.plain_attention import eager_logits, packed_logits, some_tokens
 from tests.support.tiny_models import ARCHITECTURES, write_model
 
@@ -100,20 +101,6 @@ def test_gates_are_those_of_torch(kind: int) -> None:
         wanted = output(PLAIN[kind](gates) * passed)
         torch.testing.assert_close(unit(x), wanted, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(unit.add_to(rows.clone(), x), rows + wanted)
-
-
-class Kept:
-    """A `LayerAttention` with rows of its own, which keeps what it is handed."""
-
-    def __init__(self, place: Place | None) -> None:
-        self._place = place
-
-    def place(self, layer: int) -> Place | None:
-        return self._place
-
-    def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        self.query, self.key, self.value = query, key, value
-        return query
 
 
 def turned(x: Tensor, cosines: Tensor, sines: Tensor, style: int) -> Tensor:
