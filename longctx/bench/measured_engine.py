@@ -1,5 +1,6 @@
 """An engine that finds random KV for any prompt and can tell where the time of its steps went."""
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,7 @@ from longctx.engine.sampler import SamplingState, sample
 from longctx.engine.scheduler import Scheduler
 from longctx.kv.pool_indices import PoolIndices
 from longctx.model.layer_attention import AttentionCall
+from longctx.model.loader import LoadedModel
 from longctx.open_engine import engine_parts
 from longctx.request import Request, RequestOutput, SamplingParams
 from offload.key import chain_keys
@@ -151,8 +153,8 @@ class MeasuredEngine:
         runner.backend = _TimedAttention(backend, profile)
         try:
             with ExitStack() as stack:
-                for linear in runner.model.linear_types:
-                    stack.enter_context(_timed_calls(linear, profile))
+                for kind, name in _products(runner.model):
+                    stack.enter_context(_timed_calls(kind, name, profile))
                 outputs = self._engine.step()
         finally:
             runner.backend = backend
@@ -214,22 +216,31 @@ class _TimedAttention:
         return result
 
 
-@contextmanager
-def _timed_calls(linear: type[nn.Module], profile: Profile) -> Iterator[None]:
-    """Counts the seconds of all calls of modules of this class, in this process."""
-    call, inherited = linear.__call__, "__call__" not in vars(linear)
+def _products(model: LoadedModel) -> Iterator[tuple[Any, str]]:
+    """Yield the classes and methods that compute linear layers: our kernels, or torch's modules."""
+    kernels = sys.modules.get("longctx.kernels._kernels")
+    if kernels is not None:
+        yield kernels.PackedLinear, "forward"
+        yield kernels.LinearGroup, "forward"
+    yield from ((each, "__call__") for each in model.linear_types if issubclass(each, nn.Linear))
 
-    def timed(module: nn.Module, *inputs: Any, **options: Any) -> Any:
+
+@contextmanager
+def _timed_calls(kind: Any, name: str, profile: Profile) -> Iterator[None]:
+    """Counts the seconds of all calls of a method of this class, in this process."""
+    call, inherited = getattr(kind, name), name not in vars(kind)
+
+    def timed(*inputs: Any, **options: Any) -> Any:
         began = time.perf_counter()
-        result = call(module, *inputs, **options)
+        result = call(*inputs, **options)
         profile.linear_seconds += time.perf_counter() - began
         return result
 
-    setattr(linear, "__call__", timed)  # noqa: B010
+    setattr(kind, name, timed)
     try:
         yield
     finally:
         if inherited:
-            delattr(linear, "__call__")
+            delattr(kind, name)
         else:
-            setattr(linear, "__call__", call)  # noqa: B010
+            setattr(kind, name, call)
