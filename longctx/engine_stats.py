@@ -12,8 +12,8 @@ from offload.stats import StoreStats, TierStats
 from offload.tier_names import TierName
 
 # Where the time of a step goes. `layers` is what the model does between calls of attention: linear
-# layers, norms, and transformers' own Python; layers that are recognized write keys and values there
-# too. On many ranks it is all that they do.
+# layers, norms, and transformers' own Python, and in recognized layers the writing of keys and
+# values. On many ranks it is all that they do.
 StepPart = Literal[
     "schedule", "batch", "layers", "write", "seal", "attention", "commit", "sample", "output"
 ]
