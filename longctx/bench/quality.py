@@ -32,7 +32,7 @@ from longctx.quality.texts import TEXTS, Text
 from longctx.quality.weights_gate import judge_weights, measure_weights
 from longctx.text.tokenizer import Tokenizer
 
-WEIGHT_BITS: Final = {"int8": 8.0, "int4": 5.0}  # with the scales and minima of groups
+WEIGHT_BITS: Final = {"int8": 8.5, "int4": 5.0}  # with the scales and minima of groups
 
 
 def run(
@@ -84,7 +84,7 @@ def run(
             seed=bench.seed,
             on_text=lambda done, most: say(f"text {done} of {most}"),
         )
-        verdicts[name] = judge_weights(model, name, cost)
+        verdicts[name] = judge_weights(model, engine.model.weights, cost)
         bits[name] = WEIGHT_BITS[engine.model.weights]
         kinds[name] = {"weights": engine.model.weights}
     parameters: dict[str, Parameter] = {

@@ -82,7 +82,6 @@ class PackedLinear:
     def __init__(
         self,
         weight: int,
-        scales: int,
         bias: int,
         outputs: int,
         inputs: int,

@@ -31,6 +31,8 @@ from longctx.model.probe import PROBE, probe_layers, register_probe
 from longctx.model.rope import resolve_rope
 from longctx.model.spec import ModelSpec
 
+ROUNDING_VERSION = 2  # of `--weights`: raised when a weight is rounded to another number
+
 
 class LoadedModel:
     """A model that computes packed rows through an attention that each call is given.
@@ -299,7 +301,7 @@ def _fingerprint(files: ModelFiles | GgufFile, weights: Weights, cache_dir: Path
         whole = fingerprint(files, cache_dir)
     if weights == "auto":
         return whole
-    return hashlib.sha256(f"{whole} {weights}".encode()).hexdigest()
+    return hashlib.sha256(f"{whole} {weights} {ROUNDING_VERSION}".encode()).hexdigest()
 
 
 def _load_weights(

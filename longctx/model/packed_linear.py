@@ -28,19 +28,19 @@ if not _kernels.instruction_sets():
     raise ImportError("this CPU has none of the instruction sets that the kernels are compiled for")
 
 # The numbers of the storage types in csrc/linear_kernels.h.
-STORAGES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+STORAGES = {torch.float32: 0, torch.bfloat16: 1}
 BLOCKS = {
-    TensorType.Q8_0: 3,
-    TensorType.Q5_0: 3,  # a byte for five bits: exact, and faster than to put them together
-    TensorType.Q5_1: 4,
-    TensorType.Q5_K: 5,
-    TensorType.Q6_K: 6,
-    TensorType.Q4_0: 7,
-    TensorType.Q4_1: 8,
-    TensorType.Q4_K: 9,
+    TensorType.Q8_0: 2,
+    TensorType.Q5_0: 2,  # a byte for five bits: exact, and faster than to put them together
+    TensorType.Q5_1: 3,
+    TensorType.Q5_K: 4,
+    TensorType.Q6_K: 5,
+    TensorType.Q4_0: 6,
+    TensorType.Q4_1: 7,
+    TensorType.Q4_K: 8,
 }
 INT8_MAX = 127
-INT4_GROUP = 32  # inputs that share a scale and a minimum
+GROUP = 32  # inputs of rounded weights that share a scale
 INT4_MAX = 15
 PANEL = 16  # outputs that are stored together
 TAKEN_APART = 1 << 22  # weights whose blocks are taken apart, or widened, at once
@@ -90,55 +90,59 @@ class PackedLinear(nn.Module):
     def of(cls, linear: nn.Linear, weights: Weights, instruction_set: str) -> Self:
         """Pack the weights of a layer, as narrow as is exact or as `weights` asks.
 
-        Inputs that are no whole groups are rounded to 8 bits where 4 are asked for.
+        Nothing is rounded where the inputs are no whole groups.
         """
-        weight, scales, dtype = linear.weight.detach(), None, linear.weight.dtype
-        assert dtype in COMPUTE_TYPES, "other types are left to torch"
-        if weights == "int4" and weight.shape[1] % INT4_GROUP == 0:
-            return cls._of_groups(linear, instruction_set)
-        if weights != "auto":
-            weight, scales = quantize_rows(weight.float())
-        elif torch.equal(narrow := weight.bfloat16(), weight):  # compares as float32
-            weight = narrow
-        weight = weight.contiguous()
+        weight = linear.weight.detach()
+        assert weight.dtype in COMPUTE_TYPES, "other types are left to torch"
+        if weights != "auto" and weight.shape[1] % GROUP == 0:
+            return cls._rounded(linear, weights, instruction_set)
+        stored = weight.bfloat16()
+        if not torch.equal(stored, weight):  # compares as float32
+            stored = weight
+        stored, bias = stored.contiguous(), _contiguous(linear.bias)
         outputs, inputs = weight.shape
-        bias = _contiguous(linear.bias)
         packed = _kernels.PackedLinear(
-            weight.data_ptr(),
-            0 if scales is None else scales.data_ptr(),
+            stored.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             outputs,
             inputs,
-            STORAGES[weight.dtype],
+            STORAGES[stored.dtype],
             instruction_set,
         )
-        stored = str(weight.dtype).removeprefix("torch.")
         return cls(
             packed,
             (outputs, inputs),
             linear.bias,
-            stored,
-            dtype=dtype,
+            str(stored.dtype).removeprefix("torch."),
+            dtype=weight.dtype,
             instruction_set=instruction_set,
         )
 
     @classmethod
-    def _of_groups(cls, linear: nn.Linear, instruction_set: str) -> Self:
-        """Round weights to 4 bits, a piece at a time, and pack them as those of Q4_1 files."""
+    def _rounded(cls, linear: nn.Linear, weights: Weights, instruction_set: str) -> Self:
+        """Round weights, a piece at a time, and pack them as those of Q8_0 or Q4_1 files."""
         outputs, inputs = linear.weight.shape
         own = _contiguous(linear.bias)
         address = 0 if own is None else own.data_ptr()
-        storage = BLOCKS[TensorType.Q4_1]
-        packed = _kernels.PackedLinear(address, outputs, inputs, storage, instruction_set)
+        kind, rounded = ROUNDED[weights]
+        packed = _kernels.PackedLinear(address, outputs, inputs, BLOCKS[kind], instruction_set)
         for first, some in _pieces(outputs, inputs):
             weight = linear.weight[first : first + some].detach().float()
-            codes, scales, minima = quantize_groups(weight)
-            packed.fill(first, some, codes.data_ptr(), scales.data_ptr(), 0, minima.data_ptr(), 0)
+            codes, scales, minima = rounded(weight)
+            packed.fill(
+                first,
+                some,
+                codes.data_ptr(),
+                scales.data_ptr(),
+                0,
+                0 if minima is None else minima.data_ptr(),
+                0,
+            )
         return cls(
             packed,
             (outputs, inputs),
             linear.bias,
-            "int4",
+            weights,
             dtype=linear.weight.dtype,
             instruction_set=instruction_set,
         )
@@ -342,29 +346,38 @@ def _contiguous(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.detach().float().contiguous()
 
 
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round `weight` [outputs, inputs] to int8, with one scale per output: symmetric, to nearest.
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor, None]:
+    """Round `weight` [outputs, inputs] to 8 bits, in groups of 32 inputs with a scale.
 
-    The error of a weight is at most half its row's scale, which is its largest magnitude / 127.
+    Returns codes [outputs, inputs] int8 and scales [outputs, groups] float16: a weight is scale *
+    code, as in GGUF's Q8_0. Scales are rounded first, and codes with them.
     """
-    scales = weight.abs().amax(dim=1) / INT8_MAX
-    codes = (weight / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round()
-    return codes.to(torch.int8), scales
+    groups = weight.reshape(len(weight), -1, GROUP)
+    scales = (groups.abs().amax(dim=2) / INT8_MAX).half()
+    codes = (groups / _steps(scales)).round().clamp(-INT8_MAX, INT8_MAX)
+    return codes.flatten(1).to(torch.int8), scales.contiguous(), None
 
 
-def quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Round `weight` [outputs, inputs] to 4 bits, in groups of 32 inputs with scale and minimum.
 
     Returns codes [outputs, inputs] uint8, and scales and minima [outputs, groups] float16: a weight
     is scale * code + minimum, as in GGUF's Q4_1. Scales are rounded first, and codes with them.
     """
-    groups = weight.reshape(len(weight), -1, INT4_GROUP)
+    groups = weight.reshape(len(weight), -1, GROUP)
     least, most = groups.aminmax(dim=2)
     minima = least.half()
     scales = ((most - minima.float()) / INT4_MAX).half()
-    steps = scales.float().clamp_min(torch.finfo(torch.float32).tiny)
-    codes = ((groups - minima.float()[..., None]) / steps[..., None]).round().clamp(0, INT4_MAX)
+    codes = ((groups - minima.float()[..., None]) / _steps(scales)).round().clamp(0, INT4_MAX)
     return codes.flatten(1).to(torch.uint8), scales.contiguous(), minima.contiguous()
+
+
+def _steps(scales: Tensor) -> Tensor:
+    """Widen scales [outputs, groups] to what weights of a group are divided by."""
+    return scales.float().clamp_min(torch.finfo(torch.float32).tiny)[..., None]
+
+
+ROUNDED = {"int8": (TensorType.Q8_0, quantize_int8), "int4": (TensorType.Q4_1, quantize_int4)}
 
 
 def pack_linears(model: nn.Module, weights: Weights, *, instruction_set: str | None = None) -> None:

@@ -91,7 +91,8 @@ def measure_weights(
     on_text: Callable[[int, int], None] = lambda _done, _most: None,
 ) -> Measured:
     """Measure `model`, whose weights are rounded, against the same with those of its checkpoint."""
-    whole = load_model(replace(config, weights="auto"), folder, cache_dir=cache_dir)
+    exact = replace(config, weights="auto", force_weights=False)
+    whole = load_model(exact, folder, cache_dir=cache_dir)
     name = config.weights
     return measure_variants(
         Variant(exact_twin(whole)),

@@ -33,15 +33,15 @@ def test_every_codec_is_compared_with_raw(
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize(("weights", "forced"), [("int8", []), ("int4", ["--force-weights"])])
 def test_rounded_weights_are_compared_with_those_of_the_checkpoint(
-    weights: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    weights: str, forced: list[str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("longctx.model.packed_linear", exc_type=ImportError)
     text = tmp_path / "text.md"
     text.write_text("The harbour was quiet. A boat came in with the tide. " * 40, encoding="utf-8")
     options = "--threads 1 --text-tokens 150 --own-tokens 20 --kv-codec int8 --weights"
-    given = ["--model", str(model), "--text-file", str(text), *options.split(), weights]
+    given = ["--model", str(model), "--text-file", str(text), *options.split(), weights, *forced]
     main(["bench", "quality", *given])
     printed = capsys.readouterr().out.rstrip("\n").split("\n")
     rows = [row for row in json.loads(printed[-1])["results"] if row["metric"] == "KL"]

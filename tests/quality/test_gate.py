@@ -34,7 +34,7 @@ from tests.support.recorded_engine import Eager, some_ids
 from tests.support.tiny_models import write_model
 from tests.support.tiny_tokenizer import write_tokenizer
 
-SHORT = Workload(text_tokens=(128, 160), own_tokens=16, limit_seconds=None)
+SHORT = Workload(text_tokens=(128, 160), own_tokens=16, more_answers=0, limit_seconds=None)
 
 
 class Rounded(Raw):
@@ -161,7 +161,7 @@ def test_a_codec_that_changes_nothing_costs_nothing(llama: Path) -> None:
 
 @pytest.mark.usefixtures("more_codecs")
 def test_codecs_rank_as_they_should_on_the_probe(probe: tuple[LoadedModel, Tokenizer]) -> None:
-    workload = Workload(own_tokens=8, limit_seconds=None)
+    workload = Workload(own_tokens=8, more_answers=0, limit_seconds=None)
     names = ("int8", "int4", "q4_0", "bad")
     measured = measure(*probe, TorchAttention, names, workload=workload)
     text = {name: measured[name].text for name in names}
@@ -209,7 +209,11 @@ def test_the_verdict_does_not_depend_on_the_type_that_serves(dtype: str) -> None
     model, tokenizer = loaded(model_path("probe"), dtype=dtype)
     names = ("same", "bf16", "int8", "int4", "bad")
     measured = measure(
-        model, tokenizer, TorchAttention, names, workload=Workload(limit_seconds=None)
+        model,
+        tokenizer,
+        TorchAttention,
+        names,
+        workload=Workload(more_answers=0, limit_seconds=None),
     )
     passed = {name: judge_codec(model.spec, name, measured[name]).passed for name in names}
     assert passed == {"same": True, "bf16": True, "int8": True, "int4": True, "bad": False}
@@ -242,7 +246,10 @@ def test_a_large_bias_of_keys_costs_int4_no_more_than_twice(biased: dict[int, Pa
     costs: dict[int, Measured] = {}
     for bias, folder in biased.items():
         costs[bias] = measure(
-            *loaded(folder), TorchAttention, ["int4"], workload=Workload(limit_seconds=None)
+            *loaded(folder),
+            TorchAttention,
+            ["int4"],
+            workload=Workload(more_answers=0, limit_seconds=None),
         )["int4"]
     plain_text, plain_own = costs[0].text, costs[0].own
     assert plain_text is not None and plain_own is not None
@@ -299,7 +306,7 @@ def test_the_second_stage_reads_on_where_the_first_one_stopped(llama: Path) -> N
         return False
 
     def of(*stages: int) -> Measured:
-        workload = Workload(text_tokens=stages, own_tokens=8, limit_seconds=None)
+        workload = replace(SHORT, text_tokens=stages, own_tokens=8)
         return measure(
             *loaded(llama),
             TorchAttention,
@@ -317,6 +324,23 @@ def test_the_second_stage_reads_on_where_the_first_one_stopped(llama: Path) -> N
     assert first.own is not None and second.own is not None
     assert len(TEXTS) * 8 >= first.own.rows < second.own.rows
     assert told[: 2 * len(TEXTS)] == [(n + 1, 2 * len(TEXTS)) for n in range(2 * len(TEXTS))]
+
+
+def test_where_nothing_is_decided_every_question_is_asked_again(llama: Path) -> None:
+    """Other answers to the same prompts: as text they are measured no further."""
+    seen: list[Measured] = []
+
+    def content(found: Mapping[str, Measured]) -> bool:
+        seen.append(found["int8"])
+        return len(seen) == 4
+
+    workload = replace(SHORT, more_answers=3)
+    measure(*loaded(llama), TorchAttention, ["int8"], workload=workload, content=content)
+    assert len({each.text for each in seen[1:]}) == 1
+    answers = [each.own.rows for each in seen if each.own is not None]
+    asked = len(TEXTS) * SHORT.own_tokens
+    assert answers == [asked, 2 * asked, 4 * asked, 6 * asked]
+    assert len({each.own.kl for each in seen if each.own is not None}) == 4
 
 
 @pytest.mark.usefixtures("more_codecs")

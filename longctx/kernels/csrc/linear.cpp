@@ -50,7 +50,7 @@ size_t panel_size(Storage storage, int64_t inputs, bool pairs) {
     const GroupLayout layout = group_layout(storage);
     if (pairs && storage == Storage::bfloat16) inputs = whole_units(inputs);
     if (layout.inputs) return inputs / layout.block * layout.block_bytes();
-    return inputs * PANEL * (storage == Storage::float32 ? 4 : storage == Storage::bfloat16 ? 2 : 1);
+    return inputs * PANEL * (storage == Storage::float32 ? 4 : 2);
 }
 
 // Calls f with a null pointer of the type that `storage` names, which is not in groups.
@@ -58,10 +58,8 @@ template <class Function>
 void with_element(Storage storage, Function f) {
     if (storage == Storage::float32)
         f((float*)nullptr);
-    else if (storage == Storage::bfloat16)
-        f((uint16_t*)nullptr);
     else
-        f((int8_t*)nullptr);
+        f((uint16_t*)nullptr);
 }
 
 void* allocate(size_t bytes) {
@@ -179,13 +177,13 @@ std::vector<std::string> bfloat16_sets() {
     return names;
 }
 
-PackedLinear::PackedLinear(const void* weight, const float* scales, const float* bias,
-                           int64_t outputs, int64_t inputs, Storage storage,
-                           const std::string& instruction_set)
+PackedLinear::PackedLinear(const void* weight, const float* bias, int64_t outputs, int64_t inputs,
+                           Storage storage, const std::string& instruction_set)
     : kernels_(kernels_of(instruction_set)), pairs_(pairs_of(instruction_set)), outputs_(outputs), inputs_(inputs),
       panels_((outputs + PANEL - 1) / PANEL), storage_(storage),
       bytes_(panels_ * panel_size(storage, inputs, pairs_)), weight_(allocate(bytes_)),
-      scales_(padded(scales)), bias_(padded(bias)) {
+      bias_(padded(bias)) {
+    if (group_layout(storage).inputs) throw std::invalid_argument("weights in groups are filled in");
     if (pairs_ && storage == Storage::bfloat16) {
         const auto* from = (const uint16_t*)weight;
         auto* packed = (uint16_t*)weight_.get();
@@ -304,8 +302,8 @@ void PackedLinear::forward_pairs(const std::vector<const PackedLinear*>& layers,
                 for (int64_t panel = 0; panel < layer->panels_; panel += step)
                     kernels.run[int(layer->storage_)](
                         {packed, to + top * layer->outputs_, layer->weight_.get(),
-                         layer->scales_.get(), layer->bias_.get(), some, inputs, layer->outputs_,
-                         panel, std::min(panel + step, layer->panels_), (uint16_t*)scratch,
+                         layer->bias_.get(), some, inputs, layer->outputs_, panel,
+                         std::min(panel + step, layer->panels_), (uint16_t*)scratch,
                          (float*)(scratch + SCRATCH)});
                 to += rows * layer->outputs_;
             }
@@ -334,8 +332,8 @@ void PackedLinear::forward_floats(const std::vector<const PackedLinear*>& layers
 #pragma omp for schedule(dynamic) nowait
             for (int64_t panel = 0; panel < layer->panels_; panel += step)
                 kernels.run[int(layer->storage_)](
-                    {rows > 1 ? packed : x, to, layer->weight_.get(), layer->scales_.get(),
-                     layer->bias_.get(), rows, tile_rows, inputs, layer->outputs_, panel,
+                    {rows > 1 ? packed : x, to, layer->weight_.get(), layer->bias_.get(), rows,
+                     tile_rows, inputs, layer->outputs_, panel,
                      std::min(panel + step, layer->panels_), scratch});
             to += rows * layer->outputs_;
         }
@@ -374,10 +372,7 @@ void PackedLinear::rows(const int64_t* ids, int64_t count, float* weight) const 
                 kernels_.widen[int(storage_)]((const char*)weight_.get() + panel * panel_bytes(),
                                               inputs_, wide.data());
             held = panel;
-            for (int64_t k = 0; k < inputs_; ++k) {
-                const float value = wide[k * PANEL + lane];
-                weight[i * inputs_ + k] = scales_ ? value * scales_.get()[ids[i]] : value;
-            }
+            for (int64_t k = 0; k < inputs_; ++k) weight[i * inputs_ + k] = wide[k * PANEL + lane];
         }
     }
 }

@@ -3,8 +3,8 @@
 // W is cut into panels of 16 outputs: panel p holds, for each input k in turn, the 16 weights
 // W[16p : 16p + 16, k], zero beyond the last output. So one row streams the weights once, in
 // order, and many rows multiply out of the first-level cache. A weight is stored as float32,
-// bfloat16, int8 (then with one scale per output) or in groups, as in the files of quantized models
-// (`Storage`), and widened in registers; sums are float32.
+// bfloat16 or in groups, as in the files of quantized models (`Storage`), and widened in registers;
+// sums are float32.
 //
 // Every result is one chain of fused multiply-adds over k = 0, 1, 2, ..., whatever the number of
 // rows, of threads or of cache blocks: a row's result is the same bits in every batch.
@@ -28,11 +28,11 @@ std::vector<std::string> bfloat16_sets();
 
 class PackedLinear {
 public:
-    // `weight` [outputs, inputs] in the type of `storage`; `scales` [outputs] for int8, else null;
-    // `bias` [outputs] or null. All are copied. `instruction_set` as attention names it, or one of
-    // `bfloat16_sets()`, which decides the type of the layer's rows.
-    PackedLinear(const void* weight, const float* scales, const float* bias, int64_t outputs,
-                 int64_t inputs, Storage storage, const std::string& instruction_set);
+    // `weight` [outputs, inputs] in the type of `storage`, which is none of groups; `bias` [outputs] or
+    // null. Both are copied. `instruction_set` as attention names it, or one of `bfloat16_sets()`,
+    // which decides the type of the layer's rows.
+    PackedLinear(const void* weight, const float* bias, int64_t outputs, int64_t inputs,
+                 Storage storage, const std::string& instruction_set);
 
     // One whose weights are stored in groups, all zero until `fill` is called; inputs are a multiple
     // of the block's.
@@ -88,7 +88,7 @@ private:
     Storage storage_;
     size_t bytes_;
     std::unique_ptr<void, Free> weight_; // [panels, inputs, PANEL], or [panels, groups]
-    Floats scales_, bias_;               // [panels * PANEL] or null
+    Floats bias_;                        // [panels * PANEL] or null
 };
 
 // Computes `y` from `x` [rows, width]: x / sqrt(mean(x^2) + epsilon) * weight, each row by itself.

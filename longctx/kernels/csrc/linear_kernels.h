@@ -18,7 +18,6 @@ constexpr int64_t BLOCK_ROWS = 96;
 enum class Storage : int {
     float32,
     bfloat16,
-    int8, // with one scale per output
     bytes_half,
     bytes_half_minimum,
     bytes_block_minimum,
@@ -27,7 +26,7 @@ enum class Storage : int {
     nibbles_half_minimum,
     nibbles_block_minimum,
 };
-constexpr int STORAGES = 10;
+constexpr int STORAGES = 9;
 
 // How the groups of a panel lie, one after another. A group is its scales [PANEL], its minima [PANEL]
 // where there are any, and the codes: bytes [inputs][PANEL], or nibbles [inputs / 2][PANEL], those of
@@ -67,8 +66,7 @@ struct LinearJob {
     const float* x; // [row tiles][inputs][rows of the tile]
     float* y;       // [rows, outputs]
     const void* weight;
-    const float* scales; // per output, or null
-    const float* bias;   // per output, or null
+    const float* bias; // per output, or null
     int64_t rows, tile_rows, inputs, outputs, first_panel, last_panel;
     float* scratch; // [DEPTH, PANEL]
 };
@@ -77,7 +75,7 @@ struct LinearKernels {
     int64_t tile_rows;   // rows whose sums the registers hold
     int64_t row_panels;  // panels that a single row takes at once
     void (*run[STORAGES])(const LinearJob&); // by Storage
-    // Widens one panel to [inputs][PANEL], without the scales of outputs.
+    // Widens one panel to [inputs][PANEL].
     void (*widen[STORAGES])(const void* panel, int64_t inputs, float* wide);
 };
 

@@ -22,14 +22,13 @@ void bind_linear(nb::module_& m) {
     nb::class_<PackedLinear>(m, "PackedLinear")
         .def(
             "__init__",
-            [](PackedLinear* self, uintptr_t weight, uintptr_t scales, uintptr_t bias,
-               int64_t outputs, int64_t inputs, int storage, const std::string& instruction_set) {
-                new (self) PackedLinear((const void*)weight, (const float*)scales,
-                                        (const float*)bias, outputs, inputs, Storage(storage),
-                                        instruction_set);
+            [](PackedLinear* self, uintptr_t weight, uintptr_t bias, int64_t outputs,
+               int64_t inputs, int storage, const std::string& instruction_set) {
+                new (self) PackedLinear((const void*)weight, (const float*)bias, outputs, inputs,
+                                        Storage(storage), instruction_set);
             },
-            nb::arg("weight"), nb::arg("scales"), nb::arg("bias"), nb::arg("outputs"),
-            nb::arg("inputs"), nb::arg("storage"), nb::arg("instruction_set"),
+            nb::arg("weight"), nb::arg("bias"), nb::arg("outputs"), nb::arg("inputs"),
+            nb::arg("storage"), nb::arg("instruction_set"),
             nb::call_guard<nb::gil_scoped_release>())
         .def(
             "__init__",

@@ -27,8 +27,7 @@ struct PairJob {
     const uint16_t* x; // [row tiles][whole units of inputs / step][rows of the tile][step]
     uint16_t* y;       // [rows, outputs]
     const void* weight;
-    const float* scales; // per output, or null
-    const float* bias;   // per output, or null
+    const float* bias; // per output, or null
     int64_t rows, inputs, outputs, first_panel, last_panel;
     uint16_t* scratch; // [2][PIECE][PANEL], for weights that are made pairs
     float* sums;       // [panels][rows, a whole number of tiles][PANEL]

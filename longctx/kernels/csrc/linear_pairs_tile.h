@@ -71,12 +71,10 @@ struct Part {
 void finish(const PairJob& job, const float* sums, int64_t row, int64_t panel, int64_t rows) {
     const int64_t width = job.outputs - panel * PANEL;
     const __mmask16 mask = width >= PANEL ? 0xffff : (1 << width) - 1;
-    const float* scales = job.scales ? job.scales + panel * PANEL : nullptr;
     const float* bias = job.bias ? job.bias + panel * PANEL : nullptr;
     uint16_t* y = job.y + row * job.outputs + panel * PANEL;
     for (int64_t r = 0; r < rows; ++r) {
         __m512 sum = _mm512_loadu_ps(sums + r * PANEL);
-        if (scales) sum = _mm512_mul_ps(sum, _mm512_loadu_ps(scales));
         if (bias) sum = _mm512_add_ps(sum, _mm512_loadu_ps(bias));
         _mm256_mask_storeu_epi16(y + r * job.outputs, mask, (__m256i)_mm512_cvtneps_pbh(sum));
     }
@@ -134,8 +132,8 @@ template <class S>
 constexpr PairKernels pair_kernels() {
     using V = Avx512;
     return kernels_of_pairs<
-        S, Float32<V>, Pairs, Int8<V>, Grouped<V, Storage::bytes_half>,
-        Grouped<V, Storage::bytes_half_minimum>, Grouped<V, Storage::bytes_block_minimum>,
+        S, Float32<V>, Pairs, Grouped<V, Storage::bytes_half>, Grouped<V, Storage::bytes_half_minimum>,
+        Grouped<V, Storage::bytes_block_minimum>,
         Grouped<V, Storage::bytes_block>, Grouped<V, Storage::nibbles_half>,
         Grouped<V, Storage::nibbles_half_minimum>, Grouped<V, Storage::nibbles_block_minimum>>();
 }

@@ -35,11 +35,6 @@ struct BFloat16 : Plain<V, uint16_t> {
     static typename V::F widen(const uint16_t* p, int64_t, const auto&) { return V::load_bf16(p); }
 };
 
-template <class V>
-struct Int8 : Plain<V, int8_t> {
-    static typename V::F widen(const int8_t* p, int64_t, const auto&) { return V::load_int8(p); }
-};
-
 template <class V, Storage STORAGE>
 struct Grouped {
     static constexpr GroupLayout LAYOUT = group_layout(STORAGE);
@@ -160,7 +155,6 @@ void tile(const Pass& pass, const float* x, const typename Type::Element* w, int
         for (int p = 0; p < PANELS; ++p) {
             const int64_t output = (pass.panel + p) * PANEL;
             typename V::F result = sums[r][p];
-            if (pass.last && job.scales) result = V::mul(result, V::load(job.scales + output));
             if (pass.last && job.bias) result = V::add(result, V::load(job.bias + output));
             store_some<V>(y + r * job.outputs + p * PANEL, result, width - p * PANEL);
         }
@@ -263,7 +257,7 @@ constexpr LinearKernels kernels_of_types() {
 template <class V>
 constexpr LinearKernels linear_kernels() {
     return kernels_of_types<
-        V, Float32<V>, BFloat16<V>, Int8<V>, Grouped<V, Storage::bytes_half>,
+        V, Float32<V>, BFloat16<V>, Grouped<V, Storage::bytes_half>,
         Grouped<V, Storage::bytes_half_minimum>, Grouped<V, Storage::bytes_block_minimum>,
         Grouped<V, Storage::bytes_block>, Grouped<V, Storage::nibbles_half>,
         Grouped<V, Storage::nibbles_half_minimum>, Grouped<V, Storage::nibbles_block_minimum>>();
