@@ -54,6 +54,7 @@ class ModelRunner:
         self.backend = backend
         self.computed_tokens = 0  # rows that went through the model, ever
         self.seconds = StepSeconds()
+        self._alone: dict[int, AttentionCall] = {}  # calls whose results are merged with nothing
 
     def run_chunks(self, chunks: Items[Chunk]) -> Tensor:
         """Build the batch of some chunks, whose pages have been allocated, and `run` it."""
@@ -67,7 +68,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """Return logits [`logits_rows`, vocab], float32; the batch's KV is in the pools then."""
-        step = _StepAttention(batch, self._memory, self.backend, self.seconds)
+        step = _StepAttention(batch, self._memory, self.backend, self.seconds, self._alone)
         self._memory.clear_raw(batch.fresh_pages)
         self.seconds.lap("batch")
         logits = self.model.forward(batch.token_ids, batch.positions, step, batch.logits_rows)
@@ -88,9 +89,15 @@ class _StepAttention:
     """
 
     def __init__(
-        self, batch: Batch, memory: KVMemory, backend: AttentionBackend, seconds: StepSeconds
+        self,
+        batch: Batch,
+        memory: KVMemory,
+        backend: AttentionBackend,
+        seconds: StepSeconds,
+        alone: dict[int, AttentionCall],
     ) -> None:
         self._seconds = seconds
+        self._alone = alone
         self._batch = batch
         self._memory = memory
         self._backend = backend
@@ -122,7 +129,10 @@ class _StepAttention:
             raise NothingLeft
         plan = self._last_plan if layer == self._last_layer else self._plans[group]
         if call.sinks is None:
-            call = replace(call, merged=False)
+            # Made once for a layer, which calls in the same way in every step
+            call = self._alone.get(layer) or self._alone.setdefault(
+                layer, replace(call, merged=False)
+            )
         out, lse = self._backend.attend(call, query, plan)
         if call.sinks is not None:
             out, lse = merge_sink(out, lse, call.sinks)

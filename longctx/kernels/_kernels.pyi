@@ -121,6 +121,46 @@ def rms_norm_bfloat16(
     twice: bool,
     y: int,
 ) -> None: ...
+
+class AroundAttention:
+    """What a layer does around its attention, for a few rows; see `csrc/around_attention.h`.
+
+    A norm is the address of its weights, float32, which must outlive it, or 0 for none; its
+    epsilon; and whether it rounds twice.
+    """
+
+    def __init__(
+        self,
+        before_attention: tuple[int, float, bool],
+        inputs: list[PackedLinear],
+        output: PackedLinear,
+        before_unit: tuple[int, float, bool],
+        gates: list[PackedLinear],
+        last: PackedLinear,
+        heads: int,
+        kv_heads: int,
+        dims: int,
+        query_norm: tuple[int, float, bool],
+        key_norm: tuple[int, float, bool],
+        bfloat16: bool,
+    ) -> None: ...
+    def to_attention(
+        self,
+        x: int,
+        rows: int,
+        qkv: int,
+        cosines: int,
+        sines: int,
+        turned: int,
+        pool: int,
+        slots: int,
+        first_slot: int,
+    ) -> None: ...
+    def to_gates(self, attended: int, x: int, rows: int, sums: int, gates: int) -> None: ...
+    def from_gates(
+        self, activated: int, up: int, up_stride: int, sums: int, rows: int, y: int
+    ) -> None: ...
+
 def bfloat16_sets() -> list[str]: ...
 def rms_norm(
     x: int, added: int, sums: int, rows: int, width: int, weight: int, epsilon: float, y: int

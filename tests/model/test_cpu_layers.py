@@ -19,7 +19,13 @@ from tests.support.tiny_models import ARCHITECTURES, write_model
 
 _kernels = pytest.importorskip("longctx.kernels._kernels")
 
-from longctx.model.cpu_layers import HALVES, FusedAttention, FusedGate, FusedLayer  # noqa: E402
+from longctx.model.cpu_layers import (  # noqa: E402
+    FEW_ROWS,
+    HALVES,
+    FusedAttention,
+    FusedGate,
+    FusedLayer,
+)
 from longctx.model.layer_fusing import AttentionForm  # noqa: E402
 from longctx.model.packed_linear import LinearGroup, PackedLinear, fastest_set  # noqa: E402
 from longctx.model.rms_norm import RMSNorm  # noqa: E402
@@ -163,6 +169,9 @@ def test_layers_have_the_same_bits_as_those_of_transformers(
         packed_logits(fused, sequences), packed_logits(plain, sequences), strict=True
     ):
         assert torch.equal(found, wanted)
+    for rows in (1, 5, FEW_ROWS):
+        few = [some_tokens(rows, seed=rows)]
+        assert torch.equal(packed_logits(fused, few)[0], packed_logits(plain, few)[0])
     short = sequences[:1]
     exact = packed_logits(exact_twin(fused), short)[0]
     assert torch.equal(exact, packed_logits(exact_twin(plain), short)[0])
@@ -174,6 +183,8 @@ def test_a_layer_is_recognized_by_what_it_computes(architecture: str, tmp_path: 
     model = load_model(ModelConfig(device="cpu", dtype="float32"), folder)
     layers = len(model.spec.layers)
     assert kinds(model) == {FusedGate: layers, FusedAttention: layers, FusedLayer: layers}
+    for each in model.transformer.modules():
+        assert not isinstance(each, FusedLayer) or each.few_rows is not None
 
 
 def test_a_layer_that_scales_what_it_adds_stays(tmp_path: Path) -> None:

@@ -66,6 +66,8 @@ public:
     void rows(const int64_t* ids, int64_t count, float* weight) const;
 
     size_t bytes() const { return bytes_; } // of the packed weights
+    int64_t outputs() const { return outputs_; }
+    int64_t inputs() const { return inputs_; }
 
 private:
     struct Free {

@@ -1,8 +1,10 @@
 // Linear layers as part of the Python module `longctx.kernels._kernels`.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include "around_attention.h"
 #include "heads.h"
 #include "linear.h"
 
@@ -14,6 +16,11 @@ struct LinearGroup {
     explicit LinearGroup(std::vector<const PackedLinear*> given) : layers(std::move(given)) {}
     std::vector<const PackedLinear*> layers;
 };
+
+using Norm = std::tuple<uintptr_t, float, bool>; // address of the weights, epsilon, twice
+AroundAttention::Norm made(const Norm& norm) {
+    return {(const float*)std::get<0>(norm), std::get<1>(norm), std::get<2>(norm)};
+}
 } // namespace
 
 // Addresses are plain numbers: a step makes a hundred of these calls, and arrays would cost more
@@ -119,4 +126,52 @@ void bind_linear(nb::module_& m) {
         nb::arg("kv_heads"), nb::arg("dims"), nb::arg("cosines"), nb::arg("sines"),
         nb::arg("turned"), nb::arg("pool"), nb::arg("slots"), nb::arg("first_slot"),
         nb::arg("bfloat16"), nb::call_guard<nb::gil_scoped_release>());
+    nb::class_<AroundAttention>(m, "AroundAttention")
+        .def(
+            "__init__",
+            [](AroundAttention* self, const Norm& before_attention,
+               std::vector<const PackedLinear*> inputs, const PackedLinear* output,
+               const Norm& before_unit, std::vector<const PackedLinear*> gates,
+               const PackedLinear* last, int64_t heads, int64_t kv_heads, int64_t dims,
+               const Norm& query_norm, const Norm& key_norm, bool bfloat16) {
+                new (self) AroundAttention(
+                    made(before_attention), std::move(inputs), output, made(before_unit),
+                    std::move(gates), last,
+                    {heads, kv_heads, dims, made(query_norm), made(key_norm)}, bfloat16);
+            },
+            nb::arg("before_attention"), nb::arg("inputs"), nb::arg("output"),
+            nb::arg("before_unit"), nb::arg("gates"), nb::arg("last"), nb::arg("heads"),
+            nb::arg("kv_heads"), nb::arg("dims"), nb::arg("query_norm"), nb::arg("key_norm"),
+            nb::arg("bfloat16"), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(),
+            nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>())
+        .def(
+            "to_attention",
+            [](const AroundAttention& self, uintptr_t x, int64_t rows, uintptr_t qkv,
+               uintptr_t cosines, uintptr_t sines, int64_t turned, uintptr_t pool, uintptr_t slots,
+               int64_t first_slot) {
+                self.to_attention((const void*)x, rows, (void*)qkv,
+                                  {(const void*)cosines, (const void*)sines, turned, (void*)pool,
+                                   (const int64_t*)slots, first_slot});
+            },
+            nb::arg("x"), nb::arg("rows"), nb::arg("qkv"), nb::arg("cosines"), nb::arg("sines"),
+            nb::arg("turned"), nb::arg("pool"), nb::arg("slots"), nb::arg("first_slot"),
+            nb::call_guard<nb::gil_scoped_release>())
+        .def(
+            "to_gates",
+            [](const AroundAttention& self, uintptr_t attended, uintptr_t x, int64_t rows,
+               uintptr_t sums, uintptr_t gates) {
+                self.to_gates((const void*)attended, (const void*)x, rows, (void*)sums,
+                              (void*)gates);
+            },
+            nb::arg("attended"), nb::arg("x"), nb::arg("rows"), nb::arg("sums"), nb::arg("gates"),
+            nb::call_guard<nb::gil_scoped_release>())
+        .def(
+            "from_gates",
+            [](const AroundAttention& self, uintptr_t activated, uintptr_t up, int64_t up_stride,
+               uintptr_t sums, int64_t rows, uintptr_t y) {
+                self.from_gates((const void*)activated, (const void*)up, up_stride,
+                                (const void*)sums, rows, (void*)y);
+            },
+            nb::arg("activated"), nb::arg("up"), nb::arg("up_stride"), nb::arg("sums"),
+            nb::arg("rows"), nb::arg("y"), nb::call_guard<nb::gil_scoped_release>());
 }
