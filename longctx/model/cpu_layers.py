@@ -26,7 +26,7 @@ HALVES = "halves"  # the n-th dim of a head and that half a head on are a pair
 # and the first slot, as `turn_heads` takes them; 0 is none. The step holds what they point to.
 Position = tuple[int, int, int, int, int, int]
 NO_NORM = (0, 0.0, False)
-FEW_ROWS = 16  # more are worth a call for each part, and threads for the smallest
+FEW_ROWS = 32  # more are worth a call for each part, and threads for the smallest
 
 
 class FusedGate(nn.Module):
