@@ -192,8 +192,8 @@ class FusedLayer(LayerInPlace):
 class _FewRows:
     """What a `FusedLayer` does with a few rows: three calls around its attention.
 
-    Whatever does not change from step to step is looked up once: each tensor and each attribute of
-    one costs about as much as a hundredth of a small layer's work.
+    Whatever does not change from step to step is looked up once, and no tensor is made that is not
+    handed on: in a small model such work takes as long as the products.
     """
 
     def __init__(

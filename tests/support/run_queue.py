@@ -5,36 +5,29 @@ that per thread (`schedstat`), so a test can bound what is left. Where it is not
 taken off, and the bound is the plain one.
 """
 
+import threading
 import time
 from pathlib import Path
 
-TASKS = Path("/proc/self/task")
-
 
 class OwnTime:
-    """Begins when made; `seconds()` is the time since, less what threads here waited for a core.
+    """Begins when made; `seconds()` is the time since, less what some threads waited for a core.
 
-    Waits of all threads of this process are added up, since the one that is asked for may stand
-    behind another that holds the interpreter and has no core: at most 0 seconds are left then.
+    These are the calling thread and `others`, which work one after the other: what any other thread
+    of the process waits for is not taken off.
     """
 
-    def __init__(self) -> None:
-        self._waited = _waited_nanoseconds()
+    def __init__(self, *others: threading.Thread) -> None:
+        self._ids = [threading.get_native_id(), *(other.native_id for other in others)]
+        self._waited = self._waited_seconds()
         self._began = time.perf_counter()
 
     def seconds(self) -> float:
-        seconds = time.perf_counter() - self._began
-        waited = sum(
-            now - self._waited.get(thread, 0) for thread, now in _waited_nanoseconds().items()
-        )
-        return max(0.0, seconds - waited / 1e9)
+        return time.perf_counter() - self._began - (self._waited_seconds() - self._waited)
 
-
-def _waited_nanoseconds() -> dict[str, int]:
-    waited = {}
-    for thread in TASKS.iterdir():
+    def _waited_seconds(self) -> float:
         try:
-            waited[thread.name] = int((thread / "schedstat").read_text().split()[1])
-        except (OSError, IndexError):  # it has ended, or the kernel does not count
-            continue
-    return waited
+            told = [Path(f"/proc/self/task/{each}/schedstat").read_text() for each in self._ids]
+            return sum(int(each.split()[1]) for each in told) / 1e9
+        except OSError:  # the kernel does not count
+            return 0.0

@@ -7,11 +7,6 @@
 namespace longctx {
 namespace {
 
-float product(float x, float y) { return x * y; }
-float sum(float x, float y) { return x + y; }
-uint16_t product(uint16_t x, uint16_t y) { return rounded(widened(x) * widened(y)); }
-uint16_t sum(uint16_t x, uint16_t y) { return rounded(widened(x) + widened(y)); }
-
 // Memory of this thread that is kept: fresh memory would cost more than a short piece of work.
 void* scratch(int number, int64_t bytes) {
     thread_local std::vector<char> kept[2];

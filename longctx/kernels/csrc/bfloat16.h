@@ -21,4 +21,10 @@ inline uint16_t rounded(float value) {
     return value == value ? nearest : uint16_t(0x7fc0); // rounding could carry a NaN into the sign
 }
 
+// As torch computes them in either type: in float32, rounded once.
+inline float product(float x, float y) { return x * y; }
+inline float sum(float x, float y) { return x + y; }
+inline uint16_t product(uint16_t x, uint16_t y) { return rounded(widened(x) * widened(y)); }
+inline uint16_t sum(uint16_t x, uint16_t y) { return rounded(widened(x) + widened(y)); }
+
 } // namespace longctx

@@ -10,11 +10,7 @@ namespace {
 // With fewer numbers a second thread costs more than it saves.
 constexpr int64_t PARALLEL_NUMBERS = 1 << 16;
 
-float product(float x, float y) { return x * y; }
-float sum(float x, float y) { return x + y; }
 float negative(float x) { return -x; }
-uint16_t product(uint16_t x, uint16_t y) { return rounded(widened(x) * widened(y)); }
-uint16_t sum(uint16_t x, uint16_t y) { return rounded(widened(x) + widened(y)); }
 uint16_t negative(uint16_t x) { return x ^ 0x8000; }
 
 template <class T>

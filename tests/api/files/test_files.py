@@ -310,7 +310,7 @@ def test_health_stays_prompt_while_a_document_is_read(server: LiveServer) -> Non
     file_id = upload(server, " ".join(random.choice(words) for _ in range(20_000)))
     seconds = []
     while file_of(server, file_id)["longctx"]["state"] not in ("ready", "error"):
-        clock = OwnTime()
+        clock = OwnTime(server.thread)
         server.http.get("/health").raise_for_status()
         seconds.append(clock.seconds())
         time.sleep(0.002)
