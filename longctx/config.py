@@ -19,6 +19,9 @@ def _cache_dir() -> Path:
 
 
 CACHE_DIR = _cache_dir()  # what was measured of models that were loaded
+CPU_STEP_TOKENS = 512  # of a step, where none are asked for
+LONGEST_CPU_STEP_TOKENS = 2048
+SMALL_STEP_BYTES = 16 << 20  # of keys and values, in a step of more than CPU_STEP_TOKENS
 
 Weights = Literal["auto", "int8", "int4"]
 # Names of what the registries hold, so that a wrong one is refused before anything is loaded.
@@ -121,8 +124,8 @@ class CacheConfig:
 class SchedulerConfig:
     max_batch_tokens: Annotated[
         int | None,
-        "tokens computed per step, prompts and answers; 512 on a CPU, 4096 on a GPU, "
-        "more with many ranks",
+        "tokens computed per step, prompts and answers; 512 on a CPU, up to 2048 of a small model, "
+        "4096 on a GPU, more with many ranks",
     ] = None
     target_step_ms: Annotated[
         float | None,
@@ -146,14 +149,22 @@ class SchedulerConfig:
                 f"max_sequences={self.max_sequences}; raise the first or lower the second"
             )
 
-    def batch_tokens(self, device_type: str, *, ranks: int = 1) -> int:
+    def batch_tokens(
+        self, device_type: str, *, token_bytes: int | None = None, ranks: int = 1
+    ) -> int:
         """How many tokens a step computes: as told, or enough to keep such devices busy.
 
-        Not so many that answers wait. Each of many ranks needs a few blocks of its own.
+        Not so many that answers wait. On a CPU what a step costs beside its tokens counts for a
+        model of which a token takes few `token_bytes` (keys and values in all layers, as computed),
+        so it gets longer ones. Each of many ranks needs a few blocks of its own.
         """
         if self.max_batch_tokens is not None:
             return self.max_batch_tokens
-        enough = max(512, 256 * ranks) if device_type == "cpu" else 4096 * ranks
+        if device_type == "cpu":
+            most = 0 if token_bytes is None else SMALL_STEP_BYTES // token_bytes
+            enough = max(CPU_STEP_TOKENS, min(most, LONGEST_CPU_STEP_TOKENS), 256 * ranks)
+        else:
+            enough = 4096 * ranks
         return max(enough, self.max_sequences)
 
     def target_seconds(self, device_type: str) -> float:

@@ -94,7 +94,7 @@ class MeasuredEngine:
             other = scheduler(
                 config.scheduler,
                 parts.cache,
-                batch_tokens=config.scheduler.batch_tokens(device_type),
+                batch_tokens=parts.scheduler.batch_tokens,
                 target_seconds=config.scheduler.target_seconds(device_type),
                 cost=CostModel(),
             )
@@ -103,7 +103,7 @@ class MeasuredEngine:
         self._parts, self._runner = parts, parts.runner
         self._engine = Engine(parts)
         self.info = parts.info
-        self.batch_tokens = config.scheduler.batch_tokens(parts.model.spec.device.type)
+        self.batch_tokens = parts.scheduler.batch_tokens
         self._profile: Profile | None = None
 
     @property

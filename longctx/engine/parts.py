@@ -18,7 +18,7 @@ from longctx.engine.model_runner import ModelRunner, Runner
 from longctx.engine.scheduler import Scheduler
 from longctx.engine_info import CodecChoice, EngineInfo
 from longctx.kv.cache_manager import KVCacheManager
-from longctx.kv.memory import SCRATCH_BYTES, KVMemory, pool_bytes, raw_pool_bytes
+from longctx.kv.memory import SCRATCH_BYTES, KVMemory, pool_bytes, raw_pool_bytes, raw_token_bytes
 from longctx.kv.offloading import KVOffloader
 from longctx.kv.open_store import open_store
 from longctx.model.loader import LoadedModel
@@ -61,7 +61,8 @@ def one_rank_parts(
 ) -> EngineParts:
     """Make the parts of an engine that computes alone, with a codec and a backend chosen before."""
     spec = model.spec
-    batch_tokens = scheduler.batch_tokens(spec.device.type)
+    token_bytes = raw_token_bytes(spec.layers, spec.dtype)
+    batch_tokens = scheduler.batch_tokens(spec.device.type, token_bytes=token_bytes)
     growing = step_blocks(scheduler, batch_tokens)
     beside_bytes = raw_pool_bytes(spec.layers, spec.dtype, growing) + SCRATCH_BYTES
     memory = KVMemory(

@@ -123,7 +123,7 @@ class Scheduler:
         """
         self._config = config
         self._cache = cache
-        self._batch_tokens = batch_tokens
+        self.batch_tokens = batch_tokens
         self._scored_tokens = scored_tokens
         self._target_seconds = target_seconds
         self._clock = clock
@@ -210,7 +210,7 @@ class Scheduler:
         else:
             seconds = self._lone.seconds(self._clock(), self.cost.coefficients.step)
         prompts: list[Chunk] = []
-        tokens, scored = self._batch_tokens - len(decodes), self._scored_tokens
+        tokens, scored = self.batch_tokens - len(decodes), self._scored_tokens
         queues = self._queues()
         for request_class in self._turns(queues):
             share = self._shares.left(request_class) if decodes else math.inf

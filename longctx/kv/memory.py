@@ -254,8 +254,12 @@ def pool_bytes(
 
 def raw_pool_bytes(layers: Sequence[LayerSpec], dtype: torch.dtype, step_blocks: int) -> int:
     """Return the bytes of the raw pool of a memory that is made for so many blocks a step."""
-    row_bytes = sum(2 * layer.kv_heads * layer.head_dim for layer in layers) * dtype.itemsize
-    return (step_blocks + 1) * BLOCK_TOKENS * row_bytes
+    return (step_blocks + 1) * BLOCK_TOKENS * raw_token_bytes(layers, dtype)
+
+
+def raw_token_bytes(layers: Sequence[LayerSpec], dtype: torch.dtype) -> int:
+    """Return the bytes of a token's keys and values in all layers, as they are computed."""
+    return sum(2 * layer.kv_heads * layer.head_dim for layer in layers) * dtype.itemsize
 
 
 def _pages_per_group(

@@ -79,7 +79,7 @@ class SkipJoinQueues(FirstCome):
         chosen = everyone[: self.max_sequences]
         top = self._level[chosen[0]] if chosen else 0
         chunks: list[Chunk] = []
-        left = self._batch_tokens
+        left = self.batch_tokens
         for sequence in chosen:
             if not sequence.decoding and self._level[sequence] > top:
                 continue  # an iteration of short requests does not wait for a long prompt
