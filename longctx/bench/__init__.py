@@ -25,6 +25,7 @@ from longctx.bench.config import (
     RulerConfig,
     ScheduleConfig,
     UploadConfig,
+    VariantsConfig,
 )
 from longctx.bench.versus_config import VersusConfig
 from longctx.config import EngineConfig
@@ -43,12 +44,13 @@ BENCHES: dict[str, Bench] = {
     "niah": Bench(
         "find needles in haystacks, by length and depth: cold, warm, restored, for each codec",
         "longctx.bench.retrieval.niah",
-        (EngineConfig, BenchConfig, FillerConfig, NiahConfig),
+        (EngineConfig, BenchConfig, FillerConfig, VariantsConfig, NiahConfig),
     ),
     "ruler": Bench(
-        "RULER's tasks: retrieval, tracing and counting, in process or on any server",
+        "RULER's tasks: retrieval, tracing and counting, in process (each codec, cold, warm, "
+        "restored) or on any server",
         "longctx.bench.retrieval.ruler",
-        (EngineConfig, BenchConfig, FillerConfig, AskedConfig, RulerConfig),
+        (EngineConfig, BenchConfig, FillerConfig, VariantsConfig, AskedConfig, RulerConfig),
     ),
     "document": Bench(
         "what a question on a document costs, before and after it was read",

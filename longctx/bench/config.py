@@ -38,14 +38,6 @@ class NiahConfig:
     depths: Annotated[str, "where needles lie, percent of the document"] = "0,25,50,75,100"
     questions: Annotated[int, "questions per length, depth and seed"] = 20
     seeds: Annotated[int, "sets of haystacks, from --seed on"] = 1
-    caches: Annotated[
-        str,
-        "where the document is when it is asked: cold (not computed yet), warm (on the device), "
-        "restored (on disk, after a restart)",
-    ] = "warm"
-    codecs: Annotated[
-        str | None, "KV codecs to compare with raw, forced; the engine's own one alone if absent"
-    ] = None
     kind: Annotated[str, f"what the needles say: {', '.join(KINDS)}"] = "any"
     distractors: Annotated[int, "false needles per needle: same attribute, other keys"] = 0
     match: Annotated[
@@ -62,11 +54,6 @@ class NiahConfig:
             raise ValueError(f"kind={self.kind} is unknown; choose from {', '.join(KINDS)}")
         _at_least("questions", self.questions, 1)
         _at_least("seeds", self.seeds, 1)
-        if unknown := [name for name in self.every_cache if name not in CACHES]:
-            raise ValueError(f"caches={unknown[0]} is unknown; choose from {', '.join(CACHES)}")
-        if unknown := [name for name in (self.codecs or "raw").split(",") if name not in KV_CODECS]:
-            known = ", ".join(KV_CODECS)
-            raise ValueError(f"codecs={unknown[0]} is unknown; choose from {known}")
         _at_least("distractors", self.distractors, 0)
         _at_least("answer_tokens", self.answer_tokens, 1)
 
@@ -75,10 +62,34 @@ class NiahConfig:
         return _whole_numbers("lengths", self.lengths)
 
     @property
+    def percent_depths(self) -> tuple[float, ...]:
+        return _numbers("depths", self.depths)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VariantsConfig:
+    """In which ways one question is asked, to be compared."""
+
+    caches: Annotated[
+        str | None,
+        "where the text is when it is asked: cold (not computed yet), warm (on the device), "
+        "restored (on disk, after a restart); for niah warm, for ruler as it comes, if absent",
+    ] = None
+    codecs: Annotated[
+        str | None, "KV codecs to compare with raw, forced; the engine's own one alone if absent"
+    ] = None
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in (self.caches or "warm").split(",") if name not in CACHES]:
+            raise ValueError(f"caches={unknown[0]} is unknown; choose from {', '.join(CACHES)}")
+        if unknown := [name for name in (self.codecs or "raw").split(",") if name not in KV_CODECS]:
+            known = ", ".join(KV_CODECS)
+            raise ValueError(f"codecs={unknown[0]} is unknown; choose from {known}")
+
+    @property
     def every_cache(self) -> tuple[str, ...]:
-        """In the order that one document is asked in."""
-        named = self.caches.split(",")
-        return tuple(sorted(set(named), key=lambda name: CACHES.get(name, -1)))
+        """In the order that one text is asked in; warm alone where none is named."""
+        return tuple(sorted(set((self.caches or "warm").split(",")), key=CACHES.__getitem__))
 
     @property
     def every_codec(self) -> tuple[KVCodec, ...]:
@@ -89,8 +100,8 @@ class NiahConfig:
         return tuple(codec for codec in KV_CODECS if codec == "raw" or codec in named)
 
     @property
-    def percent_depths(self) -> tuple[float, ...]:
-        return _numbers("depths", self.depths)
+    def several(self) -> bool:
+        return len(self.every_codec or ("own",)) * len(self.every_cache) > 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

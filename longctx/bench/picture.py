@@ -88,30 +88,34 @@ def draw_bars(
     unit: str,
     logarithmic: bool = False,
 ) -> None:
-    """Draws groups of horizontal bars, one per series, each with its value; shorter is better."""
+    """Draws groups of horizontal bars, one per series, each with its value; shorter is better.
+
+    On a logarithmic scale a value that is not above 0 has no bar.
+    """
     rows = len(groups) * (len(series) + 0.7)
     width, height = 7.6, 1.75 + 0.34 * rows
     figure = _figure(width, height)
     axes = figure.add_axes((1.75 / width, 0.4 / height, 1 - 2.7 / width, 1 - 1.6 / height))
     values = [value for each in series for value in each.values if value is not None]
-    floor = min(values) / 3 if logarithmic else 0.0
+    floor = min((value for value in values if value > 0), default=1.0) / 3 if logarithmic else 0.0
     for number, each in enumerate(series):
         drawn = [group for group, value in enumerate(each.values) if value is not None]
         for group, value in enumerate(each.values):
             if value is None:
                 continue
             place = group * (len(series) + 0.7) + number
+            end = max(value, floor)
             axes.barh(
-                place, value - floor, left=floor, height=0.82, color=SERIES[number % len(SERIES)],
+                place, end - floor, left=floor, height=0.82, color=SERIES[number % len(SERIES)],
                 label=each.label if group == drawn[0] else "",
             )  # fmt: skip
             axes.annotate(
-                f"{value:,.3g} {unit}", (value, place), xytext=(4, 0), textcoords="offset points",
+                f"{value:,.3g} {unit}", (end, place), xytext=(4, 0), textcoords="offset points",
                 va="center", size=8, color=INK,
             )  # fmt: skip
     if logarithmic:
         axes.set_xscale("log")
-    axes.set_xlim(floor or 0, max(values) * (1.6 if logarithmic else 1.02))
+    axes.set_xlim(floor, max(floor, *values) * (1.6 if logarithmic else 1.02))
     middle = (len(series) - 1) / 2
     axes.set_yticks([group * (len(series) + 0.7) + middle for group in range(len(groups))], groups)
     axes.invert_yaxis()

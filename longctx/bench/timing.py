@@ -27,6 +27,7 @@ class TimedAnswer:
     usage: Usage
     submit_seconds: float  # until `submit` returned
     token_seconds: tuple[float, ...]
+    finish_reason: FinishReason
     logprobs: tuple[TokenLogprob, ...] = ()
 
     @property
@@ -57,16 +58,25 @@ class Stopwatch:
         self.engine = engine
         self._numbers: Iterator[int] = itertools.count()
 
-    def ask(self, segments: tuple[Segment, ...], sampling: SamplingParams) -> TimedAnswer:
-        """Runs one request to its end. Raises LongctxError where the engine refuses it or fails."""
+    def ask(
+        self, segments: tuple[Segment, ...], sampling: SamplingParams, *, salt: str = ""
+    ) -> TimedAnswer:
+        """Runs one request to its end. Raises LongctxError where the engine refuses it or fails.
+
+        What is cached of requests with another `salt` is not used.
+        """
         request = Request(
-            request_id=f"timed-{next(self._numbers)}", segments=segments, sampling=sampling
+            request_id=f"timed-{next(self._numbers)}",
+            segments=segments,
+            sampling=sampling,
+            salt=salt,
         )
         text = ""
         token_ids: tuple[int, ...] = ()
         token_seconds: list[float] = []
         logprobs: list[TokenLogprob] = []
         usage: Usage | None = None
+        reason: FinishReason | None = None
         began = time.perf_counter()
         self.engine.submit(request)
         submit_seconds = time.perf_counter() - began
@@ -81,12 +91,15 @@ class Stopwatch:
                 logprobs += output.logprobs
                 token_seconds += [now] * len(output.token_ids)
                 usage = output.usage or usage
+                reason = output.finish_reason or reason
         assert usage is not None and token_seconds, "a request ends with usage and a token"
+        assert reason is not None
         return TimedAnswer(
             text=text,
             token_ids=token_ids,
             usage=usage,
             submit_seconds=submit_seconds,
             token_seconds=tuple(token_seconds),
+            finish_reason=reason,
             logprobs=tuple(logprobs),
         )

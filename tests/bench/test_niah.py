@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longctx.bench.config import NiahConfig
-from longctx.bench.retrieval.grid import Grid, Reading, Variant, difference, told_logprobs
+from longctx.bench.config import NiahConfig, VariantsConfig
+from longctx.bench.retrieval.grid import Grid, Reading
 from longctx.bench.retrieval.niah_report import results, tables
+from longctx.bench.retrieval.variants import Variant, difference, told_logprobs
 from longctx.bench.scores import matches, mcnemar, wilson
 from longctx.bench.timing import Stopwatch, TimedAnswer
 from longctx.cli import main
@@ -97,7 +98,7 @@ def test_a_difference_pairs_the_same_questions_and_ends_an_answer_where_it_turns
     turned = {2: 0.5, 1: 0.4}
     base = grid(answer(True, "a", [sure]), answer(True, "b", [half, sure, sure]))
     other = grid(answer(True, "a", [sure]), answer(False, "c", [half, turned, sure]))
-    found = difference(base, other)
+    found = difference(base.answers, other.answers)
     assert (found.asked, found.lost, found.gained, found.changed) == (2, 1, 0, 1)
     assert found.places == 3 and found.flips == pytest.approx(1 / 3)
     turning = 0.9 * math.log(0.9 / 0.4) + 0.1 * math.log(0.1 / 0.5)
@@ -116,12 +117,12 @@ def test_the_divergence_of_what_both_name_is_no_more_than_the_whole(seed: int) -
     for each in logs:
         top = each.topk(8)
         place = dict(zip(top.indices.tolist(), top.values.exp().tolist(), strict=True))
-        grids.append(grid(answer(True, "a", [place])))
+        grids.append({0: answer(True, "a", [place])})
     assert -1e-9 <= difference(*grids).kl <= whole + 1e-5
 
 
 def test_cells_that_the_exact_model_fails_are_marked() -> None:
-    niah = NiahConfig(lengths="512", depths="0", questions=3, codecs="int8")
+    niah = NiahConfig(lengths="512", depths="0", questions=3)
     place = [{1: 0.9, 2: 0.1}]
     wrong, right = answer(False, "a", place), answer(True, "b", place)
     for base, tells in ((grid(wrong, wrong, right), False), (grid(right, right, wrong), True)):
@@ -201,6 +202,6 @@ def test_an_interrupted_grid_goes_on(
 
 def test_a_codec_or_cache_that_there_is_not_is_named() -> None:
     with pytest.raises(ValueError, match="codecs=int5 is unknown; choose from raw, bf16"):
-        NiahConfig(codecs="int8,int5")
+        VariantsConfig(codecs="int8,int5")
     with pytest.raises(ValueError, match="caches=tepid is unknown; choose from cold, warm"):
-        NiahConfig(caches="warm,tepid")
+        VariantsConfig(caches="warm,tepid")

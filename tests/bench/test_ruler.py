@@ -335,6 +335,46 @@ def test_a_key_is_no_part_of_a_record() -> None:
     ]
 
 
+def test_codecs_are_compared_cold_warm_and_after_a_restart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--tasks niah_single_1,niah_multikey_3 --prompt-lengths 1024 --samples 2 --threads 1"
+    variants = "--codecs int8 --caches restored,cold,warm"
+    main(["bench", "ruler", "--out", str(tmp_path), *options.split(), *variants.split()])
+    told = json.loads(capsys.readouterr().out.rstrip("\n").split("\n")[-1])["results"]
+    ways = [(codec, cache) for codec in ("raw", "int8") for cache in ("cold", "warm", "restored")]
+    totals = [
+        ((row["kv_codec"], row["cache"]), row["n"], row["value"])
+        for row in told
+        if row["metric"] == "recall" and row["task"] == "all"
+    ]
+    assert totals == [(way, 4, 1.0) for way in ways]
+    divergences = {
+        (row["kv_codec"], row["cache"]): row["value"]
+        for row in told
+        if row["metric"] == "KL along answers, at least"
+    }
+    assert list(divergences) == ways[1:]  # all but raw cold, which they are compared with
+    for codec in ("raw", "int8"):
+        assert divergences[codec, "warm"] == divergences[codec, "restored"]
+    assert divergences["raw", "warm"] < 1e-5 and divergences["int8", "warm"] < 1e-2
+    found = {
+        way: [
+            each["cached_tokens"] for each in lines(tmp_path)[1:] if tuple(each["key"][:2]) == way
+        ]
+        for way in ways
+    }
+    for codec in ("raw", "int8"):
+        assert found[codec, "cold"] == [0] * 4
+        assert found[codec, "warm"] == found[codec, "restored"]
+        assert min(found[codec, "warm"]) > 800
+
+
+def test_a_server_has_its_own_codec_and_cache() -> None:
+    with pytest.raises(SystemExit, match="--codecs or --caches is for a model in this process"):
+        main(["bench", "ruler", "--base-url", "http://127.0.0.1:9", "--codecs", "int8"])
+
+
 def test_the_command_prints_every_task_and_writes_a_picture(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

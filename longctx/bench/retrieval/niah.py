@@ -8,33 +8,30 @@ Differs: many needles per document (one question each), exact match instead of a
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from longctx.bench.config import BenchConfig, FillerConfig, NiahConfig
+from longctx.bench.config import BenchConfig, FillerConfig, NiahConfig, VariantsConfig
 from longctx.bench.haystack import Haystack, Planted, haystacks
 from longctx.bench.report import Parameter, Report
 from longctx.bench.restart import drop_from_memory, opened
-from longctx.bench.retrieval.grid import Grid, Place, Reading, Variant, told_logprobs
+from longctx.bench.retrieval.grid import Grid, Place, Reading
 from longctx.bench.retrieval.journal import Journal
 from longctx.bench.retrieval.niah_report import draw, results, tables
 from longctx.bench.retrieval.texts import filler
+from longctx.bench.retrieval.variants import LIKELIEST, Variant, stored, told_logprobs
 from longctx.bench.scores import matches
 from longctx.bench.timing import Stopwatch
-from longctx.config import EngineConfig, KVCodec
+from longctx.config import EngineConfig
 from longctx.llm import LLM
 from longctx.needles.ruler_tasks import Sentences, generated_sentences
 from longctx.request import SamplingParams
 from longctx.text.chat_template import ChatPrompts, FilePart, Message
 
-LIKELIEST = 8  # tokens in each place of an answer that variants are compared by
 READ = -1  # in the place of a question: what reading the document took
 
 
@@ -42,6 +39,7 @@ def run(
     engine: EngineConfig,
     bench: BenchConfig,
     texts: FillerConfig,
+    variants: VariantsConfig,
     niah: NiahConfig,
     *,
     say: Callable[[str], None],
@@ -52,6 +50,7 @@ def run(
         "model": "embedded" if engine.model.model is None else str(engine.model.model),
         "dtype": engine.model.dtype,
         "kv_codec": engine.cache.kv_codec,
+        **asdict(variants),
         **asdict(niah),
         "haystack": text_name,
         "seed": bench.seed,
@@ -60,7 +59,7 @@ def run(
     try:
         if journal.records:
             say(f"{len(journal.records)} answers and readings are there already")
-        whole = _Run(engine, niah, bench.seed, sentences, journal, say)
+        whole = _Run(engine, variants, niah, bench.seed, sentences, journal, say)
         whole.ask_all()
         journal.finish()
     finally:
@@ -85,6 +84,7 @@ class _Run:
     def __init__(
         self,
         engine: EngineConfig,
+        variants: VariantsConfig,
         niah: NiahConfig,
         seed: int,
         sentences: Sentences,
@@ -92,6 +92,7 @@ class _Run:
         say: Callable[[str], None],
     ) -> None:
         self._engine, self._niah, self._seed, self._say = engine, niah, seed, say
+        self._compared = variants
         self._sentences = None if sentences is generated_sentences else sentences
         self._journal = journal
         self.variants: list[Variant] = []
@@ -99,46 +100,33 @@ class _Run:
 
     def ask_all(self) -> None:
         lengths = self._niah.token_lengths
-        for named in self._niah.every_codec or (None,):
-            with self._stored(named) as config:
+        for named in self._compared.every_codec or (None,):
+            with stored(self._engine, self._compared, named) as config:
                 with opened(config) as llm:
                     asking = self._asking(llm)
                     hays = {length: self._haystacks(llm, length) for length in lengths}
                     for length in lengths:
                         for place, hay in hays[length]:
                             asking.before_restart(place, hay)
-                        for cache in self._niah.every_cache:
+                        for cache in self._compared.every_cache:
                             if cache != "restored":
                                 self._tell(Variant(asking.codec, cache), length)
-                if "restored" not in self._niah.every_cache:
+                if "restored" not in self._compared.every_cache:
                     continue
                 assert config.cache.kv_dir is not None
                 drop_from_memory(sorted(config.cache.kv_dir.rglob("*.kv")))
                 with opened(config) as llm:
-                    asking = _Asking(llm, self._niah, self._journal)
+                    asking = _Asking(llm, self._compared, self._niah, self._journal)
                     for length in lengths:
                         for place, hay in hays[length]:
                             asking.after_restart(place, hay)
                         self._tell(Variant(asking.codec, "restored"), length)
 
-    @contextmanager
-    def _stored(self, codec: KVCodec | None) -> Iterator[EngineConfig]:
-        """Yield the configuration of one codec, with a store of its own if one is needed."""
-        cache = self._engine.cache
-        if codec is not None:
-            cache = replace(cache, kv_codec=codec, force_codec=True)
-        if "restored" not in self._niah.every_cache:
-            yield replace(self._engine, cache=cache)
-            return
-        # Beside the user's folder if one is named: another disk is another measurement
-        with TemporaryDirectory(dir=cache.kv_dir) as scratch:
-            yield replace(self._engine, cache=replace(cache, kv_dir=Path(scratch)))
-
     def _asking(self, llm: LLM) -> "_Asking":
-        asking = _Asking(llm, self._niah, self._journal)
+        asking = _Asking(llm, self._compared, self._niah, self._journal)
         info = llm.engine.info
         self.parameters = {"model": info.model_name, "dtype": info.dtype, "device": info.device}
-        self.variants += [Variant(asking.codec, cache) for cache in self._niah.every_cache]
+        self.variants += [Variant(asking.codec, cache) for cache in self._compared.every_cache]
         return asking
 
     def _haystacks(self, llm: LLM, length: int) -> list[tuple[tuple[int, int, int], Haystack]]:
@@ -172,15 +160,18 @@ class _Run:
 class _Asking:
     """Asks one engine about documents; what the journal has already is not asked again."""
 
-    def __init__(self, llm: LLM, niah: NiahConfig, journal: Journal) -> None:
+    def __init__(
+        self, llm: LLM, variants: VariantsConfig, niah: NiahConfig, journal: Journal
+    ) -> None:
         self._llm, self._niah, self._journal = llm, niah, journal
+        self._caches, self._compared = variants.every_cache, variants.several
         self._prompts = ChatPrompts(llm.engine.tokenizer)
         self._stopwatch = Stopwatch(llm.engine)
         self.codec: str = llm.engine.info.kv_codec
 
     def before_restart(self, place: tuple[int, int, int], hay: Haystack) -> None:
         """Ask with nothing computed, then read the document and ask again."""
-        missing = {cache: self._missing(cache, place, hay) for cache in self._niah.every_cache}
+        missing = {cache: self._missing(cache, place, hay) for cache in self._caches}
         for number, planted in missing.get("cold", ()):
             self._ask_cold("cold", (*place, number), hay, planted)
         if missing.get("warm") or missing.get("restored"):
@@ -227,18 +218,17 @@ class _Asking:
         part = FilePart(document.part.document_id, document.part.title)
         for number, planted in missing:
             self._ask(cache, (*place, number), part, planted)
-        if cache == "restored" or "restored" not in self._niah.every_cache:
+        if cache == "restored" or "restored" not in self._caches:
             document.close()
 
     def _ask(self, cache: str, place: Place, part: FilePart, planted: Planted) -> None:
         began = time.perf_counter()
         segments = self._prompts.render([Message("user", (part, planted.needle.question))])
         rendered = time.perf_counter() - began
-        compared = len(self._niah.every_codec or ("own",)) * len(self._niah.every_cache) > 1
         sampling = SamplingParams(
             max_tokens=self._niah.answer_tokens,
             temperature=0.0,
-            logprobs=LIKELIEST if compared else None,
+            logprobs=LIKELIEST if self._compared else None,
         )
         answer = self._stopwatch.ask(segments, sampling)
         record: dict[str, Any] = {

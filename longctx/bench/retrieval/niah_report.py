@@ -9,7 +9,13 @@ from rich.table import Table
 from longctx.bench.config import NiahConfig
 from longctx.bench.picture import draw_heat_map
 from longctx.bench.report import Parameter, Result
-from longctx.bench.retrieval.grid import LEAST_SHARE, Cell, Difference, Grid, Variant, difference
+from longctx.bench.retrieval.grid import LEAST_SHARE, Cell, Grid
+from longctx.bench.retrieval.variants import (
+    Variant,
+    difference,
+    difference_results,
+    difference_table,
+)
 
 Grids = Mapping[Variant, Grid]
 
@@ -33,9 +39,8 @@ def results(
             yield from _costs(grid, length, {**told, "length_tokens": length})
     for variant in others:
         told = {**parameters, "kv_codec": variant.codec, "cache": variant.cache}
-        yield from _differences(
-            difference(grids[base], grids[variant]), {**told, "base": str(base)}
-        )
+        found = difference(grids[base].answers, grids[variant].answers)
+        yield from difference_results(found, {**told, "base": str(base)})
 
 
 def tables(grids: Grids, niah: NiahConfig, subtitle: str) -> Iterator[Table]:
@@ -46,7 +51,8 @@ def tables(grids: Grids, niah: NiahConfig, subtitle: str) -> Iterator[Table]:
     )
     yield _reading_table(grids, niah)
     if others:
-        yield _difference_table(grids, niah)
+        answers = {variant: grid.answers for variant, grid in grids.items()}
+        yield difference_table(answers, "needles")
 
 
 def draw(grids: Grids, niah: NiahConfig, subtitle: str, path: Path) -> None:
@@ -115,20 +121,6 @@ def _costs(grid: Grid, length: int, at: Mapping[str, Parameter]) -> Iterator[Res
         yield Result(metric=metric, value=value, unit=unit, parameters=at)
 
 
-def _differences(each: Difference, told: Mapping[str, Parameter]) -> Iterator[Result]:
-    counts = {"n": each.asked, "lost": each.lost, "gained": each.gained, "p": round(each.p, 5)}
-    yield Result(metric="difference", value=each.share, unit="share", parameters={**told, **counts})
-    yield Result(metric="answers changed", value=each.changed, unit="answers", parameters=told)
-    places = {"places": each.places}
-    yield Result(
-        metric="KL along answers, at least", value=each.kl, unit="nats/token",
-        parameters={**told, **places},
-    )  # fmt: skip
-    yield Result(
-        metric="flips along answers", value=each.flips, unit="share", parameters={**told, **places}
-    )
-
-
 def _grid_table(grid: Grid, niah: NiahConfig, subtitle: str, compared: bool) -> Table:
     cells = [
         [grid.cell(length, depth) for length in niah.token_lengths] for depth in niah.percent_depths
@@ -169,33 +161,6 @@ def _reading_table(grids: Grids, niah: NiahConfig) -> Table:
                 f"{median(reading.cached_tokens):,.0f}",
                 f"{max(reading.computed_tokens):,}",
             )
-    return table
-
-
-def _difference_table(grids: Grids, niah: NiahConfig) -> Table:
-    base, *others = grids
-    caption = (
-        "lost and gained: needles; p: McNemar's exact test; changed: answers; KL: at least, nats "
-        "per token along equal answers; flips: of their tokens"
-    )
-    table = Table(title=f"Compared with {base}", caption=caption, caption_justify="left")
-    for name in ("KV", "found", "95%", "lost", "gained", "p", "changed", "KL", "flips"):
-        table.add_column(name, justify="right", no_wrap=True)
-    cell = grids[base].cell()
-    table.add_row(str(base), f"{cell.right} of {cell.asked}", _percent(cell))
-    for variant in others:
-        cell, each = grids[variant].cell(), difference(grids[base], grids[variant])
-        table.add_row(
-            str(variant),
-            f"{cell.right} of {cell.asked}",
-            _percent(cell),
-            f"{each.lost}",
-            f"{each.gained}",
-            f"{each.p:.3f}",
-            f"{each.changed}",
-            f"{each.kl:.1e}",
-            f"{each.flips:.1%}",
-        )
     return table
 
 

@@ -9,14 +9,16 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from longctx.bench.report import Parameter, model_parameters
+from longctx.bench.retrieval.variants import LIKELIEST
+from longctx.bench.timing import Stopwatch
 from longctx.errors import InvalidRequest, LongctxError
 from longctx.llm import LLM
-from longctx.request import SamplingParams
+from longctx.request import SamplingParams, Segment
 from longctx.text.chat_template import ChatPrompts, Message
 
 PROBE = "The road to the old harbour is steep, and every morning the boats come back with fish. "
@@ -32,6 +34,7 @@ class Said:
     prompt_tokens: int | None
     cached_tokens: int | None
     seconds: float
+    likeliest: Sequence[Sequence[tuple[int, float]]] = ()  # of each token, where they are compared
 
 
 class Subject(Protocol):
@@ -63,8 +66,7 @@ class LocalSubject:
         self.parameters: Mapping[str, Parameter] = model_parameters(llm.engine.info)
 
     def count(self, text: str) -> int:
-        segments = self._prompts.render([Message("user", (text,))])
-        return sum(len(segment.token_ids) for segment in segments)
+        return sum(len(segment.token_ids) for segment in self._segments(text))
 
     def ask(self, text: str, max_tokens: int) -> Said:
         began = time.perf_counter()
@@ -76,6 +78,42 @@ class LocalSubject:
             prompt_tokens=answer.usage.prompt_tokens,
             cached_tokens=answer.usage.cached_tokens,
             seconds=time.perf_counter() - began,
+        )
+
+    def _segments(self, text: str) -> tuple[Segment, ...]:
+        return self._prompts.render([Message("user", (text,))])
+
+
+class CachedSubject(LocalSubject):
+    """The same, which has each prompt cold, warm or restored in its cache when it is asked."""
+
+    def __init__(self, llm: LLM, cache: str) -> None:
+        """`cache` is one of `CACHES`; what is to be restored must have been read (`read`)."""
+        super().__init__(llm)
+        self._cache = cache
+        self._stopwatch = Stopwatch(llm.engine)
+        self._asked = 0
+
+    def read(self, text: str) -> None:
+        """Compute a prompt, and leave it in the cache."""
+        self._stopwatch.ask(self._segments(text), SamplingParams(max_tokens=1, temperature=0.0))
+
+    def ask(self, text: str, max_tokens: int) -> Said:
+        salt = ""
+        if self._cache == "cold":
+            self._asked += 1
+            salt = f"cold {self._asked}"
+        elif self._cache == "warm":
+            self.read(text)
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, logprobs=LIKELIEST)
+        answer = self._stopwatch.ask(self._segments(text), sampling, salt=salt)
+        return Said(
+            text=answer.text,
+            finish_reason=answer.finish_reason.value,
+            prompt_tokens=answer.usage.prompt_tokens,
+            cached_tokens=answer.usage.cached_tokens,
+            seconds=answer.token_seconds[-1],
+            likeliest=[each.likeliest for each in answer.logprobs],
         )
 
 
