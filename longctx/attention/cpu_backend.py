@@ -15,7 +15,7 @@ from longctx.errors import ModelRefused
 from longctx.kernels import _kernels
 from longctx.kv.memory import KVMemory
 from longctx.kv.pool_indices import PoolIndices, as_tensor
-from longctx.model.layer_attention import AttentionCall
+from longctx.model.layer_attention import AttentionCall, KernelPlan
 
 if not _kernels.instruction_sets():
     raise ImportError("this CPU has none of the instruction sets that the kernels are compiled for")
@@ -23,6 +23,17 @@ if not _kernels.instruction_sets():
 # The numbers of codecs and types in csrc/attend.h.
 CODECS = {"raw": 0, "bf16": 1, "int8": 2, "int4": 3}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class CPUPlan(KernelPlan):
+    """A step's chunks as the kernels read them, and the backend that attends them."""
+
+    def __init__(self, backend: "CPUAttention", chunks: _kernels.Plan) -> None:
+        self._backend = backend
+        self.kernels, self.chunks = backend.kernels, chunks
+
+    def layer(self, layer: int, heads: int) -> _kernels.Layer:
+        return self._backend.layer(layer, heads)
 
 
 class CPUAttention:
@@ -43,10 +54,10 @@ class CPUAttention:
                     "of these codecs"
                 )
         self._memory = memory
-        self._kernels = _kernels.Attention(instruction_set or _kernels.attention_sets()[-1])
+        self.kernels = _kernels.Attention(instruction_set or _kernels.attention_sets()[-1])
         self._layers: dict[tuple[int, int], _kernels.Layer] = {}
 
-    def plan(self, chunks: Sequence[ChunkRows], group: int) -> _kernels.Plan:
+    def plan(self, chunks: Sequence[ChunkRows], group: int) -> CPUPlan:
         plan = _kernels.Plan(self._memory.groups[group].window or 0)
         for chunk in chunks:
             plan.add(
@@ -58,12 +69,11 @@ class CPUAttention:
                 chunk.own_pages,
                 chunk.entries[group],
             )
-        return plan
+        return CPUPlan(self, plan)
 
     def seal(self, layer: int, raw: PoolIndices, packed: PoolIndices) -> None:
         kv_heads = self._memory.codecs[layer].shape.kv_heads
-        made = self._layers.get((layer, kv_heads)) or self._layer(layer, kv_heads)
-        _kernels.seal(made, as_tensor(raw), as_tensor(packed))
+        _kernels.seal(self.layer(layer, kv_heads), as_tensor(raw), as_tensor(packed))
 
     def attend(self, call: AttentionCall, query: Tensor, plan: object) -> tuple[Tensor, Tensor]:
         tokens, heads, _ = query.shape
@@ -71,9 +81,9 @@ class CPUAttention:
             query = query.contiguous()
         out = torch.empty(query.shape, dtype=torch.float32)
         lse = torch.empty((tokens, heads), dtype=torch.float32)
-        self._kernels.attend(
-            self._layers.get((call.layer, heads)) or self._layer(call.layer, heads),
-            cast(_kernels.Plan, plan),
+        self.kernels.attend(
+            self.layer(call.layer, heads),
+            cast(CPUPlan, plan).chunks,
             query.data_ptr(),
             DTYPES[query.dtype],
             query.stride(0),
@@ -85,6 +95,10 @@ class CPUAttention:
             lse.data_ptr(),
         )
         return out, lse
+
+    def layer(self, layer: int, heads: int) -> _kernels.Layer:
+        """Return where a layer's pages are, and how they are read by so many query heads."""
+        return self._layers.get((layer, heads)) or self._layer(layer, heads)
 
     def _layer(self, layer: int, heads: int) -> _kernels.Layer:
         memory = self._memory

@@ -92,7 +92,9 @@ class StreamedAttention:
             out, lse = self._inner.attend(call, query, plan.present)
             for number, tile in enumerate(plan.tiles):
                 if not reading.result():
-                    raise BlocksLost("blocks of this context can no longer be read")
+                    raise BlocksLost(
+                        "blocks of this context can no longer be read from a lower tier"
+                    )
                 if number + 1 < len(plan.tiles):
                     reading = self._begin(call.layer, plan.tiles[number + 1])
                 tile_out, tile_lse = self._inner.attend(call, query, tile.plan)

@@ -14,7 +14,7 @@ from longctx.engine.scheduler import Chunk
 from longctx.engine.stats import StepSeconds
 from longctx.engine_stats import RingStats
 from longctx.kv.memory import KVMemory
-from longctx.model.layer_attention import AttentionCall, NothingLeft, Place
+from longctx.model.layer_attention import AttentionCall, KernelPlan, KernelStep, NothingLeft, Place
 from longctx.model.loader import LoadedModel
 
 
@@ -77,6 +77,7 @@ class ModelRunner:
             # Only launched until now, which is what would be timed. Copies may go on beside it.
             torch.cuda.current_stream(self._memory.device).synchronize()
         self.seconds.lap("layers")
+        self.seconds.move("layers", "attention", step.kernel_seconds)
         return logits
 
 
@@ -108,11 +109,25 @@ class _StepAttention:
         group = memory.group_of[self._last_layer]
         decodes = len(batch.logits_rows) == len(batch.token_ids)  # so they are all rows, in order
         self._last_plan = self._plans[group] if decodes else backend.plan(batch.last_chunks, group)
+        self._kernel_step: KernelStep | None = None
+        if decodes and not batch.sealed_blocks:  # then attention is all that there is to do
+            plans = [plan for plan in self._plans if isinstance(plan, KernelPlan)]
+            if len(plans) == len(self._plans):
+                group_of = memory.group_of.items()
+                self._kernel_step = KernelStep({layer: plans[group] for layer, group in group_of})
         self._placed = -1  # the layer whose keys and values are there
+
+    @property
+    def kernel_seconds(self) -> float:
+        """The seconds of attention that kernels called by themselves."""
+        return 0.0 if self._kernel_step is None else self._kernel_step.seconds
 
     def place(self, layer: int) -> Place:
         self._placed = layer
         return Place(self._memory.raw_rows(layer), self._batch.slots)
+
+    def by_kernels(self) -> KernelStep | None:
+        return self._kernel_step
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         batch, memory, seconds = self._batch, self._memory, self._seconds

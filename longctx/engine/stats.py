@@ -44,6 +44,12 @@ class StepSeconds:
         self.totals[part] = self.totals.get(part, 0.0) + now - self._last
         self._last = now
 
+    def move(self, part: StepPart, to: StepPart, seconds: float) -> None:
+        """Charge `to` with seconds that `part` was charged with."""
+        if seconds:
+            self.totals[part] = self.totals.get(part, 0.0) - seconds
+            self.totals[to] = self.totals.get(to, 0.0) + seconds
+
 
 def group_stats(memory: KVMemory) -> tuple[GroupStats, ...]:
     """Return how full the pools of packed blocks are, by layer group.

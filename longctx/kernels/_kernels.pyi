@@ -4,6 +4,7 @@ Callers keep the memory alive whose address they pass. Calls that compute releas
 lock.
 """
 
+from collections.abc import Callable
 from typing import overload
 
 import numpy as np
@@ -70,6 +71,39 @@ class Attention:
         out: int,
         lse: int,
     ) -> None: ...
+
+class LayerStack:
+    """All layers of a model for a few rows, with their attention; see `csrc/module.cpp`."""
+
+    def __init__(
+        self,
+        attention: Attention,
+        layers: list[tuple[AroundAttention, Layer, int, bool, float, float]],
+        dtype: int,
+    ) -> None:
+        """A layer's address is its raw pool's; then whether heads turn, scaling and softcap."""
+
+    def run(
+        self,
+        plans: list[Plan],
+        x: int,
+        rows: int,
+        cosines: int,
+        sines: int,
+        turned: int,
+        slots: int,
+        first_slot: int,
+        sums: int,
+        gates: int,
+        up: int,
+        up_stride: int,
+        y: int,
+        activate: Callable[[int], int],
+    ) -> float:
+        """Take rows through all layers; return the seconds that attention took.
+
+        `activate` is told a layer's number and returns the address of its activated gates.
+        """
 
 class PackedLinear:
     """One packed linear layer; see `csrc/linear.h`."""

@@ -30,6 +30,9 @@ class CallRecorder:
     def place(self, layer: int) -> None:
         return None
 
+    def by_kernels(self) -> None:
+        return None
+
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Return [tokens, heads, head_dim of the values]; heads need not be checked yet."""
         self.calls.append(RecordedCall(call=call, query=query, key=key, value=value))

@@ -2,8 +2,8 @@
 
 A step that decodes has one row or a few, and what transformers does around its products costs as
 much as they do. Each part computes what the module computes whose place it takes, to the last bit;
-`layer_fusing.py` puts it in where that was seen. Layers that map the same rows are one call; a few
-rows take three for all that a layer does around its attention (`AroundAttention`).
+`layer_fusing.py` puts it in where that was seen. Layers that map the same rows are one call; what a
+few rows take is in `few_rows.py`.
 
 The original stays: rows of another type than the layer's, as `exact.py` has them, go through it.
 """
@@ -16,17 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from longctx.kernels import _kernels
+from longctx.model.few_rows import FewRows, LayerStack, Position, stack_layers
 from longctx.model.layer_attention import LayerAttention
 from longctx.model.layer_fusing import AttentionForm, LayerInPlace, fuse_layers
 from longctx.model.packed_linear import LinearGroup, PackedLinear
 from longctx.model.rms_norm import RMSNorm
 
 HALVES = "halves"  # the n-th dim of a head and that half a head on are a pair
-# Addresses of cosines and sines and how many there are of a token; then of a pool and of its slots,
-# and the first slot, as `turn_heads` takes them; 0 is none. The step holds what they point to.
-Position = tuple[int, int, int, int, int, int]
-NO_NORM = (0, 0.0, False)
-FEW_ROWS = 32  # more are worth a call for each part, and threads for the smallest
 
 
 class FusedGate(nn.Module):
@@ -71,7 +67,7 @@ class FusedAttention(nn.Module):
         self.joined, self.last = list(form.joined), [form.last]  # as those of `FusedGate`
         self._inputs, self._dtype = LinearGroup(form.joined), form.last.dtype
         self._output = form.last.forward
-        self._turns = form.style is not None
+        self.turns = form.style is not None
         self.norms = [] if form.norms is None else list(form.norms)  # of queries and of keys
         self._norms = [norm.forward for norm in self.norms]
         self._pool: Tensor | None = None  # where keys and values were kept last
@@ -114,7 +110,7 @@ class FusedAttention(nn.Module):
 
     def angles(self, given: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
         """Return the cosines and sines to turn by, as kernels read them, or None."""
-        if given is None or not self._turns:
+        if given is None or not self.turns:
             return None
         return given[0].contiguous(), given[1].contiguous()
 
@@ -175,121 +171,23 @@ class FusedLayer(LayerInPlace):
         self._attention = attention.forward if fused[0] else attention
         self._unit = unit.forward if fused[1] else unit
         self._norm, self._norm_sum = norms[0].forward, norms[1].after_sum
-        self.few_rows: _FewRows | None = None
+        self.few_rows: FewRows | None = None
+        self.stack: LayerStack | None = None  # of all layers, this one too
         if isinstance(attention, FusedAttention) and isinstance(unit, FusedGate):
-            self.few_rows = _FewRows.of(norms, attention, unit)
+            self.few_rows = FewRows.of(norms, attention, unit)
 
     def forward(self, hidden_states: Tensor, **keywords: Any) -> Tensor:
         """Return rows of the same shape; every keyword goes to the attention."""
         if self.few_rows is not None and self.few_rows.takes(hidden_states):
+            if self.stack is not None:
+                passed = self.stack.forward(self.few_rows, hidden_states, **keywords)
+                if passed is not None:
+                    return passed
             return self.few_rows.forward(hidden_states, **keywords)
         mixed, _ = self._attention(hidden_states=self._norm(hidden_states), **keywords)
         rows, normed = self._norm_sum(hidden_states, mixed)
         result: Tensor = rows + self._unit(normed)
         return result
-
-
-class _FewRows:
-    """What a `FusedLayer` does with a few rows: three calls around its attention.
-
-    Whatever does not change from step to step is looked up once, and no tensor is made that is not
-    handed on: in a small model such work takes as long as the products.
-    """
-
-    def __init__(
-        self, norms: Sequence[RMSNorm], attention: FusedAttention, unit: FusedGate, width: int
-    ) -> None:
-        self._attention, self._activation, self._width = attention, unit.activation, width
-        self._call = attention.call
-        self._norms = [*norms, *attention.norms]  # whose weights are read
-        self._dtype = attention.last[0].dtype
-        heads, kv_heads, dims = attention.heads
-        self._inner = unit.last[0].in_features
-        self._joins = len(attention.joined) == 1, len(unit.joined) == 1
-        self._qkv = (heads + 2 * kv_heads) * dims
-        told = [(each.factors.data_ptr(), each.epsilon, each.twice) for each in self._norms]
-        query_norm, key_norm = told[2:] or (NO_NORM, NO_NORM)
-        self._around = _kernels.AroundAttention(
-            told[0],
-            [each.packed for each in attention.joined],
-            attention.last[0].packed,
-            told[1],
-            [each.packed for each in unit.joined],
-            unit.last[0].packed,
-            heads,
-            kv_heads,
-            dims,
-            query_norm,
-            key_norm,
-            self._dtype == torch.bfloat16,
-        )
-
-    @classmethod
-    def of(
-        cls, norms: Sequence[RMSNorm], attention: FusedAttention, unit: FusedGate
-    ) -> "_FewRows | None":
-        """Return None where parts differ in type or width."""
-        layers = [*attention.joined, *attention.last, *unit.joined, *unit.last]
-        types = {each.dtype for each in (*layers, *norms, *attention.norms)}
-        types |= {each.kernel_dtype for each in layers}
-        width = attention.last[0].out_features
-        if len(types) != 1 or any(norm.factors.shape[0] != width for norm in norms):
-            return None
-        try:
-            return cls(norms, attention, unit, width)
-        except ValueError:  # widths that do not follow from each other
-            return None
-
-    def takes(self, rows: Tensor) -> bool:
-        return rows.shape[-2] <= FEW_ROWS and rows.dtype == self._dtype
-
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        batch: LayerAttention,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **others: Any,  # what the attention does not heed either
-    ) -> Tensor:
-        """Return [1, tokens, width] of rows of this shape."""
-        attention, around, x = self._attention, self._around, x.contiguous()
-        one, tokens, width = x.shape
-        assert one == 1 and width == self._width
-        angles = attention.angles(position_embeddings)
-        position = attention.position(tokens, angles, batch, self._dtype)
-        qkv = x.new_empty(tokens * self._qkv)
-        around.to_attention(x.data_ptr(), tokens, qkv.data_ptr(), *position)
-        query, key, value = self._parted(qkv, tokens)
-        attended = batch.attend(self._call, query, key, value).contiguous()
-        sums, inner = torch.empty_like(x), self._inner
-        gates = x.new_empty((tokens, 2 * inner) if self._joins[1] else (2, tokens, inner))
-        gates_at, sums_at = gates.data_ptr(), sums.data_ptr()
-        around.to_gates(attended.data_ptr(), x.data_ptr(), tokens, sums_at, gates_at)
-        if self._joins[1]:
-            up_at, stride = inner, 2 * inner
-            activated = self._activation(gates[:, :inner]).contiguous()
-        else:
-            up_at, stride = tokens * inner, inner
-            activated = self._activation(gates[0])
-        assert attended.dtype == activated.dtype == self._dtype
-        out = torch.empty_like(x)
-        up_at = gates_at + up_at * gates.element_size()
-        around.from_gates(activated.data_ptr(), up_at, stride, sums_at, tokens, out.data_ptr())
-        return out
-
-    def _parted(self, qkv: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """View the inputs' results as queries, keys and values [tokens, heads, dims]."""
-        heads, kv_heads, dims = self._attention.heads
-        queries, kept = heads * dims, kv_heads * dims
-        shape = (tokens, kv_heads, dims)
-        if self._joins[0]:
-            row, each = (self._qkv, dims, 1), 1
-            query = qkv.as_strided((tokens, heads, dims), row)
-        else:
-            row, each = (kept, dims, 1), tokens
-            query = qkv.as_strided((tokens, heads, dims), (queries, dims, 1))
-        key = qkv.as_strided(shape, row, each * queries)
-        return query, key, qkv.as_strided(shape, row, each * (queries + kept))
 
 
 class CPUParts:
@@ -331,3 +229,6 @@ def fuse_cpu_layers(model: nn.Module, *, vocab_size: int, max_context: int) -> N
     Its norms and linear layers are ours already.
     """
     fuse_layers(model, CPUParts(), vocab_size=vocab_size, max_context=max_context)
+    layers = [each for each in model.modules() if isinstance(each, FusedLayer)]
+    with torch.inference_mode():
+        stack_layers(model, layers, vocab_size=vocab_size)

@@ -1,9 +1,14 @@
 """What a model's layers call for their attention: one seam between any model and any cache."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
+
+if TYPE_CHECKING:  # there may be no compiled kernels
+    from longctx.kernels._kernels import Attention, Layer, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,25 @@ class Place:
     slots: slice | Tensor
 
 
+class KernelPlan(ABC):
+    """How a step attends in the layers of one group, as compiled kernels read it."""
+
+    kernels: "Attention"
+    chunks: "Plan"
+
+    @abstractmethod
+    def layer(self, layer: int, heads: int) -> "Layer":
+        """Return where a layer's pages are, and how they are read by so many query heads."""
+
+
+@dataclass(slots=True)
+class KernelStep:
+    """A step whose attention kernels may call by themselves, with the plan of each layer."""
+
+    plans: Mapping[int, KernelPlan]
+    seconds: float = 0.0  # that such attention took
+
+
 class NothingLeft(Exception):
     """Ends a forward pass from within: all keys and values are there, and no logits are wanted."""
 
@@ -44,6 +68,13 @@ class LayerAttention(Protocol):
         """Return where a layer may put its new keys and values, before `attend` is given them.
 
         Then `attend` does not write them again. None: it keeps them by itself.
+        """
+        ...
+
+    def by_kernels(self) -> KernelStep | None:
+        """Return what all layers may attend by in place of `attend`, once they have their places.
+
+        None where `attend` does more than to attend, or no kernels do it.
         """
         ...
 

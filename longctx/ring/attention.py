@@ -100,6 +100,9 @@ class RankAttention:
         self._placed = layer
         return Place(self._memory.raw_rows(layer), self._slots)
 
+    def by_kernels(self) -> None:
+        return None
+
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """As `LayerAttention.attend`: write and seal the rows' KV, then attend over all ranks."""
         if self._placed != call.layer:

@@ -20,12 +20,12 @@ from tests.support.tiny_models import ARCHITECTURES, write_model
 _kernels = pytest.importorskip("longctx.kernels._kernels")
 
 from longctx.model.cpu_layers import (  # noqa: E402
-    FEW_ROWS,
     HALVES,
     FusedAttention,
     FusedGate,
     FusedLayer,
 )
+from longctx.model.few_rows import FEW_ROWS  # noqa: E402
 from longctx.model.layer_fusing import AttentionForm  # noqa: E402
 from longctx.model.packed_linear import LinearGroup, PackedLinear, fastest_set  # noqa: E402
 from longctx.model.rms_norm import RMSNorm  # noqa: E402
@@ -184,7 +184,7 @@ def test_a_layer_is_recognized_by_what_it_computes(architecture: str, tmp_path: 
     layers = len(model.spec.layers)
     assert kinds(model) == {FusedGate: layers, FusedAttention: layers, FusedLayer: layers}
     for each in model.transformer.modules():
-        assert not isinstance(each, FusedLayer) or each.few_rows is not None
+        assert not isinstance(each, FusedLayer) or (each.few_rows and each.stack)
 
 
 def test_a_layer_that_scales_what_it_adds_stays(tmp_path: Path) -> None:

@@ -67,6 +67,9 @@ class Keys:
     def place(self, layer: int) -> None:
         return None
 
+    def by_kernels(self) -> None:
+        return None
+
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self.of_layer.append(key)
         return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)

@@ -14,6 +14,9 @@ class Kept:
     def place(self, layer: int) -> Place | None:
         return self._place
 
+    def by_kernels(self) -> None:
+        return None
+
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self.query, self.key, self.value = query, key, value
         return query

@@ -32,6 +32,9 @@ class PlainAttention:
     def place(self, layer: int) -> None:
         return None
 
+    def by_kernels(self) -> None:
+        return None
+
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self.calls.append(call.layer)
         spec = self._layers[call.layer]

@@ -1,5 +1,6 @@
 #include "around_attention.h"
 
+#include <chrono>
 #include <stdexcept>
 
 #include "bfloat16.h"
@@ -8,8 +9,9 @@ namespace longctx {
 namespace {
 
 // Memory of this thread that is kept: fresh memory would cost more than a short piece of work.
+// Numbers from 2 on are of `through_attention`, between whose parts they last.
 void* scratch(int number, int64_t bytes) {
-    thread_local std::vector<char> kept[2];
+    thread_local std::vector<char> kept[5];
     if (int64_t(kept[number].size()) < bytes) kept[number].resize(bytes);
     return kept[number].data();
 }
@@ -93,6 +95,26 @@ void AroundAttention::to_gates(const void* attended, const void* x, int64_t rows
     output_->forward(attended, rows, mixed);
     norm(before_unit_, x, mixed, sums, rows, width_, normed);
     PackedLinear::forward_all(gates_, normed, rows, gates);
+}
+
+double AroundAttention::through_attention(const void* x, int64_t rows, const Position& position,
+                                          const Attend& attend, void* sums, void* gates) const {
+    using Clock = std::chrono::steady_clock;
+    const int64_t queries = heads_.query * heads_.dims, all = queries + 2 * heads_.kv * heads_.dims;
+    void* const qkv = scratch(2, rows * all * int64_t(sizeof(float)));
+    float* const out = (float*)scratch(3, rows * queries * int64_t(sizeof(float)));
+    to_attention(x, rows, qkv, position);
+    const auto began = Clock::now();
+    attend(qkv, inputs_.size() == 1 ? all : queries, out);
+    const std::chrono::duration<double> taken = Clock::now() - began;
+    const void* attended = out;
+    if (bfloat16_) {
+        uint16_t* const narrow = (uint16_t*)scratch(4, rows * queries * int64_t(sizeof(uint16_t)));
+        for (int64_t i = 0; i < rows * queries; ++i) narrow[i] = rounded(out[i]);
+        attended = narrow;
+    }
+    to_gates(attended, x, rows, sums, gates);
+    return taken.count();
 }
 
 void AroundAttention::from_gates(const void* activated, const void* up, int64_t up_stride,

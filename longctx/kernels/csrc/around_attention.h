@@ -1,8 +1,9 @@
-// What a layer does around its attention, for a few rows, in three calls. A step that decodes is many
+// What a layer does around its attention, for a few rows, in few calls. A step that decodes is many
 // small pieces of work: called one by one from Python, they take less time than the calls.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "heads.h"
@@ -46,6 +47,15 @@ public:
     // Adds the output of `attended` [rows, heads * dims] to `x`: `sums` [rows, width], and makes
     // `gates` of that, the results one after another.
     void to_gates(const void* attended, const void* x, int64_t rows, void* sums, void* gates) const;
+
+    // Attends queries of `rows` rows, `stride` numbers from row to row, and makes `out` [rows, heads *
+    // dims] of them.
+    using Attend = std::function<void(const void* query, int64_t stride, float* out)>;
+
+    // What `to_attention`, `attend` and `to_gates` do, one after another; returns the seconds of
+    // `attend`.
+    double through_attention(const void* x, int64_t rows, const Position& position,
+                             const Attend& attend, void* sums, void* gates) const;
 
     // Makes `y` [rows, width] of what passed the gates, `activated` [rows, inner] times `up`, whose
     // rows are `up_stride` numbers apart.

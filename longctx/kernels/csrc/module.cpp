@@ -2,10 +2,12 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
 
+#include "around_attention.h"
 #include "encode.h"
 #include "linear.h"
 #include "schedule.h"
@@ -114,9 +116,70 @@ public:
         workspace_.attend(*kernels_, call, plan.chunks(), tokens);
     }
 
+    const Kernels& kernels() const { return *kernels_; }
+    Workspace& workspace() { return workspace_; }
+
 private:
     const Kernels* kernels_ = nullptr;
     Workspace workspace_;
+};
+
+// All layers of a model, for a few rows: their attention too, by pages that the step has planned. What
+// is not here is their activation, which is called.
+class LayerStack {
+public:
+    // What is around a layer's attention, its pages, the address of its raw pool, whether it turns
+    // heads to their positions, and the scaling and softcap of its scores.
+    using One = std::tuple<const AroundAttention*, const Layer*, uintptr_t, bool, float, float>;
+
+    // The caller keeps all that `layers` have. Rows are of `dtype`.
+    LayerStack(Attention& attention, std::vector<One> layers, int dtype)
+        : attention_(attention), layers_(std::move(layers)), dtype_(Dtype(dtype)) {}
+
+    // Takes `x` [rows, width] through all layers to `y`. `plans` has one for each layer; sums [rows,
+    // width] and gates are as `AroundAttention::to_gates` makes them, one layer after another in the
+    // same memory, `up` where among the gates those are that are multiplied. `activate`, told the
+    // number of the layer, returns the address of the activated gates. Returns the seconds of attention.
+    double run(const std::vector<const Plan*>& plans, uintptr_t x, int64_t rows, uintptr_t cosines,
+               uintptr_t sines, int64_t turned, uintptr_t slots, int64_t first_slot, uintptr_t sums,
+               uintptr_t gates, uintptr_t up, int64_t up_stride, uintptr_t y,
+               const nb::callable& activate) {
+        if (plans.size() != layers_.size())
+            throw std::invalid_argument("a plan is needed for each layer");
+        double seconds = 0;
+        nb::gil_scoped_release released;
+        for (size_t number = 0; number < layers_.size(); ++number) {
+            const auto& [around, layer, pool, turns, scaling, softcap] = layers_[number];
+            lse_.resize(rows * layer->kv_heads * layer->group);
+            const auto attend = [&, layer = layer, scaling = scaling, softcap = softcap](
+                                    const void* query, int64_t stride, float* out) {
+                const Call call = {layer,   query,   dtype_, stride,     layer->head_dim,
+                                   scaling, softcap, out,    lse_.data()};
+                attention_.workspace().attend(attention_.kernels(), call,
+                                              plans[number]->chunks(), rows);
+            };
+            const AroundAttention::Position position = {
+                (const void*)(turns ? cosines : 0), (const void*)(turns ? sines : 0),
+                turns ? turned : 0, (void*)pool, (const int64_t*)slots, first_slot};
+            const void* const from = (const void*)(number == 0 ? x : y);
+            seconds += around->through_attention(from, rows, position, attend, (void*)sums,
+                                                 (void*)gates);
+            uintptr_t activated;
+            {
+                nb::gil_scoped_acquire acquired;
+                activated = nb::cast<uintptr_t>(activate(number));
+            }
+            around->from_gates((const void*)activated, (const void*)up, up_stride, (const void*)sums,
+                               rows, (void*)y);
+        }
+        return seconds;
+    }
+
+private:
+    Attention& attention_;
+    std::vector<One> layers_;
+    Dtype dtype_;
+    std::vector<float> lse_; // that nobody asks for
 };
 
 Layer make_layer(int codec, int dtype, int kv_heads, int group, int head_dim, int64_t window,
@@ -156,4 +219,11 @@ NB_MODULE(_kernels, m) {
              nb::arg("query_dtype"), nb::arg("token_stride"), nb::arg("head_stride"),
              nb::arg("scaling"), nb::arg("softcap"), nb::arg("tokens"), nb::arg("out"),
              nb::arg("lse"), nb::call_guard<nb::gil_scoped_release>());
+    nb::class_<LayerStack>(m, "LayerStack")
+        .def(nb::init<Attention&, std::vector<LayerStack::One>, int>(), nb::arg("attention"),
+             nb::arg("layers"), nb::arg("dtype"), nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+        .def("run", &LayerStack::run, nb::arg("plans"), nb::arg("x"), nb::arg("rows"),
+             nb::arg("cosines"), nb::arg("sines"), nb::arg("turned"), nb::arg("slots"),
+             nb::arg("first_slot"), nb::arg("sums"), nb::arg("gates"), nb::arg("up"),
+             nb::arg("up_stride"), nb::arg("y"), nb::arg("activate"));
 }
