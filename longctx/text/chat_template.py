@@ -128,12 +128,31 @@ class _Markers:
         return pieces
 
 
+_Shape: TypeAlias = tuple[tuple[tuple[str, bool], ...], str | None, Ending]
+MOST_SHAPES = 1024
+
+
+def _shape(messages: Sequence[Message], date: str | None, ending: Ending) -> _Shape | None:
+    """Tell all that a template sees of a conversation whose texts are replaced by markers.
+
+    None where it has more than texts.
+    """
+    if any(message.tool_calls or message.tool_call_id for message in messages):
+        return None
+    if not all(isinstance(part, str) for message in messages for part in message.content):
+        return None
+    # Whether there is text, once parts are joined
+    turns = tuple((each.role, len(each.content) > 1 or any(each.content)) for each in messages)
+    return turns, date, ending
+
+
 class ChatPrompts:
     """Renders conversations with one model's chat template; safe to use from several threads."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._form = tokenizer.tool_form
+        self._kept: set[_Shape] = set()  # shapes of which the template was seen to lose nothing
 
     def render(
         self,
@@ -190,7 +209,11 @@ class ChatPrompts:
         # Render once with a marker for every text, only to see that the template loses nothing,
         # then with ordinary text in place: templates may look at it, and its tokens join those
         # of the text beside it.
-        self._pieces(messages, date, ending, tools, replace_all=True)
+        shape = None if tools else _shape(messages, date, ending)
+        if shape is None or shape not in self._kept:
+            self._pieces(messages, date, ending, tools, replace_all=True)
+            if shape is not None and len(self._kept) < MOST_SHAPES:
+                self._kept.add(shape)
         return self._in_tokens(self._pieces(messages, date, ending, tools, replace_all=False))
 
     def frames(

@@ -209,3 +209,31 @@ def test_messages_of_one_role_are_joined_where_the_template_wants_turns(tmp_path
     assert prompts.render(twice) == prompts.render([Message("user", ("One.", "Two."))])
     with pytest.raises(InvalidRequest, match="must alternate"):
         prompts.render([Message("assistant", ("One.",))])
+
+
+def test_what_a_template_keeps_is_looked_at_once_for_conversations_of_one_shape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second message of the user is lost, whatever it says; the first is not."""
+    losing = "{{ messages[0]['content'] }}"
+    tokenizer, prompts = chat(tmp_path, losing)
+    rendered = 0
+    render = Tokenizer.render
+
+    def counted(self: Tokenizer, *arguments: object, **options: object) -> str:
+        nonlocal rendered
+        rendered += 1
+        return render(self, *arguments, **options)
+
+    monkeypatch.setattr(Tokenizer, "render", counted)
+    for text in ("one", "two", "three"):
+        (segment,) = prompts.render([Message("user", (text,))])
+        assert tokenizer.decode(segment.token_ids) == text
+    assert rendered == 2 + 1 + 1
+    for _ in range(2):  # a shape that loses something is never taken for one that does not
+        with pytest.raises(InvalidRequest, match="leaves out the assistant message"):
+            prompts.render([Message("user", ("one",)), Message("assistant", ("two",))])
+    rendered = 0
+    prompts.render([Message("user", ("one", FilePart("f", "t")))])
+    prompts.render([Message("user", ("one", FilePart("f", "t")))])
+    assert rendered == 4  # titles and the like may matter
