@@ -1,7 +1,8 @@
 """What waits of one request between its engine and its reader: outputs, joined where it is slow.
 
 An engine gives each request an output per step. A reader that cannot keep up finds what waits as
-one: it has less to do for a token, the further behind it is.
+one: it has less to do for a token, the further behind it is. The first tokens of an answer come
+alone: they show that it has begun, and when.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ class OutputQueue:
     def __init__(self) -> None:
         self._waiting: deque[RequestOutput | LongctxError] = deque()
         self._came = asyncio.Event()
+        self._begun: set[int] = set()  # choices of which tokens were taken
 
     def put(self, output: RequestOutput | LongctxError) -> None:
         self._waiting.append(output)
@@ -31,6 +33,9 @@ class OutputQueue:
             await self._came.wait()
         first = self._waiting.popleft()
         if isinstance(first, LongctxError):
+            return first
+        if first.token_ids and first.index not in self._begun:
+            self._begun.add(first.index)
             return first
         run = [first]
         while self._waiting:
