@@ -172,7 +172,6 @@ class Request:
     salt: str = ""  # tenant salt; blocks are shared only between equal salts
     explain: bool = False  # its usage says why the cache had what it had
     in_memory: bool = False  # what it computes, but for documents, is not written to disk
-    streamed: bool = True  # somebody reads its outputs as they come; else a few a second will do
     # Stored prompts and schemas whose text is among the literal tokens: what is computed for this
     # request is erased when one of them is closed (`Engine.close_module`).
     sources: tuple[str, ...] = ()

@@ -91,7 +91,6 @@ class Generation:
                 salt=salt,
                 explain=wanted.cache_explain,
                 in_memory=wanted.in_memory,
-                streamed=bool(wanted.stream),
                 sources=prompt.sources,
             )
             for number, prompt in enumerate(prompts)

@@ -171,8 +171,9 @@ class LayerStack:
             if step is not None:
                 self._rows = self._through(x, batch, step, position_embeddings)
         rows = self._rows
-        if rows is None or (x is not rows and layer is not self._layers[0]):
+        if rows is None:
             return None
+        assert x is rows or layer is self._layers[0], "something happened between the layers"
         if layer is self._last:
             self._rows = None
         return rows

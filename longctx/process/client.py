@@ -20,7 +20,6 @@ from longctx.ipc import protocol
 from longctx.ipc.channel import HEADER, frame
 from longctx.ipc.protocol import Command, Done, Event, decode_event, encode
 from longctx.process.launcher import EngineProcesses, engine_processes
-from longctx.process.output_queue import OutputQueue
 from longctx.request import (
     Erasure,
     FinishReason,
@@ -90,7 +89,7 @@ class EngineClient:
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self._restarted: asyncio.Future[None] | None = None  # held, or it might be collected
-        self._requests: dict[str, OutputQueue] = {}
+        self._requests: dict[str, asyncio.Queue[RequestOutput | LongctxError]] = {}
         self._calls: dict[int, asyncio.Future[Done]] = {}
         self._erasures: dict[str, list[asyncio.Future[Erasure | None]]] = {}  # by id
         self._tickets = itertools.count()
@@ -115,14 +114,14 @@ class EngineClient:
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Yields the request's outputs; the last one is `finished`. Closing the iterator aborts it.
 
-        Who takes them more slowly than they come gets several steps' tokens in one output.
         The first step raises InvalidRequest, ContextTooLong, DocumentMissing, Overloaded or
         EngineDied where the request cannot be taken.
         """
         self._check_ready()
         if request.request_id in self._requests:
             raise InvalidRequest(f"request id {request.request_id} is in use", param="request_id")
-        outputs = self._requests[request.request_id] = OutputQueue()
+        outputs: asyncio.Queue[RequestOutput | LongctxError] = asyncio.Queue()
+        self._requests[request.request_id] = outputs
         over = False
         try:
             self._send(protocol.Submit(request))
@@ -368,10 +367,10 @@ class EngineClient:
             case protocol.Outputs():
                 for output in event.outputs:
                     if output.request_id in self._requests:
-                        self._requests[output.request_id].put(output)
+                        self._requests[output.request_id].put_nowait(output)
             case protocol.Rejected():
                 if event.request_id in self._requests:
-                    self._requests[event.request_id].put(event.fault.error())
+                    self._requests[event.request_id].put_nowait(event.fault.error())
             case protocol.Durable():
                 self.durable_tokens.update(event.documents)
             case protocol.Erased():
@@ -390,7 +389,7 @@ class EngineClient:
 
     def _end_all(self, reason: str) -> None:
         for request_id, outputs in self._requests.items():
-            outputs.put(
+            outputs.put_nowait(
                 RequestOutput(
                     request_id=request_id,
                     finish_reason=FinishReason.ERROR,

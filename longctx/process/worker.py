@@ -33,7 +33,6 @@ from longctx.ipc.channel import Channel
 from longctx.ipc.lifetime import die_with_parent
 from longctx.ipc.protocol import Command, Done, Event, Fault, decode_command, encode
 from longctx.open_engine import open_engine
-from longctx.process.held_outputs import HeldOutputs
 from longctx.quality.level_gate import judge_level
 from longctx.ring.processes.follower import follow
 from longctx.ring.processes.remote_ranks import RemoteRanks
@@ -179,7 +178,6 @@ def _serve(
     Without work it sleeps until a command comes; with work it looks for commands between steps.
     """
     judging = ThreadPoolExecutor(max_workers=1)  # takes seconds, and answers have to flow
-    held = HeldOutputs()
     while True:
         while not (engine.has_work or engine.has_transfers) or not commands.empty():
             command = commands.get()
@@ -188,11 +186,11 @@ def _serve(
             if isinstance(command, protocol.JudgeLevel):
                 judging.submit(_judge, engine, command, channel, cache_dir)
                 continue
-            event = _obey(engine, command, held)
+            event = _obey(engine, command)
             if event is not None:
                 channel.send(encode(event))
             _tell_erased(engine, channel)
-        outputs = list(held.pass_on(engine.step()))
+        outputs = engine.step()
         documents = engine.durable_changes()
         if documents:  # first: what ends with these outputs is durable by then
             channel.send(encode(protocol.Durable(documents)))
@@ -207,15 +205,13 @@ def _tell_erased(engine: Engine, channel: Channel) -> None:
         channel.send(encode(protocol.Erased(erasures)))
 
 
-def _obey(engine: Engine, command: Command, held: HeldOutputs) -> Event | None:
+def _obey(engine: Engine, command: Command) -> Event | None:
     """Carry a command out; returns the answer to it, where there is one."""
     try:
         match command:
             case protocol.Submit():
                 engine.submit(command.request)
-                held.begin(command.request)
             case protocol.Abort():
-                held.drop(command.request_id)
                 engine.abort(command.request_id)
             case protocol.OpenDocument():
                 token_ids = _token_ids(command.tokens)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longctx.config import ModelConfig
 from longctx.engine.model_runner import _StepAttention
@@ -17,7 +17,7 @@ from tests.support.tiny_models import write_model
 _kernels = pytest.importorskip("longctx.kernels._kernels")
 
 from longctx.model.cpu_layers import FusedLayer  # noqa: E402
-from longctx.model.few_rows import LayerStack  # noqa: E402
+from longctx.model.few_rows import LayerStack, stack_layers  # noqa: E402
 
 ANSWER_TOKENS = 80  # more than a block, so that steps that seal one are among them
 
@@ -85,30 +85,63 @@ def test_a_stack_computes_what_its_layers_do(
             assert torch.equal(found[name][length], row), (name, length)
 
 
-def test_attention_is_told_apart_from_what_is_around_it(llama: Path) -> None:
+def test_attention_is_told_apart_from_what_is_around_it(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in steps that do nothing else: kernels say how long their attention took."""
     engine = build_engine(llama, dtype="float32")
-    engine.finish(ask("a", some_ids(100, 1), max_tokens=50))
+    counted = Counted(monkeypatch)
+    engine.submit(ask("a", some_ids(70, 1), max_tokens=50))
+    while not counted.steps:
+        engine.take_step()
     seconds = engine.runner.seconds
     assert seconds is not None
     before = dict(seconds.totals)
-    engine.finish(ask("b", some_ids(100, 1), max_tokens=50))
+    for _ in range(20):  # block 1 is not full before token 128
+        engine.take_step()
+    assert counted.steps == 21
     spent = {part: total - before[part] for part, total in seconds.totals.items()}
     assert spent["attention"] > 0 and spent["layers"] > 0
 
 
-@pytest.mark.parametrize("architecture", ["gemma3_text", "olmo2", "granite", "gpt2", "mixtral"])
-def test_where_more_happens_between_layers_there_is_no_stack(
-    architecture: str, tmp_path: Path
+class Between(nn.Module):
+    """A layer of which something is done to what it is given."""
+
+    def __init__(self, layer: nn.Module, *, angles: bool) -> None:
+        super().__init__()
+        self.layer = layer
+        self._angles = angles
+
+    def forward(
+        self, rows: Tensor, *, position_embeddings: tuple[Tensor, Tensor], **others: Any
+    ) -> Any:
+        if self._angles:
+            position_embeddings = (position_embeddings[0], position_embeddings[1].clone())
+        else:
+            rows = rows.clone()
+        return self.layer(rows, position_embeddings=position_embeddings, **others)
+
+
+@pytest.mark.parametrize("angles", [False, True], ids=["rows", "angles"])
+def test_where_something_happens_between_layers_there_is_no_stack(
+    angles: bool, tmp_path: Path
 ) -> None:
-    """Those of granite scale what they add, and others have parts that are not recognized."""
-    overrides = {"residual_multiplier": 0.7} if architecture == "granite" else {}
-    folder = write_model(tmp_path, architecture, **overrides)
-    model = load_model(ModelConfig(device="cpu", dtype="float32"), folder)
-    assert not [
-        each
-        for each in model.transformer.modules()
-        if isinstance(each, FusedLayer) and each.stack is not None
-    ]
+    model = load_model(ModelConfig(device="cpu", dtype="float32"), write_model(tmp_path))
+    transformer: Any = model.transformer
+    layers = [each for each in transformer.modules() if isinstance(each, FusedLayer)]
+    vocab_size = model.spec.vocab_size
+    assert stack_layers(transformer, layers, vocab_size=vocab_size) is not None
+    transformer.model.layers[1] = Between(layers[1], angles=angles)
+    with torch.inference_mode():
+        assert stack_layers(transformer, layers, vocab_size=vocab_size) is None
+
+
+def test_rows_that_were_changed_between_layers_are_no_answer(llama: Path) -> None:
+    engine = build_engine(llama, dtype="float32")
+    transformer: Any = engine.model.transformer
+    transformer.model.layers[1] = Between(transformer.model.layers[1], angles=False)
+    (failed,) = engine.finish(ask("a", some_ids(30, 1), max_tokens=3))
+    assert "something happened between the layers" in failed.errors[0]
 
 
 def test_an_activation_that_fails_is_the_steps_error(

@@ -91,7 +91,7 @@ def test_a_stream_says_the_same_piece_by_piece(gemini: Any) -> None:
             model=MODEL, contents="What do the gulls do?", config=GREEDY
         )
     )
-    assert len(pieces) > 1  # a client that is slow gets several tokens in one
+    assert len(pieces) > 3
     assert "".join(piece.text or "" for piece in pieces) == whole.text
     assert [piece.usage_metadata for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
     assert pieces[-1].candidates[0].finish_reason.name == "MAX_TOKENS"
