@@ -24,6 +24,7 @@ LONGEST_CPU_STEP_TOKENS = 2048
 SMALL_STEP_BYTES = 16 << 20  # of keys and values, in a step of more than CPU_STEP_TOKENS
 
 Weights = Literal["auto", "int8", "int4"]
+Activations = Literal["auto", "exact"]
 # Names of what the registries hold, so that a wrong one is refused before anything is loaded.
 KVCodec = Literal["auto", "raw", "bf16", "int8", "int4"]
 AttentionBackendName = Literal["auto", "reference", "torch", "cpu", "cuda"]
@@ -50,6 +51,11 @@ class ModelConfig:
     force_weights: Annotated[
         bool, "keep weights as told whatever that costs this model; it is not measured then"
     ] = False
+    activations: Annotated[
+        Activations,
+        "how rows enter linear layers whose weights are integers; auto: rounded to 16 bits where "
+        "this CPU multiplies integers faster; exact: in the compute type",
+    ] = "auto"
     max_context: Annotated[int | None, "longest prompt and answer, tokens; the model's own"] = None
     force_context: Annotated[bool, "allow a max-context beyond the trained length"] = False
     rope_override: Annotated[

@@ -1,6 +1,7 @@
 """What each codec costs a model, against `raw`: KL divergence, changed tokens, perplexity.
 
-With rounded weights it is also what these cost, against those of the checkpoint.
+With rounded weights it is also what these cost, against those of the checkpoint, or what rows of 16
+bits cost.
 
 The measurement is the quality gate's, through the cache that serves, and by default as long as the
 gate measures at most, but for all codecs and without a limit of time. Without --model it is the
@@ -69,9 +70,10 @@ def run(
     verdicts = {codec: judge_codec(model.spec, codec, measured[codec]) for codec in codecs}
     bits = {codec: bits_per_value(model.spec, codec) for codec in codecs}
     kinds: dict[str, dict[str, Parameter]] = {codec: {"codec": codec} for codec in codecs}
-    if engine.model.weights != "auto":
-        name = f"weights {engine.model.weights}"
-        say(f"{name} against those of the checkpoint")
+    rounded = engine.model.weights != "auto"
+    if rounded or model.rounds_rows:
+        name = f"weights {engine.model.weights}" if rounded else "rows of 16 bits"
+        say(f"{name} against what is exact")
         cost = measure_weights(
             engine.model,
             folder,
@@ -85,8 +87,8 @@ def run(
             on_text=lambda done, most: say(f"text {done} of {most}"),
         )
         verdicts[name] = judge_weights(model, engine.model.weights, cost)
-        bits[name] = WEIGHT_BITS[engine.model.weights]
-        kinds[name] = {"weights": engine.model.weights}
+        bits[name] = WEIGHT_BITS[engine.model.weights] if rounded else 16
+        kinds[name] = {"weights": engine.model.weights, "rounds_rows": model.rounds_rows}
     parameters: dict[str, Parameter] = {
         "model": model.spec.name,
         "dtype": str(model.spec.dtype).removeprefix("torch."),

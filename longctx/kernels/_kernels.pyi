@@ -110,7 +110,13 @@ class PackedLinear:
 
     @overload
     def __init__(
-        self, bias: int, outputs: int, inputs: int, storage: int, instruction_set: str
+        self,
+        bias: int,
+        outputs: int,
+        inputs: int,
+        storage: int,
+        instruction_set: str,
+        integers: str,
     ) -> None: ...
     @overload
     def __init__(
@@ -196,6 +202,7 @@ class AroundAttention:
     ) -> None: ...
 
 def bfloat16_sets() -> list[str]: ...
+def integer_sets() -> list[str]: ...
 def rms_norm(
     x: int, added: int, sums: int, rows: int, width: int, weight: int, epsilon: float, y: int
 ) -> None: ...

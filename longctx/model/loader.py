@@ -32,6 +32,7 @@ from longctx.model.rope import resolve_rope
 from longctx.model.spec import ModelSpec
 
 ROUNDING_VERSION = 2  # of `--weights`: raised when a weight is rounded to another number
+ROWS_VERSION = 1  # of rows of 16 bits, likewise
 
 
 class LoadedModel:
@@ -54,6 +55,11 @@ class LoadedModel:
         """The classes of the model's linear layers: torch's own and packed ones."""
         types = {type(module) for module in self._model.modules()}
         return frozenset(each for each in types if each.__name__.endswith("Linear"))
+
+    @property
+    def rounds_rows(self) -> bool:
+        """Whether linear layers round their rows to 16 bits, to multiply integers."""
+        return _rounds_rows(self._model)
 
     @torch.inference_mode()
     def forward(
@@ -105,12 +111,12 @@ def load_model(config: ModelConfig, folder: Path, *, cache_dir: Path | None = No
     register_attention()
     register_probe()
     kernels = _kernels_for(config.weights, dtype, device)
-    model = _load_weights(model_class, settings, files, dtype, config.weights, kernels)
+    model = _load_weights(model_class, settings, files, dtype, config, kernels)
     model.to(device).eval().requires_grad_(False)
     packed_bytes = 0
     if kernels is not None:
         kernels.norm.fuse_rms_norms(model)
-        kernels.linear.pack_linears(model, config.weights)
+        kernels.linear.pack_linears(model, config.weights, config.activations)
         packed_bytes = kernels.linear.packed_bytes(model)
     with torch.inference_mode():
         layers = probe_layers(
@@ -140,7 +146,7 @@ def load_model(config: ModelConfig, folder: Path, *, cache_dir: Path | None = No
         max_context=rope.max_context,
         dtype=dtype,
         device=device,
-        fingerprint=_fingerprint(files, config.weights, cache_dir),
+        fingerprint=_fingerprint(files, config.weights, _rounds_rows(model), cache_dir),
         rope_identity=rope.identity,
         weight_bytes=packed_bytes
         + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
@@ -292,16 +298,24 @@ def _layer_fusing(kernels: _Kernels | None, device: torch.device) -> Any:
         return None
 
 
-def _fingerprint(files: ModelFiles | GgufFile, weights: Weights, cache_dir: Path | None) -> str:
-    """Identify the weights as computed with: rounded ones make other keys, so they are others."""
+def _rounds_rows(model: nn.Module) -> bool:
+    return any(getattr(module, "integers", "") for module in model.modules())
+
+
+def _fingerprint(
+    files: ModelFiles | GgufFile, weights: Weights, rounds_rows: bool, cache_dir: Path | None
+) -> str:
+    """Identify the weights as computed with: what is rounded makes other keys, so it is another."""
     if isinstance(files, GgufFile):
         sums = file_sums(files.paths, cache_dir)
         whole = hashlib.sha256("\n".join(("GGUF", *sums.values())).encode()).hexdigest()
     else:
         whole = fingerprint(files, cache_dir)
-    if weights == "auto":
-        return whole
-    return hashlib.sha256(f"{whole} {weights} {ROUNDING_VERSION}".encode()).hexdigest()
+    if weights != "auto":
+        whole = hashlib.sha256(f"{whole} {weights} {ROUNDING_VERSION}".encode()).hexdigest()
+    if rounds_rows:
+        whole = hashlib.sha256(f"{whole} rows {ROWS_VERSION}".encode()).hexdigest()
+    return whole
 
 
 def _load_weights(
@@ -309,11 +323,13 @@ def _load_weights(
     settings: Any,
     files: ModelFiles | GgufFile,
     dtype: torch.dtype,
-    weights: Weights,
+    config: ModelConfig,
     kernels: _Kernels | None,
 ) -> Any:  # its methods are untyped
     if isinstance(files, GgufFile):
-        keep = None if kernels is None else kernels.linear.Packer(weights, dtype).keep
+        keep = None
+        if kernels is not None:
+            keep = kernels.linear.Packer(config.weights, dtype, config.activations).keep
         return load_gguf(model_class, settings, files, dtype, attention=PROBE, keep=keep)
     try:
         model, report = model_class.from_pretrained(

@@ -90,8 +90,8 @@ def measure_weights(
     content: Callable[[Measured], bool] = lambda _: False,
     on_text: Callable[[int, int], None] = lambda _done, _most: None,
 ) -> Measured:
-    """Measure `model`, whose weights are rounded, against the same with those of its checkpoint."""
-    exact = replace(config, weights="auto", force_weights=False)
+    """Measure `model`, whose weights or rows are rounded, against the same with nothing rounded."""
+    exact = replace(config, weights="auto", force_weights=False, activations="exact")
     whole = load_model(exact, folder, cache_dir=cache_dir)
     name = config.weights
     return measure_variants(

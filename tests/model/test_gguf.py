@@ -46,8 +46,30 @@ def test_every_type_of_tensor_serves_as_what_it_dequantizes_to(
     kind: TensorType, tmp_path: Path
 ) -> None:
     path = write_gguf(write_model(tmp_path / "exact", **WIDE), tmp_path / "model.gguf", kind)
-    model = load(path, dtype="float32", device="cpu")
+    model = load(path, dtype="float32", device="cpu", activations="exact")
     assert_equal_to_eager(path.with_suffix(""), model, torch.float64)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_rows_of_16_bits_change_logits_a_hundredth_of_what_bfloat16_does(
+    kind: TensorType, tmp_path: Path
+) -> None:
+    path = write_gguf(write_model(tmp_path / "exact", **WIDE), tmp_path / "model.gguf", kind)
+    tokens = some_tokens(90, 1)
+    logits, models = {}, {}
+    for name, settings in (
+        ("exact", {"dtype": "float32", "activations": "exact"}),
+        ("served", {"dtype": "float32"}),
+        ("bfloat16", {"dtype": "bfloat16", "activations": "exact"}),
+    ):
+        models[name] = load(path, device="cpu", **settings)
+        (logits[name],) = packed_logits(models[name], [tokens])
+    served, narrow = ((logits[name] - logits["exact"]).norm() for name in ("served", "bfloat16"))
+    assert served < narrow / 100
+    # So little is enough to make other keys, which must not be taken for one another
+    rounds = models["served"].rounds_rows
+    assert rounds == bool(served > 0) and not models["exact"].rounds_rows
+    assert rounds == (models["served"].spec.fingerprint != models["exact"].spec.fingerprint)
 
 
 @pytest.mark.parametrize(
@@ -308,12 +330,12 @@ def test_another_type_of_numbers_has_the_values_rounded_to_it(
 ) -> None:
     folder = write_model(tmp_path / "exact", **WIDE)
     path = write_gguf(folder, tmp_path / "model.gguf", TensorType.Q4_K)
-    narrow = load(path, dtype="bfloat16", device="cpu")
+    narrow = load(path, dtype="bfloat16", device="cpu", activations="exact")
     # Layers as transformers has them, so that their parts can be exchanged below
     monkeypatch.setattr(loader, "_layer_fusing", lambda *_: None)
     exact = load(path.with_suffix(""), dtype="bfloat16", device="cpu")
     assert narrow.spec.dtype == torch.bfloat16
-    unfused = load(path, dtype="bfloat16", device="cpu").transformer
+    unfused = load(path, dtype="bfloat16", device="cpu", activations="exact").transformer
     linears = {
         name: layer
         for name, layer in exact.transformer.named_modules()
@@ -324,7 +346,7 @@ def test_another_type_of_numbers_has_the_values_rounded_to_it(
     kernels = sys.modules.get("longctx.kernels._kernels")
     if kernels is not None and not kernels.bfloat16_sets():
         # This processor multiplies the file's values, not rounded, with rows that are widened
-        wide = load(path, dtype="float32", device="cpu").transformer
+        wide = load(path, dtype="float32", device="cpu", activations="exact").transformer
         for name in linears:
             exact.transformer.set_submodule(name, RowsWidened(wide.get_submodule(name)))
     tokens = [some_tokens(9, 0)]
@@ -374,4 +396,5 @@ def test_an_embedding_takes_no_memory_of_its_own_where_it_is_tied(
 def test_a_quantized_gemma_scales_its_embedding(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "exact", "gemma2", tie_word_embeddings=True)
     path = write_gguf(folder, tmp_path / "model.gguf", TensorType.Q8_0)
-    assert_equal_to_eager(path.with_suffix(""), load(path, dtype="float32", device="cpu"))
+    model = load(path, dtype="float32", device="cpu", activations="exact")
+    assert_equal_to_eager(path.with_suffix(""), model)

@@ -15,9 +15,17 @@ from longctx.model.gguf_file import QUANTIZED
 
 _kernels = pytest.importorskip("longctx.kernels._kernels")
 
-from longctx.model.packed_linear import BLOCKS, PackedLinear  # noqa: E402
+from longctx.model.packed_linear import (  # noqa: E402
+    BLOCKS,
+    LinearGroup,
+    PackedLinear,
+    fastest_integers,
+)
 
 INSTRUCTION_SETS = _kernels.instruction_sets()
+INTEGER_SETS = _kernels.integer_sets()
+BF16 = torch.bfloat16
+GROUP = 32
 KINDS = st.sampled_from(QUANTIZED)
 
 
@@ -116,3 +124,125 @@ def test_rows_are_looked_up(kind: TensorType) -> None:
 def test_weights_take_their_own_width(kind: TensorType, bits: float) -> None:
     packed = PackedLinear.of_blocks(kind, any_blocks(kind, 64, 2, 0), None, INSTRUCTION_SETS[-1])
     assert 8 * packed.weight_bytes / (64 * packed.in_features) == bits
+
+
+# -- rows of 16 bits ------------------------------------------------------------------------------
+
+
+def steps_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The slow twin: steps [rows, groups, 32], at most 32767, and scales [rows, groups, 1]."""
+    groups = x.float().unflatten(-1, (-1, GROUP))
+    most = groups.abs().amax(-1, keepdim=True)
+    inverse = torch.where(most < 1e-30, 0.0, 32767 / most)
+    return (groups * inverse).round().double(), torch.where(most < 1e-30, 0.0, most / 32767)
+
+
+def integer_layer(
+    kind: TensorType, outputs: int, blocks: int, seed: int, bias: Tensor | None = None
+) -> tuple[PackedLinear, Tensor]:
+    """A layer of any blocks that multiplies integers, and its weights."""
+    data = any_blocks(kind, outputs, blocks, seed)
+    packed = PackedLinear.of_blocks(
+        kind, data, bias, INSTRUCTION_SETS[-1], integers=INTEGER_SETS[-1]
+    )
+    return packed, dequantized(kind, data)
+
+
+needs_integers = pytest.mark.skipif(not INTEGER_SETS, reason="this CPU has no VNNI")
+
+
+@needs_integers
+@settings(deadline=None, max_examples=200)
+@given(
+    kind=KINDS,
+    rows=st.integers(0, 30) | st.integers(90, 110),
+    outputs=st.integers(1, 70) | st.integers(120, 140),
+    blocks=st.integers(1, 30),
+    bias=st.booleans(),
+    magnitude=st.sampled_from([1e-35, 1e-6, 1.0, 1e6]),
+    seed=st.integers(0, 1000),
+)
+def test_rows_are_rounded_to_16_bits_and_nothing_else(
+    kind: TensorType,
+    rows: int,
+    outputs: int,
+    blocks: int,
+    bias: bool,
+    magnitude: float,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    if gguf.GGML_QUANT_SIZES[kind][0] > 32:
+        blocks = min(blocks, 4)
+    added = torch.randn(outputs) if bias else None
+    packed, weight = integer_layer(kind, outputs, blocks, seed, added)
+    assert torch.equal(packed.weight, weight)
+    x = torch.randn(rows, weight.shape[1]) * magnitude
+    x[:, :GROUP] = 0
+    steps, scales = steps_of(x)
+    rounded = (steps * scales).flatten(-2)
+    exact = rounded @ weight.double().T
+    # A group's products become one float32 number, and so do sums; minima are added by themselves
+    terms = rounded.abs() @ weight.double().abs().T
+    largest = weight.double().abs().amax() if weight.numel() else 0.0
+    terms = terms + rounded.abs().sum(-1, keepdim=True) * largest
+    if added is not None:
+        exact, terms = exact + added, terms + added.abs()
+    found = packed(x)
+    assert found.shape == exact.shape
+    assert bool(((found - exact).abs() <= 3e-6 * terms + 1e-37).all())
+
+
+@needs_integers
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_row_of_16_bits_has_the_same_bits_in_every_batch(kind: TensorType) -> None:
+    torch.manual_seed(5)
+    packed, weight = integer_layer(kind, 70, 3, 1)
+    x = torch.randn(50, weight.shape[1])
+    whole = packed(x)
+    for first, last in ((0, 1), (3, 7), (11, 24), (24, 50), (49, 50)):
+        assert torch.equal(packed(x[first:last]), whole[first:last])
+    # ... and beside other layers, also those that multiply floats
+    floats = PackedLinear.of(nn.Linear(weight.shape[1], 20), "auto", INSTRUCTION_SETS[-1])
+    one, two, three = LinearGroup([packed, floats, packed]).forward(x)
+    assert torch.equal(one, whole) and torch.equal(three, whole) and torch.equal(two, floats(x))
+
+
+@needs_integers
+def test_what_is_no_number_stays_so_in_its_row_alone() -> None:
+    packed, weight = integer_layer(TensorType.Q4_1, 40, 3, 1)
+    x = torch.randn(20, weight.shape[1])
+    whole = packed(x)
+    x[3, 40], x[7, 0], x[9, 95] = torch.nan, torch.inf, -torch.inf
+    found = packed(x)
+    lost = torch.zeros(20, dtype=torch.bool)
+    lost[[3, 7, 9]] = True
+    assert bool(found[lost].isnan().all()) and torch.equal(found[~lost], whole[~lost])
+
+
+@needs_integers
+@pytest.mark.parametrize("instruction_set", [*INSTRUCTION_SETS, *_kernels.bfloat16_sets()])
+def test_bfloat16_rows_are_multiplied_as_integers_too(instruction_set: str) -> None:
+    torch.manual_seed(6)
+    data = any_blocks(TensorType.Q4_0, 40, 5, 2)
+    bias = torch.randn(40)
+    packed = PackedLinear.of_blocks(
+        TensorType.Q4_0, data, bias, instruction_set, dtype=BF16, integers=INTEGER_SETS[-1]
+    )
+    wide = PackedLinear.of_blocks(
+        TensorType.Q4_0, data, bias, INSTRUCTION_SETS[-1], integers=INTEGER_SETS[-1]
+    )
+    x = torch.randn(30, packed.in_features).to(BF16)
+    assert torch.equal(packed(x), wide(x.float()).to(BF16))
+
+
+def test_tiles_multiply_rows_of_bfloat16_and_integers_all_others() -> None:
+    chosen = {dtype: fastest_integers(dtype) for dtype in (torch.float32, BF16)}
+    tiles = "amx" in _kernels.bfloat16_sets()
+    assert bool(chosen[torch.float32]) == bool(INTEGER_SETS)
+    assert bool(chosen[BF16]) == (bool(INTEGER_SETS) and not tiles)
+
+
+def test_other_sets_are_refused() -> None:
+    with pytest.raises(ValueError, match="none"):
+        _kernels.PackedLinear(0, 16, 32, 2, INSTRUCTION_SETS[-1], "none")

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from compress.codec import CODECS
 from longctx.attention.registry import BACKENDS
 from longctx.config import CacheConfig, EngineConfig, ModelConfig
 from longctx.llm import LLM
@@ -24,6 +25,7 @@ from longctx.quality.measure import Workload, measure
 from longctx.request import SamplingParams
 from longctx.text.chat_template import Message
 from longctx.text.tokenizer import Tokenizer
+from tests.support.rounded_codecs import ROUNDED
 
 FOUND = packaged_path(PACKAGED["smollm2"])
 pytestmark = [
@@ -134,11 +136,15 @@ def test_loading_takes_little_more_memory_than_the_file(path: Path) -> None:
 
 @pytest.mark.slow  # half a minute for each type
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_verdict_does_not_depend_on_the_type_that_serves(dtype: str, path: Path) -> None:
+def test_the_verdict_does_not_depend_on_the_type_that_serves(
+    dtype: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, codec in ROUNDED.items():
+        monkeypatch.setitem(CODECS, name, codec)
     model, tokenizer = load_model(ModelConfig(dtype=dtype, threads=1), path), Tokenizer(path)
-    names = ("bf16", "int8", "int4")
+    names = ("same", "bf16", "int8", "int4", "bad")
     measured = measure(
         model, tokenizer, BACKENDS["torch"], names, workload=Workload(limit_seconds=None)
     )
     passed = {name: judge_codec(model.spec, name, measured[name]).passed for name in names}
-    assert passed == {"bf16": True, "int8": True, "int4": True}
+    assert passed == {"same": True, "bf16": True, "int8": True, "int4": True, "bad": False}

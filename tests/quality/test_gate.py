@@ -1,6 +1,6 @@
 """What a codec costs is measured through the real cache, judged by fixed limits, and acted upon."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from compress.codec import CODECS
-from compress.shape import BLOCK_TOKENS, KVShape
-from compress.unscaled import Raw
+from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import BackendFactory
 from longctx.attention.torch_backend import TorchAttention
 from longctx.config import CacheConfig, ModelConfig
@@ -31,45 +30,11 @@ from longctx.text.tokenizer import Tokenizer
 from tests.conftest import ModelFolders
 from tests.support.biased_models import write_biased_probe
 from tests.support.recorded_engine import Eager, some_ids
+from tests.support.rounded_codecs import ROUNDED
 from tests.support.tiny_models import write_model
 from tests.support.tiny_tokenizer import write_tokenizer
 
 SHORT = Workload(text_tokens=(128, 160), own_tokens=16, more_answers=0, limit_seconds=None)
-
-
-class Rounded(Raw):
-    """Pages of what is left of rows after `rounding`: a codec by its damage alone."""
-
-    lossless = False
-
-    def __init__(self, shape: KVShape, rounding: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(shape)
-        self.lossless = False
-        self._rounding = rounding
-
-    def encode(self, rows: Tensor) -> Tensor:
-        return super().encode(self._rounding(rows.float()).to(rows.dtype))
-
-
-def four_levels(rows: Tensor) -> Tensor:
-    low, high = rows.aminmax(dim=-1, keepdim=True)
-    step = (high - low).clamp_min(1e-8) / 3
-    return ((rows - low) / step).round() * step + low
-
-
-def q4_0(rows: Tensor) -> Tensor:
-    """llama.cpp's 4-bit format: 32 values share a scale, which the largest sets to -8."""
-    parts = rows.unflatten(-1, (-1, 32))
-    peak = parts.gather(-1, parts.abs().argmax(-1, keepdim=True))
-    scale = (peak / -8).half().float()
-    inverse = torch.where(scale == 0, 0.0, 1 / scale)
-    return ((parts * inverse + 8.5).floor().clamp(0, 15).sub(8) * scale).flatten(-2)
-
-
-@pytest.fixture
-def more_codecs(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, rounding in (("same", torch.clone), ("bad", four_levels), ("q4_0", q4_0)):
-        monkeypatch.setitem(CODECS, name, lambda shape, rounding=rounding: Rounded(shape, rounding))
 
 
 def loaded(
@@ -78,6 +43,12 @@ def loaded(
     """A model that computes in float32 unless told: then a lossless codec changes nothing."""
     config = ModelConfig(dtype=dtype, **settings)  # type: ignore[arg-type]
     return load_model(config, folder), Tokenizer(folder)
+
+
+@pytest.fixture
+def rounded_codecs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, codec in ROUNDED.items():
+        monkeypatch.setitem(CODECS, name, codec)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +119,7 @@ def test_the_interval_knows_that_neighbors_are_alike() -> None:
     assert wide.kl_error == pytest.approx(4 * narrow.kl_error, rel=0.2)
 
 
-@pytest.mark.usefixtures("more_codecs")
+@pytest.mark.usefixtures("rounded_codecs")
 def test_a_codec_that_changes_nothing_costs_nothing(llama: Path) -> None:
     measured = measure(*loaded(llama), TorchAttention, ["same"], workload=SHORT)["same"]
     assert measured.text is not None and measured.own is not None
@@ -159,7 +130,7 @@ def test_a_codec_that_changes_nothing_costs_nothing(llama: Path) -> None:
     assert len(TEXTS) * (read - 1) <= measured.text.rows <= len(TEXTS) * (read + 4)
 
 
-@pytest.mark.usefixtures("more_codecs")
+@pytest.mark.usefixtures("rounded_codecs")
 def test_codecs_rank_as_they_should_on_the_probe(probe: tuple[LoadedModel, Tokenizer]) -> None:
     workload = Workload(own_tokens=8, more_answers=0, limit_seconds=None)
     names = ("int8", "int4", "q4_0", "bad")
@@ -203,7 +174,7 @@ TYPES = ("float32", "bfloat16", "float16")
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.usefixtures("more_codecs")
+@pytest.mark.usefixtures("rounded_codecs")
 def test_the_verdict_does_not_depend_on_the_type_that_serves(dtype: str) -> None:
     """bfloat16 is noisier than int8 is lossy, and no reason to refuse int8, or a codec like raw."""
     model, tokenizer = loaded(model_path("probe"), dtype=dtype)
@@ -343,7 +314,7 @@ def test_where_nothing_is_decided_every_question_is_asked_again(llama: Path) -> 
     assert len({each.own.kl for each in seen if each.own is not None}) == 4
 
 
-@pytest.mark.usefixtures("more_codecs")
+@pytest.mark.usefixtures("rounded_codecs")
 def test_an_interval_clear_of_the_limit_ends_the_measurement(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -424,7 +395,7 @@ def test_auto_takes_int8_where_it_passes(llama: Path) -> None:
     assert found.verdict is not None and found.verdict.passed
 
 
-@pytest.mark.usefixtures("more_codecs")
+@pytest.mark.usefixtures("rounded_codecs")
 def test_auto_stays_raw_where_int8_does_damage(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -455,7 +426,7 @@ def test_auto_stays_raw_where_nothing_can_be_told(tmp_path: Path) -> None:
     assert not (tmp_path / "quality").exists()
 
 
-@pytest.mark.usefixtures("more_codecs")
+@pytest.mark.usefixtures("rounded_codecs")
 def test_a_codec_that_was_asked_for_and_fails_is_refused_with_the_cure(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -464,7 +435,7 @@ def test_a_codec_that_was_asked_for_and_fails_is_refused_with_the_cure(
         choice(llama, "int4")
 
 
-@pytest.mark.usefixtures("more_codecs")
+@pytest.mark.usefixtures("rounded_codecs")
 def test_a_forced_codec_is_used_and_called_forced(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,6 @@
 #include "linear.h"
 
 #include <omp.h>
-#include <sys/mman.h>
 #ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -12,19 +11,16 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 #include <numeric>
 #include <stdexcept>
 #include <vector>
 
 #include "bfloat16.h"
+#include "memory.h"
 
 namespace longctx {
 namespace {
 
-constexpr size_t HUGE_PAGE = 2 << 20;
-// With fewer products a second thread costs more than it saves.
-constexpr int64_t PARALLEL_PRODUCTS = 1 << 16;
 // Up to so many rows in bfloat16, the time is that of reading the weights.
 constexpr int64_t FEW_ROWS = 32;
 constexpr int64_t MOST_TILE_ROWS = 32; // that kernels multiply at once
@@ -36,6 +32,14 @@ const PairKernels* pairs_of(const std::string& instruction_set) {
         if (name == instruction_set) return name == "amx" ? &pairs_amx : &pairs_avx512_bf16;
 #endif
     return nullptr;
+}
+
+// The kernels for integers, or null for an empty name.
+const IntegerKernels* integers_of(const std::string& name) {
+    if (name.empty()) return nullptr;
+    for (const std::string& set : integer_sets())
+        if (set == name) return &integers_avx512_vnni;
+    throw std::invalid_argument("no linear layers of integers with " + name);
 }
 
 const LinearKernels& kernels_of(const std::string& instruction_set) {
@@ -61,33 +65,6 @@ void with_element(Storage storage, Function f) {
     else
         f((uint16_t*)nullptr);
 }
-
-void* allocate(size_t bytes) {
-    void* memory = nullptr;
-    if (posix_memalign(&memory, bytes >= HUGE_PAGE ? HUGE_PAGE : 64, bytes)) throw std::bad_alloc();
-    // Huge pages miss the page table less; the rest that does not fill one stays on small ones.
-    if (bytes >= HUGE_PAGE) madvise(memory, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);
-    return memory;
-}
-
-// Memory that grows and is kept, and is not filled.
-class Memory {
-public:
-    ~Memory() { std::free(memory_); }
-    char* of(size_t bytes) {
-        if (bytes > bytes_) {
-            std::free(memory_);
-            memory_ = nullptr, bytes_ = 0; // should the next line throw
-            memory_ = allocate(bytes);
-            bytes_ = bytes;
-        }
-        return (char*)memory_;
-    }
-
-private:
-    void* memory_ = nullptr;
-    size_t bytes_ = 0;
-};
 
 // Packs x [rows, inputs] as PairJob wants it, up to `filled` rows and whole units with zeros; the
 // threads of a region share the work.
@@ -177,10 +154,23 @@ std::vector<std::string> bfloat16_sets() {
     return names;
 }
 
+std::vector<std::string> integer_sets() {
+    std::vector<std::string> names;
+    __builtin_cpu_init();
+#ifdef LONGCTX_SIMDE
+    names.emplace_back("avx512_vnni");
+#else
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
+        names.emplace_back("avx512_vnni");
+#endif
+    return names;
+}
+
 PackedLinear::PackedLinear(const void* weight, const float* bias, int64_t outputs, int64_t inputs,
                            Storage storage, const std::string& instruction_set)
-    : kernels_(kernels_of(instruction_set)), pairs_(pairs_of(instruction_set)), outputs_(outputs), inputs_(inputs),
-      panels_((outputs + PANEL - 1) / PANEL), storage_(storage),
+    : kernels_(kernels_of(instruction_set)), pairs_(pairs_of(instruction_set)), integers_(nullptr),
+      outputs_(outputs), inputs_(inputs), panels_((outputs + PANEL - 1) / PANEL), storage_(storage),
       bytes_(panels_ * panel_size(storage, inputs, pairs_)), weight_(allocate(bytes_)),
       bias_(padded(bias)) {
     if (group_layout(storage).inputs) throw std::invalid_argument("weights in groups are filled in");
@@ -210,8 +200,9 @@ PackedLinear::PackedLinear(const void* weight, const float* bias, int64_t output
 }
 
 PackedLinear::PackedLinear(const float* bias, int64_t outputs, int64_t inputs, Storage storage,
-                           const std::string& instruction_set)
-    : kernels_(kernels_of(instruction_set)), pairs_(pairs_of(instruction_set)), outputs_(outputs), inputs_(inputs),
+                           const std::string& instruction_set, const std::string& integers)
+    : kernels_(kernels_of(instruction_set)), pairs_(pairs_of(instruction_set)),
+      integers_(integers_of(integers)), outputs_(outputs), inputs_(inputs),
       panels_((outputs + PANEL - 1) / PANEL), storage_(storage),
       bytes_(panels_ * panel_size(storage, inputs, pairs_)), weight_(allocate(bytes_)),
       bias_(padded(bias)) {
@@ -247,12 +238,14 @@ void PackedLinear::fill(int64_t first, int64_t rows, const uint8_t* codes, const
                 if (layout.minimum)
                     std::memcpy(group + (PANEL + lane) * size, minima.own + from, size);
                 const uint8_t* code = codes + row * inputs_ + g * layout.inputs;
-                uint8_t* to = group + layout.codes_at() + lane;
-                for (int64_t k = 0; k < layout.inputs; ++k)
+                for (int64_t k = 0; k < layout.inputs; ++k) {
+                    const CodePlace place = (integers_ ? integer_place : plain_place)(layout.bits, k, lane);
+                    uint8_t& to = group[layout.codes_at() + place.byte];
                     if (layout.bits == 8)
-                        to[k * PANEL] = code[k];
+                        to = code[k];
                     else
-                        to[k / 2 * PANEL] |= uint8_t(code[k] & 15) << (k % 2 * 4);
+                        to |= uint8_t(code[k] & 15) << place.shift;
+                }
             }
         }
     }
@@ -264,11 +257,21 @@ void PackedLinear::forward(const void* x, int64_t rows, void* y) const {
 
 void PackedLinear::forward_all(const std::vector<const PackedLinear*>& layers, const void* x,
                                int64_t rows, void* y) {
-    for (const PackedLinear* layer : layers)
+    if (layers.empty()) return;
+    bool alike = true;
+    for (const PackedLinear* layer : layers) {
         if (layer->inputs_ != layers[0]->inputs_ || layer->pairs_ != layers[0]->pairs_)
             throw std::invalid_argument("layers that do not take the same rows");
-    if (layers.empty()) return;
-    if (layers[0]->pairs_)
+        alike &= layer->integers_ == layers[0]->integers_;
+    }
+    if (!alike) {
+        for (const PackedLinear* layer : layers) {
+            forward_all({layer}, x, rows, y);
+            y = (char*)y + rows * layer->outputs_ * (layer->pairs_ ? sizeof(uint16_t) : sizeof(float));
+        }
+    } else if (layers[0]->integers_)
+        forward_integers(layers, x, rows, y);
+    else if (layers[0]->pairs_)
         forward_pairs(layers, (const uint16_t*)x, rows, (uint16_t*)y);
     else
         forward_floats(layers, (const float*)x, rows, (float*)y);
@@ -356,6 +359,7 @@ void PackedLinear::rows(const int64_t* ids, int64_t count, float* weight) const 
 #pragma omp parallel if (count * inputs_ >= PARALLEL_PRODUCTS)
     {
         std::vector<float> wide(inputs_ * PANEL);
+        std::vector<uint8_t> plain(integers_ ? panel_bytes() : 0);
         int64_t held = -1; // the panel that is widened
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < count; ++i) {
@@ -369,12 +373,31 @@ void PackedLinear::rows(const int64_t* ids, int64_t count, float* weight) const 
                 continue;
             }
             if (panel != held)
-                kernels_.widen[int(storage_)]((const char*)weight_.get() + panel * panel_bytes(),
-                                              inputs_, wide.data());
+                kernels_.widen[int(storage_)](plain_panel(panel, plain), inputs_, wide.data());
             held = panel;
             for (int64_t k = 0; k < inputs_; ++k) weight[i * inputs_ + k] = wide[k * PANEL + lane];
         }
     }
+}
+
+// Returns a panel as the kernels for floats read it, in `to` where it is stored otherwise.
+const void* PackedLinear::plain_panel(int64_t panel, std::vector<uint8_t>& to) const {
+    const auto* from = (const uint8_t*)weight_.get() + panel * panel_bytes();
+    if (!integers_) return from;
+    const GroupLayout layout = group_layout(storage_);
+    std::copy(from, from + panel_bytes(), to.begin());
+    for (int64_t begin = 0; begin < inputs_; begin += layout.inputs) {
+        const int64_t codes = layout.place(begin) + layout.codes_at();
+        std::fill_n(to.begin() + codes, layout.inputs * PANEL * layout.bits / 8, uint8_t(0));
+        for (int64_t k = 0; k < layout.inputs; ++k)
+            for (int64_t lane = 0; lane < PANEL; ++lane) {
+                const CodePlace place = integer_place(layout.bits, k, lane);
+                const CodePlace wanted = plain_place(layout.bits, k, lane);
+                const uint8_t code = from[codes + place.byte] >> place.shift;
+                to[codes + wanted.byte] |= layout.bits == 8 ? code : uint8_t((code & 15) << wanted.shift);
+            }
+    }
+    return to.data();
 }
 
 void* PackedLinear::allocate(size_t bytes) { return longctx::allocate(bytes); }

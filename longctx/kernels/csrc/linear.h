@@ -9,6 +9,9 @@
 // Every result is one chain of fused multiply-adds over k = 0, 1, 2, ..., whatever the number of
 // rows, of threads or of cache blocks: a row's result is the same bits in every batch.
 //
+// Layers of groups may multiply integers, their rows rounded to 16 bits by groups (`linear_integers.h`):
+// several times faster, and as independent.
+//
 // With instructions for bfloat16 there are layers whose rows and results are bfloat16
 // (`linear_pairs.h`); theirs is a chain of pairs or of tiles, and as independent.
 #pragma once
@@ -19,12 +22,19 @@
 #include <string>
 #include <vector>
 
+#include "linear_integers.h"
 #include "linear_pairs.h"
 
 namespace longctx {
 
 // The instruction sets of layers that compute in bfloat16 which this CPU has, the fastest last.
 std::vector<std::string> bfloat16_sets();
+
+// The instruction sets of layers that multiply integers which this CPU has, the fastest last.
+std::vector<std::string> integer_sets();
+
+// With fewer products a second thread costs more than it saves.
+constexpr int64_t PARALLEL_PRODUCTS = 1 << 16;
 
 class PackedLinear {
 public:
@@ -35,9 +45,9 @@ public:
                  Storage storage, const std::string& instruction_set);
 
     // One whose weights are stored in groups, all zero until `fill` is called; inputs are a multiple
-    // of the block's.
+    // of the block's. It multiplies integers where one of `integer_sets()` is told.
     PackedLinear(const float* bias, int64_t outputs, int64_t inputs, Storage storage,
-                 const std::string& instruction_set);
+                 const std::string& instruction_set, const std::string& integers);
 
     // Scales or minima of groups: `own` [rows, groups], halves, or bytes with a sign where there are
     // blocks, which then have the halves `common` [rows, blocks]. Null where the storage has none.
@@ -78,14 +88,18 @@ private:
     static void* allocate(size_t bytes);
     static int64_t products(const std::vector<const PackedLinear*>& layers, int64_t rows);
     Floats padded(const float* values) const;
+    const void* plain_panel(int64_t panel, std::vector<uint8_t>& to) const;
     size_t panel_bytes() const { return bytes_ / panels_; }
     static void forward_floats(const std::vector<const PackedLinear*>& layers, const float* x,
                                int64_t rows, float* y);
+    static void forward_integers(const std::vector<const PackedLinear*>& layers, const void* x,
+                                 int64_t rows, void* y);
     static void forward_pairs(const std::vector<const PackedLinear*>& layers, const uint16_t* x,
                               int64_t rows, uint16_t* y);
 
     const LinearKernels& kernels_;
     const PairKernels* pairs_; // null where rows are float32
+    const IntegerKernels* integers_; // null where rows are multiplied as they are
     int64_t outputs_, inputs_, panels_;
     Storage storage_;
     size_t bytes_;

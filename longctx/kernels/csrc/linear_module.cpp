@@ -40,12 +40,12 @@ void bind_linear(nb::module_& m) {
         .def(
             "__init__",
             [](PackedLinear* self, uintptr_t bias, int64_t outputs, int64_t inputs, int storage,
-               const std::string& instruction_set) {
+               const std::string& instruction_set, const std::string& integers) {
                 new (self) PackedLinear((const float*)bias, outputs, inputs, Storage(storage),
-                                        instruction_set);
+                                        instruction_set, integers);
             },
             nb::arg("bias"), nb::arg("outputs"), nb::arg("inputs"), nb::arg("storage"),
-            nb::arg("instruction_set"), nb::call_guard<nb::gil_scoped_release>())
+            nb::arg("instruction_set"), nb::arg("integers"), nb::call_guard<nb::gil_scoped_release>())
         .def(
             "fill",
             [](PackedLinear& self, int64_t first, int64_t rows, uintptr_t codes, uintptr_t scales,
@@ -77,6 +77,8 @@ void bind_linear(nb::module_& m) {
         .def_prop_ro("bytes", &PackedLinear::bytes);
     m.def("bfloat16_sets", &bfloat16_sets,
           "List the instruction sets for layers in bfloat16 that this CPU has, the fastest last.");
+    m.def("integer_sets", &integer_sets,
+          "List the instruction sets for layers of integers that this CPU has, the fastest last.");
     nb::class_<LinearGroup>(m, "LinearGroup")
         .def(nb::init<std::vector<const PackedLinear*>>(), nb::arg("layers"),
              nb::keep_alive<1, 2>()) // the list, which keeps the layers

@@ -59,9 +59,19 @@ inline __m128i software_cvtepi32_epi8(simde__m512i x) {
         bytes[i] = (int8_t)lanes[i];
     return _mm_load_si128((const __m128i*)bytes);
 }
+inline simde__m512i software_dpwssd_epi32(simde__m512i sum, simde__m512i a, simde__m512i b) {
+    alignas(64) __m256i x[2], y[2], sums[2];
+    simde_mm512_store_si512(x, a), simde_mm512_store_si512(y, b);
+    simde_mm512_store_si512(sums, sum);
+    for (int i = 0; i < 2; ++i)
+        sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(x[i], y[i]));
+    return simde_mm512_load_si512(sums);
+}
 
 } // namespace
 
+#undef _mm512_dpwssd_epi32
+#define _mm512_dpwssd_epi32 software_dpwssd_epi32
 #define _mm512_cvtepi32_ps software_cvtepi32_ps
 #define _mm512_cvtps_epi32 software_cvtps_epi32
 #define _mm512_cvtepi8_epi32 software_cvtepi8_epi32
