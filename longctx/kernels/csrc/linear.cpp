@@ -239,7 +239,8 @@ void PackedLinear::fill(int64_t first, int64_t rows, const uint8_t* codes, const
                     std::memcpy(group + (PANEL + lane) * size, minima.own + from, size);
                 const uint8_t* code = codes + row * inputs_ + g * layout.inputs;
                 for (int64_t k = 0; k < layout.inputs; ++k) {
-                    const CodePlace place = (integers_ ? integer_place : plain_place)(layout.bits, k, lane);
+                    const CodePlace place = integers_ ? integer_place(layout.bits, k, lane)
+                                                      : plain_place(layout.bits, k, lane);
                     uint8_t& to = group[layout.codes_at() + place.byte];
                     if (layout.bits == 8)
                         to = code[k];
