@@ -299,7 +299,7 @@ def _layer_fusing(kernels: _Kernels | None, device: torch.device) -> Any:
 
 
 def _rounds_rows(model: nn.Module) -> bool:
-    return any(getattr(module, "integers", "") for module in model.modules())
+    return any(getattr(module, "integers", False) for module in model.modules())
 
 
 def _fingerprint(

@@ -5,8 +5,8 @@ For models that compute in float32 or bfloat16 on a CPU. The model stays transfo
 numbers, as those of most checkpoints are, stay 16 bits wide in memory and are widened in registers:
 exact, and half the bytes to read. Those of quantized GGUF files stay in the groups of their blocks.
 `--weights` rounds weights to 8 or 4 bits. Weights in groups are integers with a scale, and on CPUs
-with VNNI they are multiplied as such, up to 1.8 times as fast: rows are rounded to 16 bits for
-that, each 32 numbers by the largest of them. Read `pack_linears`; for GGUF, `Packer`.
+with VNNI they are multiplied as such, which is faster: rows are rounded to 16 bits for that, each
+32 numbers by the largest of them. Read `pack_linears`; for GGUF, `Packer`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -60,14 +60,13 @@ def fastest_set(dtype: torch.dtype) -> str:
     return sets[-1]
 
 
-def fastest_integers(dtype: torch.dtype, activations: Activations = "auto") -> str:
-    """Name the instruction set for layers of groups that multiply integers; "" where none shall.
+def multiplies_integers(dtype: torch.dtype, activations: Activations) -> bool:
+    """Say whether layers of groups multiply integers, and round their rows for it.
 
     Rows of bfloat16 go through AMX where that is, which multiplies many of them faster.
     """
-    sets = _kernels.integer_sets()
     tiles = dtype == torch.bfloat16 and "amx" in _kernels.bfloat16_sets()
-    return sets[-1] if sets and not tiles and activations == "auto" else ""
+    return activations == "auto" and not tiles and _kernels.multiplies_integers()
 
 
 class PackedLinear(nn.Module):
@@ -85,7 +84,7 @@ class PackedLinear(nn.Module):
         *,
         dtype: torch.dtype,
         instruction_set: str,
-        integers: str = "",
+        integers: bool = False,
     ) -> None:
         """`shape` is [outputs, inputs]; `packed` has a copy of `bias`. `dtype` is that of rows."""
         super().__init__()
@@ -98,16 +97,16 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = shape
         self.bias = bias  # kept, as `weight`, for code that looks at it
         self.stored = stored  # how a weight is stored, in words
-        self.integers = integers  # what multiplies integers; "" where floats are multiplied
+        self.integers = integers
 
     @classmethod
     def of(
-        cls, linear: nn.Linear, weights: Weights, instruction_set: str, *, integers: str = ""
+        cls, linear: nn.Linear, weights: Weights, instruction_set: str, *, integers: bool = False
     ) -> Self:
         """Pack the weights of a layer, as narrow as is exact or as `weights` asks.
 
         Nothing is rounded where the inputs are no whole groups. Rounded weights are multiplied as
-        integers, with the instruction set that `integers` names, or as floats.
+        `integers`, or as floats.
         """
         weight = linear.weight.detach()
         assert weight.dtype in COMPUTE_TYPES, "other types are left to torch"
@@ -137,7 +136,7 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def _rounded(
-        cls, linear: nn.Linear, weights: Weights, instruction_set: str, integers: str
+        cls, linear: nn.Linear, weights: Weights, instruction_set: str, integers: bool
     ) -> Self:
         """Round weights, a piece at a time, and pack them as those of Q8_0 or Q4_1 files."""
         outputs, inputs = linear.weight.shape
@@ -178,7 +177,7 @@ class PackedLinear(nn.Module):
         instruction_set: str,
         *,
         dtype: torch.dtype = torch.float32,
-        integers: str = "",
+        integers: bool = False,
     ) -> Self:
         """Pack quantized rows [outputs, bytes] at their own width, exact to their values.
 
@@ -312,7 +311,7 @@ class Packer:
         self._weights = model_weights
         self._dtype = dtype
         self._instruction_set = fastest_set(dtype)
-        self._integers = fastest_integers(dtype, activations)
+        self._integers = multiplies_integers(dtype, activations)
 
     def keep(self, model: nn.Module, path: str, weight: Weight) -> bool:
         """Put a packed layer in the place of the one at `path`; False for what is no such layer.
@@ -450,7 +449,7 @@ def pack_linears(
             linear,
             _kept(weights, linear is output),
             name,
-            integers=fastest_integers(linear.weight.dtype, activations),
+            integers=multiplies_integers(linear.weight.dtype, activations),
         )
         for path in paths:
             model.set_submodule(path, packed)

@@ -1,5 +1,7 @@
 """Quantized weights stay in their blocks, and compute exactly as what they dequantize to."""
 
+from typing import Any
+
 import gguf
 import numpy as np
 import pytest
@@ -19,14 +21,21 @@ from longctx.model.packed_linear import (  # noqa: E402
     BLOCKS,
     LinearGroup,
     PackedLinear,
-    fastest_integers,
+    multiplies_integers,
 )
 
 INSTRUCTION_SETS = _kernels.instruction_sets()
-INTEGER_SETS = _kernels.integer_sets()
 BF16 = torch.bfloat16
 GROUP = 32
 KINDS = st.sampled_from(QUANTIZED)
+LAYERS: dict[str, st.SearchStrategy[Any]] = {
+    "kind": KINDS,
+    "rows": st.integers(0, 30) | st.integers(90, 110),
+    "outputs": st.integers(1, 70) | st.integers(120, 140),
+    "blocks": st.integers(1, 30),
+    "bias": st.booleans(),
+    "seed": st.integers(0, 1000),
+}
 
 
 def any_blocks(kind: TensorType, rows: int, blocks: int, seed: int) -> NDArray[np.uint8]:
@@ -66,14 +75,7 @@ def test_groups_give_the_values_of_the_formats_own_package(
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @settings(deadline=None, max_examples=150)
-@given(
-    kind=KINDS,
-    rows=st.integers(0, 30) | st.integers(90, 110),
-    outputs=st.integers(1, 70) | st.integers(120, 140),
-    blocks=st.integers(1, 30),
-    bias=st.booleans(),
-    seed=st.integers(0, 1000),
-)
+@given(**LAYERS)
 def test_a_quantized_layer_has_the_bits_of_the_float32_one(
     instruction_set: str,
     kind: TensorType,
@@ -129,12 +131,13 @@ def test_weights_take_their_own_width(kind: TensorType, bits: float) -> None:
 # -- rows of 16 bits ------------------------------------------------------------------------------
 
 
-def steps_of(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The slow twin: steps [rows, groups, 32], at most 32767, and scales [rows, groups, 1]."""
+def steps_of(x: Tensor, largest: int = 32767) -> tuple[Tensor, Tensor]:
+    """The slow twin: steps [rows, groups, 32], at most `largest`, and scales [rows, groups, 1]."""
     groups = x.float().unflatten(-1, (-1, GROUP))
     most = groups.abs().amax(-1, keepdim=True)
-    inverse = torch.where(most < 1e-30, 0.0, 32767 / most)
-    return (groups * inverse).round().double(), torch.where(most < 1e-30, 0.0, most / 32767)
+    steps = torch.full_like(most, largest)  # a tensor, since torch inverts what divides a number
+    inverse = torch.where(most < 1e-30, 0.0, steps / most)
+    return (groups * inverse).round().double(), torch.where(most < 1e-30, 0.0, most / steps)
 
 
 def integer_layer(
@@ -142,26 +145,18 @@ def integer_layer(
 ) -> tuple[PackedLinear, Tensor]:
     """A layer of any blocks that multiplies integers, and its weights."""
     data = any_blocks(kind, outputs, blocks, seed)
-    packed = PackedLinear.of_blocks(
-        kind, data, bias, INSTRUCTION_SETS[-1], integers=INTEGER_SETS[-1]
-    )
+    packed = PackedLinear.of_blocks(kind, data, bias, INSTRUCTION_SETS[-1], integers=True)
     return packed, dequantized(kind, data)
 
 
-needs_integers = pytest.mark.skipif(not INTEGER_SETS, reason="this CPU has no VNNI")
+needs_integers = pytest.mark.skipif(
+    not _kernels.multiplies_integers(), reason="this CPU has no VNNI"
+)
 
 
 @needs_integers
 @settings(deadline=None, max_examples=200)
-@given(
-    kind=KINDS,
-    rows=st.integers(0, 30) | st.integers(90, 110),
-    outputs=st.integers(1, 70) | st.integers(120, 140),
-    blocks=st.integers(1, 30),
-    bias=st.booleans(),
-    magnitude=st.sampled_from([1e-35, 1e-6, 1.0, 1e6]),
-    seed=st.integers(0, 1000),
-)
+@given(**LAYERS, magnitude=st.sampled_from([1e-35, 1e-6, 1.0, 1e6]))
 def test_rows_are_rounded_to_16_bits_and_nothing_else(
     kind: TensorType,
     rows: int,
@@ -182,15 +177,36 @@ def test_rows_are_rounded_to_16_bits_and_nothing_else(
     steps, scales = steps_of(x)
     rounded = (steps * scales).flatten(-2)
     exact = rounded @ weight.double().T
-    # A group's products become one float32 number, and so do sums; minima are added by themselves
-    terms = rounded.abs() @ weight.double().abs().T
-    largest = weight.double().abs().amax() if weight.numel() else 0.0
-    terms = terms + rounded.abs().sum(-1, keepdim=True) * largest
+    # Of each group the sum of products, and that of minima, are added to what came before: each of
+    # these operations is off by half of float32's last bit of all that can have been added.
+    codes, factors, minima = groups_of(kind, any_blocks(kind, outputs, blocks, seed))
+    numbers = np.abs(codes.astype(np.float64).reshape(*factors.values().shape, -1))
+    parts = (numbers + 8) * np.abs(factors.values())[..., None]
+    if minima is not None:
+        parts = parts + np.abs(minima.values())[..., None]
+    terms = rounded.abs() @ torch.from_numpy(parts).reshape(outputs, -1).T
     if added is not None:
         exact, terms = exact + added, terms + added.abs()
     found = packed(x)
     assert found.shape == exact.shape
-    assert bool(((found - exact).abs() <= 3e-6 * terms + 1e-37).all())
+    operations = 3 + 2 * factors.values().shape[1]
+    assert bool(((found - exact).abs() <= 2**-24 * operations * terms + 1e-37).all())
+
+
+@needs_integers
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_what_is_multiplied_are_rows_of_16_bits(kind: TensorType) -> None:
+    torch.manual_seed(3)
+    packed, weight = integer_layer(kind, 60, 1, 1)
+    x = torch.randn(20, weight.shape[1])
+    found = packed(x)
+
+    def distance(steps: int) -> float:
+        rounded, scales = steps_of(x, steps)
+        return float((found - (rounded * scales).flatten(-2) @ weight.double().T).norm())
+
+    nearest = distance(32767)
+    assert all(distance(other) > 5 * nearest for other in (127, 16383, 32766, 65535, 2**22))
 
 
 @needs_integers
@@ -227,22 +243,21 @@ def test_bfloat16_rows_are_multiplied_as_integers_too(instruction_set: str) -> N
     data = any_blocks(TensorType.Q4_0, 40, 5, 2)
     bias = torch.randn(40)
     packed = PackedLinear.of_blocks(
-        TensorType.Q4_0, data, bias, instruction_set, dtype=BF16, integers=INTEGER_SETS[-1]
+        TensorType.Q4_0, data, bias, instruction_set, dtype=BF16, integers=True
     )
-    wide = PackedLinear.of_blocks(
-        TensorType.Q4_0, data, bias, INSTRUCTION_SETS[-1], integers=INTEGER_SETS[-1]
-    )
+    wide = PackedLinear.of_blocks(TensorType.Q4_0, data, bias, INSTRUCTION_SETS[-1], integers=True)
     x = torch.randn(30, packed.in_features).to(BF16)
     assert torch.equal(packed(x), wide(x.float()).to(BF16))
 
 
 def test_tiles_multiply_rows_of_bfloat16_and_integers_all_others() -> None:
-    chosen = {dtype: fastest_integers(dtype) for dtype in (torch.float32, BF16)}
-    tiles = "amx" in _kernels.bfloat16_sets()
-    assert bool(chosen[torch.float32]) == bool(INTEGER_SETS)
-    assert bool(chosen[BF16]) == (bool(INTEGER_SETS) and not tiles)
+    able, tiles = _kernels.multiplies_integers(), "amx" in _kernels.bfloat16_sets()
+    assert multiplies_integers(torch.float32, "auto") == able
+    assert multiplies_integers(BF16, "auto") == (able and not tiles)
+    assert not multiplies_integers(torch.float32, "exact")
 
 
-def test_other_sets_are_refused() -> None:
-    with pytest.raises(ValueError, match="none"):
-        _kernels.PackedLinear(0, 16, 32, 2, INSTRUCTION_SETS[-1], "none")
+@pytest.mark.skipif(_kernels.multiplies_integers(), reason="this CPU has VNNI")
+def test_integers_are_refused_where_the_cpu_cannot_multiply_them() -> None:
+    with pytest.raises(ValueError, match="VNNI"):
+        integer_layer(TensorType.Q8_0, 16, 1, 0)

@@ -34,14 +34,6 @@ const PairKernels* pairs_of(const std::string& instruction_set) {
     return nullptr;
 }
 
-// The kernels for integers, or null for an empty name.
-const IntegerKernels* integers_of(const std::string& name) {
-    if (name.empty()) return nullptr;
-    for (const std::string& set : integer_sets())
-        if (set == name) return &integers_avx512_vnni;
-    throw std::invalid_argument("no linear layers of integers with " + name);
-}
-
 const LinearKernels& kernels_of(const std::string& instruction_set) {
     const bool pairs = pairs_of(instruction_set);
     if (pairs || instruction_set == "avx512" || instruction_set == "avx512_vnni") return linear_avx512;
@@ -154,22 +146,19 @@ std::vector<std::string> bfloat16_sets() {
     return names;
 }
 
-std::vector<std::string> integer_sets() {
-    std::vector<std::string> names;
-    __builtin_cpu_init();
+bool multiplies_integers() {
 #ifdef LONGCTX_SIMDE
-    names.emplace_back("avx512_vnni");
+    return true;
 #else
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
-        names.emplace_back("avx512_vnni");
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
 #endif
-    return names;
 }
 
 PackedLinear::PackedLinear(const void* weight, const float* bias, int64_t outputs, int64_t inputs,
                            Storage storage, const std::string& instruction_set)
-    : kernels_(kernels_of(instruction_set)), pairs_(pairs_of(instruction_set)), integers_(nullptr),
+    : kernels_(kernels_of(instruction_set)), pairs_(pairs_of(instruction_set)), integers_(false),
       outputs_(outputs), inputs_(inputs), panels_((outputs + PANEL - 1) / PANEL), storage_(storage),
       bytes_(panels_ * panel_size(storage, inputs, pairs_)), weight_(allocate(bytes_)),
       bias_(padded(bias)) {
@@ -200,14 +189,15 @@ PackedLinear::PackedLinear(const void* weight, const float* bias, int64_t output
 }
 
 PackedLinear::PackedLinear(const float* bias, int64_t outputs, int64_t inputs, Storage storage,
-                           const std::string& instruction_set, const std::string& integers)
+                           const std::string& instruction_set, bool integers)
     : kernels_(kernels_of(instruction_set)), pairs_(pairs_of(instruction_set)),
-      integers_(integers_of(integers)), outputs_(outputs), inputs_(inputs),
+      integers_(integers), outputs_(outputs), inputs_(inputs),
       panels_((outputs + PANEL - 1) / PANEL), storage_(storage),
       bytes_(panels_ * panel_size(storage, inputs, pairs_)), weight_(allocate(bytes_)),
       bias_(padded(bias)) {
     const int block = group_layout(storage).block;
     if (!block || inputs % block) throw std::invalid_argument("inputs are no whole blocks");
+    if (integers && !multiplies_integers()) throw std::invalid_argument("this CPU has no VNNI");
     std::memset(weight_.get(), 0, bytes_);
 }
 

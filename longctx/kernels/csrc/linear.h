@@ -30,8 +30,8 @@ namespace longctx {
 // The instruction sets of layers that compute in bfloat16 which this CPU has, the fastest last.
 std::vector<std::string> bfloat16_sets();
 
-// The instruction sets of layers that multiply integers which this CPU has, the fastest last.
-std::vector<std::string> integer_sets();
+// Whether this CPU has the instructions of layers that multiply integers.
+bool multiplies_integers();
 
 // With fewer products a second thread costs more than it saves.
 constexpr int64_t PARALLEL_PRODUCTS = 1 << 16;
@@ -45,9 +45,9 @@ public:
                  Storage storage, const std::string& instruction_set);
 
     // One whose weights are stored in groups, all zero until `fill` is called; inputs are a multiple
-    // of the block's. It multiplies integers where one of `integer_sets()` is told.
+    // of the block's. It multiplies `integers`, or floats.
     PackedLinear(const float* bias, int64_t outputs, int64_t inputs, Storage storage,
-                 const std::string& instruction_set, const std::string& integers);
+                 const std::string& instruction_set, bool integers);
 
     // Scales or minima of groups: `own` [rows, groups], halves, or bytes with a sign where there are
     // blocks, which then have the halves `common` [rows, blocks]. Null where the storage has none.
@@ -99,7 +99,7 @@ private:
 
     const LinearKernels& kernels_;
     const PairKernels* pairs_; // null where rows are float32
-    const IntegerKernels* integers_; // null where rows are multiplied as they are
+    const bool integers_;
     int64_t outputs_, inputs_, panels_;
     Storage storage_;
     size_t bytes_;

@@ -38,7 +38,6 @@ IntegerRows place_of(const IntegerRows& x, int64_t row, int64_t inputs) {
 
 void PackedLinear::forward_integers(const std::vector<const PackedLinear*>& layers, const void* x,
                                     int64_t rows, void* y) {
-    const IntegerKernels& kernels = *layers[0]->integers_;
     const int64_t inputs = layers[0]->inputs_;
     const bool bfloat16 = layers[0]->pairs_;
     const int64_t number = bfloat16 ? sizeof(uint16_t) : sizeof(float);
@@ -46,8 +45,8 @@ void PackedLinear::forward_integers(const std::vector<const PackedLinear*>& laye
     IntegerRows rounded;
     lay_out(memory.of(lay_out(nullptr, rows, inputs, rounded)), rows, inputs, rounded);
     const auto round = [&](int64_t row) {
-        kernels.round((const char*)x + row * inputs * number, bfloat16, inputs,
-                      place_of(rounded, row, inputs));
+        integer_kernels.round((const char*)x + row * inputs * number, bfloat16, inputs,
+                              place_of(rounded, row, inputs));
     };
     const bool few = rows <= FEW_ROWS;
     for (int64_t row = 0; few && row < rows; ++row) round(row);
@@ -62,7 +61,7 @@ void PackedLinear::forward_integers(const std::vector<const PackedLinear*>& laye
             const int64_t step = few ? 4 : 1;
 #pragma omp for schedule(dynamic) nowait
             for (int64_t panel = 0; panel < layer->panels_; panel += step)
-                kernels.run[int(layer->storage_)](
+                integer_kernels.run[int(layer->storage_)](
                     {rounded, to, bfloat16, layer->weight_.get(), layer->bias_.get(), rows, inputs,
                      layer->outputs_, panel, std::min(panel + step, layer->panels_)});
             to += rows * layer->outputs_ * number;

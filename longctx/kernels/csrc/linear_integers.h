@@ -1,7 +1,7 @@
 // The data of linear layers that multiply integers: weights in groups are codes of 8 or 4 bits, and
 // their rows are rounded to 16 bits, each group of GROUP_INPUTS inputs by its largest number. So a sum
 // of products within a group is exact, and only the sums of groups are float32, added in order: a
-// row's result is the same bits in every batch and for every instruction set.
+// row's result is the same bits in every batch.
 //
 // Codes lie in lanes of 32 bits for that, GroupLayout but for the order of the codes: bytes
 // [inputs / 4][PANEL][4], nibbles [inputs / 8][PANEL][4], of 8 inputs the first four in the low bits.
@@ -51,6 +51,6 @@ struct IntegerKernels {
     void (*run[STORAGES])(const IntegerJob&); // by Storage; null for what has no groups
 };
 
-extern const IntegerKernels integers_avx512_vnni;
+extern const IntegerKernels integer_kernels; // for CPUs with VNNI
 
 } // namespace longctx

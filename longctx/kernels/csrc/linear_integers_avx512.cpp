@@ -217,7 +217,7 @@ void run(const IntegerJob& job) {
 
 } // namespace
 
-const longctx::IntegerKernels longctx::integers_avx512_vnni = {
+const longctx::IntegerKernels longctx::integer_kernels = {
     round,
     {nullptr, nullptr, run<Storage::bytes_half>, run<Storage::bytes_half_minimum>,
      run<Storage::bytes_block_minimum>, run<Storage::bytes_block>, run<Storage::nibbles_half>,

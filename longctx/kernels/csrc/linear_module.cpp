@@ -40,7 +40,7 @@ void bind_linear(nb::module_& m) {
         .def(
             "__init__",
             [](PackedLinear* self, uintptr_t bias, int64_t outputs, int64_t inputs, int storage,
-               const std::string& instruction_set, const std::string& integers) {
+               const std::string& instruction_set, bool integers) {
                 new (self) PackedLinear((const float*)bias, outputs, inputs, Storage(storage),
                                         instruction_set, integers);
             },
@@ -77,8 +77,8 @@ void bind_linear(nb::module_& m) {
         .def_prop_ro("bytes", &PackedLinear::bytes);
     m.def("bfloat16_sets", &bfloat16_sets,
           "List the instruction sets for layers in bfloat16 that this CPU has, the fastest last.");
-    m.def("integer_sets", &integer_sets,
-          "List the instruction sets for layers of integers that this CPU has, the fastest last.");
+    m.def("multiplies_integers", &multiplies_integers,
+          "Whether this CPU has the instructions of layers that multiply integers.");
     nb::class_<LinearGroup>(m, "LinearGroup")
         .def(nb::init<std::vector<const PackedLinear*>>(), nb::arg("layers"),
              nb::keep_alive<1, 2>()) // the list, which keeps the layers

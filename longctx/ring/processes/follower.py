@@ -98,8 +98,9 @@ class _Follower:
         assert isinstance(command, OpenRank), command
         if command.fingerprint != model.spec.fingerprint:
             self._refuse(
-                f"rank {transport.rank} has other weights than rank 0; {group.model_folder} must "
-                "be the same on every machine"
+                f"rank {transport.rank} has other weights than rank 0, or another kind of CPU "
+                f"rounds its rows otherwise; {group.model_folder} must be the same on every "
+                "machine, and --activations exact rounds no rows"
             )
             return None
         self._channel.send(encode(Ready()))
