@@ -134,7 +134,7 @@ def test_loading_takes_little_more_memory_than_the_file(path: Path) -> None:
     assert taken < weights + MEMORY_BYTES
 
 
-@pytest.mark.slow  # half a minute for each type
+@pytest.mark.slow  # minutes for each type
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_verdict_does_not_depend_on_the_type_that_serves(
     dtype: str, path: Path, monkeypatch: pytest.MonkeyPatch
