@@ -52,7 +52,7 @@ bench: $(READY)
 	$(BIN)/longctx bench restart --out out/bench
 	$(BIN)/longctx bench quality --out out/bench
 
-$(READY): pyproject.toml CMakeLists.txt $(wildcard longctx/kernels/csrc/*)
+$(READY): pyproject.toml CMakeLists.txt $(wildcard longctx/kernels/csrc/*.* longctx/kernels/csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable '.[dev]'

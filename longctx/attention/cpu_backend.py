@@ -1,6 +1,7 @@
 """Attention on x86-64 CPUs by our own kernels, which read block tables and pages in place.
 
-One call per layer attends the whole batch; `kernels/csrc/tile.h` has what it does with a page.
+One call per layer attends the whole batch; `kernels/csrc/attention/tile.h` has what it does with a
+page.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from longctx.model.layer_attention import AttentionCall, KernelPlan
 if not _kernels.instruction_sets():
     raise ImportError("this CPU has none of the instruction sets that the kernels are compiled for")
 
-# The numbers of codecs and types in csrc/attend.h.
+# The numbers of codecs and types in csrc/attention/attend.h.
 CODECS = {"raw": 0, "bf16": 1, "int8": 2, "int4": 3}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

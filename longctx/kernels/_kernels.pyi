@@ -106,7 +106,7 @@ class LayerStack:
         """
 
 class PackedLinear:
-    """One packed linear layer; see `csrc/linear.h`."""
+    """One packed linear layer; see `csrc/linear/linear.h`."""
 
     @overload
     def __init__(
@@ -163,7 +163,7 @@ def rms_norm_bfloat16(
 ) -> None: ...
 
 class AroundAttention:
-    """What a layer does around its attention, for a few rows; see `csrc/around_attention.h`.
+    """What a layer does around its attention, for a few rows; see `csrc/layers/around_attention.h`.
 
     A norm is the address of its weights, float32, which must outlive it, or 0 for none; its
     epsilon; and whether it rounds twice.
@@ -225,5 +225,5 @@ def turn_heads(
     first_slot: int,
     bfloat16: bool,
 ) -> None:
-    """Turn queries and keys in place, and keep keys and values; see `csrc/heads.h`."""
+    """Turn queries and keys in place, and keep keys and values; see `csrc/layers/heads.h`."""
     ...

@@ -1,4 +1,4 @@
-"""A model's linear layers, packed once at load for our own kernels (`kernels/csrc/linear.h`).
+"""A model's linear layers, packed once at load for our own kernels (`kernels/csrc/linear/`).
 
 For models that compute in float32 or bfloat16 on a CPU. The model stays transformers': each
 `nn.Linear` is replaced by a `PackedLinear`, which computes the same. Weights that are bfloat16
@@ -29,7 +29,7 @@ from longctx.model.gguf_weights import Weight
 if not _kernels.instruction_sets():
     raise ImportError("this CPU has none of the instruction sets that the kernels are compiled for")
 
-# The numbers of the storage types in csrc/linear_kernels.h.
+# The numbers of the storage types in csrc/linear/kernels.h.
 STORAGES = {torch.float32: 0, torch.bfloat16: 1}
 BLOCKS = {
     TensorType.Q8_0: 2,

@@ -7,15 +7,15 @@
 
 #include <stdexcept>
 
-#include "around_attention.h"
-#include "encode.h"
-#include "linear.h"
-#include "schedule.h"
+#include "layers/around_attention.h"
+#include "attention/encode.h"
+#include "linear/linear.h"
+#include "attention/schedule.h"
 
 namespace nb = nanobind;
 using namespace longctx;
 
-void bind_linear(nb::module_& m); // linear_module.cpp
+void bind_linear(nb::module_& m); // linear/module.cpp
 
 namespace {
 

@@ -1,5 +1,0 @@
-#include "avx512.h"
-#include "tile.h"
-
-const longctx::Kernels longctx::avx512_kernels = {"avx512", scratch_bytes<Avx512<false>>,
-                                                  run<Avx512<false>>};

@@ -1,5 +1,0 @@
-#include "avx512.h"
-#include "tile.h"
-
-const longctx::Kernels longctx::avx512_vnni_kernels = {"avx512_vnni", scratch_bytes<Avx512<true>>,
-                                                       run<Avx512<true>>};
