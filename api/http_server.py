@@ -114,6 +114,8 @@ async def _run(
     ) as application:
         info = application.engine.info
         print(startup_line(info), file=sys.stderr)
+        if info.dtype_reason is not None:
+            print(f"longctx computes in {info.dtype_reason}", file=sys.stderr)
         print(f"longctx stores KV as {info.codec_choice.reason}", file=sys.stderr)
         wanted = engine_config.model.attention_backend
         if wanted == "auto" and info.backend == "torch" and info.device == "cpu":

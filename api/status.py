@@ -138,6 +138,7 @@ class StatusRoutes:
                 "shiftable_reason": info.shiftable_reason,
                 "device": info.device,
                 "dtype": info.dtype,
+                "dtype_reason": info.dtype_reason,
                 "attention_backend": info.backend,
                 "vocab_size": info.vocab_size,
             },

@@ -23,12 +23,14 @@ CPU_STEP_TOKENS = 512  # of a step, where none are asked for
 LONGEST_CPU_STEP_TOKENS = 2048
 SMALL_STEP_BYTES = 16 << 20  # of keys and values, in a step of more than CPU_STEP_TOKENS
 
+Dtype = Literal["float32", "bfloat16", "float16"]
 Weights = Literal["auto", "int8", "int4"]
 Activations = Literal["auto", "exact"]
 # Names of what the registries hold, so that a wrong one is refused before anything is loaded.
 KVCodec = Literal["auto", "raw", "bf16", "int8", "int4"]
 AttentionBackendName = Literal["auto", "reference", "torch", "cpu", "cuda"]
 EvictionPolicyName = Literal["lru", "gdsf"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 KV_CODECS: tuple[KVCodec, ...] = get_args(KVCodec)[1:]  # all that `auto` is not
 
 
@@ -40,8 +42,9 @@ class ModelConfig:
     ] = None
     device: Annotated[str, "cpu, cuda, cuda:1, ...; auto takes CUDA where there is one"] = "auto"
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        "compute type; auto: the checkpoint's, but float32 on CPUs without bfloat16 instructions",
+        Literal["auto", Dtype],
+        "compute type; auto: the checkpoint's, on CPUs float32; of a bfloat16 checkpoint the one "
+        "of both that is faster on this CPU, timed once",
     ] = "auto"
     weights: Annotated[
         Weights,

@@ -162,6 +162,7 @@ class EngineInfo:
     codec_choice: CodecChoice  # why that one
     device: str
     dtype: str
+    dtype_reason: str | None  # where `auto` had to choose
     backend: str
     vocab_size: int
     shiftable: bool  # cached keys may serve at other positions than they were encoded at

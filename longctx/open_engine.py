@@ -1,11 +1,13 @@
 """Makes an engine that is ready to serve, from a configuration and a model folder.
 
-Everything that is decided once for an engine is decided here, in this order: the model, the
-attention backend, the codec (which may have to be measured), memory and tiers.
+Everything that is decided once for an engine is decided here, in this order: the compute type
+(which may have to be timed), the model, the attention backend, the codec (which may have to be
+measured), memory and tiers.
 """
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from longctx.engine.engine import Engine
 from longctx.engine.parts import EngineParts, one_rank_parts
 from longctx.errors import InvalidRequest
 from longctx.model.loader import load_model
+from longctx.quality.compute_type import DtypeChoice, choose_dtype
 from longctx.quality.gate import choose_codec
 from longctx.quality.measurement_cache import identity_of
 from longctx.quality.weights_gate import check_weights
@@ -36,6 +39,22 @@ def open_engine(
 ) -> Engine:
     """Open an engine that serves the model of a folder, as `engine_parts` says."""
     return Engine(engine_parts(config, model_folder, cache_dir=cache_dir, ranks=ranks, say=say))
+
+
+def choose_type(
+    config: EngineConfig,
+    model_folder: Path,
+    *,
+    cache_dir: Path,
+    say: Callable[[str], None] = lambda _: None,
+) -> DtypeChoice:
+    """Set the threads that compute here and choose the compute type, as `choose_dtype` says.
+
+    With many ranks the head does so first, and tells the others: each might choose another.
+    """
+    # torch takes a thread for each core of the machine, also where a container may use fewer.
+    torch.set_num_threads(config.model.threads or min(torch.get_num_threads(), cores()))
+    return choose_dtype(config, model_folder, cache_dir=cache_dir, say=say)
 
 
 def engine_parts(
@@ -60,10 +79,10 @@ def engine_parts(
             "out here",
             param="ranks",
         )
-    # torch takes a thread for each core of the machine, also where a container may use fewer.
-    torch.set_num_threads(config.model.threads or min(torch.get_num_threads(), cores()))
+    chosen = choose_type(config, model_folder, cache_dir=cache_dir, say=say)
+    config = replace(config, model=replace(config.model, dtype=chosen.dtype))
     tokenizer = Tokenizer(model_folder)
-    model = load_model(config.model, model_folder, cache_dir=cache_dir)
+    model = chosen.model or load_model(config.model, model_folder, cache_dir=cache_dir)
     backend = backend_for(config.model.attention_backend, model.spec.device)
     check_weights(
         config.model,
@@ -84,7 +103,7 @@ def engine_parts(
     digest = hashlib.sha256(repr(depends).encode()).hexdigest()
     cost = CostModel(path=cache_dir / "step-times" / f"{digest}.json")
     if ranks is None:
-        return one_rank_parts(
+        parts = one_rank_parts(
             model,
             tokenizer,
             codec=codec,
@@ -93,13 +112,15 @@ def engine_parts(
             scheduler=config.scheduler,
             cost=cost,
         )
-    return many_rank_parts(
-        model,
-        tokenizer,
-        ranks,
-        codec=codec,
-        backend=backend,
-        cache=config.cache,
-        scheduler=config.scheduler,
-        cost=cost,
-    )
+    else:
+        parts = many_rank_parts(
+            model,
+            tokenizer,
+            ranks,
+            codec=codec,
+            backend=backend,
+            cache=config.cache,
+            scheduler=config.scheduler,
+            cost=cost,
+        )
+    return replace(parts, info=replace(parts.info, dtype_reason=chosen.reason))

@@ -59,6 +59,7 @@ def engine_info(
         codec_choice=codec,
         device=str(spec.device),
         dtype=str(spec.dtype).removeprefix("torch."),
+        dtype_reason=None,
         backend=backend,
         vocab_size=spec.vocab_size,
         shiftable=spec.relocation.shiftable,

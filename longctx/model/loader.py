@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from longctx.config import ModelConfig, Weights
+from longctx.config import DTYPES, Dtype, ModelConfig, Weights
 from longctx.errors import ModelRefused
 from longctx.model.checkpoint import ModelFiles, file_sums, fingerprint, read_model_folder
 from longctx.model.gguf_config import gguf_settings
@@ -90,10 +90,21 @@ def context_tokens(config: ModelConfig, folder: Path) -> int:
     ).max_context
 
 
+def exact_dtypes(config: ModelConfig, folder: Path) -> tuple[Dtype, ...]:
+    """Return the compute types that `auto` may choose among for this model on this device.
+
+    All compute with the checkpoint's weights as they are, and the one that is likely to be fast
+    comes first: its own, where the device has instructions for it. Raises ModelRefused.
+    """
+    files = _read_files(folder)
+    return _exact_dtypes(_read_settings(files), files, _device(config.device))
+
+
 def load_model(config: ModelConfig, folder: Path, *, cache_dir: Path | None = None) -> LoadedModel:
     """Load `folder` for exact serving; raises ModelRefused with the reason and the cure.
 
-    It may be a GGUF file too, or a folder with one, as `find_gguf` says.
+    It may be a GGUF file too, or a folder with one, as `find_gguf` says. With `auto` it computes in
+    the first of `exact_dtypes`; `longctx/quality/compute_type.py` finds the fastest.
     `cache_dir` keeps checksums of the shards between starts.
     """
     files = _read_files(folder)
@@ -107,7 +118,8 @@ def load_model(config: ModelConfig, folder: Path, *, cache_dir: Path | None = No
     )
     _check_temperature(settings, rope.max_context)
     device = _device(config.device)
-    dtype = _dtype(config.dtype, settings, files, device)
+    name = config.dtype if config.dtype != "auto" else _exact_dtypes(settings, files, device)[0]
+    dtype: torch.dtype = getattr(torch, name)
     register_attention()
     register_probe()
     kernels = _kernels_for(config.weights, dtype, device)
@@ -152,6 +164,15 @@ def load_model(config: ModelConfig, folder: Path, *, cache_dir: Path | None = No
         + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
     )
     return LoadedModel(model, spec)
+
+
+def weights_identity(config: ModelConfig, folder: Path, cache_dir: Path | None) -> str:
+    """Identify the weights and how they are multiplied, in whatever compute type.
+
+    `cache_dir` as for `load_model`. Raises ModelRefused.
+    """
+    whole = _fingerprint(_read_files(folder), config.weights, False, cache_dir)
+    return hashlib.sha256(f"{whole} {config.activations}".encode()).hexdigest()
 
 
 def _read_files(path: Path) -> ModelFiles | GgufFile:
@@ -226,28 +247,22 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(
-    name: str, settings: Any, files: ModelFiles | GgufFile, device: torch.device
-) -> torch.dtype:
-    """Choose the compute type: `auto` is the checkpoint's, or float32 on CPUs that emulate it.
-
-    Without the instructions a bfloat16 product runs at 1 to 10 GFLOP/s where float32 runs at 70.
-    """
-    stated = settings.dtype if name == "auto" else name
-    stated = stated or files.dtype or "float32"
-    dtype = stated if isinstance(stated, torch.dtype) else getattr(torch, str(stated), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ModelRefused(f"{files.path} states the dtype {stated!r}; start with --dtype")
-    if name == "auto" and device.type == "cpu" and not computes_bfloat16():
-        return torch.float32
-    return dtype
+def _exact_dtypes(
+    settings: Any, files: ModelFiles | GgufFile, device: torch.device
+) -> tuple[Dtype, ...]:
+    stated = str(settings.dtype or files.dtype or "float32").removeprefix("torch.")
+    if device.type == "cpu":
+        if stated != "bfloat16":
+            return ("float32",)
+        return ("bfloat16", "float32") if computes_bfloat16() else ("float32", "bfloat16")
+    for name in DTYPES:
+        if name == stated:
+            return (name,)
+    raise ModelRefused(f"{files.path} states the dtype {stated!r}; start with --dtype")
 
 
 def computes_bfloat16() -> bool:
-    """Whether this CPU has bfloat16 instructions.
-
-    The answer is the same at every start, since the compute type is part of every block's key.
-    """
+    """Whether this CPU has instructions for bfloat16; without, it may be 10 times slower there."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,12 +28,12 @@ import torch
 import transformers
 
 from longctx.engine.engine import Engine
-from longctx.errors import ConnectionLost, InvalidRequest, LongctxError, PeerLost
+from longctx.errors import ConnectionLost, InvalidRequest, LongctxError, ModelRefused, PeerLost
 from longctx.ipc import protocol
 from longctx.ipc.channel import Channel
 from longctx.ipc.lifetime import die_with_parent
 from longctx.ipc.protocol import Command, Done, Event, Fault, decode_command, encode
-from longctx.open_engine import open_engine
+from longctx.open_engine import choose_type, open_engine
 from longctx.quality.level_gate import judge_level
 from longctx.ring.processes.follower import follow
 from longctx.ring.processes.remote_ranks import RemoteRanks
@@ -105,6 +106,7 @@ def _lead(rendezvous: LeaderRendezvous, coordinates: RankCoordinates) -> None:
     if not isinstance(start, protocol.Start):
         lost("the head is gone")
     try:
+        start = _with_compute_type(rendezvous.channel, start, coordinates)
         transport = rendezvous.join_group(start.config, start.model_folder, start.cache_dir)
         ranks = RemoteRanks(transport, rendezvous.followers, lost)
         start = protocol.Start(
@@ -119,6 +121,25 @@ def _lead(rendezvous: LeaderRendezvous, coordinates: RankCoordinates) -> None:
     except PeerLost as error:
         time.sleep(REASON_SECONDS)  # who sees which rank it was says so now, and ends this
         lost(str(error))
+
+
+def _with_compute_type(
+    channel: Channel, start: protocol.Start, coordinates: RankCoordinates
+) -> protocol.Start:
+    """Choose the compute type for all ranks, each of which might choose another by itself."""
+
+    def say(step: str) -> None:
+        channel.send(encode(protocol.Loading(step)))
+
+    own = coordinates.rank_config(start.config)
+    try:
+        chosen = choose_type(own, start.model_folder, cache_dir=start.cache_dir, say=say)
+    except ModelRefused:
+        return start  # it is refused again, and told, when it is opened
+    if chosen.reason is not None:
+        say(f"all ranks compute in {chosen.reason}")
+    model = replace(start.config.model, dtype=chosen.dtype)
+    return protocol.Start(replace(start.config, model=model), start.model_folder, start.cache_dir)
 
 
 def _run(

@@ -5,6 +5,7 @@ index                 a copy of the index, see `index_snapshot.py`
 KEY-GROUP-FIRST.kv    extents: key of the last block, layer group, index of the first block
 *.tmp                 files being written; rubbish after a crash
 quarantine/           extents that could not be read, kept for whoever wants to know why
+compute-types/        the types that models compute in whose blocks are here; the engine writes it
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from offload.key import BlockKey
 
 LOCK = "lock"
 QUARANTINE = "quarantine"
+COMPUTE_TYPES = "compute-types"
 INDEX = "index"
 TEMPORARY = ".tmp"
 _EXTENT = re.compile(r"[0-9a-f]{64}-[0-9]+-[0-9]+\.kv")
@@ -303,7 +305,7 @@ class DiskFolder:
 
 
 def _is_foreign(name: str) -> bool:
-    own = name in (LOCK, QUARANTINE, INDEX) or name.endswith(TEMPORARY)
+    own = name in (LOCK, QUARANTINE, INDEX, COMPUTE_TYPES) or name.endswith(TEMPORARY)
     return not own and not _EXTENT.fullmatch(name)
 
 
