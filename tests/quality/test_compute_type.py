@@ -12,7 +12,7 @@ from longctx.model import loader
 from longctx.model.loader import LoadedModel, load_model
 from longctx.open_engine import engine_parts
 from longctx.quality import compute_type
-from longctx.quality.compute_type import Pace, choose_dtype, time_model
+from longctx.quality.compute_type import Pace, choose_dtype, time_by_turns
 from longctx.text.tokenizer import Tokenizer
 from offload.disk.folder import COMPUTE_TYPES
 from tests.support.plain_attention import edit_config
@@ -43,11 +43,13 @@ def _timed_as(monkeypatch: pytest.MonkeyPatch, **paces: Pace) -> list[str]:
     """Let types take these times; returns the list of what was timed."""
     timed: list[str] = []
 
-    def pace(model: LoadedModel, *_: object) -> Pace:
-        timed.append(str(model.spec.dtype).removeprefix("torch."))
-        return paces[timed[-1]]
+    def time_by_turns(models: dict[Dtype, LoadedModel], *_: object) -> dict[Dtype, Pace]:
+        for dtype, model in models.items():
+            assert model.spec.dtype == getattr(torch, dtype)
+            timed.append(dtype)
+        return {dtype: paces[dtype] for dtype in models}
 
-    monkeypatch.setattr(compute_type, "time_model", pace)
+    monkeypatch.setattr(compute_type, "time_by_turns", time_by_turns)
     return timed
 
 
@@ -123,6 +125,18 @@ def test_the_choice_stays_with_the_stored_blocks(
     assert choose_dtype(config, folder, cache_dir=tmp_path / "five").dtype == "float32"
 
 
+def test_a_model_that_fits_once_is_timed_in_one_type_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint(tmp_path / "model")
+    monkeypatch.setattr(compute_type, "memory_bytes", lambda: 1000)
+    timed = _timed_as(monkeypatch, bfloat16=Pace(0.1, 0.1), float32=Pace(1.0, 1.0))
+    config = EngineConfig(model=ModelConfig(device="cpu"))
+    choice = choose_dtype(config, folder, cache_dir=None)
+    assert (choice.dtype, timed) == ("bfloat16", ["float32", "bfloat16"])
+    assert choice.model is not None and choice.model.spec.dtype == torch.bfloat16
+
+
 def test_other_weights_are_timed_by_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,7 +158,7 @@ def test_a_model_is_timed_through_its_cache(
     folder = checkpoint(tmp_path / "model")
     config = ModelConfig(device="cpu", dtype=dtype, max_context=max_context)
     model = load_model(config, folder)
-    pace = time_model(model, Tokenizer(folder), "auto")
+    pace = time_by_turns({dtype: model}, Tokenizer(folder), "auto")[dtype]
     assert 0 < pace.prompt_token < pace.answer_token < 10
 
 
