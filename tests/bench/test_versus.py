@@ -285,6 +285,12 @@ def test_a_folder_is_not_given_to_engines_that_read_files(model: Path) -> None:
         main(["bench", "versus", "--model", str(model), "--llama-python", sys.executable])
 
 
+def test_a_file_is_not_given_to_an_engine_that_reads_folders(tmp_path: Path) -> None:
+    gguf, _ = write_random_gguf(tmp_path, SMALL, "q8_0", seed=1)
+    with pytest.raises(SystemExit, match="--vllm-python needs a folder"):
+        main(["bench", "versus", "--model", str(gguf), "--vllm-python", sys.executable])
+
+
 @pytest.mark.slow
 def test_longctx_alone_is_measured_in_both_parts(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

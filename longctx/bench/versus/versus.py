@@ -108,6 +108,11 @@ def _check(versus: VersusConfig, models: Models) -> None:
                 f"--{option.replace('_', '-')} needs a GGUF file, and {models.own} is a folder; "
                 "name a file by --model, or leave --model out for a model of random weights"
             )
+    if versus.vllm_python is not None and models.transformers.is_file():
+        raise InvalidRequest(
+            f"--vllm-python needs a folder with safetensors, and {models.own} is a GGUF file; name "
+            "a folder by --model, or leave --model out for a model of random weights"
+        )
 
 
 def _speeds(
@@ -171,6 +176,7 @@ def _rivals(versus: VersusConfig, models: Models, threads: int, context: int) ->
             versus.transformers_python,
             models.transformers,
         ),
+        ("vllm", "with_vllm.py", versus.vllm_python, models.transformers),
     )
     return [
         rival(name, adapter, python, model=model, threads=threads, context=context)
