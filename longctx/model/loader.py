@@ -106,7 +106,7 @@ def load_model(config: ModelConfig, folder: Path, *, cache_dir: Path | None = No
         force_context=config.force_context,
     )
     _check_temperature(settings, rope.max_context)
-    device = _device(config.device)
+    device = device_of(config.device)
     dtype = _dtype(config.dtype, settings, files, device)
     register_attention()
     register_probe()
@@ -212,7 +212,8 @@ def _check_temperature(settings: Any, max_context: int) -> None:
         )
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """Return the device of that name, `auto` too. Raises ModelRefused for one that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
