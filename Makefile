@@ -1,12 +1,13 @@
 # Each target sets up its own virtual environment from nothing but Python 3.11.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+GPU_PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # One thread per test process: two processes with two threads each would fight for two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow test-wheel node-client serve lint format reference docs bench clean
+.PHONY: demo test test-slow gpu-test test-wheel node-client serve lint format reference docs bench clean
 
 demo: $(READY)
 	$(BIN)/python -m longctx.demo
@@ -16,6 +17,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(PYTEST) -m "slow and not gpu"
+
+# On a machine with a GPU: its own Python with torch, Triton and pytest, and no virtual environment.
+gpu-test:
+	TRITON_INTERPRET=0 $(GPU_PYTHON) -m pytest -m gpu tests/gpu
 
 # What a user gets: wheels with and without a compiler, each started outside of this tree.
 test-wheel: $(READY)

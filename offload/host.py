@@ -4,7 +4,8 @@ The arena is cut into equal units and a page takes as many as it needs, so that 
 layers share the room without leaving gaps. With pages of 96 and 64 bytes a unit has 32 bytes, their
 greatest common divisor; a block of one page each takes 3 + 2 units, which may lie anywhere.
 
-On a CUDA machine the arena is pinned memory: the caller says how memory is allocated.
+The arena grows by slabs as it is filled (`arena.py`). On a CUDA machine they are pinned memory: the
+caller says how memory is allocated.
 """
 
 import math
@@ -16,6 +17,7 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from offload.arena import SLAB_BYTES, Arena, paged
 from offload.block_run import PageSlots, Slots
 from offload.descent import Stem
 from offload.eviction import Evictable, EvictionPolicy
@@ -27,15 +29,12 @@ from offload.tier_names import TierName
 _UNITS_PER_PAGE = 16  # at most, since each unit is copied by a call of its own
 
 
-def _paged(size_bytes: int) -> NDArray[np.uint8]:
-    return np.zeros(size_bytes, dtype=np.uint8)  # calloc: a unit costs memory once it is used
-
-
 class HostTier:
     """A `MemoryTier`: copies pages into its arena and out of it, and evicts blocks one by one.
 
-    Any thread may call anything. One lock is held while pages are copied, so a call may wait for
-    another thread's copies; `has` takes no lock and returns at once.
+    Any thread may call anything. One lock is held while pages are copied, and while a slab is
+    allocated for them, so a call may wait for another thread; `has` takes no lock and returns at
+    once.
     """
 
     name: Final[TierName] = "host"
@@ -47,27 +46,29 @@ class HostTier:
         capacity_bytes: int,
         page_bytes: Iterable[int],
         policy: EvictionPolicy[GroupKey],
-        allocate: Callable[[int], NDArray[np.uint8]] = _paged,
+        allocate: Callable[[int], NDArray[np.uint8]] = paged,
+        slab_bytes: int = SLAB_BYTES,
     ) -> None:
-        """Allocate the arena: at most `capacity_bytes`, rounded down to whole units.
+        """Plan the arena: at most `capacity_bytes`, rounded down to whole slabs of whole units.
 
         `page_bytes` are the page sizes of the layers of all groups, from which the unit follows.
-        `allocate` returns an array uint8 of the size that it is given.
+        `allocate` and `slab_bytes` are as in `Arena`.
         """
         sizes = sorted(set(page_bytes))
-        self._unit_bytes = math.gcd(*sizes)
-        if self._unit_bytes * _UNITS_PER_PAGE < sizes[-1]:
-            self._unit_bytes = sizes[0]
-        self._num_units = capacity_bytes // self._unit_bytes
-        self.capacity_bytes = self._num_units * self._unit_bytes
-        arena = allocate(self.capacity_bytes)
-        self._arena = arena.reshape(self._num_units, self._unit_bytes)
+        unit_bytes = math.gcd(*sizes)
+        if unit_bytes * _UNITS_PER_PAGE < sizes[-1]:
+            unit_bytes = sizes[0]
+        self._unit_bytes = unit_bytes
+        self._arena = Arena(
+            capacity_bytes=capacity_bytes,
+            unit_bytes=unit_bytes,
+            slab_bytes=slab_bytes,
+            allocate=allocate,
+        )
         self._policy = policy
         self._lock = threading.Lock()
         self._units: dict[GroupKey, list[int]] = {}  # a block's units: layer by layer, in order
         self._origins: dict[GroupKey, tuple[BlockKey | None, tuple[str, ...]]] = {}  # for `stems`
-        self._free: list[int] = []
-        self._never_used = 0  # units from here on were never given out
         self._groups: dict[int, tuple[int, ...]] = {}  # page sizes of the layers of each
         self._log = EvictionLog()
         self._hits = self._misses = self._evictions = 0
@@ -185,10 +186,9 @@ class HostTier:
 
     def stats(self) -> TierStats:
         with self._lock:
-            used = self._never_used - len(self._free)
             return TierStats(
-                held_bytes=used * self._unit_bytes,
-                capacity_bytes=self.capacity_bytes,
+                held_bytes=self._arena.used_bytes,
+                capacity_bytes=self._arena.capacity_bytes,
                 blocks=len(self._units),
                 hits=self._hits,
                 misses=self._misses,
@@ -219,13 +219,13 @@ class HostTier:
     ) -> bool:
         """Copy a block in, evicting others for it; False where it would displace its parent."""
         wanted = sum(-(-array.shape[1] // self._unit_bytes) for array in slots.arrays)
-        while len(self._free) + self._num_units - self._never_used < wanted:
+        while not self._arena.has_room(wanted):
             victim = self._policy.victim()
             if victim is None or victim == parent:  # a leaf, so nothing but this chain is left
                 return False
             self._remove(victim, "evicted")
             self._evictions += 1
-        units = self._take(wanted)
+        units = self._arena.take(wanted)
         for page, part in self._parts(slots.arrays, row, units):
             part[:] = page
         self._write_bytes += slots.block_bytes
@@ -236,15 +236,8 @@ class HostTier:
         self._units[block] = units  # last: `has` may be asked at any moment
         return True
 
-    def _take(self, count: int) -> list[int]:
-        units = [self._free.pop() for _ in range(min(count, len(self._free)))]
-        fresh = count - len(units)
-        units.extend(range(self._never_used, self._never_used + fresh))
-        self._never_used += fresh
-        return units
-
     def _remove(self, block: GroupKey, reason: str) -> None:
-        self._free.extend(self._units.pop(block))
+        self._arena.give_back(self._units.pop(block))
         self._origins.pop(block, None)
         self._policy.removed(block)
         self._log.record(block, reason)
@@ -258,4 +251,4 @@ class HostTier:
             page = array[row]
             for begin in range(0, len(page), self._unit_bytes):
                 piece = page[begin : begin + self._unit_bytes]
-                yield piece, self._arena[next(of_block), : len(piece)]
+                yield piece, self._arena.unit(next(of_block))[: len(piece)]

@@ -1,5 +1,9 @@
-"""One thread, Triton interpreted, and model folders that several test files share."""
+"""One thread, Triton interpreted, and model folders that several test files share.
 
+With TRITON_INTERPRET=0 kernels are compiled, for a GPU: `make gpu-test`.
+"""
+
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -8,7 +12,9 @@ import pytest
 import torch
 
 with pytest.MonkeyPatch.context() as _patch, suppress(ImportError):
-    _patch.setenv("TRITON_INTERPRET", "1")  # which counts when it is first imported
+    _patch.setenv(
+        "TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "1")
+    )  # which counts when it is first imported
     import triton  # noqa: F401
 
 from tests.support.tiny_models import write_model

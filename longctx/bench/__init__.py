@@ -10,6 +10,7 @@ from longctx.bench.config import (
     AskedConfig,
     BenchConfig,
     CheckConfig,
+    CUDAConfig,
     DecodeConfig,
     DocumentConfig,
     EvictionConfig,
@@ -91,6 +92,11 @@ BENCHES: dict[str, Bench] = {
         "prefill and decode of one sequence, against transformers.generate",
         "longctx.bench.decode",
         (EngineConfig, BenchConfig, RoundsConfig, DecodeConfig),
+    ),
+    "cuda": Bench(
+        "a GPU in one call: copies, attention and a Llama of 8B, each beside what bounds it",
+        "longctx.bench.cuda",
+        (EngineConfig, BenchConfig, RoundsConfig, CUDAConfig),
     ),
     "versus": Bench(
         "the same model by longctx and by other engines: speed, memory, a document, a restart",

@@ -272,9 +272,14 @@ class KernelsConfig:
     kv_heads: Annotated[int, "key heads"] = 4
     context: Annotated[int, "tokens that lie before the row or chunk"] = 16_384
     prefill_rows: Annotated[int, "query rows of the prefill chunk"] = 256
+    sequences: Annotated[str, "numbers of sequences that decode a row at once"] = "1"
 
     def __post_init__(self) -> None:
-        for name, values in (("head_dims", self.every_head_dim), ("groups", self.every_group)):
+        for name, values in (
+            ("head_dims", self.every_head_dim),
+            ("groups", self.every_group),
+            ("sequences", self.every_sequences),
+        ):
             _at_least(name, min(values), 1)
         _at_least("kv_heads", self.kv_heads, 1)
         _at_least("context", self.context, 64)
@@ -288,6 +293,10 @@ class KernelsConfig:
     def every_group(self) -> tuple[int, ...]:
         return _whole_numbers("groups", self.groups)
 
+    @property
+    def every_sequences(self) -> tuple[int, ...]:
+        return _whole_numbers("sequences", self.sequences)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeConfig:
@@ -298,7 +307,7 @@ class DecodeConfig:
         "transformers: its generate answers the same prompts, by turns with longctx",
     ] = "nothing"
     size: Annotated[
-        Literal["100m", "213m"] | None,
+        Literal["100m", "213m", "8b"] | None,
         "parameters of the random model without --model; 213m, against transformers 100m",
     ] = None
     contexts: Annotated[
@@ -320,6 +329,18 @@ class DecodeConfig:
     def token_lengths(self) -> tuple[int, ...]:
         usual = "512,4096,16384,32768" if self.against == "nothing" else "100,4000,8000"
         return _whole_numbers("contexts", self.contexts or usual)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CUDAConfig:
+    """Options of `longctx bench cuda`."""
+
+    depth: Annotated[int, "tokens that lie before what is measured"] = 131_072
+    batches: Annotated[str, "numbers of sequences whose attention is measured"] = "1,16"
+
+    def __post_init__(self) -> None:
+        _at_least("depth", self.depth, 256)
+        _at_least("batches", min(_whole_numbers("batches", self.batches)), 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,7 @@ from longctx.bench.config import BenchConfig, DecodeConfig, RoundsConfig
 from longctx.bench.duel import run_duels
 from longctx.bench.measured_engine import MeasuredEngine, Shares
 from longctx.bench.picture import Series, draw_bars
-from longctx.bench.random_model import SIZES, write_random_llama
+from longctx.bench.random_model import SIZES, write_large_llama, write_random_llama
 from longctx.bench.report import Parameter, Report, Result
 from longctx.bench.timing import Stopwatch, TimedAnswer
 from longctx.config import KV_CODECS, EngineConfig, KVCodec
@@ -42,7 +42,9 @@ class Depth:
     """What one codec takes at one context length, in seconds."""
 
     context: int
+    chunk: int  # tokens of its last chunk
     prefill_seconds: float  # of the whole prompt
+    chunk_seconds: float  # of its last chunk
     token_seconds: float
     prefill_shares: Shares  # of its last chunk
     decode_shares: Shares
@@ -108,7 +110,9 @@ def _model_folder(engine: EngineConfig, decode: DecodeConfig, seed: int) -> Iter
         yield engine.model.model
         return
     with TemporaryDirectory(prefix="longctx-bench-") as folder:
-        write_random_llama(Path(folder), SIZES[decode.model_size], seed=seed)
+        size = SIZES[decode.model_size]
+        write = write_large_llama if size.large else write_random_llama
+        write(Path(folder), size, seed=seed)
         yield Path(folder)
 
 
@@ -140,11 +144,14 @@ def _depths(
         token_seconds = median(runs.answer(context, decode.new_tokens) for _ in range(rounds))
         with engine.profile(decode_only=True) as profile:
             runs.answer(context, PROFILED_TOKENS)
+        last = (max(0, context - chunk), min(chunk, context))
         yield Depth(
             context=context,
+            chunk=last[1],
             prefill_seconds=summed(context, chunk, seconds),
+            chunk_seconds=seconds[last],
             token_seconds=token_seconds,
-            prefill_shares=shares[max(0, context - chunk), min(chunk, context)],
+            prefill_shares=shares[last],
             decode_shares=profile.shares(),
         )
 
@@ -203,7 +210,12 @@ def _results(
                 metric="prefill",
                 value=depth.context / depth.prefill_seconds,
                 unit="tokens/s",
-                parameters={**at, **depth.prefill_shares.flat()},
+                parameters={
+                    **at,
+                    "chunk_tokens": depth.chunk,
+                    "chunk_seconds": depth.chunk_seconds,
+                    **depth.prefill_shares.flat(),
+                },
             )
             yield Result(
                 metric="decode",

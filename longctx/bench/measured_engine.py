@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from compress.shape import BLOCK_TOKENS
 from longctx.attention.backend import AttentionBackend, AttentionPlan, ChunkRows
+from longctx.bench.machine_rates import seconds_of, settle
 from longctx.bench.random_pages import fill_pages
 from longctx.config import EngineConfig
 from longctx.engine.cost_model import CostModel
@@ -60,14 +62,24 @@ class Shares:
 
 @dataclass(slots=True)
 class Profile:
-    """The seconds of the steps so far, and where they went."""
+    """The seconds of the steps so far, and where they went.
 
+    On a GPU each part is waited for, so that it counts with its work and not with its launch: a
+    profiled step is slower than others there.
+    """
+
+    device: torch.device
     decode_only: bool
     sampling_seconds: float  # of a step that samples one token
     steps: int = 0
     seconds: float = 0.0
     attention_seconds: float = 0.0
     linear_seconds: float = 0.0
+
+    def now(self) -> float:
+        """Return the time when all is done that the device was asked for."""
+        settle(self.device)
+        return time.perf_counter()
 
     def shares(self) -> Shares:
         assert self.steps, "nothing was computed"
@@ -147,7 +159,7 @@ class MeasuredEngine:
         profile = self._profile
         if profile is None or (profile.decode_only and not self._decodes):
             return self._engine.step()
-        began = time.perf_counter()
+        began = profile.now()
         runner = self._runner
         backend = runner.backend
         runner.backend = _TimedAttention(backend, profile)
@@ -158,7 +170,7 @@ class MeasuredEngine:
                 outputs = self._engine.step()
         finally:
             runner.backend = backend
-        profile.seconds += time.perf_counter() - began
+        profile.seconds += profile.now() - began
         profile.steps += 1
         return outputs
 
@@ -169,7 +181,8 @@ class MeasuredEngine:
     @contextmanager
     def profile(self, *, decode_only: bool = False) -> Iterator[Profile]:
         """Yields a profile of the steps within; of `decode_only`, those that compute one token."""
-        self._profile = Profile(decode_only, self._sampling_seconds())
+        device = self._parts.model.spec.device
+        self._profile = Profile(device, decode_only, self._sampling_seconds())
         try:
             yield self._profile
         finally:
@@ -184,12 +197,8 @@ class MeasuredEngine:
             seed=0,
             prompt_token_ids=lambda: np.empty(0, dtype=np.int32),
         )
-        taken = []
-        for _ in range(SAMPLE_TIMES):
-            began = time.perf_counter()
-            sample(logits, [state])
-            taken.append(time.perf_counter() - began)
-        return median(taken)
+        work = partial(sample, logits, [state])
+        return median(seconds_of(work, spec.device) for _ in range(SAMPLE_TIMES))
 
 
 class _TimedAttention:
@@ -203,16 +212,16 @@ class _TimedAttention:
         return self._backend.plan(chunks, group)
 
     def seal(self, layer: int, raw: PoolIndices, packed: PoolIndices) -> None:
-        began = time.perf_counter()
+        began = self._profile.now()
         self._backend.seal(layer, raw, packed)
-        self._profile.attention_seconds += time.perf_counter() - began
+        self._profile.attention_seconds += self._profile.now() - began
 
     def attend(
         self, call: AttentionCall, query: Tensor, plan: AttentionPlan
     ) -> tuple[Tensor, Tensor]:
-        began = time.perf_counter()
+        began = self._profile.now()
         result = self._backend.attend(call, query, plan)
-        self._profile.attention_seconds += time.perf_counter() - began
+        self._profile.attention_seconds += self._profile.now() - began
         return result
 
 
@@ -231,9 +240,9 @@ def _timed_calls(kind: Any, name: str, profile: Profile) -> Iterator[None]:
     call, inherited = getattr(kind, name), name not in vars(kind)
 
     def timed(*inputs: Any, **options: Any) -> Any:
-        began = time.perf_counter()
+        began = profile.now()
         result = call(*inputs, **options)
-        profile.linear_seconds += time.perf_counter() - began
+        profile.linear_seconds += profile.now() - began
         return result
 
     setattr(kind, name, timed)

@@ -53,7 +53,7 @@ def _host(config: CacheConfig, memory: KVMemory) -> HostTier | None:
     policy = POLICIES[config.eviction_policy]()
     if not cuda:
         return HostTier(capacity_bytes=capacity, page_bytes=page_bytes, policy=policy)
-    return HostTier(capacity_bytes=capacity, page_bytes=page_bytes, policy=policy, allocate=_pinned)
+    return HostTier(capacity_bytes=capacity, page_bytes=page_bytes, policy=policy, allocate=pinned)
 
 
 def _disk(config: CacheConfig, extents: ExtentIO | None) -> DiskTier | None:
@@ -92,6 +92,15 @@ def _cap_bytes(config: CacheConfig, folder: Path) -> int:
     return (status.f_bavail * status.f_frsize + stored) // 2
 
 
-def _pinned(size_bytes: int) -> NDArray[np.uint8]:
-    arena: NDArray[np.uint8] = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True).numpy()
-    return arena
+def pinned(size_bytes: int) -> NDArray[np.uint8]:
+    """Return memory that a GPU copies from at full speed; MemoryError where no more can be pinned.
+
+    A GPU that has failed for good raises here too; the next step finds that out and ends.
+    """
+    try:
+        slab: NDArray[np.uint8] = torch.empty(
+            size_bytes, dtype=torch.uint8, pin_memory=True
+        ).numpy()
+    except RuntimeError as error:
+        raise MemoryError(str(error)) from error
+    return slab

@@ -97,7 +97,7 @@ def exact_dtypes(config: ModelConfig, folder: Path) -> tuple[Dtype, ...]:
     comes first: its own, where the device has instructions for it. Raises ModelRefused.
     """
     files = _read_files(folder)
-    return _exact_dtypes(_read_settings(files), files, _device(config.device))
+    return _exact_dtypes(_read_settings(files), files, device_of(config.device))
 
 
 def load_model(config: ModelConfig, folder: Path, *, cache_dir: Path | None = None) -> LoadedModel:
@@ -117,7 +117,7 @@ def load_model(config: ModelConfig, folder: Path, *, cache_dir: Path | None = No
         force_context=config.force_context,
     )
     _check_temperature(settings, rope.max_context)
-    device = _device(config.device)
+    device = device_of(config.device)
     name = config.dtype if config.dtype != "auto" else _exact_dtypes(settings, files, device)[0]
     dtype: torch.dtype = getattr(torch, name)
     register_attention()
@@ -233,7 +233,8 @@ def _check_temperature(settings: Any, max_context: int) -> None:
         )
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """Return the device of that name, `auto` too. Raises ModelRefused for one that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -92,7 +92,7 @@ def test_kernels_are_held_against_the_machine(
 ) -> None:
     monkeypatch.setattr(machine_rates, "READ_BYTES", 1 << 20)
     monkeypatch.setattr(machine_rates, "GEMM_DIM", 64)
-    monkeypatch.setattr(kernels, "last_level_cache_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(kernels, "last_level_cache_bytes", lambda _: 1 << 20)
     options = "--head-dims 16 --groups 2 --kv-heads 2 --context 256 --prefill-rows 64 --rounds 1"
     main(["bench", "kernels", "--out", str(tmp_path), "--threads", "1", *options.split()])
     found = results(capsys)

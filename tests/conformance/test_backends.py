@@ -63,7 +63,7 @@ def tolerance(backend: str, case: Case) -> float:
 
 
 def build(
-    case: Case, dtype: torch.dtype = torch.float32
+    case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[KVMemory, tuple[ChunkRows, ...], torch.Tensor]:
     """Pools full of random pages, and the rows of a step over them."""
     generator = torch.Generator().manual_seed(case.seed)
@@ -75,13 +75,14 @@ def build(
     memory = KVMemory(
         [spec],
         dtype=dtype,
-        device=torch.device("cpu"),
+        device=torch.device(device),
         codec=case.codec,
         pool_bytes=(blocks + 4) * 4 * BLOCK_TOKENS * 2 * case.kv_heads * case.head_dim,
         step_blocks=own_blocks,
     )
     rows = memory.raw_rows(0)
-    rows[BLOCK_TOKENS:] = torch.randn(rows[BLOCK_TOKENS:].shape, generator=generator) * 2
+    content = torch.randn(rows[BLOCK_TOKENS:].shape, generator=generator) * 2
+    rows[BLOCK_TOKENS:] = content.to(rows)
     pages = np.array(memory.packed[0].allocate(blocks), dtype=np.int64)
     raw_pages = np.array(memory.raw.allocate(own_blocks), dtype=np.int64)
     random = np.random.default_rng(case.seed)
@@ -90,7 +91,7 @@ def build(
         random.shuffle(raw_pages)
     for page in pages.tolist():
         content = torch.randn(1, *memory.codecs[0].shape.rows, generator=generator) * 2
-        memory.packed_pages(0)[page] = memory.codecs[0].encode(content.to(dtype))[0]
+        memory.packed_pages(0)[page] = memory.codecs[0].encode(content.to(rows))[0]
     chunks, row_begin, page_at, raw_at = [], 0, 0, 0
     for past, new in case.chunks:
         first, own_row = divmod(past, BLOCK_TOKENS)
@@ -123,7 +124,7 @@ def build(
         )
         row_begin, page_at, raw_at = row_begin + new, page_at + sealed, raw_at + own
     query = torch.randn(row_begin, case.heads, case.head_dim, generator=generator)
-    return memory, tuple(chunks), query
+    return memory, tuple(chunks), query.to(device)
 
 
 @pytest.mark.parametrize("name", sorted(set(BACKENDS) - {"reference"}))

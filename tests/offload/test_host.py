@@ -110,18 +110,76 @@ def test_dropped_keys_leave_in_every_group() -> None:
     assert host.stats().held_bytes == 2 * BLOCK_BYTES
 
 
-def test_the_arena_is_what_the_caller_allocates() -> None:
-    given_bytes: list[int] = []
+class Allocator:
+    """Allocates slabs, remembers their sizes, and refuses once it gave out `most_slabs`."""
 
-    def allocate(size_bytes: int) -> NDArray[np.uint8]:
-        given_bytes.append(size_bytes)
-        return np.zeros(size_bytes, dtype=np.uint8)
+    def __init__(self, most_slabs: int | None = None) -> None:
+        self.given_bytes: list[int] = []
+        self._most_slabs = most_slabs
 
+    def __call__(self, size_bytes: int) -> NDArray[np.uint8]:
+        if len(self.given_bytes) == self._most_slabs:
+            raise MemoryError("the system pins no more")
+        self.given_bytes.append(size_bytes)
+        return np.full(size_bytes, 0xA5, dtype=np.uint8)
+
+
+def test_slabs_are_allocated_when_they_are_needed_and_kept() -> None:
+    allocate = Allocator()
     host = HostTier(
-        capacity_bytes=10_000, page_bytes=PAGE_BYTES, policy=LRU[GroupKey](), allocate=allocate
+        capacity_bytes=9 * BLOCK_BYTES,
+        page_bytes=PAGE_BYTES,
+        policy=LRU[GroupKey](),
+        allocate=allocate,
+        slab_bytes=2 * BLOCK_BYTES,
     )
-    assert given_bytes == [host.capacity_bytes]
-    assert 10_000 - BLOCK_BYTES < host.capacity_bytes <= 10_000
+    assert not allocate.given_bytes
+    assert host.stats().capacity_bytes == 8 * BLOCK_BYTES  # the ninth block is no whole slab
+    slabs = []
+    for number in range(1, 11):
+        put(host, chain(number, 1))
+        slabs.append(len(allocate.given_bytes))
+    assert slabs == [1, 1, 2, 2, 3, 3, 4, 4, 4, 4]
+    assert set(allocate.given_bytes) == {2 * BLOCK_BYTES}
+    host.clear()
+    put(host, chain(1, 8))
+    assert len(allocate.given_bytes) == 4
+
+
+def test_a_tier_that_gets_no_more_memory_stays_at_what_it_has_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    allocate = Allocator(most_slabs=2)
+    host = HostTier(
+        capacity_bytes=8 * BLOCK_BYTES,
+        page_bytes=PAGE_BYTES,
+        policy=LRU[GroupKey](),
+        allocate=allocate,
+        slab_bytes=2 * BLOCK_BYTES,
+    )
+    assert put(host, chain(1, 7)) == 4
+    assert host.stats().capacity_bytes == 4 * BLOCK_BYTES
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert "the system pins no more" in line and "--host-pool-gib" in line
+    put(host, BlockRun(key(0), 0, 0, key(0), (key(11),)))
+    assert held(host, range(1, 20)) == [1, 2, 3, 11]
+    slots = blank_slots(3)
+    assert all(host.read(0, chain(1, 3).keys, slots))
+    assert pages(slots) == pages(filled_slots(chain(1, 3)))
+    assert len(caplog.records) == 1
+
+
+def test_a_tier_without_any_memory_keeps_nothing() -> None:
+    host = HostTier(
+        capacity_bytes=8 * BLOCK_BYTES,
+        page_bytes=PAGE_BYTES,
+        policy=LRU[GroupKey](),
+        allocate=Allocator(most_slabs=0),
+    )
+    assert put(host, chain(1, 3)) == 0
+    assert host.read(0, chain(1, 3).keys, blank_slots(3)) == [False] * 3
+    stats = host.stats()
+    assert (stats.held_bytes, stats.capacity_bytes, stats.blocks) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
@@ -130,16 +188,27 @@ def test_the_arena_is_what_the_caller_allocates() -> None:
     seed=st.integers(0, 2**32 - 1),
     page_bytes=st.lists(st.integers(1, 300), min_size=1, max_size=3),
     capacity_blocks=st.integers(1, 12),
+    slab_bytes=st.integers(1, 2_000),
+    most_slabs=st.none() | st.integers(0, 4),
 )
 def test_a_host_tier_behaves_like_a_dictionary_that_forgets(
-    name: str, seed: int, page_bytes: list[int], capacity_blocks: int
+    name: str,
+    seed: int,
+    page_bytes: list[int],
+    capacity_blocks: int,
+    slab_bytes: int,
+    most_slabs: int | None,
 ) -> None:
-    """With any page sizes, what is there is right, and never more than the capacity."""
+    """With any pages and slabs, what is there is right, and never more than the capacity."""
     rng = random.Random(seed)
+    capacity_bytes = capacity_blocks * sum(page_bytes)
+    allocate = Allocator(most_slabs)
     host = HostTier(
-        capacity_bytes=capacity_blocks * sum(page_bytes),
+        capacity_bytes=capacity_bytes,
         page_bytes=page_bytes,
         policy=POLICIES[name](),
+        allocate=allocate,
+        slab_bytes=slab_bytes,
     )
     random_bytes = np.random.default_rng(seed)
     arrays = tuple(random_bytes.integers(0, 256, (41, n), dtype=np.uint8) for n in page_bytes)
@@ -163,7 +232,10 @@ def test_a_host_tier_behaves_like_a_dictionary_that_forgets(
             case "drop":
                 host.drop(keys)
                 assert not any(host.has(0, name) for name in keys)
-        assert host.stats().held_bytes <= host.capacity_bytes
+        stats = host.stats()
+        assert stats.capacity_bytes is not None
+        assert stats.held_bytes <= stats.capacity_bytes <= capacity_bytes
+        assert stats.held_bytes <= sum(allocate.given_bytes) <= capacity_bytes
 
 
 def test_many_threads_use_one_tier() -> None:
