@@ -122,7 +122,7 @@ def _retrieval(
                 kind="any",
                 distractor_count=others,
                 seed=seed,
-                count_tokens=lambda text: len(llm.engine.tokenizer.encode(text)),
+                tokenizer=llm.engine.tokenizer,
             ):
                 _ask_all(llm, task, hay, modules, random.Random(f"{seed} {task}"), found)
             say(f"{task} done")

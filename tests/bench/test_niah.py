@@ -65,6 +65,13 @@ def test_a_grid_runs_end_to_end(
         if row["metric"] == "prompt tokens computed per question"
     ]
     assert len(computed) == 2 and max(computed) <= 128
+    lines = [json.loads(line) for line in (out / "niah.jsonl").read_text().splitlines()]
+    begins = {line["depth"]: line["begin_token"] for line in lines if "wanted_token" in line}
+    assert begins[0.0] == 0 and 900 < begins[100.0] < 1024
+    (missed,) = {
+        row["value"] for row in record["results"] if row["metric"].startswith("farthest needle")
+    }
+    assert missed == 0  # at both ends
     assert (out / "niah.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / "niah.json").read_text(encoding="utf-8")) == record
 
@@ -85,7 +92,8 @@ def test_mcnemar_is_exact(lost: int, gained: int, p: float) -> None:
 def answer(right: bool, given: str, likeliest: list[dict[int, float]]) -> dict[str, Any]:
     """A record whose places have these probabilities, the likeliest token first."""
     logs = [[(token, math.log(p)) for token, p in place.items()] for place in likeliest]
-    return {"depth": 0.0, "right": right, "given": given, "likeliest": told_logprobs(logs)}
+    depth = {"depth": 0.0, "begin_token": 0, "wanted_token": 0}
+    return {**depth, "right": right, "given": given, "likeliest": told_logprobs(logs)}
 
 
 def grid(*answers: dict[str, Any]) -> Grid:

@@ -54,3 +54,11 @@ class Grid:
             if length in (None, place[0]) and depth in (None, answer["depth"])
         ]
         return Cell(len(found), sum(found))
+
+    def most_missed_tokens(self, length: int | None = None) -> int:
+        """Return how far from the wanted token a needle of that length begins, at most."""
+        return max(
+            abs(int(answer["begin_token"]) - int(answer["wanted_token"]))
+            for place, answer in self.answers.items()
+            if length in (None, place[0])
+        )

@@ -130,7 +130,7 @@ class _Run:
         return asking
 
     def _haystacks(self, llm: LLM, length: int) -> list[tuple[tuple[int, int, int], Haystack]]:
-        niah, encode = self._niah, llm.engine.tokenizer.encode
+        niah = self._niah
         return [
             ((length, seed, number), hay)
             for seed in range(self._seed, self._seed + niah.seeds)
@@ -142,7 +142,7 @@ class _Run:
                     kind=niah.kind,
                     distractor_count=niah.distractors,
                     seed=seed,
-                    count_tokens=lambda text: len(encode(text)),
+                    tokenizer=llm.engine.tokenizer,
                     sentences=self._sentences,
                 )
             )
@@ -233,6 +233,8 @@ class _Asking:
         answer = self._stopwatch.ask(segments, sampling)
         record: dict[str, Any] = {
             "depth": planted.depth,
+            "begin_token": planted.begin_token,
+            "wanted_token": planted.wanted_token,
             "right": matches(answer.text, planted.needle.answer, self._niah.match),
             "question": planted.needle.question,
             "wanted": planted.needle.answer,

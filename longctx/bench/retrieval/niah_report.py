@@ -113,6 +113,7 @@ def _costs(grid: Grid, length: int, at: Mapping[str, Parameter]) -> Iterator[Res
             ("cached tokens per document", median(reading.found_tokens), "tokens"),
         ]
     figures += [
+        ("farthest needle from its place", grid.most_missed_tokens(length), "tokens"),
         ("cached tokens per question", median(reading.cached_tokens), "tokens"),
         ("prompt tokens computed per question", max(reading.computed_tokens), "tokens"),
         ("time to first token", median(reading.first_token_seconds), "s"),
@@ -127,7 +128,8 @@ def _grid_table(grid: Grid, niah: NiahConfig, subtitle: str, compared: bool) -> 
     ]
     blind = compared and any(not _tells(cell) for row in cells for cell in row)
     note = "; *: found by less than half, so no loss would show" if blind else ""
-    table = Table(title="Needles found", caption=subtitle + note, caption_justify="left")
+    missed = f"; needles begin within {grid.most_missed_tokens()} tokens of the wanted one"
+    table = Table(title="Needles found", caption=subtitle + missed + note, caption_justify="left")
     table.add_column("depth", justify="right")
     for length in niah.token_lengths:
         table.add_column(f"{length:,} tokens", justify="center")
