@@ -16,6 +16,7 @@ from longctx.bench.config import (
     EvictionConfig,
     FillerConfig,
     KernelsConfig,
+    LevelsConfig,
     LoadConfig,
     ModulesConfig,
     NiahConfig,
@@ -43,9 +44,10 @@ class Bench:
 
 BENCHES: dict[str, Bench] = {
     "niah": Bench(
-        "find needles in haystacks, by length and depth: cold, warm, restored, for each codec",
+        "find needles in haystacks, by length and depth: cold, warm, restored, for each codec, in "
+        "modules at each level of exactness",
         "longctx.bench.retrieval.niah",
-        (EngineConfig, BenchConfig, FillerConfig, VariantsConfig, NiahConfig),
+        (EngineConfig, BenchConfig, FillerConfig, VariantsConfig, LevelsConfig, NiahConfig),
     ),
     "ruler": Bench(
         "RULER's tasks: retrieval, tracing and counting, in process (each codec, cold, warm, "
@@ -71,7 +73,7 @@ BENCHES: dict[str, Bench] = {
     "modules": Bench(
         "prompts made of modules: what each level of exactness costs and saves",
         "longctx.bench.modules",
-        (EngineConfig, BenchConfig, RoundsConfig, ModulesConfig),
+        (EngineConfig, BenchConfig, RoundsConfig, LevelsConfig, ModulesConfig),
     ),
     "quality": Bench(
         "what each codec costs a model: KL divergence, changed tokens, perplexity",

@@ -105,6 +105,28 @@ class VariantsConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LevelsConfig:
+    """How exactly prompts that are made of modules are computed, to be compared."""
+
+    levels: Annotated[
+        str | None,
+        "levels of exactness to compare with exact: niah cuts documents into modules for that, and "
+        "asks them as they are if absent; modules takes link:16,modular if absent",
+    ] = None
+
+    def __post_init__(self) -> None:
+        if EXACT in self.every_level:
+            raise ValueError(f"levels={self.levels} has exact, which all are compared with")
+
+    @property
+    def every_level(self) -> tuple[Level, ...]:
+        """Those that are named, without `exact`."""
+        if self.levels is None:
+            return ()
+        return tuple(parse_level(level, param="levels") for level in self.levels.split(","))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FillerConfig:
     """Whose words haystacks are made of."""
 
@@ -210,7 +232,6 @@ class ModulesConfig:
     """Options of `longctx bench modules`."""
 
     parts: Annotated[str, "what is measured: quality, retrieval, speed"] = "quality,retrieval,speed"
-    levels: Annotated[str, "levels of exactness besides exact"] = "link:16,modular"
     modules: Annotated[int, "modules in a prompt"] = 6
     module_tokens: Annotated[int, "tokens of each where speed is measured"] = 2000
     fact_tokens: Annotated[int, "tokens of each where facts are asked for"] = 1000
@@ -229,16 +250,10 @@ class ModulesConfig:
         _at_least("module_tokens", self.module_tokens, 1)
         _at_least("fact_tokens", self.fact_tokens, 256)
         _at_least("fact_questions", self.fact_questions, 5)
-        if EXACT in self.every_level:
-            raise ValueError(f"levels={self.levels} has exact, which all are compared with")
 
     @property
     def every_part(self) -> tuple[str, ...]:
         return tuple(self.parts.split(","))
-
-    @property
-    def every_level(self) -> tuple[Level, ...]:
-        return tuple(parse_level(level, param="levels") for level in self.levels.split(","))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,10 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from longctx.needles.generator import Needle, distractors, haystack, insert, needle
+import numpy as np
+
+from longctx.needles.generator import Needle, distractors, haystack, needle
+from longctx.needles.placing import STOPS, Tokens, nearest_ends, put
 from longctx.needles.ruler_tasks import Draft, Sentences, fit
 
 TOKENS_PER_NEEDLE = 128  # of document for each statement in it: mostly filler, at any length
@@ -18,8 +21,12 @@ FRAME_TOKENS = 8  # spaces and seams between filler and statements
 
 @dataclass(frozen=True, slots=True)
 class Planted:
+    """A needle in a document; its reach is told in tokens of the whole text."""
+
     needle: Needle
     depth: float  # percent, of the cell that it counts for
+    begin_token: int  # how many tokens of the document come before its statement
+    wanted_token: int  # how many should
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +43,13 @@ def haystacks(
     kind: str,
     distractor_count: int,
     seed: int,
-    count_tokens: Callable[[str], int],
+    tokenizer: Tokens,
     sentences: Sentences | None = None,
 ) -> Iterator[Haystack]:
     """Returns documents of at most `length` tokens, with `questions` needles per depth in all.
 
-    Filler is generated prose, or the `sentences` that somebody else draws.
+    Filler is generated prose, or the `sentences` that somebody else draws. Each needle begins at
+    the sentence end whose share of tokens is nearest to its depth.
     """
     wanted = [depth for _ in range(questions) for depth in depths]
     room = max(1, length // (TOKENS_PER_NEEDLE * (1 + distractor_count)))
@@ -54,7 +62,7 @@ def haystacks(
             distractor_count,
             length,
             rng,
-            count_tokens,
+            tokenizer,
             sentences,
         )
 
@@ -74,14 +82,16 @@ def document(tokens: int, *, seed: int, count_tokens: Callable[[str], int]) -> s
 def _joined(
     sentences: Sentences, seed: int, tokens: int, count_tokens: Callable[[str], int]
 ) -> str:
-    """Returns as many sentences as there may be, one after another."""
-    text = Draft(
-        build=lambda units: " ".join(sentences(random.Random(seed), units)),
-        least=0,
-        most=None,
-        answers=(),
-        answer_prefix="",
-    )
+    """Returns as many sentences as there may be, one after another.
+
+    What ends without a full stop, such as a heading, ends a line: needles stand between them.
+    """
+
+    def build(units: int) -> str:
+        drawn = sentences(random.Random(seed), units)
+        return "".join(each + (" " if each[-1:] in STOPS else "\n") for each in drawn).rstrip()
+
+    text = Draft(build=build, least=0, most=None, answers=(), answer_prefix="")
     return fit(text, tokens, count_tokens)
 
 
@@ -92,24 +102,29 @@ def _haystack(
     distractor_count: int,
     length: int,
     rng: random.Random,
-    count_tokens: Callable[[str], int],
+    tokenizer: Tokens,
     sentences: Sentences | None,
 ) -> Haystack:
-    planted: list[Planted] = []
-    statements: list[str] = []
-    places: list[float] = []
-    keys: set[tuple[str, str]] = set()
+    def count_tokens(text: str) -> int:
+        return len(tokenizer.encode(text))
+
     exact = _spread(cells, depths)
-    while len(planted) < len(cells):
+    drawn: list[tuple[float, Needle, float | None]] = []  # place, needle, cell unless it is false
+    keys: set[tuple[str, str]] = set()
+    asked = 0
+    while asked < len(cells):
         target = needle(rng.getrandbits(48), kind=kind)
         others = distractors(target, distractor_count, rng.getrandbits(48))
         names = {(each.attribute, each.key) for each in (target, *others)}
         if names & keys:
             continue  # two answers to one question
         keys |= names
-        statements += [target.statement, *(other.statement for other in others)]
-        places += [exact[len(planted)], *(rng.random() for _ in others)]
-        planted.append(Planted(target, cells[len(planted)]))
+        drawn.append((exact[asked], target, cells[asked]))
+        drawn += [(rng.random(), other, None) for other in others]
+        asked += 1
+    rising = sorted(range(len(drawn)), key=lambda number: drawn[number][0])
+    statements = [drawn[number][1].statement for number in rising]
+    places = [drawn[number][0] for number in rising]
     used = sum(count_tokens(statement) for statement in statements) + FRAME_TOKENS
     budget, filler_seed = length - used, rng.getrandbits(48)
     while True:
@@ -117,11 +132,22 @@ def _haystack(
             filler = document(budget, seed=filler_seed, count_tokens=count_tokens)
         else:
             filler = _joined(sentences, filler_seed, budget, count_tokens)
-        text = insert(filler, statements, places)
-        excess = count_tokens(text) - length
+        text, begins = put(filler, statements, nearest_ends(filler, statements, places, tokenizer))
+        ends = tokenizer.token_ends(text)
+        excess = len(ends) - length
         if excess <= 0:
-            return Haystack(text, tuple(planted))
+            break
         budget -= excess
+    planted: dict[int, Planted] = {}
+    for number, begin in zip(rising, begins, strict=True):
+        place, fact, cell = drawn[number]
+        border = begin - (text[begin - 1 : begin] == " ")  # where the sentence before it ends
+        stop = begin + len(fact.statement.strip(" "))
+        before, upto = np.searchsorted(ends, (border, stop), side="right").tolist()
+        if cell is not None:
+            wanted = round(place * (len(ends) - (upto - before)))
+            planted[number] = Planted(fact, cell, before, wanted)
+    return Haystack(text, tuple(planted[number] for number in sorted(planted)))
 
 
 def _spread(cells: Sequence[float], depths: Sequence[float]) -> list[float]:

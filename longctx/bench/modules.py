@@ -14,16 +14,17 @@ not encoded. The reference is the level `exact` of the same run.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from longctx.bench.config import BenchConfig, ModulesConfig, RoundsConfig
+from longctx.bench.config import BenchConfig, LevelsConfig, ModulesConfig, RoundsConfig
 from longctx.bench.haystack import Haystack, haystacks
+from longctx.bench.module_text import TextModule, asking, assembled, cut_text
 from longctx.bench.modules_report import TASKS, Found, draw, results, tables
 from longctx.bench.random_model import SIZES, write_random_llama
 from longctx.bench.report import Report
@@ -37,13 +38,14 @@ from longctx.quality.level_gate import LIMITS
 from longctx.quality.level_measure import LevelWorkload, measure_levels
 from longctx.quality.verdict import judge
 from longctx.request import Piece, SamplingParams, Segment
-from longctx.text.chat_template import ChatPrompts, FilePart, Message
-from prompt_cache.level import EXACT, Level
+from longctx.text.chat_template import ChatPrompts
+from prompt_cache.level import EXACT, MODULAR, Level
 
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)
 FIRST_TOKEN = SamplingParams(max_tokens=1, temperature=0.0)
 ANSWER = SamplingParams(max_tokens=48, temperature=0.0)
 QUESTION_TOKENS = 32
+LEVELS = (Level(16), MODULAR)
 
 Say = Callable[[str], None]
 
@@ -52,12 +54,13 @@ def run(
     engine: EngineConfig,
     bench: BenchConfig,
     rounds: RoundsConfig,
+    levels: LevelsConfig,
     modules: ModulesConfig,
     *,
     say: Say,
 ) -> Report:
     """Measures the chosen parts, each on a model that it makes sense on."""
-    found = Found()
+    found = Found(levels.every_level or LEVELS)
     if "quality" in modules.every_part:
         _quality(_of(engine, model_path("probe")), modules, bench.seed, found, say)
     if "retrieval" in modules.every_part:
@@ -99,7 +102,7 @@ def _quality(
     workload = LevelWorkload(limit_seconds=None)
     with opened(config) as llm:
         found.models["quality"] = _name(llm)
-        measured = measure_levels(llm.engine, modules.every_level, workload=workload, seed=seed)
+        measured = measure_levels(llm.engine, found.levels, workload=workload, seed=seed)
         vocab_size = llm.engine.info.vocab_size
     for level, each in measured.items():
         found.verdicts[level.name] = judge(level.name, each, LIMITS, vocab_size=vocab_size)
@@ -122,16 +125,10 @@ def _retrieval(
                 kind="any",
                 distractor_count=others,
                 seed=seed,
-                count_tokens=lambda text: len(llm.engine.tokenizer.encode(text)),
+                tokenizer=llm.engine.tokenizer,
             ):
                 _ask_all(llm, task, hay, modules, random.Random(f"{seed} {task}"), found)
             say(f"{task} done")
-
-
-@dataclass(frozen=True, slots=True)
-class _Module:
-    name: str
-    tokens: int
 
 
 def _ask_all(
@@ -144,45 +141,20 @@ def _ask_all(
 ) -> None:
     """Asks every question on a text that was cut into modules, all in one random order."""
     parts = []
-    for text in _cut(hay.text, modules.modules):
+    for text in cut_text(hay.text, modules.modules):
         token_ids = tuple(llm.engine.tokenizer.encode(text))
         name = llm.open_module([Piece(token_ids=token_ids, position=0)])
-        parts.append(_Module(name, len(token_ids)))
+        parts.append(TextModule(name, len(token_ids)))
     rng.shuffle(parts)
     prompts = ChatPrompts(llm.engine.tokenizer)
-    for level in (EXACT, *modules.every_level):
+    for level in (EXACT, *found.levels):
         right = found.right.setdefault((task, level.name), [])
         for planted in hay.planted:
-            message = Message("user", (FilePart("", "document"), planted.needle.question))
-            segments: list[Segment] = []
-            for segment in prompts.render([message]):
-                if segment.document_id is None:
-                    segments.append(segment)
-                else:
-                    before = sum(len(each.token_ids) for each in segments)
-                    segments += _assembled(parts, level, before)
+            segments = asking(prompts, parts, level, planted.needle.question)
             answer = llm.answer(segments, ANSWER)
             right.append(matches(answer.text, planted.needle.answer, "exact"))
     for part in parts:
         llm.close_module(part.name)
-
-
-def _assembled(parts: Sequence[_Module], level: Level, position: int) -> Iterator[Segment]:
-    """Puts modules one after another, wherever they were encoded."""
-    for part in parts:
-        yield Segment(module_id=part.name, position=position, link_tokens=level.link_tokens)
-        position += part.tokens
-
-
-def _cut(text: str, parts: int) -> list[str]:
-    """Cuts a text into pieces of about the same length, each of whole paragraphs."""
-    pieces = []
-    for left in range(parts, 1, -1):
-        end = text.find("\n\n", len(text) // left)
-        end = len(text) if end < 0 else end + 2
-        pieces.append(text[:end])
-        text = text[end:]
-    return [piece for piece in (*pieces, text) if piece]
 
 
 # -- speed ----------------------------------------------------------------------------------------
@@ -199,13 +171,13 @@ def _speed(
 ) -> None:
     config = replace(config, cache=replace(config.cache, kv_dir=scratch / "kv"))
     rng = np.random.default_rng(seed)
-    levels = (*modules.every_level, EXACT)
+    levels = (*found.levels, EXACT)
     with opened(config) as llm:
         found.models["speed"] = _name(llm)
         vocab_size = llm.engine.info.vocab_size
         # What modules say makes no difference to what they cost
         pieces = {
-            _Module(f"module {number}", modules.module_tokens): (
+            TextModule(f"module {number}", modules.module_tokens): (
                 Piece(token_ids=_random_ids(rng, vocab_size, modules.module_tokens), position=0),
             )
             for number in range(modules.modules)
@@ -220,7 +192,7 @@ def _speed(
     say("from memory done")
     files = sorted((scratch / "kv").glob("*.kv"))
     for _ in range(rounds.rounds):
-        for level in modules.every_level:
+        for level in found.levels:
             with opened(config) as llm:
                 llm.generate("a", FIRST_TOKEN)
                 for part, each in pieces.items():
@@ -231,14 +203,16 @@ def _speed(
     say("from disk done")
 
 
-def _first_token(llm: LLM, parts: list[_Module], level: Level, rng: np.random.Generator) -> float:
+def _first_token(
+    llm: LLM, parts: list[TextModule], level: Level, rng: np.random.Generator
+) -> float:
     """Returns the seconds to the first token of a prompt: own text, modules shuffled, own text."""
     vocab_size = llm.engine.info.vocab_size
     before, question = (_random_ids(rng, vocab_size, QUESTION_TOKENS) for _ in range(2))
     shuffled = [parts[index] for index in rng.permutation(len(parts))]
     segments = (
         Segment(token_ids=before),
-        *_assembled(shuffled, level, len(before)),
+        *assembled(shuffled, level, len(before)),
         Segment(token_ids=question),
     )
     return Stopwatch(llm.engine).ask(segments, FIRST_TOKEN).first_token_seconds

@@ -12,7 +12,7 @@ from longctx.bench.picture import Series, draw_bars, draw_heat_map
 from longctx.bench.report import Parameter, Result
 from longctx.bench.scores import wilson
 from longctx.engine_info import PARTS, Verdict
-from prompt_cache.level import EXACT
+from prompt_cache.level import EXACT, Level
 
 TASKS = {"needle": 0, "multi-key": 3}  # how many others differ in the key alone
 PLACES = ("memory", "disk")
@@ -22,6 +22,7 @@ PLACES = ("memory", "disk")
 class Found:
     """What was measured, by name of level; what was not measured is empty."""
 
+    levels: tuple[Level, ...]  # besides exact
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     right: dict[tuple[str, str], list[bool]] = field(default_factory=dict)  # by task and level
     seconds: dict[tuple[str, str], list[float]] = field(default_factory=dict)  # by place and level
@@ -80,7 +81,7 @@ def results(found: Found, modules: ModulesConfig) -> Iterator[Result]:
 
 
 def tables(found: Found, modules: ModulesConfig) -> Iterator[Table]:
-    names = [EXACT.name, *(level.name for level in modules.every_level)]
+    names = [EXACT.name, *(level.name for level in found.levels)]
     if found.verdicts:
         table = _table(found, "quality", ("KL on text", "in answers", "same token", "gate"))
         for name, verdict in found.verdicts.items():
@@ -120,7 +121,7 @@ def _table(found: Found, part: str, columns: Iterable[str]) -> Table:
 
 def draw(found: Found, modules: ModulesConfig, path: Path) -> None:
     """Draws the times; where they were not measured, the facts found, or else the divergences."""
-    levels = [EXACT.name, *(level.name for level in modules.every_level)]
+    levels = [EXACT.name, *(level.name for level in found.levels)]
     if found.seconds:
         draw_bars(
             path,

@@ -10,6 +10,7 @@ from longctx.errors import LongctxError
 from longctx.request import (
     FinishReason,
     Request,
+    RequestClass,
     RequestOutput,
     SamplingParams,
     Segment,
@@ -59,7 +60,12 @@ class Stopwatch:
         self._numbers: Iterator[int] = itertools.count()
 
     def ask(
-        self, segments: tuple[Segment, ...], sampling: SamplingParams, *, salt: str = ""
+        self,
+        segments: tuple[Segment, ...],
+        sampling: SamplingParams,
+        *,
+        salt: str = "",
+        request_class: RequestClass = RequestClass.INTERACTIVE,
     ) -> TimedAnswer:
         """Runs one request to its end. Raises LongctxError where the engine refuses it or fails.
 
@@ -70,6 +76,7 @@ class Stopwatch:
             segments=segments,
             sampling=sampling,
             salt=salt,
+            request_class=request_class,
         )
         text = ""
         token_ids: tuple[int, ...] = ()
@@ -92,7 +99,8 @@ class Stopwatch:
                 token_seconds += [now] * len(output.token_ids)
                 usage = output.usage or usage
                 reason = output.finish_reason or reason
-        assert usage is not None and token_seconds, "a request ends with usage and a token"
+        assert usage is not None, "a request ends with usage"
+        assert token_seconds or sampling.max_tokens == 0, "and with a token, if it asks for one"
         assert reason is not None
         return TimedAnswer(
             text=text,

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 
 from longctx.needles import lexicon
 from longctx.needles.grammar import sentence
+from longctx.needles.placing import put
 from longctx.needles.values import Form, Words, choose, value
 
 NOT_MENTIONED = "Not mentioned."
@@ -359,19 +360,9 @@ def insert(text: str, statements: Sequence[str], depths: Sequence[float]) -> str
         raise ValueError(
             f"{len(statements)} statements need as many depths in [0, 1]; got {depths}"
         )
-    placed = []
-    for order, (statement, depth) in enumerate(zip(statements, depths, strict=True)):
-        placed.append((_sentence_end(text, round(depth * len(text))), order, statement.strip(" ")))
-    pieces, start = [], 0
-    for position, _, statement in sorted(placed):
-        pieces.append(text[start:position])
-        before = pieces[-1] if pieces[-1] else (pieces[-2] if len(pieces) > 1 else "")
-        pieces.append(statement if not before or before[-1].isspace() else " " + statement)
-        start = position
-        if start < len(text) and not (text[start].isspace() or statement.endswith("\n")):
-            pieces.append(" ")
-    pieces.append(text[start:])
-    return "".join(pieces)
+    order = sorted(range(len(depths)), key=depths.__getitem__)
+    places = [_sentence_end(text, round(depths[each] * len(text))) for each in order]
+    return put(text, [statements[each] for each in order], places)[0]
 
 
 def _sentence_end(text: str, wanted: int) -> int:

@@ -12,12 +12,14 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from longctx.errors import InvalidRequest, ModelRefused
@@ -129,12 +131,34 @@ class Tokenizer:
         ids = _ids(backend, text)
         if self._forbidden_ids.isdisjoint(ids):
             return ids
-        # A model such as Unigram finds `</s>` in its vocabulary by itself: the text is cut inside.
-        return self._encode_apart(backend, text)
+        parts = self._encodings(backend, text)
+        return [token_id for _, encoding in parts for token_id in encoding.ids]
 
-    def _encode_apart(self, backend: tokenizers.Tokenizer, text: str) -> list[int]:
+    def token_ends(self, text: str) -> NDArray[np.int64]:
+        """Tell where each token that `encode` makes of a text ends, in characters; they never fall.
+
+        Tokens that are parts of one character end where it does. It takes as long as `encode`, and
+        four times its memory.
+        """
+        ends: list[int] = []
+        begin = 0
+        for part, encoding in self._encodings(self._plain, text):
+            ends += [begin + end for _, end in encoding.offsets]
+            begin += len(part)
+        return np.maximum.accumulate(np.array(ends, dtype=np.int64))
+
+    def _encodings(
+        self, backend: tokenizers.Tokenizer, text: str
+    ) -> Iterator[tuple[str, tokenizers.Encoding]]:
+        """Yield a text with its encoding, in parts where a control token would be read in it.
+
+        A model such as Unigram finds `</s>` in its vocabulary by itself: the text is cut inside.
+        """
         encoding = backend.encode(text, add_special_tokens=False)
         ids: list[int] = encoding.ids
+        if self._forbidden_ids.isdisjoint(ids):
+            yield text, encoding
+            return
         spans = (
             span
             for token_id, span in zip(ids, encoding.offsets, strict=True)
@@ -152,16 +176,8 @@ class Tokenizer:
             parts.append(text[begin:middle])
             begin = middle
         parts.append(text[begin:])
-        result = self._encode_part(backend, parts[0])
-        for part in parts[1:]:
-            result += self._encode_part(self._continuing, part)
-        return result
-
-    def _encode_part(self, backend: tokenizers.Tokenizer, text: str) -> list[int]:
-        ids = _ids(backend, text)
-        if self._forbidden_ids.isdisjoint(ids):
-            return ids
-        return self._encode_apart(backend, text)
+        for number, part in enumerate(parts):
+            yield from self._encodings(self._continuing if number else backend, part)
 
     def encode_template(self, text: str, *, continues: bool = False) -> list[int]:
         """Encode template text: control tokens are recognized, none is added."""

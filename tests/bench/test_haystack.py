@@ -3,11 +3,14 @@
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from longctx.bench.haystack import TOKENS_PER_NEEDLE, Haystack, document, haystacks
 from longctx.bench.retrieval.texts import TextFiller
 from longctx.needles.ruler_tasks import Sentences
+from tests.support.words import Words
 
 
 def words(text: str) -> int:
@@ -25,7 +28,7 @@ def planted(
             kind="any",
             distractor_count=distractors,
             seed=3,
-            count_tokens=words,
+            tokenizer=Words(),
             sentences=sentences,
         )
     )
@@ -50,6 +53,24 @@ def test_needles_lie_at_their_depth() -> None:
     for each in hay.planted:
         place = 100 * hay.text.index(each.needle.statement.strip()) / len(hay.text)
         assert abs(place - each.depth) < 15, each
+
+
+def test_needles_are_placed_without_reading_the_text_for_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read: list[str] = []
+    token_ends = Words.token_ends
+
+    def recorded(self: Words, text: str) -> NDArray[np.int64]:
+        read.append(text)
+        return token_ends(self, text)
+
+    monkeypatch.setattr(Words, "token_ends", recorded)
+    for questions in (1, 9):
+        read.clear()
+        (hay,) = planted(4000, questions=questions)
+        assert len(hay.planted) == 3 * questions
+        assert len(read) == 2  # the filler, and the document
 
 
 def test_no_question_has_two_answers() -> None:

@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from longctx.bench.config import ModulesConfig
-from longctx.bench.modules import _cut
+from longctx.bench.module_text import cut_text
 from longctx.cli import main
 
 LEVELS = ["link:16", "modular"]
@@ -58,21 +59,24 @@ def test_a_part_is_measured_alone(
 
 def test_a_text_is_cut_between_paragraphs() -> None:
     text = "\n\n".join(f"Paragraph {number}. It has two sentences." for number in range(40))
-    pieces = _cut(text, 6)
+    pieces = cut_text(text, 6)
     assert len(pieces) == 6 and "".join(pieces) == text
     assert all(piece.endswith("\n\n") for piece in pieces[:-1])
     assert max(map(len, pieces)) < 2 * min(map(len, pieces))
-    assert _cut("no paragraph", 6) == ["no paragraph"]
+    assert cut_text("no paragraph", 6) == ["no paragraph"]
+    assert cut_text("One line. Two lines. Three. Four.", 2) == [
+        "One line. Two lines. ",
+        "Three. Four.",
+    ]
 
 
 @pytest.mark.parametrize(
     ("options", "why"),
     [
         ({"parts": "speed,taste"}, "has taste; choose from"),
-        ({"levels": "exact"}, "compared with"),
-        ({"levels": "link:0"}, "choose exact, modular, or link:K"),
+        ({"modules": 0}, "modules=0 must be at least 1"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(options: dict[str, str], why: str) -> None:
+def test_what_cannot_be_measured_is_refused(options: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
-        ModulesConfig(**options)  # type: ignore[arg-type]
+        ModulesConfig(**options)

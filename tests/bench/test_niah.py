@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longctx.bench.config import NiahConfig, VariantsConfig
+from longctx.bench.config import LevelsConfig, NiahConfig, VariantsConfig
 from longctx.bench.retrieval.grid import Grid, Reading
 from longctx.bench.retrieval.niah_report import results, tables
 from longctx.bench.retrieval.variants import Variant, difference, told_logprobs
@@ -65,6 +65,13 @@ def test_a_grid_runs_end_to_end(
         if row["metric"] == "prompt tokens computed per question"
     ]
     assert len(computed) == 2 and max(computed) <= 128
+    lines = [json.loads(line) for line in (out / "niah.jsonl").read_text().splitlines()]
+    begins = {line["depth"]: line["begin_token"] for line in lines if "wanted_token" in line}
+    assert begins[0.0] == 0 and 900 < begins[100.0] < 1024
+    (missed,) = {
+        row["value"] for row in record["results"] if row["metric"].startswith("farthest needle")
+    }
+    assert missed == 0  # at both ends
     assert (out / "niah.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / "niah.json").read_text(encoding="utf-8")) == record
 
@@ -85,7 +92,8 @@ def test_mcnemar_is_exact(lost: int, gained: int, p: float) -> None:
 def answer(right: bool, given: str, likeliest: list[dict[int, float]]) -> dict[str, Any]:
     """A record whose places have these probabilities, the likeliest token first."""
     logs = [[(token, math.log(p)) for token, p in place.items()] for place in likeliest]
-    return {"depth": 0.0, "right": right, "given": given, "likeliest": told_logprobs(logs)}
+    depth = {"depth": 0.0, "begin_token": 0, "wanted_token": 0}
+    return {**depth, "right": right, "given": given, "likeliest": told_logprobs(logs)}
 
 
 def grid(*answers: dict[str, Any]) -> Grid:
@@ -172,6 +180,48 @@ def test_codecs_are_compared_cold_warm_and_after_a_restart(
     assert (tmp_path / "niah.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_levels_are_compared_with_exact_cold_warm_and_after_a_restart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--lengths 2048 --depths 0,100 --questions 2 --threads 1 --kv-codec raw"
+    levels = "--levels link:16,modular --caches cold,warm,restored"
+    main(["bench", "niah", *options.split(), *levels.split(), "--out", str(tmp_path)])
+    printed = capsys.readouterr()
+    rows = json.loads(printed.out.rstrip("\n").split("\n")[-1])["results"]
+    assert "Where raw cold exact finds more" in printed.out + printed.err
+    totals = [
+        (row["cache"], row["level"], row["n"])
+        for row in rows
+        if row["metric"] == "exact match" and "length_tokens" not in row
+    ]
+    names = [
+        (cache, level)
+        for cache in ("cold", "warm", "restored")
+        for level in ("exact", "link:16", "modular")
+    ]
+    assert totals == [(*name, 4) for name in names]
+    kl = {
+        (row["cache"], row["level"]): row["value"]
+        for row in rows
+        if row["metric"] == "KL along answers, at least"
+    }
+    assert list(kl) == names[1:]  # all but the first, which they are compared with
+    for level in ("link:16", "modular"):  # modules do not know each other, wherever they come from
+        assert kl["warm", level] > 10 * kl["warm", "exact"]
+        assert kl["warm", level] == kl["restored", level]
+        assert kl["cold", level] == pytest.approx(kl["warm", level], rel=0.01)
+    tokens = {
+        (row["cache"], row["level"], row["metric"]): row["value"]
+        for row in rows
+        if row["unit"] == "tokens"
+    }
+    computed = "prompt tokens computed per question"
+    for level in ("exact", "link:16", "modular"):
+        assert tokens["warm", level, computed] <= 64 * 4 + 100  # blocks end with each module
+        assert tokens["restored", level, computed] <= 64 * 4 + 100
+        assert tokens["restored", level, "cached tokens per document"] > 1600
+
+
 def test_an_interrupted_grid_goes_on(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,11 +231,11 @@ def test_an_interrupted_grid_goes_on(
     ask = Stopwatch.ask
 
     def failing(limit: int) -> None:
-        def until(self: Stopwatch, *arguments: Any) -> TimedAnswer:
+        def until(self: Stopwatch, *arguments: Any, **named: Any) -> TimedAnswer:
             if len(asked) == limit:
                 raise LongctxError("the power is gone")
             asked.append(1)
-            return ask(self, *arguments)
+            return ask(self, *arguments, **named)
 
         monkeypatch.setattr(Stopwatch, "ask", until)
 
@@ -203,5 +253,10 @@ def test_an_interrupted_grid_goes_on(
 def test_a_codec_or_cache_that_there_is_not_is_named() -> None:
     with pytest.raises(ValueError, match="codecs=int5 is unknown; choose from raw, bf16"):
         VariantsConfig(codecs="int8,int5")
+    with pytest.raises(ValueError, match="levels=exact has exact, which all are compared with"):
+        LevelsConfig(levels="exact")
+    for name in ("link", "link:0"):
+        with pytest.raises(ValueError, match=f"levels is '{name}'; choose exact, modular, or link"):
+            LevelsConfig(levels=name)
     with pytest.raises(ValueError, match="caches=tepid is unknown; choose from cold, warm"):
         VariantsConfig(caches="warm,tepid")

@@ -31,6 +31,7 @@ from longctx.errors import InvalidRequest, LongctxError
 from longctx.llm import LLM
 from longctx.request import SamplingParams, Segment
 from longctx.text.tokenizer import Tokenizer
+from tests.support.words import Words
 
 # Who has an environment with llama.cpp names its interpreter, as for the command
 LLAMA_PYTHON = os.environ.get("LONGCTX_LLAMA_PYTHON") or (
@@ -226,9 +227,7 @@ def test_a_server_that_ends_at_once_is_told_with_its_last_words(tmp_path: Path) 
 
 
 def test_all_messages_have_one_text_and_each_its_question() -> None:
-    messages = questions_on_text(
-        900, 6, seed=0, count_tokens=lambda text: len(text.split()), sentences=None
-    )
+    messages = questions_on_text(900, 6, seed=0, tokenizer=Words(), sentences=None)
     texts, questions = zip(*(message.rsplit("\n\n", 1) for message in messages), strict=True)
     assert len(set(texts)) == 1 and len(set(questions)) == 6
     assert all(500 < len(message.split()) <= 900 for message in messages)

@@ -41,7 +41,7 @@ def test_facts_in_modules_are_found_in_any_order(llm: LLM, link_tokens: int | No
             kind="number",
             distractor_count=1,
             seed=seed,
-            count_tokens=lambda text: len(encode(text)),
+            tokenizer=llm.engine.tokenizer,
         )
         token_ids = tuple(encode(f"{stack.text}\n\n"))
         module_id = llm.open_module([Piece(token_ids=token_ids, position=position)])

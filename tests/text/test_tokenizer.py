@@ -80,6 +80,25 @@ def test_text_survives_encode_and_decode(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@given(text=st.text())
+@settings(deadline=None)
+def test_each_token_tells_where_it_ends(tokenizer, text):
+    ids, ends = tokenizer.encode(text), tokenizer.token_ends(text).tolist()
+    assert len(ids) == len(ends) and ends == sorted(ends)
+    for number, end in enumerate(ends, 1):
+        decoded = tokenizer.decode(ids[:number])
+        if "\ufffd" not in decoded:  # else it ends inside of a character
+            assert decoded == text[:end]
+
+
+@given(text=st.lists(pieces, max_size=12).map("".join))
+@settings(deadline=None)
+def test_tokens_of_a_text_that_is_cut_end_where_they_do_in_the_whole(either, text):
+    ends = either.token_ends(text).tolist()
+    assert len(ends) == len(either.encode(text)) and ends == sorted(ends)
+    assert not text or ends[-1] == len(text)
+
+
 def test_a_special_string_cut_in_two_still_reads_the_same(either):
     text = "hello </s> hello </s></s>"
     ids = either.encode(text)

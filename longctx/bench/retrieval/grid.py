@@ -46,11 +46,24 @@ class Grid:
     answers: Mapping[Place, Mapping[str, Any]]
     readings: Mapping[int, Reading]  # by length
 
-    def cell(self, length: int | None = None, depth: float | None = None) -> Cell:
-        """Return what the answers at a length and depth came to; of all, without."""
-        found = [
-            bool(answer["right"])
+    def at(
+        self, length: int | None = None, depth: float | None = None
+    ) -> dict[Place, Mapping[str, Any]]:
+        """Return the answers at a length and depth; all, without."""
+        return {
+            place: answer
             for place, answer in self.answers.items()
             if length in (None, place[0]) and depth in (None, answer["depth"])
-        ]
+        }
+
+    def cell(self, length: int | None = None, depth: float | None = None) -> Cell:
+        """Return what the answers at a length and depth came to; of all, without."""
+        found = [bool(answer["right"]) for answer in self.at(length, depth).values()]
         return Cell(len(found), sum(found))
+
+    def most_missed_tokens(self, length: int | None = None) -> int:
+        """Return how far from the wanted token a needle of that length begins, at most."""
+        return max(
+            abs(int(answer["begin_token"]) - int(answer["wanted_token"]))
+            for answer in self.at(length).values()
+        )

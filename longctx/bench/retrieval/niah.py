@@ -7,32 +7,30 @@ Source: Greg Kamradt, https://github.com/gkamradt/LLMTest_NeedleInAHaystack
 Differs: many needles per document (one question each), exact match instead of a judge.
 """
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import numpy as np
-
-from longctx.bench.config import BenchConfig, FillerConfig, NiahConfig, VariantsConfig
-from longctx.bench.haystack import Haystack, Planted, haystacks
+from longctx.bench.config import (
+    BenchConfig,
+    FillerConfig,
+    LevelsConfig,
+    NiahConfig,
+    VariantsConfig,
+)
+from longctx.bench.haystack import Haystack, haystacks
 from longctx.bench.report import Parameter, Report
 from longctx.bench.restart import drop_from_memory, opened
+from longctx.bench.retrieval.asking import READ, Asking
 from longctx.bench.retrieval.grid import Grid, Place, Reading
 from longctx.bench.retrieval.journal import Journal
 from longctx.bench.retrieval.niah_report import draw, results, tables
 from longctx.bench.retrieval.texts import filler
-from longctx.bench.retrieval.variants import LIKELIEST, Variant, stored, told_logprobs
-from longctx.bench.scores import matches
-from longctx.bench.timing import Stopwatch
+from longctx.bench.retrieval.variants import Variant, stored
 from longctx.config import EngineConfig
 from longctx.llm import LLM
 from longctx.needles.ruler_tasks import Sentences, generated_sentences
-from longctx.request import SamplingParams
-from longctx.text.chat_template import ChatPrompts, FilePart, Message
-
-READ = -1  # in the place of a question: what reading the document took
 
 
 def run(
@@ -40,17 +38,19 @@ def run(
     bench: BenchConfig,
     texts: FillerConfig,
     variants: VariantsConfig,
+    levels: LevelsConfig,
     niah: NiahConfig,
     *,
     say: Callable[[str], None],
 ) -> Report:
-    """Asks every question of the grid, of each codec and cache. Raises LongctxError."""
+    """Asks every question of the grid, in each way. Raises LongctxError."""
     sentences, text_name = filler(texts.haystack)
     asked: dict[str, Parameter] = {
         "model": "embedded" if engine.model.model is None else str(engine.model.model),
         "dtype": engine.model.dtype,
         "kv_codec": engine.cache.kv_codec,
         **asdict(variants),
+        **asdict(levels),
         **asdict(niah),
         "haystack": text_name,
         "seed": bench.seed,
@@ -59,7 +59,7 @@ def run(
     try:
         if journal.records:
             say(f"{len(journal.records)} answers and readings are there already")
-        whole = _Run(engine, variants, niah, bench.seed, sentences, journal, say)
+        whole = _Run(engine, variants, levels, niah, bench.seed, sentences, journal, say)
         whole.ask_all()
         journal.finish()
     finally:
@@ -85,6 +85,7 @@ class _Run:
         self,
         engine: EngineConfig,
         variants: VariantsConfig,
+        levels: LevelsConfig,
         niah: NiahConfig,
         seed: int,
         sentences: Sentences,
@@ -92,7 +93,7 @@ class _Run:
         say: Callable[[str], None],
     ) -> None:
         self._engine, self._niah, self._seed, self._say = engine, niah, seed, say
-        self._compared = variants
+        self._compared, self._levels = variants, levels
         self._sentences = None if sentences is generated_sentences else sentences
         self._journal = journal
         self.variants: list[Variant] = []
@@ -108,29 +109,31 @@ class _Run:
                     for length in lengths:
                         for place, hay in hays[length]:
                             asking.before_restart(place, hay)
-                        for cache in self._compared.every_cache:
-                            if cache != "restored":
-                                self._tell(Variant(asking.codec, cache), length)
+                        for variant in asking.variants:
+                            if variant.cache != "restored":
+                                self._tell(variant, length)
                 if "restored" not in self._compared.every_cache:
                     continue
                 assert config.cache.kv_dir is not None
                 drop_from_memory(sorted(config.cache.kv_dir.rglob("*.kv")))
                 with opened(config) as llm:
-                    asking = _Asking(llm, self._compared, self._niah, self._journal)
+                    asking = Asking(llm, self._compared, self._levels, self._niah, self._journal)
                     for length in lengths:
                         for place, hay in hays[length]:
                             asking.after_restart(place, hay)
-                        self._tell(Variant(asking.codec, "restored"), length)
+                        for variant in asking.variants:
+                            if variant.cache == "restored":
+                                self._tell(variant, length)
 
-    def _asking(self, llm: LLM) -> "_Asking":
-        asking = _Asking(llm, self._compared, self._niah, self._journal)
+    def _asking(self, llm: LLM) -> Asking:
+        asking = Asking(llm, self._compared, self._levels, self._niah, self._journal)
         info = llm.engine.info
         self.parameters = {"model": info.model_name, "dtype": info.dtype, "device": info.device}
-        self.variants += [Variant(asking.codec, cache) for cache in self._compared.every_cache]
+        self.variants += asking.variants
         return asking
 
     def _haystacks(self, llm: LLM, length: int) -> list[tuple[tuple[int, int, int], Haystack]]:
-        niah, encode = self._niah, llm.engine.tokenizer.encode
+        niah = self._niah
         return [
             ((length, seed, number), hay)
             for seed in range(self._seed, self._seed + niah.seeds)
@@ -142,7 +145,7 @@ class _Run:
                     kind=niah.kind,
                     distractor_count=niah.distractors,
                     seed=seed,
-                    count_tokens=lambda text: len(encode(text)),
+                    tokenizer=llm.engine.tokenizer,
                     sentences=self._sentences,
                 )
             )
@@ -157,100 +160,11 @@ class _Run:
             self._say(f"only {found:,} of {of:,} tokens came from the disk; the rest was computed")
 
 
-class _Asking:
-    """Asks one engine about documents; what the journal has already is not asked again."""
-
-    def __init__(
-        self, llm: LLM, variants: VariantsConfig, niah: NiahConfig, journal: Journal
-    ) -> None:
-        self._llm, self._niah, self._journal = llm, niah, journal
-        self._caches, self._compared = variants.every_cache, variants.several
-        self._prompts = ChatPrompts(llm.engine.tokenizer)
-        self._stopwatch = Stopwatch(llm.engine)
-        self.codec: str = llm.engine.info.kv_codec
-
-    def before_restart(self, place: tuple[int, int, int], hay: Haystack) -> None:
-        """Ask with nothing computed, then read the document and ask again."""
-        missing = {cache: self._missing(cache, place, hay) for cache in self._caches}
-        for number, planted in missing.get("cold", ()):
-            self._ask_cold("cold", (*place, number), hay, planted)
-        if missing.get("warm") or missing.get("restored"):
-            self._ask_read("warm", place, hay, missing.get("warm", []))
-
-    def after_restart(self, place: tuple[int, int, int], hay: Haystack) -> None:
-        """Ask about what another engine has left on the disk."""
-        if missing := self._missing("restored", place, hay):
-            self._ask_read("restored", place, hay, missing)
-
-    def _missing(
-        self, cache: str, place: tuple[int, int, int], hay: Haystack
-    ) -> list[tuple[int, Planted]]:
-        return [
-            (number, planted)
-            for number, planted in enumerate(hay.planted)
-            if (self.codec, cache, *place, number) not in self._journal.records
-        ]
-
-    def _ask_cold(self, cache: str, place: Place, hay: Haystack, planted: Planted) -> None:
-        """Ask while the document is unknown; what was computed for it is erased."""
-        engine = self._llm.engine
-        token_ids = engine.tokenizer.encode(hay.text)
-        engine.open_document(cache, np.array(token_ids, dtype=np.int32))
-        self._ask(cache, place, FilePart(cache, "document"), planted)
-        self._llm.close_document(cache)
-
-    def _ask_read(
-        self,
-        cache: str,
-        place: tuple[int, int, int],
-        hay: Haystack,
-        missing: list[tuple[int, Planted]],
-    ) -> None:
-        began = time.perf_counter()
-        document = self._llm.document_from_text(hay.text)
-        read = {
-            "seconds": time.perf_counter() - began,
-            "tokens": document.tokens,
-            "cached_tokens": document.usage.cached_tokens,
-        }
-        if missing:
-            self._journal.add((self.codec, cache, *place, READ), read)
-        part = FilePart(document.part.document_id, document.part.title)
-        for number, planted in missing:
-            self._ask(cache, (*place, number), part, planted)
-        if cache == "restored" or "restored" not in self._caches:
-            document.close()
-
-    def _ask(self, cache: str, place: Place, part: FilePart, planted: Planted) -> None:
-        began = time.perf_counter()
-        segments = self._prompts.render([Message("user", (part, planted.needle.question))])
-        rendered = time.perf_counter() - began
-        sampling = SamplingParams(
-            max_tokens=self._niah.answer_tokens,
-            temperature=0.0,
-            logprobs=LIKELIEST if self._compared else None,
-        )
-        answer = self._stopwatch.ask(segments, sampling)
-        record: dict[str, Any] = {
-            "depth": planted.depth,
-            "right": matches(answer.text, planted.needle.answer, self._niah.match),
-            "question": planted.needle.question,
-            "wanted": planted.needle.answer,
-            "given": answer.text,
-            "cached_tokens": answer.usage.cached_tokens,
-            # Each token of the answer but the last is computed too, to draw the next one
-            "computed_tokens": answer.usage.computed_tokens - answer.usage.completion_tokens + 1,
-            "first_token_seconds": rendered + answer.first_token_seconds,
-            "likeliest": told_logprobs(token.likeliest for token in answer.logprobs),
-        }
-        self._journal.add((self.codec, cache, *place), record)
-
-
 def _grid(journal: Journal, variant: Variant) -> Grid:
     answers: dict[Place, Mapping[str, Any]] = {}
     readings: dict[int, Reading] = {}
-    for (codec, cache, *rest), record in journal.records.items():
-        if (codec, cache) != (variant.codec, variant.cache):
+    for (codec, cache, level, *rest), record in journal.records.items():
+        if (codec, cache, level) != variant.key:
             continue
         length, seed, document, question = (int(part) for part in rest)
         reading = readings.setdefault(length, Reading())

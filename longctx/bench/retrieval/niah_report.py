@@ -26,7 +26,7 @@ def results(
     """Yields each variant's shares, in all and by cell, and what it cost; then the differences."""
     base, *others = grids
     for variant, grid in grids.items():
-        told = {**parameters, "kv_codec": variant.codec, "cache": variant.cache}
+        told = {**parameters, **variant.told}
         yield _exact_match(grid.cell(), told)
         for length in niah.token_lengths:
             for depth in niah.percent_depths:
@@ -38,7 +38,7 @@ def results(
                 yield row
             yield from _costs(grid, length, {**told, "length_tokens": length})
     for variant in others:
-        told = {**parameters, "kv_codec": variant.codec, "cache": variant.cache}
+        told = {**parameters, **variant.told}
         found = difference(grids[base].answers, grids[variant].answers)
         yield from difference_results(found, {**told, "base": str(base)})
 
@@ -53,6 +53,7 @@ def tables(grids: Grids, niah: NiahConfig, subtitle: str) -> Iterator[Table]:
     if others:
         answers = {variant: grid.answers for variant, grid in grids.items()}
         yield difference_table(answers, "needles")
+        yield _losses_table(grids, niah)
 
 
 def draw(grids: Grids, niah: NiahConfig, subtitle: str, path: Path) -> None:
@@ -113,6 +114,7 @@ def _costs(grid: Grid, length: int, at: Mapping[str, Parameter]) -> Iterator[Res
             ("cached tokens per document", median(reading.found_tokens), "tokens"),
         ]
     figures += [
+        ("farthest needle from its place", grid.most_missed_tokens(length), "tokens"),
         ("cached tokens per question", median(reading.cached_tokens), "tokens"),
         ("prompt tokens computed per question", max(reading.computed_tokens), "tokens"),
         ("time to first token", median(reading.first_token_seconds), "s"),
@@ -127,7 +129,8 @@ def _grid_table(grid: Grid, niah: NiahConfig, subtitle: str, compared: bool) -> 
     ]
     blind = compared and any(not _tells(cell) for row in cells for cell in row)
     note = "; *: found by less than half, so no loss would show" if blind else ""
-    table = Table(title="Needles found", caption=subtitle + note, caption_justify="left")
+    missed = f"; needles begin within {grid.most_missed_tokens()} tokens of the wanted one"
+    table = Table(title="Needles found", caption=subtitle + missed + note, caption_justify="left")
     table.add_column("depth", justify="right")
     for length in niah.token_lengths:
         table.add_column(f"{length:,} tokens", justify="center")
@@ -137,6 +140,26 @@ def _grid_table(grid: Grid, niah: NiahConfig, subtitle: str, compared: bool) -> 
             f"{depth:g}%",
             *(f"{_interval(cell)}{mark}" for cell, mark in zip(row, marks, strict=True)),
         )
+    return table
+
+
+def _losses_table(grids: Grids, niah: NiahConfig) -> Table:
+    """Tell at which lengths and depths needles are lost that the first variant finds."""
+    base, *others = grids
+    note = "lost and gained against it; *: found by less than half in it, so no loss would show"
+    table = Table(title=f"Where {base} finds more", caption=note, caption_justify="left")
+    for name in ("KV", "document", *(f"{depth:g}%" for depth in niah.percent_depths)):
+        table.add_column(name, justify="right", no_wrap=name == "KV")
+    for variant in others:
+        for length in niah.token_lengths:
+            cells = []
+            for depth in niah.percent_depths:
+                asked = grids[base].at(length, depth)
+                found = difference(asked, grids[variant].answers)
+                mark = "" if _tells(grids[base].cell(length, depth)) else "*"
+                changed = f"-{found.lost} +{found.gained}" if found.lost + found.gained else "0"
+                cells.append(changed + mark)
+            table.add_row(str(variant), f"{length:,}", *cells)
     return table
 
 

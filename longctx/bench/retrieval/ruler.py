@@ -129,7 +129,7 @@ def compare(
         for codec in variants.every_codec or (None,):
             for variant, llm in _opened(engine, variants, codec, asking, journal):
                 subject = CachedSubject(llm, variant.cache)
-                at = (variant.codec, variant.cache)
+                at = variant.key
                 asking.ask(subject, journal, at)
                 records[variant] = {p: journal.records[(*at, *p)] for p in asking.places}
                 parameters = {**subject.parameters}
@@ -236,7 +236,7 @@ class _Asking:
         cells = {variant: self._cells(records) for variant, records in answers.items()}
         results: list[Result] = []
         for variant, records in answers.items():
-            own = {} if variant is None else {"kv_codec": variant.codec, "cache": variant.cache}
+            own = {} if variant is None else variant.told
             results += _results(cells[variant], ruler, {**told, **own}, [*records.values()])
             if variant != first:
                 found = difference(answers[first], records)

@@ -1,4 +1,5 @@
-"""One question asked in several ways: by each codec, and wherever the cache holds its text.
+"""One question asked in several ways: by each codec, wherever the cache holds its text, and with
+that text computed as one or as modules.
 
 How the answers differ is what the codec or the cache did: `difference` compares them one by one,
 since needles that are found all the same are blind to damage.
@@ -31,9 +32,21 @@ class Variant:
 
     codec: str
     cache: str
+    level: str = ""  # of exactness, where a document is a row of modules
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What the keys of its records begin with."""
+        return self.codec, self.cache, self.level
+
+    @property
+    def told(self) -> dict[str, Parameter]:
+        """Tell it as results have it."""
+        told: dict[str, Parameter] = {"kv_codec": self.codec, "cache": self.cache}
+        return told | ({"level": self.level} if self.level else {})
 
     def __str__(self) -> str:
-        return f"{self.codec} {self.cache}"
+        return " ".join(filter(None, self.key))
 
 
 @contextmanager

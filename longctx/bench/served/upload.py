@@ -130,7 +130,7 @@ def _haystack(model: Path, upload: UploadConfig, seed: int) -> Haystack:
         kind="any",
         distractor_count=0,
         seed=seed,
-        count_tokens=lambda text: len(tokenizer.encode(text)),
+        tokenizer=tokenizer,
     )
     return next(hays)
 

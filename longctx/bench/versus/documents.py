@@ -14,6 +14,7 @@ from statistics import median
 from longctx.bench.haystack import haystacks
 from longctx.bench.served.answer import Answer
 from longctx.bench.versus.servers import Server, ask, running_server
+from longctx.needles.placing import Tokens
 from longctx.needles.ruler_tasks import Sentences
 
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)
@@ -59,7 +60,7 @@ def questions_on_text(
     count: int,
     *,
     seed: int,
-    count_tokens: Callable[[str], int],
+    tokenizer: Tokens,
     sentences: Sentences | None,
 ) -> list[str]:
     """Return `count` messages of at most `tokens` tokens: one text, then a question on it."""
@@ -72,7 +73,7 @@ def questions_on_text(
         kind="any",
         distractor_count=0,
         seed=seed,
-        count_tokens=count_tokens,
+        tokenizer=tokenizer,
         sentences=sentences,
     )
     planted = hay.planted[:count]

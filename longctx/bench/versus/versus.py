@@ -205,7 +205,7 @@ def _documents(
         versus.text_length,
         2 * versus.asked,
         seed=seed,
-        count_tokens=lambda text: len(tokenizer.encode(text)),
+        tokenizer=tokenizer,
         sentences=None if sentences is generated_sentences else sentences,
     )
     checked = min(versus.asked, versus.asked if versus.asked_again is None else versus.asked_again)
