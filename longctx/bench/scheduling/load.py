@@ -39,6 +39,7 @@ from longctx.errors import LongctxError
 from longctx.request import FinishReason, Request, RequestClass, SamplingParams, Segment
 
 ANSWER_TOKENS = 4096  # more than any is let write: they are aborted
+COLUMNS = ("depth", "idle", "beside", "unchunked", "chat", "idle", "kept", "alone", "error")
 SETTLED_TOKENS = 8  # of each answer, before anything is measured
 PARTS = 4  # of the document's tokens, beside answers
 QUIET_SECONDS = 60.0  # without a chat, before the document is measured alone: it takes minutes
@@ -205,7 +206,11 @@ def run(
         del whole
         gc.collect()  # its pools, before the next one's
         loaded = _opened(engine, folder, load, bench.seed)
-        found = list(_depths(loaded, load, contrast, say))
+        found: list[AtDepth] = []
+        for each in _depths(loaded, load, contrast, say):
+            found.append(each)
+            cells = zip(COLUMNS, _cells(each), strict=True)
+            say(", ".join(f"{name} {cell}" for name, cell in cells))  # a depth may take minutes
     info = loaded.engine.info
     target = engine.scheduler.target_seconds(info.device)
     parameters: dict[str, Parameter] = {
@@ -386,26 +391,30 @@ def _table(found: Sequence[AtDepth], subtitle: str) -> Table:
         caption=f"{subtitle}; the document's speed beside answers, of its speed alone in the time "
         "that they leave; alone, of one chunk",
     )
-    for name in ("depth", "idle", "beside", "unchunked", "chat", "idle", "kept", "alone", "error"):
+    for name in COLUMNS:
         table.add_column(name, justify="right")
     for each in found:
-        table.add_row(
-            f"{each.depth:,}",
-            *(
-                f"{_ms(seconds, 50):,.0f} / {_ms(seconds, 99):,.0f}"
-                for seconds in (
-                    each.chunked.alone_intervals,
-                    each.chunked.intervals,
-                    each.unchunked.intervals,
-                )
-            ),
-            f"{1000 * each.chunked.chat_seconds:,.0f}",
-            f"{1000 * each.alone_chat_seconds:,.0f}",
-            f"{100 * each.kept_speed:.0f}%",
-            f"{100 * each.unchunked_document_seconds / each.alone_document_seconds:.0f}%",
-            "" if each.prediction_error is None else f"{100 * each.prediction_error:.0f}%",
-        )
+        table.add_row(*_cells(each))
     return table
+
+
+def _cells(each: AtDepth) -> tuple[str, ...]:
+    return (
+        f"{each.depth:,}",
+        *(
+            f"{_ms(seconds, 50):,.0f} / {_ms(seconds, 99):,.0f}"
+            for seconds in (
+                each.chunked.alone_intervals,
+                each.chunked.intervals,
+                each.unchunked.intervals,
+            )
+        ),
+        f"{1000 * each.chunked.chat_seconds:,.0f}",
+        f"{1000 * each.alone_chat_seconds:,.0f}",
+        f"{100 * each.kept_speed:.0f}%",
+        f"{100 * each.unchunked_document_seconds / each.alone_document_seconds:.0f}%",
+        "" if each.prediction_error is None else f"{100 * each.prediction_error:.0f}%",
+    )
 
 
 def _draw(found: Sequence[AtDepth], subtitle: str, path: Path) -> None:
