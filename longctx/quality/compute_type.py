@@ -140,8 +140,8 @@ def _time_both(
                 models.clear()
                 del model
                 gc.collect()
-    if not paces:
-        paces = time_by_turns(models, tokenizer, backend)
+    if len(paces) < len(dtypes):
+        paces |= time_by_turns(models, tokenizer, backend)
     return paces, models[dtypes[0]]
 
 

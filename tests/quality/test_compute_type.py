@@ -125,11 +125,15 @@ def test_the_choice_stays_with_the_stored_blocks(
     assert choose_dtype(config, folder, cache_dir=tmp_path / "five").dtype == "float32"
 
 
+@pytest.mark.parametrize("narrow_fits", [False, True])
 def test_a_model_that_fits_once_is_timed_in_one_type_after_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    narrow_fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """float32 has wider embeddings, so two of the narrow one may fit where two of it do not."""
     folder = checkpoint(tmp_path / "model")
-    monkeypatch.setattr(compute_type, "memory_bytes", lambda: 1000)
+    wide = load_model(ModelConfig(device="cpu", dtype="float32"), folder).spec.weight_bytes
+    memory = 4 * wide - 1 if narrow_fits else 1000
+    monkeypatch.setattr(compute_type, "memory_bytes", lambda: memory)
     timed = _timed_as(monkeypatch, bfloat16=Pace(0.1, 0.1), float32=Pace(1.0, 1.0))
     config = EngineConfig(model=ModelConfig(device="cpu"))
     choice = choose_dtype(config, folder, cache_dir=None)
