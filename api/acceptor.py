@@ -14,46 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 logger = logging.getLogger("longctx.api")
 
 IDLE_SECONDS = 1.0  # a connection that has been idle for so long gives way to a new one
-MOST_HELD_BYTES = 1 << 16
 RETRY_SECONDS = 1.0  # after an accept that failed for want of something else than room here
-
-
-class JoinedWrites:
-    """A transport that sends what is written in one turn of the event loop in one piece.
-
-    The head of an answer and its body, or its last event and its end, are written one by one, and
-    each would be a system call, and wake the client.
-    """
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport = transport
-        self._loop = loop
-        self._written: list[bytes] = []
-        self._held_bytes = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def write(self, data: bytes) -> None:
-        """Sends `data` with what else is written before the loop turns."""
-        if not data:
-            return
-        if not self._written:
-            self._loop.call_soon(self._send)
-        self._written.append(data)
-        self._held_bytes += len(data)
-        if self._held_bytes > MOST_HELD_BYTES:  # whoever never lets the loop turn may be held up
-            self._send()
-
-    def close(self) -> None:
-        """Sends what was written, and closes."""
-        self._send()
-        self._transport.close()
-
-    def _send(self) -> None:
-        written, self._written, self._held_bytes = self._written, [], 0
-        if written:
-            self._transport.write(b"".join(written))
 
 
 class Connection(H11Protocol):
@@ -64,9 +25,6 @@ class Connection(H11Protocol):
         super().__init__(*arguments, **options)
         self._lost = lost
         self.idle_since = self.loop.time()
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(JoinedWrites(transport, self.loop))  # type: ignore[arg-type]
 
     @property
     def idle(self) -> bool:

@@ -89,7 +89,6 @@ class EventStream(Response):
         self.form = form
         self.ping_seconds = ping_seconds
         self.started = False
-        self.ended = False
         self.last_sent = 0.0
         self.writing = asyncio.Lock()
 
@@ -104,6 +103,8 @@ class EventStream(Response):
                 pump.result()
         finally:
             await _cancel(pump, gone, pings)
+        if pump.done() and not pump.cancelled() and (self.started or self.form.last):
+            await self._write(send, self.form.last, is_last=True)
 
     async def _pump(self, send: Send) -> None:
         async with aclosing(self.events) as events:
@@ -118,9 +119,6 @@ class EventStream(Response):
                 if failure is not error and failure.status == 500:
                     logger.exception("a stream failed")
                 await self._write(send, self.form.encode(self.form.failure(failure)))
-        # At once, so that it leaves with the last event.
-        if self.started or self.form.last:
-            await self._write(send, self.form.last, is_last=True)
 
     async def _ping(self, send: Send) -> None:
         loop = asyncio.get_running_loop()
@@ -133,9 +131,6 @@ class EventStream(Response):
 
     async def _write(self, send: Send, data: bytes, *, is_last: bool = False) -> None:
         async with self.writing:  # an event and a ping must not overtake the headers
-            if self.ended:
-                return  # a ping that comes too late
-            self.ended = is_last
             self.last_sent = asyncio.get_running_loop().time()
             if not self.started:
                 self.started = True

@@ -21,8 +21,8 @@ from longctx.bench.config import BenchConfig, CheckConfig
 from longctx.bench.options import read_configs
 from longctx.bench.picture import draw_heat_map
 from longctx.bench.report import Parameter, Report, Result, commit, machine
-from longctx.bench.scores import wilson
 from longctx.errors import InvalidRequest
+from longctx.needles.scores import wilson
 
 # What of a row does not say which figure it is: its statistics, and what depends on the machine
 UNNAMED = frozenset(("n", "low", "high", "error", "tokens", "discriminates", "device", "backend"))

@@ -52,10 +52,9 @@ class NiahConfig:
             raise ValueError(f"depths={self.depths}: a depth is a percentage from 0 to 100")
         if self.kind not in KINDS:
             raise ValueError(f"kind={self.kind} is unknown; choose from {', '.join(KINDS)}")
-        _at_least("questions", self.questions, 1)
-        _at_least("seeds", self.seeds, 1)
+        for name in ("questions", "seeds", "answer_tokens"):
+            _at_least(name, getattr(self, name), 1)
         _at_least("distractors", self.distractors, 0)
-        _at_least("answer_tokens", self.answer_tokens, 1)
 
     @property
     def token_lengths(self) -> tuple[int, ...]:
@@ -205,9 +204,7 @@ class DocumentConfig:
 class RestartConfig:
     """Options of `longctx bench restart` alone."""
 
-    random_model: Annotated[
-        Literal["100m", "213m"] | None, "a model of random weights of that size; else as told"
-    ] = None
+    random_model: Annotated[Literal["100m", "213m"] | None, "random weights of that size"] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -405,9 +402,9 @@ class EvictionConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("trace_requests", "documents", "median_tokens", "doubling_tokens"):
+        sizes = ("median_tokens", "doubling_tokens", "extent_bytes")
+        for name in ("trace_requests", "documents", *sizes):
             _at_least(name, getattr(self, name), 1)
-        _at_least("extent_bytes", self.extent_bytes, 1)
         if not all(0 < percent <= 100 for percent in self.percent_capacities):
             raise ValueError(f"capacities={self.capacities}: a percentage up to 100")
         if self.tokens_per_second <= 0:

@@ -29,11 +29,11 @@ from longctx.bench.modules_report import TASKS, Found, draw, results, tables
 from longctx.bench.random_model import SIZES, write_random_llama
 from longctx.bench.report import Report
 from longctx.bench.restart import drop_from_memory, opened
-from longctx.bench.scores import matches
 from longctx.bench.timing import Stopwatch
 from longctx.config import EngineConfig
 from longctx.embedded import model_path
 from longctx.llm import LLM
+from longctx.needles.scores import matches
 from longctx.quality.level_gate import LIMITS
 from longctx.quality.level_measure import LevelWorkload, measure_levels
 from longctx.quality.verdict import judge

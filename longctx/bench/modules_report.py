@@ -10,8 +10,8 @@ from rich.table import Table
 from longctx.bench.config import ModulesConfig
 from longctx.bench.picture import Series, draw_bars, draw_heat_map
 from longctx.bench.report import Parameter, Result
-from longctx.bench.scores import wilson
 from longctx.engine_info import PARTS, Verdict
+from longctx.needles.scores import wilson
 from prompt_cache.level import EXACT, Level
 
 TASKS = {"needle": 0, "multi-key": 3}  # how many others differ in the key alone

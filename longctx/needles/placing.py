@@ -1,11 +1,13 @@
 """Puts statements into a text, each at the end of a sentence, where a model's tokens say."""
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # the command line imports this for its help, which loads as little as it can
+    import numpy as np
+    from numpy.typing import NDArray
 
 STOPS = ".!?\u3002\uff01\uff1f"  # the last three need no space after them
 _END = re.compile(r"[.!?]['\"\u2019\u201d)]*(?=\s)|[\u3002\uff01\uff1f]\u201d?|(?<!\n)(?=\n)")
@@ -17,7 +19,7 @@ class Tokens(Protocol):
     def encode(self, text: str) -> list[int]:
         """Return the tokens."""
 
-    def token_ends(self, text: str) -> NDArray[np.int64]:
+    def token_ends(self, text: str) -> "NDArray[np.int64]":
         """Tell where each token ends, in characters of the text."""
 
 
@@ -37,8 +39,8 @@ def nearest_ends(
     own, other statements included: with the only one of 20 tokens in 1,000, depth 0.5 wants 490.
     """
     borders = sentence_ends(text)
-    ends = tokens.token_ends(text)
-    offsets = np.searchsorted(ends, borders, side="right")  # tokens up to each border
+    ends: list[int] = tokens.token_ends(text).tolist()
+    offsets = [bisect_right(ends, border) for border in borders]  # tokens up to each border
     costs = [len(tokens.encode(statement)) for statement in statements]
     total = len(ends) + sum(costs)
     places: list[int] = []
@@ -46,7 +48,12 @@ def nearest_ends(
     for depth, cost in zip(depths, costs, strict=True):
         wanted = depth * (total - cost) - before
         # Statements that share less than their own length stand one after another
-        least += int(np.abs(offsets[least:] - wanted).argmin())
+        above = bisect_left(offsets, wanted, least)
+        if above > least and (
+            above == len(offsets) or wanted - offsets[above - 1] <= offsets[above] - wanted
+        ):
+            above = bisect_left(offsets, offsets[above - 1], least)
+        least = above
         places.append(borders[least])
         before += cost
     return places

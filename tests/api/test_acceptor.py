@@ -19,7 +19,7 @@ import uvicorn
 
 from api import acceptor as acceptor_module
 from api import listener as listener_module
-from api.acceptor import MOST_HELD_BYTES, Acceptor, Connection, JoinedWrites
+from api.acceptor import Acceptor, Connection
 from api.listener import most_connections, raise_descriptor_limit
 from tests.api.test_cli import OPTIONS, longctx
 from tests.support.waiting import eventually, patient
@@ -90,55 +90,6 @@ async def site(limit: int) -> AsyncIterator[Site]:
 def impatient() -> Iterator[None]:
     with mock.patch.object(acceptor_module, "IDLE_SECONDS", 0.05):
         yield
-
-
-class Written:
-    """A transport that notes each piece that it is given."""
-
-    def __init__(self) -> None:
-        self.pieces: list[bytes] = []
-        self.closed_after: int | None = None
-
-    def write(self, data: bytes) -> None:
-        self.pieces.append(data)
-
-    def close(self) -> None:
-        self.closed_after = len(self.pieces)
-
-
-def test_what_is_written_in_one_turn_is_sent_in_one_piece() -> None:
-    async def write() -> Written:
-        written = Written()
-        joined = JoinedWrites(written, asyncio.get_running_loop())  # type: ignore[arg-type]
-        joined.write(b"head ")
-        joined.write(b"")
-        joined.write(b"body")
-        assert not written.pieces
-        await asyncio.sleep(0)
-        assert written.pieces == [b"head body"]
-        await asyncio.sleep(0)
-        joined.write(b"x" * MOST_HELD_BYTES)
-        joined.write(b"y")  # too much to hold
-        assert [len(piece) for piece in written.pieces[1:]] == [MOST_HELD_BYTES + 1]
-        joined.write(b"end")
-        joined.close()
-        assert written.pieces[2:] == [b"end"] and written.closed_after == 3
-        await asyncio.sleep(0)
-        assert len(written.pieces) == 3
-        return written
-
-    asyncio.run(write())
-
-
-def test_an_answer_comes_in_one_piece_over_a_connection() -> None:
-    async def ask() -> None:
-        async with site(2) as served:
-            reader, writer = await served.connect()
-            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-            first = await asyncio.wait_for(reader.read(1 << 16), patient())
-            assert first.startswith(b"HTTP/1.1 200") and first.endswith(b"\r\n\r\nok")
-
-    asyncio.run(ask())
 
 
 def test_the_connection_that_was_idle_for_longest_gives_way(

@@ -14,10 +14,10 @@ from longctx.bench.config import LevelsConfig, NiahConfig, VariantsConfig
 from longctx.bench.retrieval.grid import Grid, Reading
 from longctx.bench.retrieval.niah_report import results, tables
 from longctx.bench.retrieval.variants import Variant, difference, told_logprobs
-from longctx.bench.scores import matches, mcnemar, wilson
 from longctx.bench.timing import Stopwatch, TimedAnswer
 from longctx.cli import main
 from longctx.errors import LongctxError
+from longctx.needles.scores import matches, mcnemar, wilson
 
 
 @pytest.mark.parametrize(

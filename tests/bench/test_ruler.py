@@ -17,7 +17,6 @@ from longctx.bench.retrieval.journal import Journal
 from longctx.bench.retrieval.ruler import measure
 from longctx.bench.retrieval.subject import LocalSubject, Said, ServerSubject, Subject
 from longctx.bench.retrieval.texts import TextFiller
-from longctx.bench.scores import recall
 from longctx.cli import main
 from longctx.commands.bench import _without_key
 from longctx.config import CacheConfig, EngineConfig, ModelConfig
@@ -25,6 +24,7 @@ from longctx.embedded import model_path
 from longctx.errors import InvalidRequest, LongctxError
 from longctx.llm import LLM
 from longctx.needles.ruler_tasks import TASKS
+from longctx.needles.scores import recall
 from longctx.request import Request
 from tests.api.live_server import LiveServer
 

@@ -9,9 +9,9 @@ from longctx.bench.retrieval.grid import Place
 from longctx.bench.retrieval.held import Held, HeldDocument, HeldModules
 from longctx.bench.retrieval.journal import Journal
 from longctx.bench.retrieval.variants import LIKELIEST, Variant, told_logprobs
-from longctx.bench.scores import matches
 from longctx.bench.timing import Stopwatch
 from longctx.llm import LLM
+from longctx.needles.scores import matches
 from longctx.request import SamplingParams
 from longctx.text.chat_template import ChatPrompts
 from prompt_cache.level import EXACT, Level

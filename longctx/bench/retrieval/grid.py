@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from longctx.bench.scores import wilson
+from longctx.needles.scores import wilson
 
 Place = tuple[int, int, int, int]  # length, seed, number of the document, number of the question
 LEAST_SHARE = 0.5  # a cell of which the exact model finds less tells nothing of a codec

@@ -40,11 +40,11 @@ from longctx.bench.retrieval.variants import (
     stored,
     told_logprobs,
 )
-from longctx.bench.scores import recall, wilson
 from longctx.config import EngineConfig, KVCodec
 from longctx.errors import InvalidRequest
 from longctx.llm import LLM
 from longctx.needles.ruler_tasks import TASKS, Draft, TooShort, draft, fit, read_passages
+from longctx.needles.scores import recall, wilson
 
 FORM = 1  # of the prompts: answers to others are not theirs
 

@@ -17,8 +17,8 @@ from rich.table import Table
 
 from longctx.bench.config import VariantsConfig
 from longctx.bench.report import Parameter, Result
-from longctx.bench.scores import mcnemar, wilson
 from longctx.config import EngineConfig, KVCodec
+from longctx.needles.scores import mcnemar, wilson
 
 LIKELIEST = 8  # tokens in each place of an answer that variants are compared by
 FLOOR = 1e-7  # of a probability: logs are kept to seven digits

@@ -25,13 +25,13 @@ from longctx.bench.haystack import Haystack, haystacks
 from longctx.bench.picture import Series, draw_bars
 from longctx.bench.report import Parameter, Report, Result
 from longctx.bench.restart import drop_from_memory
-from longctx.bench.scores import matches
 from longctx.bench.served.answer import Answer
 from longctx.bench.served.server import RunningServer, serving
 from longctx.config import EngineConfig
 from longctx.embedded import model_path
 from longctx.engine_stats import STEP_PARTS
 from longctx.errors import LongctxError
+from longctx.needles.scores import matches
 from longctx.text.tokenizer import Tokenizer
 from offload.units import GIB
 

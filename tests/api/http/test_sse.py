@@ -31,40 +31,6 @@ def test_a_failure_after_a_ping_is_an_event(name: str) -> None:
         assert said.startswith(b"event: error\n") and b'"param":"input"' in said
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_the_end_leaves_in_the_turn_of_the_last_event(name: str) -> None:
-    """So that both are one piece for whoever sends what comes in one turn together."""
-    form = FORMS[name]
-    turns: list[int] = []
-    turn = 0
-
-    async def count() -> None:
-        nonlocal turn
-        while True:
-            turn += 1
-            await asyncio.sleep(0)
-
-    async def events() -> AsyncGenerator[dict[str, Any], None]:
-        yield {"type": "first"}
-        await asyncio.sleep(0.01)
-        yield {"type": "last"}
-
-    async def send(message: Any) -> None:
-        turns.append(turn)
-
-    async def receive() -> Any:
-        await asyncio.Event().wait()
-
-    async def stream() -> None:
-        counting = asyncio.create_task(count())
-        await EventStream(events(), ping_seconds=60, form=form)({"type": "http"}, receive, send)
-        counting.cancel()
-
-    asyncio.run(stream())
-    head, first, last, end = turns
-    assert head == first < last == end
-
-
 async def _sent(form: EventForm) -> list[dict[str, Any]]:
     """Send a stream that fails once something was sent; return the messages of the server."""
     sent: list[dict[str, Any]] = []
